@@ -1,0 +1,157 @@
+"""Checks of arguments, made before anything is compiled or launched.
+
+Every error names the argument, says what it was and what it must be. Nothing here reads values that live on a GPU,
+unless AITER_CHECK_VALUES=1 asks for it: a call must not synchronise.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from numbers import Real
+
+import torch
+
+HEAD_DIM_STEP = 8
+HEAD_DIM_MAX = 256
+INT32_MAX = 2**31 - 1
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -> None:
+    """Checks that `value` is a strided tensor of one of the ranks that `layout` describes."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {layout}, not {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, not one of layout {value.layout}")
+    ranks = (ndim,) if isinstance(ndim, int) else ndim
+    if value.dim() not in ranks:
+        raise ValueError(f"{name} must be {layout}, but has {value.dim()} dimensions: {tuple(value.shape)}")
+
+
+def same_kind(**tensors: torch.Tensor) -> None:
+    """Checks that all tensors share a floating dtype that attention takes, and a device that it runs on."""
+    (first_name, first), *others = tensors.items()
+    if first.dtype not in DTYPE_NAMES:
+        known = ", ".join(str(dtype) for dtype in DTYPE_NAMES)
+        raise TypeError(f"{first_name} has dtype {first.dtype}; it must be one of {known}")
+    if first.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{first_name} is on device {first.device}; it must be on the CPU or on a GPU ('cuda')")
+    for name, other in others:
+        if other.dtype != first.dtype:
+            raise TypeError(f"{name} has dtype {other.dtype}; it must be that of {first_name}, {first.dtype}")
+        same_device(name, other, first_name, first)
+
+
+def same_device(name: str, value: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    if value.device != first.device:
+        raise ValueError(f"{name} is on device {value.device}; it must be where {first_name} is, on {first.device}")
+
+
+def same_shape(name: str, value: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    if value.shape != first.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must be that of {first_name}, {tuple(first.shape)}"
+        )
+
+
+def equal_size(name: str, size: int, meaning: str, expected_name: str, expected: int) -> None:
+    if size != expected:
+        raise ValueError(f"{name} has {meaning} {size}; it must be that of {expected_name}, {expected}")
+
+
+def head_dim(query: torch.Tensor) -> int:
+    size = query.shape[-1]
+    if size % HEAD_DIM_STEP or not 0 < size <= HEAD_DIM_MAX:
+        raise ValueError(
+            f"query has head_dim {size} (its last dimension); it must be a multiple of {HEAD_DIM_STEP} from "
+            f"{HEAD_DIM_STEP} to {HEAD_DIM_MAX}"
+        )
+    return size
+
+
+def heads(heads_q: int, heads_kv: int, key_name: str = "key") -> None:
+    if heads_q == 0 and heads_kv == 0:
+        return
+    if heads_kv == 0 or heads_q % heads_kv:
+        raise ValueError(
+            f"query has {heads_q} heads and {key_name} {heads_kv}; the heads of query must be a multiple of those of "
+            f"{key_name}"
+        )
+
+
+def sizes(**named: int) -> None:
+    for name, size in named.items():
+        if size > INT32_MAX:
+            raise ValueError(f"{name} is {size}; at most {INT32_MAX} is supported")
+
+
+def positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    value = value.__index__()
+    if value <= 0:
+        raise ValueError(f"{name} is {value}; it must be at least 1")
+    return value
+
+
+def flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def softmax_scale(value: object, size: int) -> float:
+    """The scale to use: `value`, or 1/sqrt(head_dim) when it is None."""
+    if value is None:
+        return 1.0 / math.sqrt(size)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"softmax_scale must be a float or None, not {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"softmax_scale is {value}; it must be finite")
+    return float(value)
+
+
+def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str, first: torch.Tensor) -> None:
+    """Checks an int32 or int64 tensor of lengths or page numbers on the device of query."""
+    tensor(name, value, len(shape), layout)
+    if value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int32 (or torch.int64)")
+    for got, expected in zip(value.shape, shape, strict=True):
+        if expected is not None and got != expected:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {layout}: the batch size is {expected}")
+    same_device(name, value, "query", first)
+
+
+def values_readable(value: torch.Tensor) -> bool:
+    """Whether values may be looked at: they live on the host, or AITER_CHECK_VALUES=1 accepts a synchronisation."""
+    return value.is_cpu or os.environ.get("AITER_CHECK_VALUES") == "1"
+
+
+def lengths_in_range(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None) -> None:
+    """Checks values in [0, longest] and, for packed tensors, that they add up to `total`."""
+    if not values_readable(lengths):
+        return
+    values = lengths.tolist()
+    for index, length in enumerate(values):
+        if not 0 <= length <= longest:
+            raise ValueError(f"{name}[{index}] is {length}; it must be from 0 to {longest_name}, {longest}")
+    if total is not None and sum(values) != total:
+        raise ValueError(f"{name} adds up to {sum(values)} tokens, but the packed query holds {total}")
+
+
+def pages_in_range(
+    page_table: torch.Tensor, num_pages: int, page_size: int, lengths: torch.Tensor | None, seqlen_k: int
+) -> None:
+    """Checks the page numbers that the valid tokens need; what stands past them may be anything."""
+    if not values_readable(page_table):
+        return
+    wrong = (page_table < 0) | (page_table >= num_pages)
+    if lengths is not None:
+        needed = (lengths.clamp(max=seqlen_k) + (page_size - 1)) // page_size
+        wrong &= torch.arange(page_table.shape[1], device=page_table.device) < needed.unsqueeze(1)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"page_table[{row}, {column}] is {int(page_table[row, column])}; the cache has pages 0 to {num_pages - 1}"
+        )

@@ -1,0 +1,275 @@
+"""From an operation's arguments to a launch: plans, made once per layout of the arguments and then looked up.
+
+    operation ── query, key, value, options ──> Plan (checked; problem struct, kernel, what to allocate)
+                                            ──> addresses ──> kernel.launch
+
+Everything that follows from shapes, strides, dtype, device and options is worked out once and kept in a Plan, so that a
+repeated call costs a dictionary look-up, the allocation of its result and one foreign call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from aiter import abi, checks, jit
+from aiter.errors import UnsupportedDtypeError
+from aiter.jit.arch import arch_of
+from aiter.jit.spec import Spec
+
+# GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
+GPU_ALIGNMENT = 16
+# Up to this many rows (query tokens times query heads of one KV head), the decoding kernel wins: it splits the KV
+# sequence over the GPU and reads it once for all these rows, where the forward kernel gives a tile of rows to one block.
+DECODE_ROWS = 64
+# Layouts are few in practice; a program that never repeats one must not grow without bound.
+MAX_PLANS = 4096
+
+
+class Indices(NamedTuple):
+    """The int32 tensors that say which rows are valid and where they lie; None where an operation has none."""
+
+    seqlens_q: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+
+
+NO_INDICES = Indices()
+
+
+def is_gpu(arch: str) -> bool:
+    return arch.startswith(("gfx", "sm_"))
+
+
+def kernel_name(arch: str, rows: int) -> str:
+    """The kernel for this many rows of one KV head in a sequence; the CPU has one kernel for all."""
+    return "attention_decode" if is_gpu(arch) and rows <= DECODE_ROWS else "attention_forward"
+
+
+def kernel_spec(kernel: str, dtype: str, head_dim: int, causal: bool, arch: str, paged: bool) -> Spec:
+    if is_gpu(arch) and dtype == "fp32":
+        raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")
+    options = (("paged", 1),) if paged and is_gpu(arch) else ()
+    return Spec(kernel, dtype, head_dim, causal, arch, options)
+
+
+def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str) -> list[Spec]:
+    """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it."""
+    paged = {"flash_attn_with_kvcache": (True,), "variable_length_attention": (False, True)}.get(operation, (False,))
+    kernels = ("attention_forward", "attention_decode") if is_gpu(arch) else ("attention_forward",)
+    return list(dict.fromkeys(kernel_spec(k, dtype, head_dim, causal, arch, p) for p in paged for k in kernels))
+
+
+class CpuQueue:
+    """Where CPU kernels run: PyTorch's own thread pool, so that no second pool fights it for the cores."""
+
+    def __init__(self) -> None:
+        # PyTorch loads its OpenMP runtime with global symbols; where that is not libgomp, kernels start own threads.
+        self.parallel = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
+        self.executors: dict[int, tuple[abi.CpuExecutor, int]] = {}
+        # A forked child inherits the pool's data but not its threads: using it there would wait for ever.
+        os.register_at_fork(after_in_child=self.leave_pool)
+
+    def leave_pool(self) -> None:
+        self.parallel = None
+        self.executors = {}
+
+    def executor(self) -> int:
+        """The address of an executor with as many threads as PyTorch uses now."""
+        num_threads = torch.get_num_threads()
+        entry = self.executors.get(num_threads)
+        if entry is None:
+            struct = abi.CpuExecutor(self.parallel, num_threads, 0)
+            entry = self.executors[num_threads] = (struct, ctypes.addressof(struct))
+        return entry[1]
+
+
+cpu_queue = CpuQueue()
+
+
+class Plan:
+    """One checked layout of arguments, ready to launch; immutable, so that any number of threads may use it at once.
+
+    query is (batch, seqlen_q, heads_q, head_dim), or packed (total, heads_q, head_dim); key and value are
+    (batch, seqlen_k, heads_kv, head_dim), packed (total, heads_kv, head_dim) if query is, or, with a page table,
+    (pages, heads_kv, page_size, head_dim). `max_seqlen` bounds the lengths of packed sequences.
+    """
+
+    __slots__ = ("copies", "device", "kernel", "lse_shape", "output_shape", "problem", "trivial", "workspace_bytes")
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        indices: Indices,
+        causal: bool,
+        softmax_scale: float,
+        max_seqlen: int,
+    ) -> None:
+        packed, page_table = query.dim() == 3, indices.page_table
+        *_, heads_q, head_dim = query.shape
+        if packed:
+            batch, seqlen_q = indices.seqlens_q.shape[0], max_seqlen
+            self.lse_shape = (heads_q, query.shape[0])
+        else:
+            batch, seqlen_q = query.shape[:2]
+            self.lse_shape = (batch, heads_q, seqlen_q)
+        if page_table is not None:
+            heads_kv, page_size = key.shape[1:3]
+            seqlen_k = page_table.shape[1] * page_size
+        else:
+            heads_kv, page_size = key.shape[-2], 0
+            seqlen_k = max_seqlen if packed else key.shape[1]
+        checks.sizes(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads_q)
+        self.device = query.device
+        self.output_shape = query.shape
+        # Nothing to write, or no key to read: nothing to compile.
+        self.trivial = math.prod(self.output_shape) == 0 or seqlen_k == 0 or key.numel() == 0
+        if self.trivial:
+            return
+        arch = arch_of(self.device)
+        copies = tuple(_needs_copy(tensor, is_gpu(arch)) for tensor in (query, key, value))
+        self.copies = copies if any(copies) else None
+        query, key, value = (
+            torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format) if copy else tensor
+            for tensor, copy in zip((query, key, value), copies, strict=True)
+        )
+        key_packed = packed and page_table is None
+        key_dims = (0, 1, 2) if page_table is None else (0, 2, 1)
+        self.problem = abi.AttentionProblem(
+            batch=batch,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            packed_q=packed,
+            packed_k=key_packed,
+            page_size=page_size,
+            total_q=query.shape[0] if packed else 0,
+            total_k=key.shape[0] if key_packed else 0,
+            num_pages=0 if page_table is None else key.shape[0],
+            page_table_stride=0 if page_table is None else page_table.shape[1],
+            query_strides=_strides(query, packed),
+            key_strides=_strides(key, key_packed, key_dims),
+            value_strides=_strides(value, key_packed, key_dims),
+            output_strides=(0 if packed else seqlen_q * heads_q * head_dim, heads_q * head_dim, head_dim),
+            lse_strides=(0, query.shape[0]) if packed else (heads_q * seqlen_q, seqlen_q),
+            softmax_scale=softmax_scale,
+        )
+        name = kernel_name(arch, seqlen_q * (heads_q // heads_kv))
+        dtype = checks.DTYPE_NAMES[query.dtype]
+        self.kernel = jit.get_kernel(kernel_spec(name, dtype, head_dim, causal, arch, page_table is not None))
+        self.workspace_bytes = self.kernel.workspace_bytes(self.problem)
+
+    def run(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Allocates the output and, if wanted, the log-sum-exp, and launches on the current stream."""
+        output = query.new_empty(self.output_shape)
+        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=query.device) if return_lse else None
+        if self.trivial:
+            return output.zero_(), lse.fill_(-math.inf) if return_lse else None
+        if self.copies:
+            query, key, value = (
+                tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
+                for tensor, copy in zip((query, key, value), self.copies, strict=True)
+            )
+        seqlens_q, seqlens_k, page_table = indices
+        workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
+        tensors = abi.pack_tensors(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            output.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            0 if seqlens_q is None else seqlens_q.data_ptr(),
+            0 if seqlens_k is None else seqlens_k.data_ptr(),
+            0 if page_table is None else page_table.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+        )
+        launch(self.kernel, self.problem, tensors, self.device)
+        return output, lse
+
+
+def launch(kernel: jit.Kernel, problem: ctypes.Structure, tensors: bytes, device: torch.device) -> None:
+    """Launches where PyTorch would: on its CPU threads, or on the current stream of the tensors' GPU."""
+    if device.type == "cpu":
+        kernel.launch(problem, tensors, cpu_queue.executor())
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch.cuda.current_device():
+        kernel.launch(problem, tensors, stream)
+    else:
+        with torch.cuda.device(device.index):
+            kernel.launch(problem, tensors, stream)
+
+
+def _needs_copy(tensor: torch.Tensor, on_gpu: bool) -> bool:
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    if tensor.stride(-1) != 1:
+        return True
+    unit = GPU_ALIGNMENT // tensor.element_size()
+    return on_gpu and (tensor.data_ptr() % GPU_ALIGNMENT != 0 or any(stride % unit for stride in strides[:-1]))
+
+
+def _strides(tensor: torch.Tensor, packed: bool, dims: tuple[int, int, int] = (0, 1, 2)) -> tuple[int, int, int]:
+    strides = tensor.stride()
+    return (0, strides[0], strides[1]) if packed else tuple(strides[d] for d in dims)
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def attend(
+    check: Callable[..., None],
+    options: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    return_lse: bool,
+    indices: Indices = NO_INDICES,
+    max_seqlen: int = 0,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Runs one attention call. `check(query, key, value, *options)` raises where an argument is bad; it sees each layout
+    of arguments once, so it must look at nothing but shapes, dtypes and devices."""
+    try:
+        page_table = indices[2]
+        signature = (
+            check,
+            options,
+            causal,
+            softmax_scale,
+            query.dtype,
+            key.dtype,
+            value.dtype,
+            query.device,
+            key.device,
+            value.device,
+            query.shape,
+            key.shape,
+            value.shape,
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            None if page_table is None else page_table.shape,
+        )
+        if query.is_cuda:
+            signature += tuple(tensor.data_ptr() % GPU_ALIGNMENT for tensor in (query, key, value))
+        plan = _plans[signature]
+    except (KeyError, AttributeError, TypeError, RuntimeError):
+        check(query, key, value, *options)
+        scale = checks.softmax_scale(softmax_scale, query.shape[-1])
+        plan = Plan(query, key, value, indices, checks.flag("causal", causal), scale, max_seqlen)
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[signature] = plan
+    output, lse = plan.run(query, key, value, indices, return_lse)
+    return (output, lse) if return_lse else output
