@@ -125,6 +125,8 @@ def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str
 
 def values_readable(value: torch.Tensor) -> bool:
     """Whether values may be looked at: they live on the host, or AITER_CHECK_VALUES=1 accepts a synchronisation."""
+    if torch.compiler.is_compiling() or type(value) is not torch.Tensor:
+        return False  # a traced call has no values yet
     return value.is_cpu or os.environ.get("AITER_CHECK_VALUES") == "1"
 
 

@@ -149,7 +149,6 @@ def variable_length_attention(
     if page_table is not None:
         checks.pages_in_range(page_table, key.shape[0], key.shape[2], seq_lengths, longest)
     indices = Indices(seq_lengths, seq_lengths, page_table)
-    options = (*options, seq_lengths.shape[0]) if packed else options
     return attend(check, options, query, key, value, causal, softmax_scale, return_lse, indices, max_seq_len)
 
 
@@ -210,7 +209,7 @@ def _check_paged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bl
 
 
 def _check_variable_length(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int, batch: int | None = None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, (3, 4), f"{BSHD}, or packed {PACKED}")
@@ -233,7 +232,6 @@ def _check_variable_length_paged(
     value: torch.Tensor,
     max_seq_len: int,
     block_size: int,
-    batch: int | None = None,
 ) -> None:
     _check_cache(query, key, value, block_size, "")
     _check_padded_length(query, max_seq_len)
