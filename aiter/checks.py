@@ -7,10 +7,11 @@ unless AITER_CHECK_VALUES=1 asks for it: a call must not synchronise.
 from __future__ import annotations
 
 import math
-import os
 from numbers import Real
 
 import torch
+
+from aiter.jit import settings
 
 HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
@@ -127,7 +128,7 @@ def values_readable(value: torch.Tensor) -> bool:
     """Whether values may be looked at: they live on the host, or AITER_CHECK_VALUES=1 accepts a synchronisation."""
     if torch.compiler.is_compiling() or type(value) is not torch.Tensor:
         return False  # a traced call has no values yet
-    return value.is_cpu or os.environ.get("AITER_CHECK_VALUES") == "1"
+    return value.is_cpu or settings.flag("AITER_CHECK_VALUES")
 
 
 def lengths_in_range(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from aiter import abi, checks, jit
 from aiter.errors import UnsupportedDtypeError
-from aiter.jit.arch import arch_of
+from aiter.jit.arch import arch_of, is_gpu
 from aiter.jit.spec import Spec
 
 # GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
@@ -40,10 +40,6 @@ class Indices(NamedTuple):
 
 
 NO_INDICES = Indices()
-
-
-def is_gpu(arch: str) -> bool:
-    return arch.startswith(("gfx", "sm_"))
 
 
 def kernel_name(arch: str, rows: int) -> str:

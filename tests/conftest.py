@@ -1,7 +1,8 @@
 """Shared fixtures: a cache of kernels that lasts for one test run (or longer, where AITER_TEST_CACHE_DIR names one)."""
 
 import os
-from pathlib import Path
+import shutil
+import tempfile
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ settings.load_profile("aiter")
 
 def pytest_configure(config):
     """Kernels compile into a folder of this run's own, shared by its workers: tests neither read nor fill the user's."""
+    if hasattr(config, "workerinput"):
+        return  # inherits the folder of the process that started it
     chosen = os.environ.get("AITER_TEST_CACHE_DIR")
-    if chosen:
-        os.environ["AITER_CACHE_DIR"] = chosen
-    elif not hasattr(config, "workerinput"):
-        folder = config._tmp_path_factory.mktemp("kernels")
-        os.environ["AITER_CACHE_DIR"] = str(folder)  # workers inherit it
-    Path(os.environ["AITER_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
+    config.aiter_own_cache = None if chosen else tempfile.mkdtemp(prefix="aiter-test-kernels-")
+    os.environ["AITER_CACHE_DIR"] = chosen or config.aiter_own_cache
+
+
+def pytest_unconfigure(config):
+    if getattr(config, "aiter_own_cache", None):
+        shutil.rmtree(config.aiter_own_cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,49 @@
-"""The C header and its Python mirror describe the same structs."""
+"""The C header and its Python mirror describe the same structs, field by field."""
 
 import ctypes
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from aiter import abi
-from aiter.jit import sources
 
-STRUCTS = {
-    "aiter_attention_problem": abi.AttentionProblem,
-    "aiter_attention_tensors": abi.AttentionTensors,
-    "aiter_cpu_executor": abi.CpuExecutor,
-    "aiter_description": abi.Description,
-}
+HEADER = Path(__file__).parent.parent / "kernels_src" / "include" / "aiter_abi.h"
+
+
+def python_structs():
+    """The ctypes mirrors by their C names: AttentionProblem mirrors aiter_attention_problem."""
+    classes = (c for c in vars(abi).values() if isinstance(c, type) and issubclass(c, ctypes.Structure))
+    return {"aiter" + re.sub("([A-Z])", lambda m: "_" + m[1].lower(), c.__name__): c for c in classes}
+
+
+def test_every_struct_is_mirrored():
+    declared = set(re.findall(r"^typedef struct (\w+)", HEADER.read_text(), re.MULTILINE))
+    assert declared and declared == set(python_structs())
+
+
+def test_version():
+    assert f"#define AITER_ABI_VERSION {abi.ABI_VERSION}\n" in HEADER.read_text()
+
+
+def test_layouts(tmp_path):
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        pytest.skip("no C compiler (cc, gcc, clang) on PATH")
+    lines = ["#include <stddef.h>", "#include <stdio.h>", f'#include "{HEADER}"', "int main(void) {"]
+    expected = []
+    for name, cls in python_structs().items():
+        lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
+        expected.append(f"{name} {ctypes.sizeof(cls)}")
+        for field, *_ in cls._fields_:
+            member = f"(({name} *)0)->{field}"
+            lines.append(f'printf("{name}.{field} %zu %zu\\n", offsetof({name}, {field}), sizeof({member}));')
+            expected.append(f"{name}.{field} {getattr(cls, field).offset} {getattr(cls, field).size}")
+    source, program = tmp_path / "layout.c", tmp_path / "layout"
+    source.write_text("\n".join([*lines, "return 0; }"]))
+    subprocess.run([compiler, str(source), "-o", str(program)], check=True)
+    printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    assert printed.splitlines() == expected
+    assert len(expected) > 30
