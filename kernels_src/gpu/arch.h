@@ -1,0 +1,81 @@
+/* What differs from chip to chip, behind one interface. arch/gfx9.h (AMD CDNA: MFMA, waves of 64) and arch/sm80.h
+ * (NVIDIA from Ampere on: mma.sync, warps of 32) each provide, in namespace aiter:
+ *
+ * The wave
+ *   WAVE                       lanes of a wave
+ *   XCDS                       chiplets over which consecutive blocks are dealt in turn (1: none)
+ *   lane(), wave()             this lane in its wave; this wave in its block, as a scalar
+ *   block(), barrier()         this block in the grid; wait for all waves of the block, shared memory ordered
+ *   exp2(x), log2(x)           hardware approximations, fp32; exp2(-inf) = 0
+ *   wave_any(c), ballot(c)     is c true in any lane; one bit for each lane where it is
+ *   first_lane(bits)           the lowest lane in a ballot
+ *   from_lane(x, l), wave_sum(x)
+ *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
+ *
+ * Elements: fp16 or bf16, held as 16 raw bits
+ *   to_float(bits), to_element(x)          one value, rounded to nearest
+ *   to_elements(x, y)                      two, packed; the first in the low half
+ *
+ * Accumulator<ROW_TILES, COLUMNS>: fp32 matrix of ROW_TILES * ROW_TILE rows, spread over the lanes of a wave. Rows are
+ * query rows; columns are keys (the scores S) or head dimensions (the output O). Both arches keep one row in
+ * LANES_PER_ROW lanes, so the softmax of a row stays in registers:
+ *   SLOTS, VALUES              rows that a lane holds a part of; values of each that it holds
+ *   get(slot, i), set(slot, i, x)   a value; slot and i must be compile-time constants after unrolling
+ *   row(slot), column(i)       where in the matrix this lane's value stands. Lanes of equal row(slot) share that row.
+ *   COLUMN_RUN                 columns of i, i+1, ... i+COLUMN_RUN-1 are adjacent when i % COLUMN_RUN == 0, and a run
+ *                              never crosses a multiple of 8
+ *   row_max(x), row_sum(x)     over the lanes that share a row (all of them get the result)
+ *   lane_leads_row()           is this the first of the lanes that share a row
+ *   store_run(pointer, bits)   writes COLUMN_RUN elements, packed in pairs
+ *
+ * Query<HEAD_DIM, ROW_TILES>: the rows of Q a wave works on, as operand of the matrix unit
+ *   SHARED_BYTES               shared memory that one wave needs for it (0: all in registers)
+ *   load(shared, row, negate)  row(r): pointer to query row r of this wave's tile, or null for zeros
+ *
+ * KeyValueTile<HEAD_DIM, KEYS, THREADS>: KEYS tokens of K and of V on their way from global into shared memory, carried
+ * by THREADS threads (a block, or one wave of it). The copy of the next tile runs while this one is used:
+ *   SHARED_BYTES
+ *   KeyValueTile(shared, thread)
+ *   issue(rows, first)         start to fetch keys first ... first+KEYS-1 (rows: see KeyValueRows in sequence.h)
+ *   publish(sync)              wait for that tile and make it the current one, once all threads are done with the one
+ *                              before. sync() is called where the THREADS threads must meet: pass barrier, or
+ *                              wave_sync when they are one wave
+ *   scores(query, s)           s = Q * K^T for the current tile
+ *   accumulate(s, o)           o += round(s) * V: s holds the probabilities by now
+ * Tokens past the end of the sequence read as zeros in V; what they give in s is finite or not, but never undefined.
+ *
+ * Shapes: Shape<HEAD_DIM> proposes, for many query rows, ROW_TILES, KEYS, WAVES and BLOCKS (blocks that should fit
+ * into one CU/SM at once; for __launch_bounds__).
+ *
+ * An arch that has its own main loop (wgmma on sm_90a, two alternating wave groups on gfx942) defines
+ * AITER_ARCH_MAIN_LOOP and provides attend(...) as declared in attention_forward.hip, which then uses that one. */
+#ifndef AITER_GPU_ARCH_H
+#define AITER_GPU_ARCH_H
+
+#include "gpu/runtime.h"
+
+namespace aiter {
+
+typedef uint16_t Element; /* bits of an fp16 or bf16 */
+
+__host__ __device__ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+/* Tiles of rows in shared memory: rows of CHUNKS 16-byte chunks, padded to whole 128-byte lines (all 32 banks). Chunk c
+ * of row r stands at c ^ (r % 8) within its line, so that equal chunks of eight neighbouring rows, and all chunks of one
+ * line of a row, lie in different banks. */
+template <int HEAD_DIM> struct RowLayout {
+    static constexpr int BYTES = round_up(HEAD_DIM, 64) * 2;
+    static __device__ __forceinline__ uint32_t chunk(int row, int chunk) {
+        return static_cast<uint32_t>(row * BYTES + ((chunk ^ (row & 7)) << 4));
+    }
+};
+
+} // namespace aiter
+
+#if defined(__HIP__)
+#include "gpu/arch/gfx9.h"
+#else
+#include "gpu/arch/sm80.h"
+#endif
+
+#endif

@@ -1,0 +1,349 @@
+/* AMD CDNA: gfx90a (MI200), gfx942 (MI300), gfx950 (MI350). Implements the interface described in gpu/arch.h.
+ *
+ * Everything is computed transposed. Scores: S^T = K Q^T, output: O^T = V^T P^T, both in 32x32 tiles of MFMA. A lane of
+ * the 64 then holds one query row (lane % 32), and 16 of 32 keys or dimensions (half = lane / 32 picks which):
+ *
+ *     accumulator register r  <->  column 8 * (r / 4) + 4 * half + r % 4
+ *
+ * The B operand P^T of the second product wants, per lane, one query row and a run of keys: the registers that the first
+ * product left behind, once converted to 16 bit. P never leaves its registers. All operands follow one rule, "a lane
+ * holds 8 consecutive places of the contraction, of its half":
+ *   K, Q   places are dimensions: chunk 2 J + half of 16 bytes, for each 16 dimensions J
+ *   P      places are keys in accumulator order, so registers 8 J ... 8 J + 7
+ *   V^T    stored in shared memory transposed, [dimension][key], with keys in the order P has them: the groups of four
+ *          keys numbered (J, a, half) are stored at (J, half, a)
+ * which is one operand of gfx950's 32x32x16 MFMA, or two of the 32x32x8 one. (Layouts: AMD's matrix instruction
+ * calculator; they are tested against the emulator in tests/emulator.)
+ *
+ * A thread copies 16 bytes (8 dimensions) of four neighbouring keys: global loads to registers while the tile before is
+ * in use, then to shared memory; the 4 x 8 block of V is transposed in registers by byte permutes on the way. */
+#ifndef AITER_GPU_ARCH_GFX9_H
+#define AITER_GPU_ARCH_GFX9_H
+
+namespace aiter {
+
+constexpr int WAVE = 64;
+constexpr int ROW_TILE = 32;
+constexpr int LANES_PER_ROW = 2;
+constexpr int COLUMN_RUN = 4;
+#if defined(__gfx90a__)
+constexpr int XCDS = 1; /* the two dies of an MI250 are two devices */
+#else
+constexpr int XCDS = 8;
+#endif
+
+typedef uint32_t u32x2 __attribute__((ext_vector_type(2)));
+typedef uint32_t u32x4 __attribute__((ext_vector_type(4)));
+typedef float f32x16 __attribute__((ext_vector_type(16)));
+typedef _Float16 f16x4 __attribute__((ext_vector_type(4)));
+typedef _Float16 f16x8 __attribute__((ext_vector_type(8)));
+typedef short i16x4 __attribute__((ext_vector_type(4)));
+typedef __bf16 bf16x8 __attribute__((ext_vector_type(8)));
+
+/* ---- the wave ---- */
+
+__device__ __forceinline__ int thread_in_block() { return static_cast<int>(__builtin_amdgcn_workitem_id_x()); }
+__device__ __forceinline__ int lane() { return thread_in_block() & (WAVE - 1); }
+__device__ __forceinline__ int wave() { return __builtin_amdgcn_readfirstlane(thread_in_block() / WAVE); }
+__device__ __forceinline__ int block() { return static_cast<int>(__builtin_amdgcn_workgroup_id_x()); }
+
+__device__ __forceinline__ void barrier() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+/* Within one wave the LDS executes in order; only the compiler must keep it. */
+__device__ __forceinline__ void wave_sync() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+__device__ __forceinline__ float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
+__device__ __forceinline__ float log2(float x) { return __builtin_amdgcn_logf(x); }
+__device__ __forceinline__ float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
+
+__device__ __forceinline__ uint64_t ballot(bool condition) {
+    return __builtin_amdgcn_uicmp(static_cast<int>(condition), 0, 33 /* != */);
+}
+__device__ __forceinline__ int first_lane(uint64_t lanes) { return __builtin_ctzll(lanes); }
+__device__ __forceinline__ bool wave_any(bool condition) { return ballot(condition) != 0; }
+
+__device__ __forceinline__ float from_lane(float x, int source) {
+    return __builtin_bit_cast(float, __builtin_amdgcn_ds_bpermute(source * 4, __builtin_bit_cast(int, x)));
+}
+__device__ __forceinline__ int from_lane(int x, int source) { return __builtin_amdgcn_ds_bpermute(source * 4, x); }
+__device__ __forceinline__ float exchange_halves(float x) { return from_lane(x, lane() ^ 32); }
+
+template <class T> __device__ __forceinline__ T wave_sum(T x) {
+#pragma unroll
+    for (int distance = 1; distance < WAVE; distance *= 2) x += from_lane(x, lane() ^ distance);
+    return x;
+}
+__device__ __forceinline__ float row_max(float x) { return __builtin_fmaxf(x, exchange_halves(x)); }
+__device__ __forceinline__ float row_sum(float x) { return x + exchange_halves(x); }
+
+__device__ __forceinline__ bool lane_leads_row() { return lane() < 32; }
+
+/* ---- shared memory (LDS) ---- */
+
+typedef uint32_t SharedAddress;
+template <class T> using LdsPointer = __attribute__((address_space(3))) T *;
+
+__device__ __forceinline__ SharedAddress shared_address(void *pointer) {
+    return static_cast<SharedAddress>(reinterpret_cast<uintptr_t>((LdsPointer<char>)pointer));
+}
+template <class T> __device__ __forceinline__ T shared_load(SharedAddress address) {
+    return *reinterpret_cast<LdsPointer<T>>(static_cast<uintptr_t>(address));
+}
+template <class T> __device__ __forceinline__ void shared_store(SharedAddress address, T value) {
+    *reinterpret_cast<LdsPointer<T>>(static_cast<uintptr_t>(address)) = value;
+}
+
+/* ---- global memory ---- */
+
+__device__ __forceinline__ void store_run(Element *to, const uint32_t (&run)[2]) {
+    *reinterpret_cast<u32x2 *>(to) = u32x2{run[0], run[1]};
+}
+
+/* ---- elements ---- */
+
+#if defined(AITER_DTYPE_BF16)
+__device__ __forceinline__ float to_float(Element bits) {
+    return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
+}
+#if defined(__gfx950__)
+__device__ __forceinline__ uint32_t to_elements(float x, float y) {
+    typedef __bf16 bf16x2 __attribute__((ext_vector_type(2)));
+    bf16x2 pair = {static_cast<__bf16>(x), static_cast<__bf16>(y)};
+    return __builtin_bit_cast(uint32_t, pair);
+}
+#else
+/* To nearest, ties away from zero: one addition each and a byte permute. A NaN that came from 16-bit inputs has zeros in
+ * its low half, as has the one that the hardware makes, so the addition never carries out of it. */
+__device__ __forceinline__ uint32_t to_elements(float x, float y) {
+    const uint32_t a = __builtin_bit_cast(uint32_t, x) + 0x8000u, b = __builtin_bit_cast(uint32_t, y) + 0x8000u;
+    return __builtin_amdgcn_perm(b, a, 0x07060302u);
+}
+#endif
+#else
+__device__ __forceinline__ float to_float(Element bits) {
+    return static_cast<float>(__builtin_bit_cast(_Float16, bits));
+}
+__device__ __forceinline__ uint32_t to_elements(float x, float y) {
+    typedef _Float16 f16x2 __attribute__((ext_vector_type(2)));
+    f16x2 pair = {static_cast<_Float16>(x), static_cast<_Float16>(y)};
+    return __builtin_bit_cast(uint32_t, pair);
+}
+#endif
+__device__ __forceinline__ Element to_element(float x) { return static_cast<Element>(to_elements(x, x)); }
+
+/* ---- matrices ---- */
+
+/* tile += A * B over 16 places of the contraction: a lane's eight of A and its eight of B. */
+__device__ __forceinline__ f32x16 multiply_add(u32x4 a, u32x4 b, f32x16 tile) {
+#if defined(__gfx950__) && defined(AITER_DTYPE_BF16)
+    return __builtin_amdgcn_mfma_f32_32x32x16_bf16(__builtin_bit_cast(bf16x8, a), __builtin_bit_cast(bf16x8, b), tile,
+                                                   0, 0, 0);
+#elif defined(__gfx950__)
+    return __builtin_amdgcn_mfma_f32_32x32x16_f16(__builtin_bit_cast(f16x8, a), __builtin_bit_cast(f16x8, b), tile, 0,
+                                                  0, 0);
+#elif defined(AITER_DTYPE_BF16)
+    tile = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(__builtin_bit_cast(i16x4, a.xy), __builtin_bit_cast(i16x4, b.xy),
+                                                    tile, 0, 0, 0);
+    return __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(__builtin_bit_cast(i16x4, a.zw), __builtin_bit_cast(i16x4, b.zw),
+                                                    tile, 0, 0, 0);
+#else
+    tile = __builtin_amdgcn_mfma_f32_32x32x8f16(__builtin_bit_cast(f16x4, a.xy), __builtin_bit_cast(f16x4, b.xy), tile,
+                                                0, 0, 0);
+    return __builtin_amdgcn_mfma_f32_32x32x8f16(__builtin_bit_cast(f16x4, a.zw), __builtin_bit_cast(f16x4, b.zw), tile,
+                                                0, 0, 0);
+#endif
+}
+
+template <int ROW_TILES, int COLUMNS> struct Accumulator {
+    static constexpr int SLOTS = ROW_TILES;
+    static constexpr int TILES = round_up(COLUMNS, 32) / 32;
+    static constexpr int VALUES = TILES * 16;
+    f32x16 tile[ROW_TILES][TILES];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) tile[m][n] = f32x16(0.0f);
+    }
+    __device__ __forceinline__ float get(int slot, int i) const { return tile[slot][i / 16][i % 16]; }
+    __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot][i / 16][i % 16] = x; }
+    static __device__ __forceinline__ int row(int slot) { return slot * 32 + (lane() & 31); }
+    static __device__ __forceinline__ int column(int i) {
+        return i / 16 * 32 + i % 16 / 4 * 8 + lane() / 32 * 4 + i % 4;
+    }
+};
+
+template <int HEAD_DIM, int ROW_TILES> struct Query {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
+    static constexpr int SHARED_BYTES = 0;
+    u32x4 operand[ROW_TILES][STEPS];
+
+    template <class RowPointer>
+    __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
+        const uint32_t sign = negate ? 0x80008000u : 0u;
+        const int half = lane() / 32;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+            const Element *source = row(m * 32 + (lane() & 31));
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+                u32x4 chunk = {0, 0, 0, 0};
+                if (source != nullptr && (16 * j + 8 < HEAD_DIM || half == 0))
+                    chunk = *reinterpret_cast<const u32x4 *>(source + 16 * j + 8 * half) ^ sign;
+                operand[m][j] = chunk;
+            }
+        }
+    }
+};
+
+template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
+    static constexpr int CHUNKS = round_up(HEAD_DIM, 32) / 8; /* of 16 bytes in a row that V^T needs */
+    static constexpr int LANE_CHUNKS = 8;                     /* neighbouring chunks copied by neighbouring lanes */
+    static constexpr int GROUPS = KEYS / 4;
+    static constexpr int UNITS = round_up(CHUNKS, LANE_CHUNKS) * GROUPS; /* 16 bytes of 4 keys each */
+    static constexpr int COPIES = round_up(UNITS, THREADS) / THREADS;
+    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
+    static constexpr int VALUE_BYTES = CHUNKS * 8 * KEYS * 2;
+    static constexpr int SHARED_BYTES = KEY_BYTES + VALUE_BYTES;
+    static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+
+    SharedAddress key_tile, value_tile;
+    int thread;
+    int current_valid = 0, coming_valid = 0; /* tokens of the tile that exist */
+    u32x4 key[COPIES][4], value[COPIES][4];  /* on their way */
+
+    __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
+        : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
+
+    /* The unit copied: chunk (8 dimensions) and place of the group of four keys in V^T. Eight lanes take one line of a
+     * row, so that global loads are whole 128-byte lines; the next eight the group in the other half of the same 16
+     * bytes of V^T, so that the transposed 8-byte stores of 16 lanes fill all banks. */
+    __device__ __forceinline__ int unit(int copy) const { return thread + copy * THREADS; }
+    static __device__ __forceinline__ int unit_chunk(int unit) {
+        return unit % LANE_CHUNKS + unit / (LANE_CHUNKS * GROUPS) * LANE_CHUNKS;
+    }
+    static __device__ __forceinline__ int unit_place(int unit) { return unit / LANE_CHUNKS % GROUPS; }
+    static __device__ __forceinline__ int unit_key(int unit) { /* (J, half, a) -> first key of (J, a, half) */
+        const int place = unit_place(unit);
+        return (place & ~3) * 4 + (place & 1) * 8 + (place & 2) * 2;
+    }
+
+    /* V^T: a row of KEYS elements for each dimension. Its 16-byte chunks are rotated within 128-byte lines so that
+     * neither eight neighbouring dimensions (reads) nor dimensions 8 apart (transposed stores) meet in a bank. */
+    static __device__ __forceinline__ uint32_t value_offset(int dimension, int chunk) {
+        const int near = KEYS >= 64 ? dimension : dimension / 2;
+        const int turn = (near & (KEYS >= 64 ? 7 : 3)) ^ (dimension / 8 & 7);
+        return static_cast<uint32_t>(((dimension * (KEYS / 8) + chunk) ^ turn) << 4);
+    }
+
+    template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
+        coming_valid = rows.count - first;
+        const auto tile = rows.tile(first);
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int chunk = unit_chunk(unit(copy));
+            if (chunk < HEAD_DIM / 8 && (UNITS % THREADS == 0 || unit(copy) < UNITS)) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const auto place = tile.place(unit_key(unit(copy)) + k);
+                    key[copy][k] = *reinterpret_cast<const u32x4 *>(tile.key(place) + chunk * 16);
+                    value[copy][k] = *reinterpret_cast<const u32x4 *>(tile.value(place) + chunk * 16);
+                }
+            } else {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
+            }
+        }
+    }
+
+    template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
+        sync();
+        current_valid = coming_valid;
+        if (current_valid < KEYS) { /* the sequence ends within this tile: its last token was read in place of others */
+#pragma unroll
+            for (int copy = 0; copy < COPIES; ++copy)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    if (unit_key(unit(copy)) + k >= current_valid) value[copy][k] = u32x4{0, 0, 0, 0};
+        }
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int chunk = unit_chunk(unit(copy)), first = unit_key(unit(copy)), place = unit_place(unit(copy));
+            if (UNITS % THREADS != 0 && unit(copy) >= UNITS) continue;
+            if (chunk * 8 < STEPS * 16) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    shared_store(key_tile + RowLayout<HEAD_DIM>::chunk(first + k, chunk), key[copy][k]);
+            }
+            if (chunk < CHUNKS) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
+                    const u32x2 four = {__builtin_amdgcn_perm(value[copy][1][i / 2], value[copy][0][i / 2], half),
+                                        __builtin_amdgcn_perm(value[copy][3][i / 2], value[copy][2][i / 2], half)};
+                    shared_store(value_tile + value_offset(chunk * 8 + i, place / 2) + place % 2 * 8, four);
+                }
+            }
+        }
+        sync();
+    }
+
+    template <int ROW_TILES>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
+                                           Accumulator<ROW_TILES, KEYS> &s) const {
+        const int row = lane() & 31, half = lane() / 32;
+        s.clear();
+#pragma unroll
+        for (int n = 0; n < KEYS / 32; ++n)
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+                const u32x4 k = shared_load<u32x4>(
+                    key_tile + (RowLayout<HEAD_DIM>::chunk(row, half) ^ ((2 * j & 7) << 4)) + (2 * j / 8) * 128 +
+                    n * 32 * RowLayout<HEAD_DIM>::BYTES);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
+            }
+    }
+
+    template <int ROW_TILES>
+    __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
+                                               Accumulator<ROW_TILES, HEAD_DIM> &o) const {
+        const int dimension = lane() & 31, half = lane() / 32;
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; ++j) {
+            u32x4 p[ROW_TILES];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) p[m][i] = to_elements(s.get(m, 8 * j + 2 * i), s.get(m, 8 * j + 2 * i + 1));
+#pragma unroll
+            for (int n = 0; n < Accumulator<ROW_TILES, HEAD_DIM>::TILES; ++n) {
+                const u32x4 v = shared_load<u32x4>(value_tile + value_offset(n * 32 + dimension, 2 * j + half));
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
+            }
+        }
+    }
+};
+
+/* Four waves of 32 query rows. 64 KB LDS of a CU hold the tiles of two blocks, so that one computes while the other
+ * copies or waits. */
+template <int HEAD_DIM> struct Shape {
+    static constexpr int ROW_TILES = 1;
+    static constexpr int KEYS = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;
+    static constexpr int WAVES = 4;
+    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+};
+
+} // namespace aiter
+
+#endif

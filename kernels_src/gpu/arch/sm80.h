@@ -1,0 +1,317 @@
+/* NVIDIA from sm_80 on: mma.sync m16n8k16, ldmatrix, cp.async. Implements the interface described in gpu/arch.h.
+ *
+ * Scores S = Q K^T and output O += P V in tiles of 16 rows and 8 columns. In one tile a lane holds (PTX ISA, "Matrix
+ * fragments for mma.m16n8k16"; g = lane / 4, t = lane % 4)
+ *
+ *     c0 c1 : row g,     columns 2 t, 2 t + 1
+ *     c2 c3 : row g + 8, columns 2 t, 2 t + 1
+ *
+ * so a lane has two rows of each 16 (slots), a quad of lanes shares them, and two neighbouring tiles of S, rounded to 16
+ * bit, are the A operand of the second product as they stand: P never leaves its registers.
+ *
+ * K and V go by cp.async into one of two stages of shared memory while the other is in use. K is read by ldmatrix, V by
+ * ldmatrix.trans, both 16 x 16 elements at a time. With 32 rows a wave (two row tiles) each of those feeds four mma; with
+ * 16 it would be two, and shared memory would be the bottleneck. */
+#ifndef AITER_GPU_ARCH_SM80_H
+#define AITER_GPU_ARCH_SM80_H
+
+namespace aiter {
+
+constexpr int WAVE = 32;
+constexpr int ROW_TILE = 16;
+constexpr int LANES_PER_ROW = 4;
+constexpr int COLUMN_RUN = 2;
+constexpr int XCDS = 1;
+
+/* ---- the wave ---- */
+
+__device__ __forceinline__ int thread_in_block() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int lane() { return thread_in_block() & (WAVE - 1); }
+__device__ __forceinline__ int wave() { return __shfl_sync(~0u, thread_in_block() / WAVE, 0); }
+__device__ __forceinline__ int block() { return static_cast<int>(blockIdx.x); }
+
+__device__ __forceinline__ void barrier() { __syncthreads(); }
+__device__ __forceinline__ void wave_sync() { __syncwarp(); }
+
+__device__ __forceinline__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ __forceinline__ float reciprocal(float x) { return __frcp_rn(x); }
+
+__device__ __forceinline__ uint64_t ballot(bool condition) { return __ballot_sync(~0u, condition); }
+__device__ __forceinline__ int first_lane(uint64_t lanes) { return __ffsll(static_cast<long long>(lanes)) - 1; }
+__device__ __forceinline__ bool wave_any(bool condition) { return __any_sync(~0u, condition); }
+
+template <class T> __device__ __forceinline__ T from_lane(T x, int source) { return __shfl_sync(~0u, x, source); }
+template <class T> __device__ __forceinline__ T wave_sum(T x) {
+#pragma unroll
+    for (int distance = 1; distance < WAVE; distance *= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+__device__ __forceinline__ float row_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float row_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ bool lane_leads_row() { return lane() % 4 == 0; }
+
+/* ---- shared memory ---- */
+
+typedef uint32_t SharedAddress;
+
+__device__ __forceinline__ SharedAddress shared_address(void *pointer) {
+    return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
+}
+template <class T> __device__ __forceinline__ T shared_load(SharedAddress address) {
+    return *static_cast<const T *>(__cvta_shared_to_generic(address));
+}
+template <class T> __device__ __forceinline__ void shared_store(SharedAddress address, T value) {
+    *static_cast<T *>(__cvta_shared_to_generic(address)) = value;
+}
+
+/* Four 8 x 8 matrices of 16-bit elements; lane l names row l % 8 of matrix l / 8. */
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row));
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], SharedAddress row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(row));
+}
+/* 16 bytes, past the first-level cache; zeros, and nothing read, when not `valid`. */
+__device__ __forceinline__ void copy_async(SharedAddress to, const char *from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+/* ---- global memory ---- */
+
+__device__ __forceinline__ void store_run(Element *to, const uint32_t (&run)[1]) {
+    *reinterpret_cast<uint32_t *>(to) = run[0];
+}
+
+/* ---- elements ---- */
+
+#if defined(AITER_DTYPE_BF16)
+__device__ __forceinline__ float to_float(Element bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+__device__ __forceinline__ uint32_t to_elements(float x, float y) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+#else
+__device__ __forceinline__ float to_float(Element bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+__device__ __forceinline__ uint32_t to_elements(float x, float y) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+#endif
+__device__ __forceinline__ Element to_element(float x) { return static_cast<Element>(to_elements(x, x)); }
+
+/* ---- matrices ---- */
+
+/* c (16 x 8) += A (16 x 16) * B (16 x 8) */
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if defined(AITER_DTYPE_BF16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+#endif
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <int ROW_TILES, int COLUMNS> struct Accumulator {
+    static constexpr int SLOTS = 2 * ROW_TILES;
+    static constexpr int TILES = round_up(COLUMNS, 16) / 8;
+    static constexpr int VALUES = TILES * 2;
+    float tile[ROW_TILES][TILES][4];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) tile[m][n][i] = 0.0f;
+    }
+    __device__ __forceinline__ float get(int slot, int i) const { return tile[slot / 2][i / 2][slot % 2 * 2 + i % 2]; }
+    __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot / 2][i / 2][slot % 2 * 2 + i % 2] = x; }
+    static __device__ __forceinline__ int row(int slot) { return slot * 8 + lane() / 4; }
+    static __device__ __forceinline__ int column(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
+};
+
+/* Lane l's row and column when 16 x 16 elements are read as four 8 x 8 matrices in the order (0,0) (8,0) (0,8) (8,8). */
+__device__ __forceinline__ int matrix_row() { return lane() % 16; }
+__device__ __forceinline__ int matrix_chunk() { return lane() / 16; }
+
+template <int HEAD_DIM, int ROW_TILES> struct Query {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
+    static constexpr int CHUNKS = RowLayout<HEAD_DIM>::BYTES / 16;
+    static constexpr bool IN_REGISTERS = ROW_TILES * STEPS * 4 <= 32;
+    static constexpr int ROWS = ROW_TILES * 16;
+    static constexpr int SHARED_BYTES = ROWS * RowLayout<HEAD_DIM>::BYTES;
+    SharedAddress rows;
+    uint32_t operand[IN_REGISTERS ? ROW_TILES : 1][IN_REGISTERS ? STEPS : 1][4];
+
+    template <class RowPointer>
+    __device__ __forceinline__ void load(SharedAddress shared, RowPointer row, bool negate) {
+        const uint32_t sign = negate ? 0x80008000u : 0u;
+        rows = shared;
+#pragma unroll 4
+        for (int i = lane(); i < ROWS * CHUNKS; i += WAVE) {
+            const int r = i / CHUNKS, chunk = i % CHUNKS;
+            const Element *source = row(r);
+            uint4 bits = {0, 0, 0, 0};
+            if (source != nullptr && chunk < HEAD_DIM / 8) bits = reinterpret_cast<const uint4 *>(source)[chunk];
+            bits.x ^= sign, bits.y ^= sign, bits.z ^= sign, bits.w ^= sign;
+            shared_store(shared + RowLayout<HEAD_DIM>::chunk(r, chunk), bits);
+        }
+        __syncwarp();
+        if constexpr (IN_REGISTERS)
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int j = 0; j < STEPS; ++j) read(operand[m][j], m, j);
+    }
+    __device__ __forceinline__ void read(uint32_t (&a)[4], int m, int j) const {
+        load_matrices(a, rows + (RowLayout<HEAD_DIM>::chunk(matrix_row(), matrix_chunk()) ^ ((2 * j & 7) << 4)) +
+                             2 * j / 8 * 128 + m * 16 * RowLayout<HEAD_DIM>::BYTES);
+    }
+};
+
+template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
+    static constexpr int CHUNKS = STEPS * 2; /* of 16 bytes in a row; those past HEAD_DIM hold zeros */
+    static constexpr int UNITS = CHUNKS * KEYS / 4;
+    static constexpr int COPIES = round_up(UNITS, THREADS) / THREADS;
+    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
+    static constexpr int STAGE_BYTES = 2 * KEY_BYTES;
+    static constexpr int SHARED_BYTES = 2 * STAGE_BYTES;
+    static_assert(KEYS % 16 == 0, "whole mma tiles");
+
+    SharedAddress shared, current, coming;
+    int thread;
+
+    __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
+        : shared(shared), current(shared + STAGE_BYTES), coming(shared), thread(thread) {}
+
+    /* Every thread copies a 16-byte chunk of four neighbouring tokens, of K and of V. */
+    template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
+        const auto tile = rows.tile(first);
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int unit = thread + copy * THREADS;
+            if (UNITS % THREADS != 0 && unit >= UNITS) break;
+            const int chunk = unit % CHUNKS;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const int token = unit / CHUNKS * 4 + k;
+                const bool valid = first + token < rows.count && chunk < HEAD_DIM / 8;
+                const auto place = tile.place(token);
+                const SharedAddress to = coming + RowLayout<HEAD_DIM>::chunk(token, chunk);
+                copy_async(to, tile.key(place) + chunk * 16, valid);
+                copy_async(to + KEY_BYTES, tile.value(place) + chunk * 16, valid);
+            }
+        }
+    }
+
+    template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
+        wait_for_copies();
+        sync();
+        const SharedAddress free = current;
+        current = coming;
+        coming = free;
+    }
+
+    template <int ROW_TILES>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
+                                           Accumulator<ROW_TILES, KEYS> &s) const {
+        const SharedAddress lane_row = current + RowLayout<HEAD_DIM>::chunk(matrix_row(), matrix_chunk());
+        s.clear();
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+            uint32_t q[ROW_TILES][4];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                if constexpr (Query<HEAD_DIM, ROW_TILES>::IN_REGISTERS) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) q[m][i] = query.operand[m][j][i];
+                } else {
+                    query.read(q[m], m, j);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < KEYS / 16; ++n) {
+                uint32_t k[4];
+                load_matrices(k, (lane_row ^ ((2 * j & 7) << 4)) + 2 * j / 8 * 128 +
+                                     n * 16 * RowLayout<HEAD_DIM>::BYTES);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    multiply_add(s.tile[m][2 * n], q[m], k[0], k[2]);
+                    multiply_add(s.tile[m][2 * n + 1], q[m], k[1], k[3]);
+                }
+            }
+        }
+    }
+
+    template <int ROW_TILES>
+    __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
+                                               Accumulator<ROW_TILES, HEAD_DIM> &o) const {
+        const SharedAddress lane_row =
+            current + KEY_BYTES + RowLayout<HEAD_DIM>::chunk(matrix_row(), matrix_chunk());
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; ++j) {
+            uint32_t p[ROW_TILES][4];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float(&c)[4] = s.tile[m][2 * j + i / 2];
+                    p[m][i] = to_elements(c[i % 2 * 2], c[i % 2 * 2 + 1]);
+                }
+#pragma unroll
+            for (int n = 0; n < STEPS; ++n) {
+                uint32_t v[4];
+                load_matrices_transposed(v, (lane_row ^ ((2 * n & 7) << 4)) + 2 * n / 8 * 128 +
+                                                j * 16 * RowLayout<HEAD_DIM>::BYTES);
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    multiply_add(o.tile[m][2 * n], p[m], v[0], v[1]);
+                    multiply_add(o.tile[m][2 * n + 1], p[m], v[2], v[3]);
+                }
+            }
+        }
+    }
+};
+
+/* 128 query rows: four waves of 32, or eight of 16 where the output of 32 would not fit into the registers. */
+template <int HEAD_DIM> struct Shape {
+    static constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1;
+    static constexpr int KEYS = 64;
+    static constexpr int WAVES = HEAD_DIM <= 128 ? 4 : 8;
+    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+};
+
+} // namespace aiter
+
+#endif

@@ -1,0 +1,178 @@
+/* Attention for many query tokens: output = softmax(scale * Q K^T) V, keys a tile at a time, nothing of it in memory.
+ *
+ *                 keys ->   tile 0   tile 1   tile 2  ...
+ *                         +--------+--------+--------+
+ *   query rows   wave 0   |        |        |        |     A block has a tile of query rows of one head; each of its
+ *     of one     wave 1   |  S, P  |        |        |     waves has some of the rows, with all their keys.
+ *     block      wave 2   |        |        |        |
+ *                wave 3   +--------+--------+--------+
+ *
+ *   where it lives   registers: Q (or shared memory, see the arch), S/P of one tile, O, maximum and sum of each row
+ *                    shared memory: K and V of one tile, for all waves; the next tile is on its way there
+ *
+ *   each tile        publish     the tile that was on its way is the current one (block barrier)
+ *                    issue       the tile after it sets off: its copy runs during what follows
+ *                    scores      S = Q K^T          matrix unit
+ *                    mask        only where the diagonal or the end of the sequence cuts the tile
+ *                    update      P = exp2(S - max)  vector unit, while other waves use the matrix unit
+ *                    accumulate  O += P V           matrix unit
+ *
+ *   at the end       O / sum and the log-sum-exp go to memory. Causal only: a NaN that a masked value has left in a row
+ *                    (0 * inf within a matrix product) is found there, and that row is computed again key by key.
+ *
+ * Blocks of one KV head stand together in the grid, and of these the ones with most keys come first, so that the short
+ * ones fill the gaps at the end. Built for one dtype, AITER_HEAD_DIM, AITER_CAUSAL and AITER_PAGED. */
+#include "gpu/softmax.h"
+
+#ifndef AITER_PAGED
+#define AITER_PAGED 0
+#endif
+
+namespace aiter {
+
+constexpr int HEAD_DIM = AITER_HEAD_DIM;
+constexpr bool CAUSAL = AITER_CAUSAL, PAGED = AITER_PAGED;
+using Tile = Shape<HEAD_DIM>;
+constexpr int THREADS = Tile::WAVES * WAVE;
+constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE, BLOCK_ROWS = Tile::WAVES * WAVE_ROWS;
+
+using Problem = Sequence<CAUSAL, PAGED>;
+using Queries = Query<HEAD_DIM, Tile::ROW_TILES>;
+using KeysAndValues = KeyValueTile<HEAD_DIM, Tile::KEYS, THREADS>;
+using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
+using Output = Accumulator<Tile::ROW_TILES, HEAD_DIM>;
+constexpr int SLOTS = Output::SLOTS;
+constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries::SHARED_BYTES;
+
+/* The loop over the keys: leaves in `o` the sums of P V, and in `softmax` what they must be divided by. */
+#if !defined(AITER_ARCH_MAIN_LOOP)
+__device__ __forceinline__ void attend(const Problem &sequence, SharedAddress shared, int block_row, bool negate,
+                                       OnlineSoftmax<SLOTS> &softmax, Output &o) {
+    const int wave_row = block_row + wave() * WAVE_ROWS;
+    const int rows_end = minimum(block_row + BLOCK_ROWS, sequence.rows);
+    const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
+    const int wave_keys = sequence.visible(minimum(wave_row + WAVE_ROWS, sequence.rows) - 1);
+    const int unmasked_keys = sequence.visible(wave_row);
+    int seen[SLOTS];
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) seen[slot] = sequence.visible(wave_row + Output::row(slot));
+
+    o.clear();
+    if (keys_end == 0) return;
+    KeysAndValues tile(shared, thread_in_block());
+    tile.issue(sequence.keys, 0);
+    Queries queries;
+    queries.load(shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES,
+                 [&](int row) {
+                     row += wave_row;
+                     return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
+                 },
+                 negate);
+
+    for (int first = 0; first < keys_end; first += Tile::KEYS) {
+        tile.publish(barrier);
+        if (first + Tile::KEYS < keys_end) tile.issue(sequence.keys, first + Tile::KEYS);
+        if (first >= wave_keys) continue; /* causal: the tile is the other waves' */
+        Scores s;
+        tile.scores(queries, s);
+        if (first + Tile::KEYS > unmasked_keys) mask(s, seen, first);
+        softmax.update(s, o);
+        tile.accumulate(s, o);
+    }
+}
+#endif
+
+__device__ __forceinline__ void store(const Problem &sequence, int wave_row, float signed_scale,
+                                      OnlineSoftmax<SLOTS> &softmax, Output &o) {
+    float log_sum[SLOTS];
+    softmax.finish(log_sum);
+    bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
+    bool any_spoiled = false;
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        const int row = wave_row + Output::row(slot);
+        const bool sees_keys = row < sequence.rows && sequence.visible(row) > 0;
+        const float inverse = reciprocal(softmax.sum[slot]);
+        float row_total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < Output::VALUES; ++i) {
+            o.set(slot, i, sees_keys ? o.get(slot, i) * inverse : 0.0f);
+            row_total += o.get(slot, i);
+        }
+        if (!sees_keys) log_sum[slot] = -INFINITE;
+        spoiled[slot] = false;
+        if (CAUSAL) {
+            row_total = row_sum(row_total);
+            spoiled[slot] = row_total != row_total && __builtin_fabsf(log_sum[slot]) < INFINITE;
+            any_spoiled |= spoiled[slot];
+        }
+    }
+    if (CAUSAL && wave_any(any_spoiled)) { /* is it a masked value that did it? */
+        const int last_row = minimum(wave_row + WAVE_ROWS, sequence.rows) - 1;
+        const int end = minimum(round_up(sequence.visible(last_row), Tile::KEYS), sequence.keys.count);
+        if (!values_not_finite<HEAD_DIM>(sequence, sequence.visible(wave_row), end))
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
+    }
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        const int row = wave_row + Output::row(slot);
+        if (row < sequence.padded_rows && !spoiled[slot]) {
+            Element *to = sequence.output + row * sequence.output_stride;
+#pragma unroll
+            for (int i = 0; i < Output::VALUES; i += COLUMN_RUN) {
+                uint32_t run[COLUMN_RUN / 2];
+#pragma unroll
+                for (int j = 0; j < COLUMN_RUN / 2; ++j)
+                    run[j] = to_elements(o.get(slot, i + 2 * j), o.get(slot, i + 2 * j + 1));
+                if (Output::column(i) < HEAD_DIM) store_run(to + Output::column(i), run);
+            }
+        }
+        if (row < sequence.padded_rows && sequence.lse != nullptr && lane_leads_row())
+            sequence.lse[row] = log_sum[slot] * LN_2;
+        if (CAUSAL)
+            for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
+                const int leader = first_lane(lanes);
+                exact_row<HEAD_DIM>(sequence, from_lane(row, leader), signed_scale, from_lane(log_sum[slot], leader));
+            }
+    }
+}
+
+__global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_forward(const Arguments arguments) {
+    AITER_SHARED(shared, SHARED_BYTES);
+    const aiter_attention_problem &problem = arguments.problem;
+    const int row_blocks = (problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int group = problem.heads_q / problem.heads_kv;
+    const Work work = work_of_block(block(), problem.batch * problem.heads_kv, group * row_blocks);
+    const int batch = work.unit / problem.heads_kv;
+    const int head = work.unit % problem.heads_kv * group + work.part % group;
+    const int block_row = (row_blocks - 1 - work.part / group) * BLOCK_ROWS;
+
+    const Problem sequence(arguments, batch, head);
+    if (block_row >= sequence.padded_rows) return;
+    const Scale scale(problem.softmax_scale);
+    OnlineSoftmax<SLOTS> softmax(scale.positive);
+    Output o;
+    attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o);
+    store(sequence, block_row + wave() * WAVE_ROWS, problem.softmax_scale * LOG2_E, softmax, o);
+}
+
+} // namespace aiter
+
+AITER_EXPORT void aiter_describe(aiter_description *description) {
+    description->abi_version = AITER_ABI_VERSION;
+    description->problem_bytes = sizeof(aiter_attention_problem);
+    description->tensors_bytes = sizeof(aiter_attention_tensors);
+}
+
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *) { return 0; }
+
+AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
+                              void *stream) {
+    if (const int error = aiter::check_problem(*problem)) return error;
+    const int64_t row_blocks = (problem->seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
+    return aiter::launch(aiter::attention_forward, row_blocks * problem->heads_q * problem->batch, aiter::THREADS,
+                         aiter::SHARED_BYTES, stream, aiter::Arguments{*problem, *tensors});
+}
+
+AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

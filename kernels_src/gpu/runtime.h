@@ -1,0 +1,71 @@
+/* One source, two compilers: hipcc builds it for AMD, nvcc for NVIDIA. The sources use HIP's names for the few runtime
+ * calls they make; this header gives those names their CUDA meaning where nvcc compiles.
+ *
+ * Also here: shared memory of a kernel, whose size AMD compilers want to know and NVIDIA's launch must be told, and the
+ * error codes that every GPU kernel library returns. */
+#ifndef AITER_GPU_RUNTIME_H
+#define AITER_GPU_RUNTIME_H
+
+#if defined(__HIP__)
+#include <hip/hip_runtime.h>
+#else
+#include <cuda_runtime.h>
+using hipError_t = cudaError_t;
+using hipStream_t = cudaStream_t;
+constexpr hipError_t hipSuccess = cudaSuccess;
+inline hipError_t hipGetLastError() { return cudaGetLastError(); }
+inline const char *hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
+#endif
+
+#include <stdint.h>
+
+#include "aiter_abi.h"
+
+#if defined(__HIP__)
+#define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(128))) char name[bytes]
+#else
+#define AITER_SHARED(name, bytes) extern __shared__ __align__(128) char name[]
+#endif
+
+namespace aiter {
+
+/* Codes of aiter_launch: a HIP/CUDA error as it is, or one of these. */
+enum LaunchError : int {
+    LAUNCH_GRID_TOO_LARGE = 100001,
+    LAUNCH_STRIDE_TOO_LARGE = 100002,
+    LAUNCH_BAD_PROBLEM = 100003,
+};
+
+inline const char *error_text(int code) {
+    switch (code) {
+    case 0: return "success";
+    case LAUNCH_GRID_TOO_LARGE: return "more blocks than one launch can have (2^31 - 1)";
+    case LAUNCH_STRIDE_TOO_LARGE: return "the stride from token to token of key or value is 2^24 elements or more";
+    case LAUNCH_BAD_PROBLEM: return "the problem contradicts itself or the options this kernel was built with";
+    default: return hipGetErrorString(static_cast<hipError_t>(code));
+    }
+}
+
+/* Starts `kernel` with `shared` bytes of AITER_SHARED memory. */
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void *stream,
+           const Arguments &...arguments) {
+    if (blocks == 0) return 0;
+    if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+#if !defined(__HIP__)
+    /* Set on every launch: the limit belongs to the current device, and setting it costs next to nothing. */
+    if (shared > 48 * 1024) {
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (error != cudaSuccess) return error;
+    }
+    kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, static_cast<cudaStream_t>(stream)>>>(
+        arguments...);
+#else
+    kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, static_cast<hipStream_t>(stream)>>>(arguments...);
+#endif
+    return static_cast<int>(hipGetLastError());
+}
+
+} // namespace aiter
+
+#endif

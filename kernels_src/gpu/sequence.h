@@ -1,0 +1,184 @@
+/* From a launch to what one block works on: which sequence, heads and query rows, and where their tokens are.
+ *
+ * Every length, offset and page number that comes from device memory is clamped here, and nowhere else, so that no
+ * address built from these views leaves the tensors. */
+#ifndef AITER_GPU_SEQUENCE_H
+#define AITER_GPU_SEQUENCE_H
+
+#include "gpu/arch.h"
+
+namespace aiter {
+
+struct Arguments { /* the kernel parameter */
+    aiter_attention_problem problem;
+    aiter_attention_tensors tensors;
+};
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+__device__ __forceinline__ int minimum(int x, int y) { return x < y ? x : y; }
+
+/* Rows of sequence `batch` in a tensor: where they begin (packed) or 0, and how many there are. */
+struct Extent {
+    int64_t begin;
+    int count;
+};
+
+/* A wave adds up the lengths before its sequence: all its lanes take part. */
+__device__ __forceinline__ Extent extent(const int32_t *lengths, int batch, int most, bool packed, int64_t total) {
+    Extent result = {0, most};
+    if (packed) {
+        int64_t sum = 0;
+        for (int b = lane(); b < batch; b += WAVE) sum += clamp(lengths[b], 0, most);
+        /* Summed over the wave in two halves of 31 bits each, so that the exchange is of 32-bit words. */
+        const int64_t high = wave_sum(static_cast<int>(sum >> 20)), low = wave_sum(static_cast<int>(sum & 0xfffff));
+        result.begin = (high << 20) + low;
+        if (result.begin > total) result.begin = total;
+    }
+    if (lengths != nullptr) result.count = clamp(lengths[batch], 0, most);
+    if (packed && result.count > total - result.begin) result.count = static_cast<int>(total - result.begin);
+    return result;
+}
+
+/* Tokens of K and V of one sequence and KV head. `tile(first)` is the view of the tokens from `first` on; a place in it
+ * past the last token is the last token's. Callers ask only for tiles that begin before `count`. */
+template <bool PAGED> struct KeyValueRows;
+
+template <> struct KeyValueRows<false> {
+    const char *key, *value;                      /* token 0 */
+    uint32_t key_stride, value_stride;            /* bytes */
+    int count;
+
+    struct Tile {
+        const char *key_base, *value_base;        /* scalar: one address for the wave, 32-bit offsets in the lanes */
+        uint32_t key_stride, value_stride, key_last, value_last;
+        struct Place {
+            uint32_t key, value;
+        };
+        __device__ __forceinline__ Place place(int token) const {
+            const uint32_t k = token * key_stride, v = token * value_stride;
+            return {k < key_last ? k : key_last, v < value_last ? v : value_last};
+        }
+        __device__ __forceinline__ const char *key(Place place) const { return key_base + place.key; }
+        __device__ __forceinline__ const char *value(Place place) const { return value_base + place.value; }
+    };
+    __device__ __forceinline__ Tile tile(int first) const {
+        /* Only tiles of up to 128 tokens are asked for, so 32 bits hold an offset within one. */
+        const uint32_t last = static_cast<uint32_t>(minimum(count - 1 - first, 127));
+        return {key + static_cast<int64_t>(first) * key_stride, value + static_cast<int64_t>(first) * value_stride,
+                key_stride, value_stride, last * key_stride, last * value_stride};
+    }
+};
+
+template <> struct KeyValueRows<true> {
+    const char *key, *value;                      /* page 0 */
+    int64_t key_page_stride, value_page_stride;   /* bytes */
+    uint32_t key_stride, value_stride;
+    int count;
+    const int32_t *pages;                         /* of this sequence */
+    int page_size, last_page;                     /* last_page: of the cache */
+
+    struct Tile {
+        const KeyValueRows &rows;
+        int first;
+        struct Place {
+            int page, position;
+        };
+        __device__ __forceinline__ Place place(int token) const {
+            const unsigned t = static_cast<unsigned>(minimum(first + token, rows.count - 1));
+            const unsigned index = t / static_cast<unsigned>(rows.page_size);
+            return {clamp(rows.pages[index], 0, rows.last_page), static_cast<int>(t - index * rows.page_size)};
+        }
+        __device__ __forceinline__ const char *key(Place p) const {
+            return rows.key + p.page * rows.key_page_stride + static_cast<int64_t>(p.position) * rows.key_stride;
+        }
+        __device__ __forceinline__ const char *value(Place p) const {
+            return rows.value + p.page * rows.value_page_stride + static_cast<int64_t>(p.position) * rows.value_stride;
+        }
+    };
+    __device__ __forceinline__ Tile tile(int first) const { return {*this, first}; }
+};
+
+/* One query head of one sequence. Row i of the query sees the first `visible(i)` keys. */
+template <bool CAUSAL, bool PAGED> struct Sequence {
+    const Element *query;
+    Element *output;
+    float *lse;                                   /* null when not wanted */
+    int64_t query_stride, output_stride;          /* elements from row to row */
+    int rows;                                     /* query rows that exist */
+    int padded_rows;                              /* rows to be written; past `rows` they are zeros */
+    KeyValueRows<PAGED> keys;
+    int diagonal;                                 /* causal: keys that row 0 sees, minus 1; may be negative */
+
+    __device__ __forceinline__ int visible(int row) const {
+        return CAUSAL ? clamp(row + diagonal + 1, 0, keys.count) : keys.count;
+    }
+
+    __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head) {
+        const aiter_attention_problem &p = arguments.problem;
+        const aiter_attention_tensors &t = arguments.tensors;
+        const Extent q = extent(t.seqlens_q, batch, p.seqlen_q, p.packed_q, p.total_q);
+        const Extent k = extent(t.seqlens_k, batch, p.seqlen_k, p.packed_k, p.total_k);
+        const int kv_head = head / (p.heads_q / p.heads_kv);
+
+        query_stride = p.query_strides[1];
+        output_stride = p.output_strides[1];
+        query = static_cast<const Element *>(t.query) + head * p.query_strides[2] +
+                (p.packed_q ? q.begin * query_stride : batch * p.query_strides[0]);
+        output = static_cast<Element *>(t.output) + head * p.output_strides[2] +
+                 (p.packed_q ? q.begin * output_stride : batch * p.output_strides[0]);
+        lse = t.lse == nullptr ? nullptr
+                               : t.lse + head * p.lse_strides[1] + (p.packed_q ? q.begin : batch * p.lse_strides[0]);
+        rows = q.count;
+        padded_rows = p.packed_q ? q.count : p.seqlen_q;
+        diagonal = k.count - q.count;
+
+        keys.count = k.count;
+        keys.key = static_cast<const char *>(t.key) + kv_head * p.key_strides[2] * 2;
+        keys.value = static_cast<const char *>(t.value) + kv_head * p.value_strides[2] * 2;
+        keys.key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
+        keys.value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
+        if constexpr (PAGED) {
+            keys.key_page_stride = p.key_strides[0] * 2;
+            keys.value_page_stride = p.value_strides[0] * 2;
+            keys.pages = t.page_table + batch * p.page_table_stride;
+            keys.page_size = p.page_size;
+            keys.last_page = static_cast<int>(p.num_pages - 1);
+            if (p.num_pages == 0) keys.count = 0;
+        } else {
+            keys.key += (p.packed_k ? k.begin * p.key_strides[1] : batch * p.key_strides[0]) * 2;
+            keys.value += (p.packed_k ? k.begin * p.value_strides[1] : batch * p.value_strides[0]) * 2;
+        }
+    }
+};
+
+/* Which work a block has. Work comes in units: all that reads one KV head of one sequence. A unit's blocks are numbered
+ * together, so that they run at one time and find their keys in the L2 cache. With several chiplets (XCDs), to which the
+ * hardware deals consecutive blocks in turn, a unit's blocks all go to one of them; units that are left over when each
+ * chiplet has got equally many are spread over all. */
+struct Work {
+    int unit, part;
+};
+
+__device__ __forceinline__ Work work_of_block(int block, int units, int parts) {
+    const int spread = units / XCDS * XCDS * parts;
+    if (XCDS == 1 || block >= spread) return {block / parts, block % parts};
+    const int index = block / XCDS;
+    return {index / parts * XCDS + block % XCDS, index % parts};
+}
+
+/* What every kernel asks of a problem before it launches. */
+inline int check_problem(const aiter_attention_problem &p) {
+    const int64_t limit = int64_t(1) << 24;
+    if (p.key_strides[1] >= limit || p.value_strides[1] >= limit) return LAUNCH_STRIDE_TOO_LARGE;
+#if defined(AITER_PAGED) && AITER_PAGED
+    if (p.page_size <= 0) return LAUNCH_BAD_PROBLEM;
+#else
+    if (p.page_size != 0) return LAUNCH_BAD_PROBLEM;
+#endif
+    if (p.heads_kv <= 0 || p.heads_q % p.heads_kv != 0) return LAUNCH_BAD_PROBLEM;
+    return 0;
+}
+
+} // namespace aiter
+
+#endif

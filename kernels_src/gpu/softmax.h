@@ -1,0 +1,141 @@
+/* Softmax over keys that arrive tile by tile, and what turns its result into output rows. One wave, its rows in
+ * registers: see Accumulator in gpu/arch.h.
+ *
+ * Scores stay as the matrix unit left them; exp2(score * scale - maximum) is one fused multiply-add and one exp2. The
+ * maximum of a row is a reference point, not the true maximum: it moves only when a score exceeds it by more than
+ * THRESHOLD, so that the output is rescaled in few tiles. Probabilities are then up to 2^THRESHOLD, which 16 bit hold
+ * as exactly as those below 1. */
+#ifndef AITER_GPU_SOFTMAX_H
+#define AITER_GPU_SOFTMAX_H
+
+#include "gpu/sequence.h"
+
+namespace aiter {
+
+constexpr float INFINITE = __builtin_inff();
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+/* Softmax in the exp2 domain needs a positive scale: queries are negated for a negative one, and for zero one so small
+ * that every score becomes 0, while masked ones stay -inf. */
+struct Scale {
+    float positive;
+    bool negate;
+    __device__ __forceinline__ explicit Scale(float scale) : negate(scale < 0) {
+        positive = scale == 0 ? 1e-37f : (negate ? -scale : scale) * LOG2_E;
+    }
+};
+
+template <int SLOTS> struct OnlineSoftmax {
+    static constexpr float THRESHOLD = 8.0f;
+    float scale;
+    float maximum[SLOTS]; /* of score * scale */
+    float sum[SLOTS];     /* of the probabilities that this lane has seen */
+
+    __device__ __forceinline__ explicit OnlineSoftmax(float scale) : scale(scale) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) maximum[slot] = -INFINITE, sum[slot] = 0.0f;
+    }
+
+    /* Scores, -inf where masked, become probabilities relative to `maximum`; output so far is rescaled to match. */
+    template <class Scores, class Output> __device__ __forceinline__ void update(Scores &s, Output &o) {
+        float top[SLOTS];
+        bool grown = false;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            float best = s.get(slot, 0);
+#pragma unroll
+            for (int i = 1; i < Scores::VALUES; ++i) best = __builtin_fmaxf(best, s.get(slot, i));
+            top[slot] = row_max(best) * scale;
+            grown |= top[slot] > maximum[slot] + THRESHOLD;
+        }
+        if (wave_any(grown)) {
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const float next = __builtin_fmaxf(maximum[slot], top[slot]);
+                const float shrink = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
+                maximum[slot] = next;
+                sum[slot] *= shrink;
+#pragma unroll
+                for (int i = 0; i < Output::VALUES; ++i) o.set(slot, i, o.get(slot, i) * shrink);
+            }
+        }
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const float reference = maximum[slot] == -INFINITE ? 0.0f : maximum[slot];
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; ++i) {
+                const float p = exp2(__builtin_fmaf(s.get(slot, i), scale, -reference));
+                s.set(slot, i, p);
+                sum[slot] += p;
+            }
+        }
+    }
+
+    /* Sum over the whole row, and the logarithm (base 2) of the sum of exponentials: after the last tile. */
+    __device__ __forceinline__ void finish(float (&log_sum)[SLOTS]) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            sum[slot] = row_sum(sum[slot]);
+            log_sum[slot] = maximum[slot] == -INFINITE && sum[slot] == 0 ? -INFINITE : maximum[slot] + log2(sum[slot]);
+        }
+    }
+};
+
+/* -inf for the keys of the tile beginning at `first` that a row does not see; seen[slot]: how many keys the row sees. */
+template <class Scores> __device__ __forceinline__ void mask(Scores &s, const int (&seen)[Scores::SLOTS], int first) {
+#pragma unroll
+    for (int slot = 0; slot < Scores::SLOTS; ++slot) {
+        const int limit = seen[slot] - first;
+#pragma unroll
+        for (int i = 0; i < Scores::VALUES; ++i)
+            if (Scores::column(i) >= limit) s.set(slot, i, -INFINITE);
+    }
+}
+
+/* One row once more, by a whole wave, key by key and only those it sees: for rows into which a matrix product has let
+ * 0 * inf or 0 * NaN of a masked value. `log_sum` of the row is in base 2 and right. Slow and rare. */
+template <int HEAD_DIM, class Sequence>
+__device__ __forceinline__ void exact_row(const Sequence &sequence, int row, float signed_scale, float log_sum) {
+    constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
+    float q[DIMENSIONS], result[DIMENSIONS];
+#pragma unroll
+    for (int i = 0; i < DIMENSIONS; ++i) {
+        const int d = lane() + i * WAVE;
+        q[i] = d < HEAD_DIM ? to_float(sequence.query[row * sequence.query_stride + d]) : 0.0f;
+        result[i] = 0.0f;
+    }
+    for (int key = 0; key < sequence.visible(row); ++key) {
+        const auto tile = sequence.keys.tile(key);
+        const auto place = tile.place(0);
+        const Element *k = reinterpret_cast<const Element *>(tile.key(place));
+        const Element *v = reinterpret_cast<const Element *>(tile.value(place));
+        float dot = 0.0f;
+#pragma unroll
+        for (int i = 0; i < DIMENSIONS; ++i)
+            if (lane() + i * WAVE < HEAD_DIM) dot += q[i] * to_float(k[lane() + i * WAVE]);
+        const float p = exp2(wave_sum(dot) * signed_scale - log_sum);
+#pragma unroll
+        for (int i = 0; i < DIMENSIONS; ++i)
+            if (lane() + i * WAVE < HEAD_DIM) result[i] += p * to_float(v[lane() + i * WAVE]);
+    }
+#pragma unroll
+    for (int i = 0; i < DIMENSIONS; ++i)
+        if (lane() + i * WAVE < HEAD_DIM)
+            sequence.output[row * sequence.output_stride + lane() + i * WAVE] = to_element(result[i]);
+}
+
+/* Is there a NaN or infinity among the values of tokens begin ... end-1? Asked by a whole wave. */
+template <int HEAD_DIM, class Sequence>
+__device__ __forceinline__ bool values_not_finite(const Sequence &sequence, int begin, int end) {
+    bool found = false;
+    for (int key = begin; key < end; ++key) {
+        const auto tile = sequence.keys.tile(key);
+        const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0)));
+        for (int d = lane(); d < HEAD_DIM; d += WAVE) found |= !(__builtin_fabsf(to_float(v[d])) < INFINITE);
+    }
+    return wave_any(found);
+}
+
+} // namespace aiter
+
+#endif
