@@ -44,6 +44,30 @@ class AttentionTensors(ctypes.Structure):
     )
 
 
+class AttentionGradProblem(ctypes.Structure):
+    """The forward problem and the layouts of the gradients."""
+
+    _fields_ = (
+        ("forward", AttentionProblem),
+        ("grad_output_strides", ctypes.c_int64 * 3),
+        ("grad_query_strides", ctypes.c_int64 * 3),
+        ("grad_key_strides", ctypes.c_int64 * 3),
+        ("grad_value_strides", ctypes.c_int64 * 3),
+    )
+
+
+class AttentionGradTensors(ctypes.Structure):
+    """Addresses of one backward call; passed as bytes by `pack_grad_tensors(...)`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *("query", "key", "value", "output", "lse", "grad_output", "grad_lse"),
+            *("grad_query", "grad_key", "grad_value", "seqlens_q", "seqlens_k", "workspace"),
+        )
+    )
+
+
 class CpuExecutor(ctypes.Structure):
     """Where CPU kernels run: the address of PyTorch's own GOMP_parallel (or null) and how many threads to use."""
 
@@ -60,4 +84,5 @@ class Description(ctypes.Structure):
     )
 
 
-pack_tensors = struct.Struct("9P").pack
+pack_tensors = struct.Struct(f"{len(AttentionTensors._fields_)}P").pack
+pack_grad_tensors = struct.Struct(f"{len(AttentionGradTensors._fields_)}P").pack

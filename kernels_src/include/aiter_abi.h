@@ -70,6 +70,32 @@ typedef struct aiter_attention_tensors {
     void *workspace;            /* aiter_workspace_bytes(problem) bytes, 256-byte aligned, or null when that is 0 */
 } aiter_attention_tensors;
 
+/* The backward pass, from the saved output and log-sum-exp; never with pages. Every element of the three gradients is
+ * written, zeros for padding rows. Gradients of keys and values sum over the query heads that share a KV head. */
+typedef struct aiter_attention_grad_problem {
+    aiter_attention_problem forward;
+    int64_t grad_output_strides[3]; /* batch, token, head */
+    int64_t grad_query_strides[3];
+    int64_t grad_key_strides[3];
+    int64_t grad_value_strides[3];
+} aiter_attention_grad_problem;
+
+typedef struct aiter_attention_grad_tensors {
+    const void *query;
+    const void *key;
+    const void *value;
+    const void *output;
+    const float *lse;
+    const void *grad_output;
+    const float *grad_lse;      /* laid out as lse, or null when it is zero */
+    void *grad_query;
+    void *grad_key;
+    void *grad_value;
+    const int32_t *seqlens_q;
+    const int32_t *seqlens_k;
+    void *workspace;
+} aiter_attention_grad_tensors;
+
 /* Runs body(data) once on each of num_threads threads, the caller among them, and returns when all are done: the
  * signature of libgomp's GOMP_parallel, so that kernels share the thread pool that PyTorch has already started. */
 typedef void (*aiter_parallel)(void (*body)(void *), void *data, unsigned num_threads, unsigned flags);
@@ -86,11 +112,18 @@ typedef struct aiter_description {
     uint32_t tensors_bytes;
 } aiter_description;
 
-/* What every kernel .so exports. */
+/* What every kernel .so exports; a backward kernel defines AITER_BACKWARD before it includes this header. */
+#ifdef AITER_BACKWARD
+typedef aiter_attention_grad_problem aiter_problem;
+typedef aiter_attention_grad_tensors aiter_tensors;
+#else
+typedef aiter_attention_problem aiter_problem;
+typedef aiter_attention_tensors aiter_tensors;
+#endif
+
 AITER_EXPORT void aiter_describe(aiter_description *description);
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *problem);
-AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
-                              void *executor);
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_problem *problem);
+AITER_EXPORT int aiter_launch(const aiter_problem *problem, const aiter_tensors *tensors, void *executor);
 AITER_EXPORT const char *aiter_error_text(int code); /* never null; valid until this thread's next launch */
 
 #endif
