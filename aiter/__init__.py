@@ -6,7 +6,7 @@
 The first call of a kind compiles its kernel and keeps it on disk; every later call, in any process, dispatches to it.
 """
 
-from aiter import library  # registers the operators
+import aiter.library  # noqa: F401, registers the operators
 from aiter.operations import (
     flash_attn_func,
     flash_attn_with_kvcache,

@@ -120,7 +120,9 @@ def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int32 (or torch.int64)")
     for got, expected in zip(value.shape, shape, strict=True):
         if expected is not None and got != expected:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {layout}: the batch size is {expected}")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; it must be {layout}: the batch size is {expected}"
+            )
     same_device(name, value, "query", first)
 
 

@@ -10,6 +10,7 @@ repeated call costs a dictionary look-up, the allocation of its result and one f
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -133,8 +134,7 @@ class Plan:
         copies = tuple(_needs_copy(tensor, is_gpu(arch)) for tensor in (query, key, value))
         self.copies = copies if any(copies) else None
         query, key, value = (
-            torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format) if copy else tensor
-            for tensor, copy in zip((query, key, value), copies, strict=True)
+            _contiguous(tensor) if copy else tensor for tensor, copy in zip((query, key, value), copies, strict=True)
         )
         key_packed = packed and page_table is None
         key_dims = (0, 1, 2) if page_table is None else (0, 2, 1)
@@ -172,10 +172,7 @@ class Plan:
         if self.trivial:
             return output.zero_(), lse.fill_(-math.inf) if return_lse else None
         if self.copies:
-            query, key, value = (
-                tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
-                for tensor, copy in zip((query, key, value), self.copies, strict=True)
-            )
+            query, key, value = self.readable(query, key, value)
         seqlens_q, seqlens_k, page_table = indices
         workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
         tensors = abi.pack_tensors(
@@ -191,6 +188,77 @@ class Plan:
         )
         launch(self.kernel, self.problem, tensors, self.device)
         return output, lse
+
+    def readable(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """query, key and value as the kernel can read them: in place, or copied where it cannot take their strides."""
+        if not self.copies:
+            return tensors
+        return tuple(
+            tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
+            for tensor, copy in zip(tensors, self.copies, strict=True)
+        )
+
+
+class BackwardPlan:
+    """The backward pass of one layout of arguments: the forward's Plan, and the layouts of the gradients.
+
+    Gradients are new contiguous tensors; that of the output is read in place where its strides allow."""
+
+    __slots__ = ("copy_grad_output", "forward", "kernel", "problem", "workspace_bytes")
+
+    def __init__(self, forward: Plan, grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
+        self.forward = forward
+        if forward.trivial:
+            return
+        spec = forward.kernel.spec
+        self.copy_grad_output = _needs_copy(grad_output, is_gpu(spec.arch))
+        packed = query.dim() == 3
+        like_query, like_key = (_strides(_contiguous(tensor), packed) for tensor in (query, key))
+        self.problem = abi.AttentionGradProblem(
+            forward=forward.problem,
+            grad_output_strides=like_query if self.copy_grad_output else _strides(grad_output, packed),
+            grad_query_strides=like_query,
+            grad_key_strides=like_key,
+            grad_value_strides=like_key,
+        )
+        self.kernel = jit.get_kernel(dataclasses.replace(spec, kernel="attention_backward"))
+        self.workspace_bytes = self.kernel.workspace_bytes(self.problem)
+
+    def run(
+        self,
+        grad_output: torch.Tensor,
+        grad_lse: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+        indices: Indices,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The gradients of query, key and value."""
+        grads = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+        if self.forward.trivial:
+            return tuple(grad.zero_() for grad in grads)
+        query, key, value = self.forward.readable(query, key, value)
+        if self.copy_grad_output:
+            grad_output = grad_output.clone(memory_format=torch.contiguous_format)
+        seqlens_q, seqlens_k, _ = indices
+        workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
+        tensors = abi.pack_grad_tensors(
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            output.data_ptr(),
+            lse.data_ptr(),
+            grad_output.data_ptr(),
+            0 if grad_lse is None else grad_lse.data_ptr(),
+            *(grad.data_ptr() for grad in grads),
+            0 if seqlens_q is None else seqlens_q.data_ptr(),
+            0 if seqlens_k is None else seqlens_k.data_ptr(),
+            0 if workspace is None else workspace.data_ptr(),
+        )
+        launch(self.kernel, self.problem, tensors, self.forward.device)
+        return grads
 
 
 def launch(kernel: jit.Kernel, problem: ctypes.Structure, tensors: bytes, device: torch.device) -> None:
@@ -214,12 +282,17 @@ def _needs_copy(tensor: torch.Tensor, on_gpu: bool) -> bool:
     return on_gpu and (tensor.data_ptr() % GPU_ALIGNMENT != 0 or any(stride % unit for stride in strides[:-1]))
 
 
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without memory that has the strides of a contiguous copy."""
+    return torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+
+
 def _strides(tensor: torch.Tensor, packed: bool, dims: tuple[int, int, int] = (0, 1, 2)) -> tuple[int, int, int]:
     strides = tensor.stride()
     return (0, strides[0], strides[1]) if packed else tuple(strides[d] for d in dims)
 
 
-_plans: dict[tuple, Plan] = {}
+_plans: dict[tuple, Plan | BackwardPlan] = {}
 
 
 def attend(
@@ -274,6 +347,32 @@ def forward(
     return plan.run(query, key, value, indices, True)
 
 
+def backward(
+    grad_output: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    indices: Indices,
+    causal: bool,
+    softmax_scale: float,
+    max_seqlen: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What aiter::attention_backward runs: the gradients of query, key and value. A gradient that is None is zero."""
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+    options = causal, softmax_scale, max_seqlen
+    signature = _signature(query, key, value, indices, *options)
+    plan = _plans.get(signature) or _keep(signature, Plan(query, key, value, indices, *options))
+    signature = (signature, grad_output.stride(), grad_output.data_ptr() % GPU_ALIGNMENT)
+    backward_plan = _plans.get(signature) or _keep(signature, BackwardPlan(plan, grad_output, query, key))
+    return backward_plan.run(grad_output, grad_lse, query, key, value, output, lse, indices)
+
+
 def _is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call needs nothing of PyTorch's dispatcher: no gradient, autocast, compilation, transform or subclass.
 
@@ -317,7 +416,7 @@ def _signature(
     return signature
 
 
-def _keep(signature: tuple[object, ...], plan: Plan) -> Plan:
+def _keep(signature: tuple[object, ...], plan: Plan | BackwardPlan) -> Plan | BackwardPlan:
     if len(_plans) >= MAX_PLANS:
         _plans.clear()
     _plans[signature] = plan

@@ -143,7 +143,9 @@ def variable_length_attention(
         check, options = _check_variable_length_paged, (max_seq_len, block_size)
         check(query, key, value, *options)
         held = page_table.shape[1] * key.shape[2]
-        longest, longest_name = min((max_seq_len, "max_seq_len"), (held, "what page_table holds, max_blocks * block_size"))
+        longest, longest_name = min(
+            (max_seq_len, "max_seq_len"), (held, "what page_table holds, max_blocks * block_size")
+        )
     checks.lengths_in_range("seq_lengths", seq_lengths, longest, longest_name, query.shape[0] if packed else None)
     seq_lengths = seq_lengths.to(torch.int32).contiguous()
     if page_table is not None:
@@ -208,9 +210,7 @@ def _check_paged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bl
     _check_cache(query, key, value, block_size, "kv_cache ")
 
 
-def _check_variable_length(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int
-) -> None:
+def _check_variable_length(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, (3, 4), f"{BSHD}, or packed {PACKED}")
     checks.same_kind(query=query, key=key, value=value)
@@ -239,4 +239,6 @@ def _check_variable_length_paged(
 
 def _check_padded_length(query: torch.Tensor, max_seq_len: int) -> None:
     if query.dim() == 4 and query.shape[1] != max_seq_len:
-        raise ValueError(f"query is padded to {query.shape[1]} tokens (shape {tuple(query.shape)}), but max_seq_len is {max_seq_len}")
+        raise ValueError(
+            f"query is padded to {query.shape[1]} tokens (shape {tuple(query.shape)}), but max_seq_len is {max_seq_len}"
+        )

@@ -25,9 +25,7 @@ groups = st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (3, 3), (8, 1)))
 
 
 def dense_sequences(query, key, value):
-    return [
-        Sequence(query[b], key[b], value[b], rows=(b,), lse_rows=(b,)) for b in range(query.shape[0])
-    ]
+    return [Sequence(query[b], key[b], value[b], rows=(b,), lse_rows=(b,)) for b in range(query.shape[0])]
 
 
 @given(
@@ -77,9 +75,7 @@ def test_long_sequences_and_one_query(dtype, causal):
         assert_sequences(output, lse, dense_sequences(query, key, value), causal)
 
 
-@given(
-    dtype=dtypes, heads_kv=st.integers(1, 3), num_groups=st.integers(1, 5), causal=st.booleans(), seqlen=seqlens
-)
+@given(dtype=dtypes, heads_kv=st.integers(1, 3), num_groups=st.integers(1, 5), causal=st.booleans(), seqlen=seqlens)
 def test_grouped_and_multi_query(dtype, heads_kv, num_groups, causal, seqlen):
     query = torch.randn(2, seqlen, heads_kv * num_groups, 64).to(dtype)
     key, value = (torch.randn(2, seqlen, heads_kv, 64).to(dtype) for _ in range(2))
@@ -207,7 +203,9 @@ def test_equal_scores_average_the_values(dtype):
     key, value = torch.randn(1, 77, 1, 64).to(dtype), torch.randn(1, 77, 1, 64).to(dtype)
     query = torch.zeros(1, 5, 1, 64, dtype=dtype)
     output, lse = aiter.flash_attn_func(query, key, value, return_lse=True)
-    torch.testing.assert_close(output[0, :, 0].double(), value[0, :, 0].double().mean(0).expand(5, -1), rtol=1e-2, atol=4e-3)
+    torch.testing.assert_close(
+        output[0, :, 0].double(), value[0, :, 0].double().mean(0).expand(5, -1), rtol=1e-2, atol=4e-3
+    )
     torch.testing.assert_close(lse, torch.full_like(lse, math.log(77)))
 
 
