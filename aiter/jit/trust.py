@@ -1,0 +1,80 @@
+"""Who could have written a file. Loading a kernel runs its code, so it must be the user's own, or root's."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import stat
+from pathlib import Path
+
+from aiter.errors import UntrustedCacheError
+
+
+def check_chain(folder: Path) -> Path:
+    """Returns `folder` with links resolved, if nobody but the user and root could have put something else there.
+
+    Looks at every folder up to the root of the file system. Above the cache itself, one like /tmp is fine, where
+    everybody may write but only owners may rename.
+    """
+    folder = Path(os.path.realpath(folder))
+    check(folder)
+    for parent in folder.parents:
+        status = os.stat(parent)
+        if status.st_uid not in _trusted() and not _is_unmapped(status.st_uid):
+            _refuse(parent, f"belongs to {_user(status.st_uid)}", "")
+        if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+            _refuse(parent, "can be written by others", f"chmod go-w {shlex.quote(str(parent))}")
+    return folder
+
+
+def check(path: Path) -> os.stat_result:
+    """Refuses a file or folder that belongs to someone else, or that someone else can write, or that is a link."""
+    status = os.lstat(path)
+    if stat.S_ISLNK(status.st_mode):
+        _refuse(path, "is a symbolic link", f"rm {shlex.quote(str(path))}")
+    if status.st_uid not in _trusted():
+        _refuse(path, f"belongs to {_user(status.st_uid)}", f"chown -R {os.geteuid()} {shlex.quote(str(path))}")
+    if status.st_mode & 0o022:
+        _refuse(path, "can be written by others", f"chmod -R go-w {shlex.quote(str(path))}")
+    return status
+
+
+def _trusted() -> tuple[int, int]:
+    return (0, os.geteuid())
+
+
+@functools.cache
+def _overflow_uid() -> int | None:
+    """In a container without root, the one user id that stands for all that have none there; else None."""
+    try:
+        with open("/proc/self/uid_map") as uid_map:
+            if sum(int(line.split()[2]) for line in uid_map) >= 2**32 - 1:
+                return None
+        with open("/proc/sys/fs/overflowuid") as overflow:
+            return int(overflow.read())
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _is_unmapped(uid: int) -> bool:
+    # The host's root, whose / and /home such a container sees, is one of them. What matters is that the cache itself
+    # is still the user's own.
+    return uid == _overflow_uid()
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name} ({uid})"
+    except KeyError:
+        return f"user {uid}"
+
+
+def _refuse(path: Path, reason: str, command: str) -> None:
+    mend = f"If that is as it should be, mend it with `{command}`, or set" if command else "Set"
+    raise UntrustedCacheError(
+        f"refusing to load kernels: {path} {reason}, and loading runs code. {mend} AITER_CACHE_DIR to a folder that "
+        "belongs to you and that nobody else can write."
+    )
