@@ -25,8 +25,8 @@ from aiter.jit.spec import Spec
 
 # GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
 GPU_ALIGNMENT = 16
-# Up to this many rows (query tokens times query heads of one KV head), the decoding kernel wins: it splits the KV
-# sequence over the GPU and reads it once for all these rows, where the forward kernel gives a tile of rows to one block.
+# Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
+# sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
 # Layouts are few in practice; a program that never repeats one must not grow without bound.
 MAX_PLANS = 4096
@@ -307,8 +307,8 @@ def attend(
     indices: Indices = NO_INDICES,
     max_seqlen: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Runs one attention call. `check(query, key, value, *options)` raises where an argument is bad; it sees each layout
-    of arguments once, so it must look at nothing but shapes, dtypes and devices."""
+    """Runs one attention call. `check(query, key, value, *options)` raises where an argument is bad; it sees each
+    layout of arguments once, so it must look at nothing but shapes, dtypes and devices."""
     if not _is_plain(query, key, value):
         check(query, key, value, *options)
         checks.flag("causal", causal)

@@ -1,4 +1,4 @@
-"""The operations as PyTorch's compiler, autograd and autocast see them: one operator, aiter::attention, and its gradient.
+"""The operations as PyTorch's compiler, autograd and autocast see them: one operator and its gradient.
 
     aiter.flash_attn_func(...)  ── plain tensors, no gradient ──> dispatch.Plan (no dispatcher in between)
                                 ── anything else ──> torch.ops.aiter.attention ──> autocast, autograd ──> dispatch.Plan

@@ -143,9 +143,7 @@ def variable_length_attention(
         check, options = _check_variable_length_paged, (max_seq_len, block_size)
         check(query, key, value, *options)
         held = page_table.shape[1] * key.shape[2]
-        longest, longest_name = min(
-            (max_seq_len, "max_seq_len"), (held, "what page_table holds, max_blocks * block_size")
-        )
+        longest, longest_name = min((max_seq_len, "max_seq_len"), (held, "what page_table holds"))
     checks.lengths_in_range("seq_lengths", seq_lengths, longest, longest_name, query.shape[0] if packed else None)
     seq_lengths = seq_lengths.to(torch.int32).contiguous()
     if page_table is not None:

@@ -55,7 +55,7 @@ def _attend_rows(
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` tokens (length, heads, head_dim) of a sequence from a cache (pages, heads, page_size, head_dim)."""
+    """The first `length` tokens of a sequence, (length, heads, head_dim), from a cache (pages, heads, page_size, …)."""
     needed = pages[: -(-length // cache.shape[2])].long()
     return cache[needed].transpose(1, 2).flatten(0, 1)[:length]
 

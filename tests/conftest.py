@@ -15,7 +15,7 @@ settings.load_profile("aiter")
 
 
 def pytest_configure(config):
-    """Kernels compile into a folder of this run's own, shared by its workers: tests neither read nor fill the user's."""
+    """Kernels compile into a folder of this run's own, shared by its workers; the user's is neither read nor filled."""
     if hasattr(config, "workerinput"):
         return  # inherits the folder of the process that started it
     chosen = os.environ.get("AITER_TEST_CACHE_DIR")
