@@ -86,3 +86,9 @@ class Description(ctypes.Structure):
 
 pack_tensors = struct.Struct(f"{len(AttentionTensors._fields_)}P").pack
 pack_grad_tensors = struct.Struct(f"{len(AttentionGradTensors._fields_)}P").pack
+
+
+def launch_structs(kernel: str) -> tuple[type[ctypes.Structure], type[ctypes.Structure]]:
+    """The problem and tensors structs that launches of `kernel` take."""
+    backward = kernel == "attention_backward"
+    return (AttentionGradProblem, AttentionGradTensors) if backward else (AttentionProblem, AttentionTensors)

@@ -36,7 +36,7 @@ class Kernel:
     def __repr__(self) -> str:
         return f"<aiter kernel {self.spec.name}>"
 
-    def launch(self, problem: abi.AttentionProblem, tensors: bytes, executor: int) -> None:
+    def launch(self, problem: ctypes.Structure, tensors: bytes, executor: int) -> None:
         """Launches on `executor`: a stream, or the address of an abi.CpuExecutor. Raises LaunchError."""
         code = self.launch_raw(ctypes.addressof(problem), tensors, executor)
         if code:
@@ -48,7 +48,7 @@ class Kernel:
             text = (self._library.aiter_error_text(code) or b"").decode(errors="replace")
             raise LaunchError(f"{self.spec.name}: {text} (code {code})", code)
 
-    def workspace_bytes(self, problem: abi.AttentionProblem) -> int:
+    def workspace_bytes(self, problem: ctypes.Structure) -> int:
         """How much scratch memory a launch of this problem needs."""
         return self.workspace_raw(ctypes.addressof(problem))
 
@@ -66,7 +66,7 @@ def load(spec: Spec, path: Path) -> Kernel:
     describe.argtypes, describe.restype = (ctypes.c_void_p,), None
     said = abi.Description()
     describe(ctypes.byref(said))
-    expected = (abi.ABI_VERSION, ctypes.sizeof(abi.AttentionProblem), ctypes.sizeof(abi.AttentionTensors))
+    expected = (abi.ABI_VERSION, *(ctypes.sizeof(struct) for struct in abi.launch_structs(spec.kernel)))
     actual = (said.abi_version, said.problem_bytes, said.tensors_bytes)
     if actual != expected:
         raise LoadError(
