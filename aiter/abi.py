@@ -68,13 +68,6 @@ class AttentionGradTensors(ctypes.Structure):
     )
 
 
-def structs_of(kernel: str) -> tuple[type[ctypes.Structure], type[ctypes.Structure]]:
-    """The structs that a kernel's launch takes: problem and tensors."""
-    if kernel.endswith("_backward"):
-        return AttentionGradProblem, AttentionGradTensors
-    return AttentionProblem, AttentionTensors
-
-
 class CpuExecutor(ctypes.Structure):
     """Where CPU kernels run: the address of PyTorch's own GOMP_parallel (or null) and how many threads to use."""
 

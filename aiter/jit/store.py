@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -197,8 +198,9 @@ class Store:
         except CompilationError:
             return  # not a compiler that could build it anew
         if version != recorded.get("version"):
-            was = str(recorded.get("version", "unknown")).partition("\n")[0]
-            raise Stale(f"the compiler changed from {was} to {version.partition(chr(10))[0]}")
+            was = str(recorded.get("version", "")).splitlines()
+            lines = itertools.zip_longest(was, version.splitlines(), fillvalue="nothing")
+            raise Stale("the compiler changed from {} to {}".format(*next(pair for pair in lines if pair[0] != pair[1])))
 
     def _prepare(self) -> None:
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
