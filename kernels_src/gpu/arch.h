@@ -10,6 +10,8 @@
  *   wave_any(c), ballot(c)     is c true in any lane; one bit for each lane where it is
  *   first_lane(bits)           the lowest lane in a ballot
  *   from_lane(x, l), wave_sum(x)
+ *   opaque(x)                  x, but the compiler cannot know it is the same as before: what depends on it is computed
+ *                              again instead of being kept in registers through the loop
  *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
  *
  * Elements: fp16 or bf16, held as 16 raw bits

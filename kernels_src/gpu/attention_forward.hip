@@ -49,13 +49,10 @@ constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries
 __device__ __forceinline__ void attend(const Problem &sequence, SharedAddress shared, int block_row, bool negate,
                                        OnlineSoftmax<SLOTS> &softmax, Output &o) {
     const int wave_row = block_row + wave() * WAVE_ROWS;
-    const int rows_end = minimum(block_row + BLOCK_ROWS, sequence.rows);
+    const int rows_end = lesser(block_row + BLOCK_ROWS, sequence.rows);
     const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
-    const int wave_keys = sequence.visible(minimum(wave_row + WAVE_ROWS, sequence.rows) - 1);
+    const int wave_keys = sequence.visible(lesser(wave_row + WAVE_ROWS, sequence.rows) - 1);
     const int unmasked_keys = sequence.visible(wave_row);
-    int seen[SLOTS];
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) seen[slot] = sequence.visible(wave_row + Output::row(slot));
 
     o.clear();
     if (keys_end == 0) return;
@@ -75,7 +72,7 @@ __device__ __forceinline__ void attend(const Problem &sequence, SharedAddress sh
         if (first >= wave_keys) continue; /* causal: the tile is the other waves' */
         Scores s;
         tile.scores(queries, s);
-        if (first + Tile::KEYS > unmasked_keys) mask(s, seen, first);
+        if (first + Tile::KEYS > unmasked_keys) mask(s, sequence, wave_row, first);
         softmax.update(s, o);
         tile.accumulate(s, o);
     }
@@ -108,8 +105,8 @@ __device__ __forceinline__ void store(const Problem &sequence, int wave_row, flo
         }
     }
     if (CAUSAL && wave_any(any_spoiled)) { /* is it a masked value that did it? */
-        const int last_row = minimum(wave_row + WAVE_ROWS, sequence.rows) - 1;
-        const int end = minimum(round_up(sequence.visible(last_row), Tile::KEYS), sequence.keys.count);
+        const int last_row = lesser(wave_row + WAVE_ROWS, sequence.rows) - 1;
+        const int end = lesser(round_up(sequence.visible(last_row), Tile::KEYS), sequence.keys.count);
         if (!values_not_finite<HEAD_DIM>(sequence, sequence.visible(wave_row), end))
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;

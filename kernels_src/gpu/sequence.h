@@ -15,7 +15,7 @@ struct Arguments { /* the kernel parameter */
 };
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-__device__ __forceinline__ int minimum(int x, int y) { return x < y ? x : y; }
+template <class T> __device__ __forceinline__ T lesser(T x, T y) { return x < y ? x : y; }
 
 /* Rows of sequence `batch` in a tensor: where they begin (packed) or 0, and how many there are. */
 struct Extent {
@@ -39,43 +39,44 @@ __device__ __forceinline__ Extent extent(const int32_t *lengths, int batch, int 
     return result;
 }
 
-/* Tokens of K and V of one sequence and KV head. `tile(first)` is the view of the tokens from `first` on; a place in it
- * past the last token is the last token's. Callers ask only for tiles that begin before `count`. */
+/* Tokens of K and V of one sequence and KV head. `tile(first)` is the view of the tokens from `first` on; place(row, step)
+ * is token row + step of it, or the last token of the sequence where that is past it. `row` differs from lane to lane,
+ * `step` is the same for all: it goes into the scalar part of the address. Callers ask only for tiles of up to 128 tokens
+ * that begin before `count`. */
 template <bool PAGED> struct KeyValueRows;
 
 template <> struct KeyValueRows<false> {
-    const char *key, *value;                      /* token 0 */
-    uint32_t key_stride, value_stride;            /* bytes */
+    const char *key, *value;           /* token 0 */
+    uint32_t key_stride, value_stride; /* bytes */
     int count;
 
     struct Tile {
-        const char *key_base, *value_base;        /* scalar: one address for the wave, 32-bit offsets in the lanes */
-        uint32_t key_stride, value_stride, key_last, value_last;
+        const char *key_base, *value_base;
+        uint32_t key_stride, value_stride, key_last, value_last; /* last: offset of the last token */
         struct Place {
-            uint32_t key, value;
+            uint32_t key_step, key_row, value_step, value_row;
         };
-        __device__ __forceinline__ Place place(int token) const {
-            const uint32_t k = token * key_stride, v = token * value_stride;
-            return {k < key_last ? k : key_last, v < value_last ? v : value_last};
+        __device__ __forceinline__ Place place(int row, int step) const {
+            const uint32_t k = lesser(step * key_stride, key_last), v = lesser(step * value_stride, value_last);
+            return {k, lesser(row * key_stride, key_last - k), v, lesser(row * value_stride, value_last - v)};
         }
-        __device__ __forceinline__ const char *key(Place place) const { return key_base + place.key; }
-        __device__ __forceinline__ const char *value(Place place) const { return value_base + place.value; }
+        __device__ __forceinline__ const char *key(Place p) const { return key_base + p.key_step + p.key_row; }
+        __device__ __forceinline__ const char *value(Place p) const { return value_base + p.value_step + p.value_row; }
     };
     __device__ __forceinline__ Tile tile(int first) const {
-        /* Only tiles of up to 128 tokens are asked for, so 32 bits hold an offset within one. */
-        const uint32_t last = static_cast<uint32_t>(minimum(count - 1 - first, 127));
+        const uint32_t last = static_cast<uint32_t>(lesser(count - 1 - first, 127));
         return {key + static_cast<int64_t>(first) * key_stride, value + static_cast<int64_t>(first) * value_stride,
                 key_stride, value_stride, last * key_stride, last * value_stride};
     }
 };
 
 template <> struct KeyValueRows<true> {
-    const char *key, *value;                      /* page 0 */
-    int64_t key_page_stride, value_page_stride;   /* bytes */
+    const char *key, *value;                    /* page 0 */
+    int64_t key_page_stride, value_page_stride; /* bytes */
     uint32_t key_stride, value_stride;
     int count;
-    const int32_t *pages;                         /* of this sequence */
-    int page_size, last_page;                     /* last_page: of the cache */
+    const int32_t *pages;                       /* of this sequence */
+    int page_size, last_page;                   /* last_page: of the cache */
 
     struct Tile {
         const KeyValueRows &rows;
@@ -83,8 +84,8 @@ template <> struct KeyValueRows<true> {
         struct Place {
             int page, position;
         };
-        __device__ __forceinline__ Place place(int token) const {
-            const unsigned t = static_cast<unsigned>(minimum(first + token, rows.count - 1));
+        __device__ __forceinline__ Place place(int row, int step) const {
+            const unsigned t = static_cast<unsigned>(lesser(first + row + step, rows.count - 1));
             const unsigned index = t / static_cast<unsigned>(rows.page_size);
             return {clamp(rows.pages[index], 0, rows.last_page), static_cast<int>(t - index * rows.page_size)};
         }

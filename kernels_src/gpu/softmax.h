@@ -81,11 +81,13 @@ template <int SLOTS> struct OnlineSoftmax {
     }
 };
 
-/* -inf for the keys of the tile beginning at `first` that a row does not see; seen[slot]: how many keys the row sees. */
-template <class Scores> __device__ __forceinline__ void mask(Scores &s, const int (&seen)[Scores::SLOTS], int first) {
+/* -inf for the keys of the tile beginning at `first` that a row does not see. The wave's rows begin at `wave_row`. */
+template <class Scores, class Sequence>
+__device__ __forceinline__ void mask(Scores &s, const Sequence &sequence, int wave_row, int first) {
+    wave_row = opaque(wave_row);
 #pragma unroll
     for (int slot = 0; slot < Scores::SLOTS; ++slot) {
-        const int limit = seen[slot] - first;
+        const int limit = sequence.visible(wave_row + Scores::row(slot)) - first;
 #pragma unroll
         for (int i = 0; i < Scores::VALUES; ++i)
             if (Scores::column(i) >= limit) s.set(slot, i, -INFINITE);
@@ -106,7 +108,7 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, flo
     }
     for (int key = 0; key < sequence.visible(row); ++key) {
         const auto tile = sequence.keys.tile(key);
-        const auto place = tile.place(0);
+        const auto place = tile.place(0, 0);
         const Element *k = reinterpret_cast<const Element *>(tile.key(place));
         const Element *v = reinterpret_cast<const Element *>(tile.value(place));
         float dot = 0.0f;
@@ -130,7 +132,7 @@ __device__ __forceinline__ bool values_not_finite(const Sequence &sequence, int 
     bool found = false;
     for (int key = begin; key < end; ++key) {
         const auto tile = sequence.keys.tile(key);
-        const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0)));
+        const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0, 0)));
         for (int d = lane(); d < HEAD_DIM; d += WAVE) found |= !(__builtin_fabsf(to_float(v[d])) < INFINITE);
     }
     return wave_any(found);

@@ -85,6 +85,11 @@ __device__ __forceinline__ float row_sum(float x) { return x + exchange_halves(x
 
 __device__ __forceinline__ bool lane_leads_row() { return lane() < 32; }
 
+template <class T> __device__ __forceinline__ T opaque(T x) {
+    asm volatile("" : "+v"(x));
+    return x;
+}
+
 /* ---- shared memory (LDS) ---- */
 
 typedef uint32_t SharedAddress;
@@ -211,6 +216,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     static constexpr int GROUPS = KEYS / 4;
     static constexpr int UNITS = round_up(CHUNKS, LANE_CHUNKS) * GROUPS; /* 16 bytes of 4 keys each */
     static constexpr int COPIES = round_up(UNITS, THREADS) / THREADS;
+    static constexpr bool EVEN = UNITS % THREADS == 0;
     static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
     static constexpr int VALUE_BYTES = CHUNKS * 8 * KEYS * 2;
     static constexpr int SHARED_BYTES = KEY_BYTES + VALUE_BYTES;
@@ -227,7 +233,6 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     /* The unit copied: chunk (8 dimensions) and place of the group of four keys in V^T. Eight lanes take one line of a
      * row, so that global loads are whole 128-byte lines; the next eight the group in the other half of the same 16
      * bytes of V^T, so that the transposed 8-byte stores of 16 lanes fill all banks. */
-    __device__ __forceinline__ int unit(int copy) const { return thread + copy * THREADS; }
     static __device__ __forceinline__ int unit_chunk(int unit) {
         return unit % LANE_CHUNKS + unit / (LANE_CHUNKS * GROUPS) * LANE_CHUNKS;
     }
@@ -237,12 +242,11 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         return (place & ~3) * 4 + (place & 1) * 8 + (place & 2) * 2;
     }
 
-    /* V^T: a row of KEYS elements for each dimension. Its 16-byte chunks are rotated within 128-byte lines so that
-     * neither eight neighbouring dimensions (reads) nor dimensions 8 apart (transposed stores) meet in a bank. */
+    /* V^T: a row of KEYS elements for each dimension. Its 16-byte chunks are permuted within 128-byte lines, by XOR, so
+     * that neither eight neighbouring dimensions (reads) nor dimensions 8 apart (transposed stores) meet in a bank. */
     static __device__ __forceinline__ uint32_t value_offset(int dimension, int chunk) {
-        const int near = KEYS >= 64 ? dimension : dimension / 2;
-        const int turn = (near & (KEYS >= 64 ? 7 : 3)) ^ (dimension / 8 & 7);
-        return static_cast<uint32_t>(((dimension * (KEYS / 8) + chunk) ^ turn) << 4);
+        const int near = KEYS >= 64 ? dimension & 7 : dimension / 2 & 3;
+        return static_cast<uint32_t>(((dimension * (KEYS / 8) + chunk) ^ near ^ (dimension / 8 & 7)) << 4);
     }
 
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
@@ -250,21 +254,22 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         const auto tile = rows.tile(first);
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
-            const int chunk = unit_chunk(unit(copy));
-            if (chunk < HEAD_DIM / 8 && (UNITS % THREADS == 0 || unit(copy) < UNITS)) {
+            const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
+            const bool exists = (HEAD_DIM % 64 == 0 || chunk < HEAD_DIM / 8) && (EVEN || unit < UNITS);
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    const auto place = tile.place(unit_key(unit(copy)) + k);
+            for (int k = 0; k < 4; ++k) {
+                key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
+                if (exists) {
+                    const auto place = tile.place(unit_key(unit), k);
                     key[copy][k] = *reinterpret_cast<const u32x4 *>(tile.key(place) + chunk * 16);
                     value[copy][k] = *reinterpret_cast<const u32x4 *>(tile.value(place) + chunk * 16);
                 }
-            } else {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
             }
         }
     }
 
+    /* Addresses in shared memory are one register for each place of a thread; the rest of them are constants that are
+     * added or, in the bits that the layouts permute, exclusive-ored. Opaque, for else the compiler keeps every sum. */
     template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
         sync();
         current_valid = coming_valid;
@@ -273,24 +278,27 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
             for (int copy = 0; copy < COPIES; ++copy)
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-                    if (unit_key(unit(copy)) + k >= current_valid) value[copy][k] = u32x4{0, 0, 0, 0};
+                    if (unit_key(thread + copy * THREADS) + k >= current_valid) value[copy][k] = u32x4{0, 0, 0, 0};
         }
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
-            const int chunk = unit_chunk(unit(copy)), first = unit_key(unit(copy)), place = unit_place(unit(copy));
-            if (UNITS % THREADS != 0 && unit(copy) >= UNITS) continue;
-            if (chunk * 8 < STEPS * 16) {
+            const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
+            if (!EVEN && unit >= UNITS) continue;
+            if (RowLayout<HEAD_DIM>::BYTES == STEPS * 32 || chunk < STEPS * 2) {
+                const SharedAddress to = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(unit_key(unit), chunk));
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-                    shared_store(key_tile + RowLayout<HEAD_DIM>::chunk(first + k, chunk), key[copy][k]);
+                    shared_store((to ^ (k << 4)) + k * RowLayout<HEAD_DIM>::BYTES, key[copy][k]);
             }
-            if (chunk < CHUNKS) {
+            if (CHUNKS % LANE_CHUNKS == 0 || chunk < CHUNKS) {
+                const int place = unit_place(unit);
+                const SharedAddress to = opaque(value_tile + value_offset(chunk * 8, place / 2) + place % 2 * 8);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
                     const u32x2 four = {__builtin_amdgcn_perm(value[copy][1][i / 2], value[copy][0][i / 2], half),
                                         __builtin_amdgcn_perm(value[copy][3][i / 2], value[copy][2][i / 2], half)};
-                    shared_store(value_tile + value_offset(chunk * 8 + i, place / 2) + place % 2 * 8, four);
+                    shared_store((to ^ (value_offset(i, 0) & 127)) + (value_offset(i, 0) & ~127u), four);
                 }
             }
         }
@@ -300,15 +308,14 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     template <int ROW_TILES>
     __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
                                            Accumulator<ROW_TILES, KEYS> &s) const {
-        const int row = lane() & 31, half = lane() / 32;
+        const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
         s.clear();
 #pragma unroll
         for (int n = 0; n < KEYS / 32; ++n)
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
-                const u32x4 k = shared_load<u32x4>(
-                    key_tile + (RowLayout<HEAD_DIM>::chunk(row, half) ^ ((2 * j & 7) << 4)) + (2 * j / 8) * 128 +
-                    n * 32 * RowLayout<HEAD_DIM>::BYTES);
+                const u32x4 k = shared_load<u32x4>((from ^ ((2 * j & 7) << 4)) + (2 * j / 8) * 128 +
+                                                   n * 32 * RowLayout<HEAD_DIM>::BYTES);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
             }
@@ -317,7 +324,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     template <int ROW_TILES>
     __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
                                                Accumulator<ROW_TILES, HEAD_DIM> &o) const {
-        const int dimension = lane() & 31, half = lane() / 32;
+        const SharedAddress from = opaque(value_tile + value_offset(lane() & 31, lane() / 32));
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) {
             u32x4 p[ROW_TILES];
@@ -327,7 +334,8 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                 for (int i = 0; i < 4; ++i) p[m][i] = to_elements(s.get(m, 8 * j + 2 * i), s.get(m, 8 * j + 2 * i + 1));
 #pragma unroll
             for (int n = 0; n < Accumulator<ROW_TILES, HEAD_DIM>::TILES; ++n) {
-                const u32x4 v = shared_load<u32x4>(value_tile + value_offset(n * 32 + dimension, 2 * j + half));
+                const uint32_t step = value_offset(n * 32, 2 * j);
+                const u32x4 v = shared_load<u32x4>((from ^ (step & 127)) + (step & ~127u));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
             }

@@ -66,6 +66,11 @@ __device__ __forceinline__ float row_sum(float x) {
 
 __device__ __forceinline__ bool lane_leads_row() { return lane() % 4 == 0; }
 
+__device__ __forceinline__ int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 /* ---- shared memory ---- */
 
 typedef uint32_t SharedAddress;
@@ -160,9 +165,19 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static __device__ __forceinline__ int column(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
 };
 
-/* Lane l's row and column when 16 x 16 elements are read as four 8 x 8 matrices in the order (0,0) (8,0) (0,8) (8,8). */
-__device__ __forceinline__ int matrix_row() { return lane() % 16; }
-__device__ __forceinline__ int matrix_chunk() { return lane() / 16; }
+/* ldmatrix reads 16 rows of 16 elements as four 8 x 8 matrices, lane l naming a row: in the order (0,0) (8,0) (0,8) (8,8)
+ * for operands whose registers alternate in rows first (Q, and V transposed), or (0,0) (0,8) (8,0) (8,8) for those that
+ * alternate in columns first (K). A chunk is 8 elements. */
+template <int HEAD_DIM> __device__ __forceinline__ uint32_t rows_first() {
+    return RowLayout<HEAD_DIM>::chunk(lane() % 16, lane() / 16);
+}
+template <int HEAD_DIM> __device__ __forceinline__ uint32_t columns_first() {
+    return RowLayout<HEAD_DIM>::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+}
+/* From the address that a lane names in the first 16 x 16 elements to that in those at (row, 16 * j). */
+template <int HEAD_DIM> __device__ __forceinline__ SharedAddress at(SharedAddress lane_row, int row, int j) {
+    return (lane_row ^ ((2 * j & 7) << 4)) + 2 * j / 8 * 128 + row * RowLayout<HEAD_DIM>::BYTES;
+}
 
 template <int HEAD_DIM, int ROW_TILES> struct Query {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
@@ -194,20 +209,19 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
                 for (int j = 0; j < STEPS; ++j) read(operand[m][j], m, j);
     }
     __device__ __forceinline__ void read(uint32_t (&a)[4], int m, int j) const {
-        load_matrices(a, rows + (RowLayout<HEAD_DIM>::chunk(matrix_row(), matrix_chunk()) ^ ((2 * j & 7) << 4)) +
-                             2 * j / 8 * 128 + m * 16 * RowLayout<HEAD_DIM>::BYTES);
+        load_matrices(a, at<HEAD_DIM>(rows + rows_first<HEAD_DIM>(), m * 16, j));
     }
 };
 
 template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
-    static constexpr int CHUNKS = STEPS * 2; /* of 16 bytes in a row; those past HEAD_DIM hold zeros */
-    static constexpr int UNITS = CHUNKS * KEYS / 4;
-    static constexpr int COPIES = round_up(UNITS, THREADS) / THREADS;
+    static constexpr int LINES = RowLayout<HEAD_DIM>::BYTES / 128;
+    static constexpr int PASS_ROWS = THREADS / 8; /* eight lanes copy one line of a row */
+    static constexpr int PASSES = KEYS / PASS_ROWS;
     static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
     static constexpr int STAGE_BYTES = 2 * KEY_BYTES;
     static constexpr int SHARED_BYTES = 2 * STAGE_BYTES;
-    static_assert(KEYS % 16 == 0, "whole mma tiles");
+    static_assert(KEYS % 16 == 0 && KEYS % PASS_ROWS == 0, "whole mma tiles, whole passes");
 
     SharedAddress shared, current, coming;
     int thread;
@@ -215,22 +229,23 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
         : shared(shared), current(shared + STAGE_BYTES), coming(shared), thread(thread) {}
 
-    /* Every thread copies a 16-byte chunk of four neighbouring tokens, of K and of V. */
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
         const auto tile = rows.tile(first);
+        const int row = opaque(thread / 8);
+        const SharedAddress to = coming + RowLayout<HEAD_DIM>::chunk(row, thread % 8);
 #pragma unroll
-        for (int copy = 0; copy < COPIES; ++copy) {
-            const int unit = thread + copy * THREADS;
-            if (UNITS % THREADS != 0 && unit >= UNITS) break;
-            const int chunk = unit % CHUNKS;
+        for (int pass = 0; pass < PASSES; ++pass) {
+            const auto place = tile.place(row, pass * PASS_ROWS);
+            const bool exists = first + row + pass * PASS_ROWS < rows.count;
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const int token = unit / CHUNKS * 4 + k;
-                const bool valid = first + token < rows.count && chunk < HEAD_DIM / 8;
-                const auto place = tile.place(token);
-                const SharedAddress to = coming + RowLayout<HEAD_DIM>::chunk(token, chunk);
-                copy_async(to, tile.key(place) + chunk * 16, valid);
-                copy_async(to + KEY_BYTES, tile.value(place) + chunk * 16, valid);
+            for (int line = 0; line < LINES; ++line) {
+                const int chunk = line * 8 + thread % 8;
+                if (line * 8 + 8 > STEPS * 2 && chunk >= STEPS * 2) continue; /* no product reads this chunk */
+                const bool valid = exists && (line * 8 + 8 <= HEAD_DIM / 8 || chunk < HEAD_DIM / 8);
+                const SharedAddress chunk_to = (to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 +
+                                               pass * PASS_ROWS * RowLayout<HEAD_DIM>::BYTES;
+                copy_async(chunk_to, tile.key(place) + chunk * 16, valid);
+                copy_async(chunk_to + KEY_BYTES, tile.value(place) + chunk * 16, valid);
             }
         }
     }
@@ -246,7 +261,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     template <int ROW_TILES>
     __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
                                            Accumulator<ROW_TILES, KEYS> &s) const {
-        const SharedAddress lane_row = current + RowLayout<HEAD_DIM>::chunk(matrix_row(), matrix_chunk());
+        const SharedAddress lane_row = current + columns_first<HEAD_DIM>();
         s.clear();
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
@@ -263,12 +278,11 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
 #pragma unroll
             for (int n = 0; n < KEYS / 16; ++n) {
                 uint32_t k[4];
-                load_matrices(k, (lane_row ^ ((2 * j & 7) << 4)) + 2 * j / 8 * 128 +
-                                     n * 16 * RowLayout<HEAD_DIM>::BYTES);
+                load_matrices(k, at<HEAD_DIM>(lane_row, n * 16, j));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
-                    multiply_add(s.tile[m][2 * n], q[m], k[0], k[2]);
-                    multiply_add(s.tile[m][2 * n + 1], q[m], k[1], k[3]);
+                    multiply_add(s.tile[m][2 * n], q[m], k[0], k[1]);
+                    multiply_add(s.tile[m][2 * n + 1], q[m], k[2], k[3]);
                 }
             }
         }
@@ -277,8 +291,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     template <int ROW_TILES>
     __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
                                                Accumulator<ROW_TILES, HEAD_DIM> &o) const {
-        const SharedAddress lane_row =
-            current + KEY_BYTES + RowLayout<HEAD_DIM>::chunk(matrix_row(), matrix_chunk());
+        const SharedAddress lane_row = current + KEY_BYTES + rows_first<HEAD_DIM>();
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) {
             uint32_t p[ROW_TILES][4];
@@ -292,8 +305,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
 #pragma unroll
             for (int n = 0; n < STEPS; ++n) {
                 uint32_t v[4];
-                load_matrices_transposed(v, (lane_row ^ ((2 * n & 7) << 4)) + 2 * n / 8 * 128 +
-                                                j * 16 * RowLayout<HEAD_DIM>::BYTES);
+                load_matrices_transposed(v, at<HEAD_DIM>(lane_row, j * 16, n));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
                     multiply_add(o.tile[m][2 * n], p[m], v[0], v[1]);
