@@ -200,7 +200,9 @@ class Store:
         if version != recorded.get("version"):
             was = str(recorded.get("version", "")).splitlines()
             lines = itertools.zip_longest(was, version.splitlines(), fillvalue="nothing")
-            raise Stale("the compiler changed from {} to {}".format(*next(pair for pair in lines if pair[0] != pair[1])))
+            raise Stale(
+                "the compiler changed from {} to {}".format(*next(pair for pair in lines if pair[0] != pair[1]))
+            )
 
     def _prepare(self) -> None:
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
