@@ -24,15 +24,16 @@
  *   SLOTS, VALUES              rows that a lane holds a part of; values of each that it holds
  *   get(slot, i), set(slot, i, x)   a value; slot and i must be compile-time constants after unrolling
  *   row(slot), column(i)       where in the matrix this lane's value stands. Lanes of equal row(slot) share that row.
- *   COLUMN_RUN                 columns of i, i+1, ... i+COLUMN_RUN-1 are adjacent when i % COLUMN_RUN == 0, and a run
- *                              never crosses a multiple of 8
- *   row_max(x), row_sum(x)     over the lanes that share a row (all of them get the result)
+ *   row_max(x), row_sum(x)     over the lanes that share a row (all of them get the result); row_max<4>, where another
+ *                              kind of tile spreads its rows over four
  *   lane_leads_row()           is this the first of the lanes that share a row
- *   store_run(pointer, bits)   writes COLUMN_RUN elements, packed in pairs
  *
  * Query<HEAD_DIM, ROW_TILES>: the rows of Q a wave works on, as operand of the matrix unit
  *   SHARED_BYTES               shared memory that one wave needs for it (0: all in registers)
  *   load(shared, row, negate)  row(r): pointer to query row r of this wave's tile, or null for zeros
+ *
+ * store_output(o, shared, row)   rounds and writes the first HEAD_DIM columns of O; row(r): where row r goes, or null;
+ *                              `shared`: the wave's memory of its Query, which is overwritten
  *
  * KeyValueTile<HEAD_DIM, KEYS, THREADS>: KEYS tokens of K and of V on their way from global into shared memory, carried
  * by THREADS threads (a block, or one wave of it). The copy of the next tile runs while this one is used:

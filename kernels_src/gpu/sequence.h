@@ -60,6 +60,8 @@ template <> struct KeyValueRows<false> {
             const uint32_t k = lesser(step * key_stride, key_last), v = lesser(step * value_stride, value_last);
             return {k, lesser(row * key_stride, key_last - k), v, lesser(row * value_stride, value_last - v)};
         }
+        /* The same where lane l has looked up token l; only pages are worth an exchange. */
+        __device__ __forceinline__ Place place_of_lane(Place, int row, int step) const { return place(row, step); }
         __device__ __forceinline__ const char *key(Place p) const { return key_base + p.key_step + p.key_row; }
         __device__ __forceinline__ const char *value(Place p) const { return value_base + p.value_step + p.value_row; }
     };
@@ -88,6 +90,9 @@ template <> struct KeyValueRows<true> {
             const unsigned t = static_cast<unsigned>(lesser(first + row + step, rows.count - 1));
             const unsigned index = t / static_cast<unsigned>(rows.page_size);
             return {clamp(rows.pages[index], 0, rows.last_page), static_cast<int>(t - index * rows.page_size)};
+        }
+        __device__ __forceinline__ Place place_of_lane(Place mine, int row, int step) const {
+            return {from_lane(mine.page, row + step), from_lane(mine.position, row + step)};
         }
         __device__ __forceinline__ const char *key(Place p) const {
             return rows.key + p.page * rows.key_page_stride + static_cast<int64_t>(p.position) * rows.key_stride;

@@ -25,7 +25,7 @@ struct Scale {
     }
 };
 
-template <int SLOTS> struct OnlineSoftmax {
+template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     static constexpr float THRESHOLD = 8.0f;
     float scale;
     float maximum[SLOTS]; /* of score * scale */
@@ -45,7 +45,7 @@ template <int SLOTS> struct OnlineSoftmax {
             float best = s.get(slot, 0);
 #pragma unroll
             for (int i = 1; i < Scores::VALUES; ++i) best = __builtin_fmaxf(best, s.get(slot, i));
-            top[slot] = row_max(best) * scale;
+            top[slot] = row_max<LANES>(best) * scale;
             grown |= top[slot] > maximum[slot] + THRESHOLD;
         }
         if (wave_any(grown)) {
@@ -75,7 +75,7 @@ template <int SLOTS> struct OnlineSoftmax {
     __device__ __forceinline__ void finish(float (&log_sum)[SLOTS]) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            sum[slot] = row_sum(sum[slot]);
+            sum[slot] = row_sum<LANES>(sum[slot]);
             log_sum[slot] = maximum[slot] == -INFINITE && sum[slot] == 0 ? -INFINITE : maximum[slot] + log2(sum[slot]);
         }
     }

@@ -25,7 +25,6 @@ namespace aiter {
 constexpr int WAVE = 64;
 constexpr int ROW_TILE = 32;
 constexpr int LANES_PER_ROW = 2;
-constexpr int COLUMN_RUN = 4;
 #if defined(__gfx90a__)
 constexpr int XCDS = 1; /* the two dies of an MI250 are two devices */
 #else
@@ -80,8 +79,14 @@ template <class T> __device__ __forceinline__ T wave_sum(T x) {
     for (int distance = 1; distance < WAVE; distance *= 2) x += from_lane(x, lane() ^ distance);
     return x;
 }
-__device__ __forceinline__ float row_max(float x) { return __builtin_fmaxf(x, exchange_halves(x)); }
-__device__ __forceinline__ float row_sum(float x) { return x + exchange_halves(x); }
+template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_max(float x) {
+    if constexpr (LANES == 4) x = __builtin_fmaxf(x, from_lane(x, lane() ^ 16));
+    return __builtin_fmaxf(x, exchange_halves(x));
+}
+template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_sum(float x) {
+    if constexpr (LANES == 4) x += from_lane(x, lane() ^ 16);
+    return x + exchange_halves(x);
+}
 
 __device__ __forceinline__ bool lane_leads_row() { return lane() < 32; }
 
@@ -103,12 +108,6 @@ template <class T> __device__ __forceinline__ T shared_load(SharedAddress addres
 }
 template <class T> __device__ __forceinline__ void shared_store(SharedAddress address, T value) {
     *reinterpret_cast<LdsPointer<T>>(static_cast<uintptr_t>(address)) = value;
-}
-
-/* ---- global memory ---- */
-
-__device__ __forceinline__ void store_run(Element *to, const uint32_t (&run)[2]) {
-    *reinterpret_cast<u32x2 *>(to) = u32x2{run[0], run[1]};
 }
 
 /* ---- elements ---- */
@@ -208,6 +207,21 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
         }
     }
 };
+
+/* Straight from the registers, four dimensions (8 bytes) at a time: the two lanes of a row fill 16 bytes together, and the
+ * L2 cache puts lines together. */
+template <int HEAD_DIM, int ROW_TILES, class RowPointer>
+__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, HEAD_DIM> &o, SharedAddress, RowPointer row) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        Element *to = row(o.row(m));
+        if (to != nullptr)
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; i += 4)
+                *reinterpret_cast<u32x2 *>(to + o.column(i)) = u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
+                                                                     to_elements(o.get(m, i + 2), o.get(m, i + 3))};
+    }
+}
 
 template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */

@@ -20,7 +20,6 @@ namespace aiter {
 constexpr int WAVE = 32;
 constexpr int ROW_TILE = 16;
 constexpr int LANES_PER_ROW = 4;
-constexpr int COLUMN_RUN = 2;
 constexpr int XCDS = 1;
 
 /* ---- the wave ---- */
@@ -55,11 +54,13 @@ template <class T> __device__ __forceinline__ T wave_sum(T x) {
     for (int distance = 1; distance < WAVE; distance *= 2) x += __shfl_xor_sync(~0u, x, distance);
     return x;
 }
-__device__ __forceinline__ float row_max(float x) {
+template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_max(float x) {
+    static_assert(LANES == LANES_PER_ROW, "");
     x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
     return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
-__device__ __forceinline__ float row_sum(float x) {
+template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_sum(float x) {
+    static_assert(LANES == LANES_PER_ROW, "");
     x += __shfl_xor_sync(~0u, x, 1);
     return x + __shfl_xor_sync(~0u, x, 2);
 }
@@ -101,12 +102,6 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const char *from, b
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-/* ---- global memory ---- */
-
-__device__ __forceinline__ void store_run(Element *to, const uint32_t (&run)[1]) {
-    *reinterpret_cast<uint32_t *>(to) = run[0];
-}
 
 /* ---- elements ---- */
 
@@ -192,9 +187,9 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
     __device__ __forceinline__ void load(SharedAddress shared, RowPointer row, bool negate) {
         const uint32_t sign = negate ? 0x80008000u : 0u;
         rows = shared;
-#pragma unroll 4
-        for (int i = lane(); i < ROWS * CHUNKS; i += WAVE) {
-            const int r = i / CHUNKS, chunk = i % CHUNKS;
+#pragma unroll
+        for (int step = 0; step < ROWS * CHUNKS / WAVE; ++step) { /* unrolled: all loads are in flight together */
+            const int i = lane() + step * WAVE, r = i / CHUNKS, chunk = i % CHUNKS;
             const Element *source = row(r);
             uint4 bits = {0, 0, 0, 0};
             if (source != nullptr && chunk < HEAD_DIM / 8) bits = reinterpret_cast<const uint4 *>(source)[chunk];
@@ -212,6 +207,29 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
         load_matrices(a, at<HEAD_DIM>(rows + rows_first<HEAD_DIM>(), m * 16, j));
     }
 };
+
+/* By way of the wave's query rows in shared memory, which it needs no more: from there whole rows go out, 16 bytes a lane
+ * and lanes side by side. */
+template <int HEAD_DIM, int ROW_TILES, class RowPointer>
+__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, HEAD_DIM> &o, SharedAddress shared,
+                                             RowPointer row) {
+    constexpr int CHUNKS = HEAD_DIM / 8, ROWS = ROW_TILES * 16;
+    __syncwarp();
+#pragma unroll
+    for (int slot = 0; slot < ROW_TILES * 2; ++slot)
+#pragma unroll
+        for (int n = 0; n < CHUNKS; ++n)
+            shared_store(shared + RowLayout<HEAD_DIM>::chunk(o.row(slot), n) + lane() % 4 * 4,
+                         to_elements(o.get(slot, 2 * n), o.get(slot, 2 * n + 1)));
+    __syncwarp();
+#pragma unroll 4
+    for (int i = lane(); i < ROWS * CHUNKS; i += WAVE) {
+        Element *to = row(i / CHUNKS);
+        if (to != nullptr)
+            reinterpret_cast<uint4 *>(to)[i % CHUNKS] =
+                shared_load<uint4>(shared + RowLayout<HEAD_DIM>::chunk(i / CHUNKS, i % CHUNKS));
+    }
+}
 
 template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;

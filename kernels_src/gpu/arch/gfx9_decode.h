@@ -1,0 +1,225 @@
+/* Few query rows on AMD CDNA: keys and values stream from global memory through registers into the matrix unit. Nothing
+ * of them goes through shared memory, and no wave waits for another. Implements the interface described in
+ * attention_decode.hip.
+ *
+ * Everything is computed transposed, as in arch/gfx9.h, but in 16x16 tiles of MFMA: S^T = K Q^T, O^T = V^T P^T. With
+ * m = lane % 16 and g = lane / 16, accumulator register r of a tile is row 4 g + r, column m; an operand is row (or
+ * column) m and a run of the contraction that begins with 4 g (gfx950: 8 g). So, for a tile of 32 tokens in halves n:
+ *
+ *   K   a lane loads 16-byte chunks 4 j + g of tokens 16 n + m: each 8 dimensions of an operand, two of 16x16x16
+ *   Q   the same chunks of row m
+ *   S   register r of half n: token 16 n + 4 g + r, query row m. Rounded, these are the operand P^T as they stand
+ *   V   a lane loads the same 8 dimensions (a wide piece, 128 in all) or 4 (a narrow piece, 64 in all) of its eight
+ *       tokens 16 n + 4 g + i. Element e of them, for four tokens, is the operand V^T of an MFMA whose 16 rows are the
+ *       dimensions 8 m + e: bytes change places within the lane, and that is all the transposing there is.
+ *   O   register r of MFMA e: dimension 8 (4 g + r) + e of row m
+ *
+ * The loads of the next K tile start when S has used this one, those of V when O has: a wave always has one of the two
+ * on its way, 8 KB at head_dim 128, and a CU 64 KB and more (304 CUs at 5.3 TB/s with 1 us of latency ask for 17 KB). */
+#ifndef AITER_GPU_ARCH_GFX9_DECODE_H
+#define AITER_GPU_ARCH_GFX9_DECODE_H
+
+#include "gpu/sequence.h"
+
+namespace aiter {
+
+typedef float f32x4 __attribute__((ext_vector_type(4)));
+
+/* tile += A * B; a lane's operands for one 16x16x16 (eight bytes) or for 32 places of the contraction (16 bytes). */
+__device__ __forceinline__ f32x4 multiply_add(u32x2 a, u32x2 b, f32x4 tile) {
+#if defined(AITER_DTYPE_BF16)
+    return __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(__builtin_bit_cast(i16x4, a), __builtin_bit_cast(i16x4, b), tile,
+                                                     0, 0, 0);
+#else
+    return __builtin_amdgcn_mfma_f32_16x16x16f16(__builtin_bit_cast(f16x4, a), __builtin_bit_cast(f16x4, b), tile, 0, 0,
+                                                 0);
+#endif
+}
+__device__ __forceinline__ f32x4 multiply_add(u32x4 a, u32x4 b, f32x4 tile) {
+#if defined(__gfx950__) && defined(AITER_DTYPE_BF16)
+    return __builtin_amdgcn_mfma_f32_16x16x32_bf16(__builtin_bit_cast(bf16x8, a), __builtin_bit_cast(bf16x8, b), tile,
+                                                   0, 0, 0);
+#elif defined(__gfx950__)
+    return __builtin_amdgcn_mfma_f32_16x16x32_f16(__builtin_bit_cast(f16x8, a), __builtin_bit_cast(f16x8, b), tile, 0,
+                                                  0, 0);
+#else
+    return multiply_add(a.zw, b.zw, multiply_add(a.xy, b.xy, tile));
+#endif
+}
+
+template <int HEAD_DIM> struct DecodeQueries {
+    static constexpr int STEPS = round_up(HEAD_DIM, 32) / 32;
+    u32x4 operand[STEPS];
+
+    template <class RowPointer>
+    __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
+        const uint32_t sign = negate ? 0x80008000u : 0u;
+        const Element *source = row(lane() % 16);
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+            const int chunk = 4 * j + lane() / 16;
+            operand[j] = u32x4{0, 0, 0, 0};
+            if (source != nullptr && chunk < HEAD_DIM / 8)
+                operand[j] = *reinterpret_cast<const u32x4 *>(source + 8 * chunk) ^ sign;
+        }
+    }
+};
+
+struct DecodeScores {
+    static constexpr int SLOTS = 1, VALUES = 8;
+    f32x4 half[2];
+    __device__ __forceinline__ float get(int, int i) const { return half[i / 4][i % 4]; }
+    __device__ __forceinline__ void set(int, int i, float x) { half[i / 4][i % 4] = x; }
+    static __device__ __forceinline__ int column(int i) { return i / 4 * 16 + lane() / 16 * 4 + i % 4; }
+};
+
+template <int HEAD_DIM> struct DecodeOutput {
+    static constexpr int REST = HEAD_DIM % 128;
+    static constexpr int WIDE = HEAD_DIM / 128 + (REST > 64), NARROW = REST > 0 && REST <= 64;
+    static constexpr int TILES = 8 * WIDE + 4 * NARROW;
+    static constexpr int SLOTS = 1, VALUES = 4 * TILES;
+    f32x4 tile[TILES];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) tile[n] = f32x4{0, 0, 0, 0};
+    }
+    /* Values in the order of their dimensions: piece, register, element. */
+    static constexpr int in_piece(int i) { return i % 32; }
+    static constexpr int elements(int i) { return i / 32 < WIDE ? 8 : 4; } /* of a lane's piece */
+    static constexpr int tile_of(int i) { return i / 32 * 8 + in_piece(i) % elements(i); }
+    static constexpr int register_of(int i) { return in_piece(i) / elements(i); }
+    __device__ __forceinline__ float get(int, int i) const { return tile[tile_of(i)][register_of(i)]; }
+    __device__ __forceinline__ void set(int, int i, float x) { tile[tile_of(i)][register_of(i)] = x; }
+    static __device__ __forceinline__ int row(int) { return lane() % 16; }
+    static __device__ __forceinline__ int column(int i) {
+        return i / 32 * 128 + elements(i) * (lane() / 16 * 4) + in_piece(i);
+    }
+};
+
+template <int HEAD_DIM> struct Decode {
+    static constexpr int ROWS = 16;
+    static constexpr int LANES = 4; /* that share a row */
+    static constexpr int KEYS = 32;
+    static constexpr int WAVES = 4;
+    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+    using Scores = DecodeScores;
+    using Output = DecodeOutput<HEAD_DIM>;
+    using Queries = DecodeQueries<HEAD_DIM>;
+    static __device__ __forceinline__ bool leads_row() { return lane() < 16; }
+};
+
+template <int HEAD_DIM, class Rows> struct KeyValueStream {
+    static constexpr int SHARED_BYTES = 0;
+    static constexpr int KEYS = Decode<HEAD_DIM>::KEYS;
+    static constexpr int STEPS = DecodeQueries<HEAD_DIM>::STEPS;
+    static constexpr int WIDE = DecodeOutput<HEAD_DIM>::WIDE, NARROW = DecodeOutput<HEAD_DIM>::NARROW;
+    using Place = typename Rows::Tile::Place;
+
+    const Rows &rows;
+    int stride;          /* from one tile of this wave to its next, in tokens */
+    int current, coming; /* first token of the tile in use, and of the one on its way */
+    Place place, next;   /* of token `coming + lane % 32`, and of the one a tile further: looked up a tile ahead */
+    u32x4 key[2][STEPS];
+    u32x4 wide[WIDE + 1][2][4];   /* one more than there are: an array of none is not C++ */
+    u32x2 narrow[NARROW + 1][2][4];
+
+    __device__ __forceinline__ KeyValueStream(SharedAddress, const Rows &rows, int first, int group, int groups)
+        : rows(rows), stride(groups * KEYS), coming(first + group * KEYS) {
+        next = look_up(coming);
+        issue_keys();
+        issue_values();
+    }
+    __device__ __forceinline__ SharedAddress query_memory() const { return 0; }
+
+    /* Past the end of the rows all tokens are the last one, and cost one line of memory. */
+    __device__ __forceinline__ typename Rows::Tile tile(int first) const {
+        return rows.tile(minimum(first, rows.count - 1));
+    }
+    __device__ __forceinline__ Place look_up(int first) const { return tile(first).place(lane() % KEYS); }
+
+    __device__ __forceinline__ void issue_keys() {
+        place = next;
+        const auto source = tile(coming);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const char *row = source.key(source.shared_place(place, 16 * n + lane() % 16));
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+                const int chunk = minimum(4 * j + lane() / 16, HEAD_DIM / 8 - 1);
+                key[n][j] = *reinterpret_cast<const u32x4 *>(row + 16 * chunk);
+            }
+        }
+        next = look_up(coming + stride);
+    }
+    __device__ __forceinline__ void issue_values() {
+        const auto source = tile(coming);
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const char *row = source.value(source.shared_place(place, 16 * n + lane() / 16 * 4 + i));
+#pragma unroll
+                for (int p = 0; p < WIDE; ++p)
+                    wide[p][n][i] = *reinterpret_cast<const u32x4 *>(
+                        row + p * 256 + 16 * minimum(lane() % 16, HEAD_DIM / 8 - 1 - p * 16));
+                if constexpr (NARROW != 0)
+                    narrow[0][n][i] = *reinterpret_cast<const u32x2 *>(
+                        row + WIDE * 256 + 8 * minimum(lane() % 16, HEAD_DIM / 4 - 1 - WIDE * 32));
+            }
+    }
+
+    __device__ __forceinline__ void advance() {}
+
+    __device__ __forceinline__ void scores(const DecodeQueries<HEAD_DIM> &queries, DecodeScores &s) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            s.half[n] = f32x4{0, 0, 0, 0};
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+                u32x4 k = key[n][j];
+                if (4 * j + 4 > HEAD_DIM / 8 && 4 * j + lane() / 16 >= HEAD_DIM / 8) k = u32x4{0, 0, 0, 0};
+                s.half[n] = multiply_add(k, queries.operand[j], s.half[n]);
+            }
+        }
+        current = coming;
+        coming += stride;
+        issue_keys();
+    }
+
+    /* The halves' eight tokens of element pair h, and which of the pair: an operand of V^T. */
+    template <class Piece> static __device__ __forceinline__ u32x4 transposed(const Piece (&v)[2][4], int h, int odd) {
+        const uint32_t which = odd ? 0x07060302u : 0x05040100u;
+        return u32x4{__builtin_amdgcn_perm(v[0][1][h], v[0][0][h], which),
+                     __builtin_amdgcn_perm(v[0][3][h], v[0][2][h], which),
+                     __builtin_amdgcn_perm(v[1][1][h], v[1][0][h], which),
+                     __builtin_amdgcn_perm(v[1][3][h], v[1][2][h], which)};
+    }
+
+    __device__ __forceinline__ void accumulate(const DecodeScores &s, DecodeOutput<HEAD_DIM> &o) {
+        if (current + KEYS > rows.count) { /* the values past the end must be zeros */
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (current + 16 * n + lane() / 16 * 4 + i >= rows.count) {
+#pragma unroll
+                        for (int p = 0; p < WIDE; ++p) wide[p][n][i] = u32x4{0, 0, 0, 0};
+                        if constexpr (NARROW != 0) narrow[0][n][i] = u32x2{0, 0};
+                    }
+        }
+        const u32x4 p = {to_elements(s.half[0][0], s.half[0][1]), to_elements(s.half[0][2], s.half[0][3]),
+                         to_elements(s.half[1][0], s.half[1][1]), to_elements(s.half[1][2], s.half[1][3])};
+#pragma unroll
+        for (int n = 0; n < DecodeOutput<HEAD_DIM>::TILES; ++n) {
+            const int e = n % 8;
+            const u32x4 v = n / 8 < WIDE ? transposed(wide[n / 8], e / 2, e % 2) : transposed(narrow[0], e / 2, e % 2);
+            o.tile[n] = multiply_add(v, p, o.tile[n]);
+        }
+        issue_values();
+    }
+};
+
+} // namespace aiter
+
+#endif
