@@ -51,18 +51,22 @@ class Entry:
         return sum(file["bytes"] for file in self.manifest["files"].values())
 
 
-def write_manifest(folder: Path, spec: Spec, key: str, build: dict) -> dict:
-    """Completes an entry whose files are in `folder` and puts all of it on the disk itself. `build` says how it came
-    about: compiler, commands, times."""
+def write_manifest(folder: Path, spec: Spec, key: str, build: dict) -> None:
+    """Completes an entry whose files are in `folder`, and seals it. `build` says how it came about: compiler, commands,
+    times."""
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in FILES}
     manifest = {"key": key, "spec": spec.to_json(), "files": files, **build}
     (folder / MANIFEST).write_text(_render(manifest))
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Gives a complete entry the permissions that `read` wants, and returns when it is on the disk."""
     for name in (*FILES, MANIFEST):
-        os.chmod(folder / name, 0o644)  # a compiler goes by the umask, which may let others write
+        os.chmod(folder / name, 0o644)  # whatever the umask says: all may read, none but us may write
         sync(folder / name)
     os.chmod(folder, 0o755)
     sync(folder)
-    return manifest
 
 
 def read(folder: Path, name: str | None = None) -> Entry:

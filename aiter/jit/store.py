@@ -19,11 +19,11 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from aiter.errors import CompilationError
+from aiter.errors import CacheError, CompilationError
 from aiter.jit import settings, trust
 from aiter.jit.entry import DamagedEntry, Entry, read, sync, write_manifest
 from aiter.jit.lock import build_lock, try_lock
@@ -143,36 +143,63 @@ class Store:
             write_manifest(folder, recipe.spec, recipe.key, build)
 
     def _install(self, recipe: Recipe, temporary: Path) -> Entry:
-        """Puts a complete entry in place by one rename, and checks it where it is."""
-        target = self.folder / recipe.name
-        for _ in range(10):
+        """Puts the entry in place, and checks it where it is."""
+
+        def good() -> bool:
             try:
-                os.rename(temporary, target)
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-            # Built meanwhile by someone who could not be locked out, or to be replaced.
-            with contextlib.suppress(Stale):
-                entry = self.find(recipe)
-                if entry is not None:
-                    return entry
-            self.discard(recipe.name)
-        sync(self.folder)
-        with contextlib.suppress(OSError):
-            (self.folder / FAILED / f"{recipe.name}.log").unlink()
+                return self.find(recipe) is not None
+            except Stale:
+                return False
+
+        self.place(temporary, recipe.name, good)
+        remove(self.folder / FAILED / f"{recipe.name}.log")
         try:
             return read(trust.check_chain(self.folder) / recipe.name)
         except DamagedEntry as damage:
             raise OSError(errno.EIO, f"what was written is not what is read back: {damage}") from None
 
+    def place(self, complete: Path, name: str, good: Callable[[], bool]) -> bool:
+        """Puts the complete entry in the folder `complete` in place by one rename. Where there is one already that is
+        `good`, built by someone who could not be locked out, that one stays and the result is False."""
+        for _ in range(10):
+            try:
+                os.rename(complete, self.folder / name)
+                sync(self.folder)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            if good():
+                return False
+            self.discard(name)
+        raise OSError(errno.EBUSY, f"{self.folder / name} is replaced again and again")
+
     def discard(self, name: str) -> None:
         """Removes an entry: first from its place, at once, then from the disk. Who has it loaded keeps it."""
         (self.folder / BUILDING).mkdir(mode=0o755, exist_ok=True)
-        trash = self._temporary(name)
+        trash = self.folder / BUILDING / (self._prefix(name) + f"{time.monotonic_ns():x}")
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self.folder / name, trash / name)
-        _remove(trash)
+            os.rename(self.folder / name, trash)
+        remove(trash)
+
+    @contextlib.contextmanager
+    def workplace(self, purpose: str) -> Iterator[Path]:
+        """A private folder in the cache's file system, for as long as the context lasts. Raises CacheError where the
+        cache cannot be written."""
+        name = f"{purpose}-{os.getpid()}-{time.monotonic_ns():x}"
+        try:
+            with self._writing():
+                self._prepare()
+            with build_lock(self.folder / LOCKS / f"{name}.lock", 60.0, lambda: name):
+                with self._writing():
+                    folder = self._temporary(name)
+                try:
+                    with self._writing():
+                        yield folder
+                finally:
+                    remove(folder)
+        except Unwritable as error:
+            raise CacheError(f"the cache {self.folder} cannot be written: {error}") from None
 
     def names(self) -> list[str]:
         """Names of what looks like entries, sorted."""
@@ -239,16 +266,17 @@ class Store:
         aside = self.folder / DAMAGED / name
         with self._writing():
             aside.parent.mkdir(mode=0o755, exist_ok=True)
-            _remove(aside)
+            remove(aside)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.folder / name, aside)
         logger.warning("%s: %s; set aside in %s and built anew", name, reason, aside)
 
     def _temporary(self, name: str) -> Path:
         """A private folder whose name tells what it is for and who made it."""
-        return Path(
-            tempfile.mkdtemp(prefix=f"{name}~{socket.gethostname()}~{os.getpid()}~", dir=self.folder / BUILDING)
-        )
+        return Path(tempfile.mkdtemp(prefix=self._prefix(name), dir=self.folder / BUILDING))
+
+    def _prefix(self, name: str) -> str:
+        return f"{name}~{socket.gethostname()}~{os.getpid()}~"
 
     def _who_builds(self, name: str) -> str:
         """What the log says we wait for; names of folders in the making tell who makes them."""
@@ -265,13 +293,13 @@ class Store:
                 name, host, *_ = [*path.name.split("~"), ""]
                 if host != socket.gethostname():
                     if time.time() - path.stat().st_mtime > ABANDONED_S:
-                        _remove(path)
+                        remove(path)
                 elif name == locked:
-                    _remove(path)
+                    remove(path)
                 else:
                     with try_lock(self.folder / LOCKS / f"{name}.lock") as free:
                         if free:
-                            _remove(path)
+                            remove(path)
 
 
 def _lay_out(recipe: Recipe, folder: Path) -> None:
@@ -293,7 +321,8 @@ def _refuses_writes(folder: Path, output: str) -> str | None:
     return None if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file or a folder, as far as it is there and can be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

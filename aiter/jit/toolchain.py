@@ -7,6 +7,7 @@ paths nor anything from the environment ends up in a .so or in a shell that a co
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -183,6 +184,20 @@ def toolchain_for(arch: str) -> Toolchain:
     return HIP if is_amd(arch) else NVCC if is_nvidia(arch) else CPP
 
 
+_running: set = set()
+_stopped = False
+
+
+def stop_compilers() -> None:
+    """Ends the compilers that this process runs, now and from now on: for a program that is told to end while its
+    threads build."""
+    global _stopped
+    _stopped = True
+    for process in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> None:
     """Runs `commands` in `folder`, their output in LOG there. Raises CompilationError with the compiler's words."""
     import subprocess  # here, because a warm start runs nothing
@@ -208,6 +223,9 @@ def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> 
                 )
             except OSError as error:
                 raise CompilationError(f"cannot run {command[0]}: {error}", shlex.join(command), str(error)) from error
+            _running.add(process)
+            if _stopped:
+                stop_compilers()
             try:
                 status = process.wait(max(0.0, deadline - time.monotonic()))
             except BaseException as error:
@@ -217,6 +235,8 @@ def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> 
                     raise
                 what = f"took longer than AITER_COMPILE_TIMEOUT={timeout:g} s and was stopped"
                 raise CompilationError(what, shlex.join(command), _read(folder / LOG)) from None
+            finally:
+                _running.discard(process)
             if status:
                 what = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
                 raise CompilationError(what, shlex.join(command), _read(folder / LOG))
