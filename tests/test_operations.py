@@ -189,9 +189,9 @@ def test_variable_length_attention(dtype, head_dim, form, lengths, spare, heads,
 @pytest.mark.parametrize("size", (1e4, -1e4))
 def test_large_scores(dtype, causal, size):
     """Scores of ±1e4 saturate softmax; nothing may overflow."""
-    query = torch.randn(1, 130, 2, 64)
-    query, key, value = query.to(dtype), torch.randn(1, 150, 2, 64).to(dtype), torch.randn(1, 150, 2, 64).to(dtype)
-    scale = size / float((query[0].double().abs() @ key[0].double().abs().transpose(-1, -2)).max()) * 4
+    query, key, value = (torch.randn(1, seqlen, 2, 64).to(dtype) for seqlen in (130, 150, 150))
+    largest = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()).abs().max()
+    scale = size / float(largest)
     output, lse = aiter.flash_attn_func(query, key, value, causal, scale, return_lse=True)
     expected, expected_lse = reference.attend_one(query[0], key[0], value[0], causal, scale)
     assert_as_accurate(output[0], expected, pytorch_attend_one(query[0], key[0], value[0], causal, scale))
@@ -206,7 +206,7 @@ def test_equal_scores_average_the_values(dtype):
     torch.testing.assert_close(
         output[0, :, 0].double(), value[0, :, 0].double().mean(0).expand(5, -1), rtol=1e-2, atol=4e-3
     )
-    torch.testing.assert_close(lse, torch.full_like(lse, math.log(77)))
+    torch.testing.assert_close(lse, torch.full_like(lse, math.log(77)), rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -10,6 +10,7 @@
  *   wave_any(c), ballot(c)     is c true in any lane; one bit for each lane where it is
  *   first_lane(bits)           the lowest lane in a ballot
  *   from_lane(x, l), wave_sum(x)
+ *   uniform(x)                 x, which is the same in all lanes, as a scalar
  *   opaque(x)                  x, but the compiler cannot know it is the same as before: what depends on it is computed
  *                              again instead of being kept in registers through the loop
  *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
@@ -23,7 +24,8 @@
  * LANES_PER_ROW lanes, so the softmax of a row stays in registers:
  *   SLOTS, VALUES              rows that a lane holds a part of; values of each that it holds
  *   get(slot, i), set(slot, i, x)   a value; slot and i must be compile-time constants after unrolling
- *   row(slot), column(i)       where in the matrix this lane's value stands. Lanes of equal row(slot) share that row.
+ *   row(slot)                  the row of this lane's slot; lanes of equal row(slot) share that row
+ *   column(i) + lane_column()  the column of this lane's value i; column(i) is a compile-time constant
  *   row_max(x), row_sum(x)     over the lanes that share a row (all of them get the result); row_max<4>, where another
  *                              kind of tile spreads its rows over four
  *   lane_leads_row()           is this the first of the lanes that share a row

@@ -44,6 +44,10 @@ using Output = Accumulator<Tile::ROW_TILES, HEAD_DIM>;
 constexpr int SLOTS = Output::SLOTS;
 constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries::SHARED_BYTES;
 
+__device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) { /* of this wave */
+    return shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES;
+}
+
 /* The loop over the keys: leaves in `o` the sums of P V, and in `softmax` what they must be divided by. */
 #if !defined(AITER_ARCH_MAIN_LOOP)
 __device__ __forceinline__ void attend(const Problem &sequence, SharedAddress shared, int block_row, bool negate,
@@ -59,7 +63,7 @@ __device__ __forceinline__ void attend(const Problem &sequence, SharedAddress sh
     KeysAndValues tile(shared, thread_in_block());
     tile.issue(sequence.keys, 0);
     Queries queries;
-    queries.load(shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES,
+    queries.load(query_memory(shared),
                  [&](int row) {
                      row += wave_row;
                      return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
@@ -79,7 +83,7 @@ __device__ __forceinline__ void attend(const Problem &sequence, SharedAddress sh
 }
 #endif
 
-__device__ __forceinline__ void store(const Problem &sequence, int wave_row, float signed_scale,
+__device__ __forceinline__ void store(const Problem &sequence, SharedAddress shared, int wave_row, float signed_scale,
                                       OnlineSoftmax<SLOTS> &softmax, Output &o) {
     float log_sum[SLOTS];
     softmax.finish(log_sum);
@@ -111,26 +115,24 @@ __device__ __forceinline__ void store(const Problem &sequence, int wave_row, flo
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
     }
+    store_output<HEAD_DIM>(o, shared, [&](int row) {
+        row += wave_row;
+        return row < sequence.padded_rows ? sequence.output + row * sequence.output_stride : nullptr;
+    });
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
-        if (row < sequence.padded_rows && !spoiled[slot]) {
-            Element *to = sequence.output + row * sequence.output_stride;
-#pragma unroll
-            for (int i = 0; i < Output::VALUES; i += COLUMN_RUN) {
-                uint32_t run[COLUMN_RUN / 2];
-#pragma unroll
-                for (int j = 0; j < COLUMN_RUN / 2; ++j)
-                    run[j] = to_elements(o.get(slot, i + 2 * j), o.get(slot, i + 2 * j + 1));
-                if (Output::column(i) < HEAD_DIM) store_run(to + Output::column(i), run);
-            }
-        }
-        if (row < sequence.padded_rows && sequence.lse != nullptr && lane_leads_row())
+        if (sequence.lse != nullptr && row < sequence.padded_rows && lane_leads_row())
             sequence.lse[row] = log_sum[slot] * LN_2;
-        if (CAUSAL)
+    }
+    if (CAUSAL && wave_any(any_spoiled)) {
+        wave_sync(); /* these rows are written once more, by other lanes */
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
             for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int leader = first_lane(lanes);
-                exact_row<HEAD_DIM>(sequence, from_lane(row, leader), signed_scale, from_lane(log_sum[slot], leader));
+                exact_row<HEAD_DIM>(sequence, from_lane(wave_row + Output::row(slot), leader), signed_scale,
+                                    from_lane(log_sum[slot], leader));
             }
     }
 }
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_forward(const
     OnlineSoftmax<SLOTS> softmax(scale.positive);
     Output o;
     attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o);
-    store(sequence, block_row + wave() * WAVE_ROWS, problem.softmax_scale * LOG2_E, softmax, o);
+    store(sequence, query_memory(shared_address(shared)), block_row + wave() * WAVE_ROWS, problem.softmax_scale * LOG2_E, softmax, o);
 }
 
 } // namespace aiter

@@ -29,13 +29,13 @@ __device__ __forceinline__ Extent extent(const int32_t *lengths, int batch, int 
     if (packed) {
         int64_t sum = 0;
         for (int b = lane(); b < batch; b += WAVE) sum += clamp(lengths[b], 0, most);
-        /* Summed over the wave in two halves of 31 bits each, so that the exchange is of 32-bit words. */
-        const int64_t high = wave_sum(static_cast<int>(sum >> 20)), low = wave_sum(static_cast<int>(sum & 0xfffff));
-        result.begin = (high << 20) + low;
-        if (result.begin > total) result.begin = total;
+        /* Over the wave in two parts, so that the exchange is of 32-bit words and neither part overflows. */
+        result.begin = (static_cast<int64_t>(uniform(wave_sum(static_cast<int>(sum >> 24)))) << 24) +
+                       uniform(wave_sum(static_cast<int>(sum & 0xffffff)));
+        result.begin = lesser(result.begin, total);
     }
-    if (lengths != nullptr) result.count = clamp(lengths[batch], 0, most);
-    if (packed && result.count > total - result.begin) result.count = static_cast<int>(total - result.begin);
+    if (lengths != nullptr) result.count = uniform(clamp(lengths[batch], 0, most));
+    if (packed) result.count = static_cast<int>(lesser<int64_t>(result.count, total - result.begin));
     return result;
 }
 

@@ -87,7 +87,7 @@ __device__ __forceinline__ void mask(Scores &s, const Sequence &sequence, int wa
     wave_row = opaque(wave_row);
 #pragma unroll
     for (int slot = 0; slot < Scores::SLOTS; ++slot) {
-        const int limit = sequence.visible(wave_row + Scores::row(slot)) - first;
+        const int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
 #pragma unroll
         for (int i = 0; i < Scores::VALUES; ++i)
             if (Scores::column(i) >= limit) s.set(slot, i, -INFINITE);

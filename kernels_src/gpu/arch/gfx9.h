@@ -90,6 +90,7 @@ template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_sum(fl
 
 __device__ __forceinline__ bool lane_leads_row() { return lane() < 32; }
 
+__device__ __forceinline__ int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
 template <class T> __device__ __forceinline__ T opaque(T x) {
     asm volatile("" : "+v"(x));
     return x;
@@ -180,9 +181,8 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot][i / 16][i % 16]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot][i / 16][i % 16] = x; }
     static __device__ __forceinline__ int row(int slot) { return slot * 32 + (lane() & 31); }
-    static __device__ __forceinline__ int column(int i) {
-        return i / 16 * 32 + i % 16 / 4 * 8 + lane() / 32 * 4 + i % 4;
-    }
+    static __device__ constexpr int column(int i) { return i / 16 * 32 + i % 16 / 4 * 8 + i % 4; }
+    static __device__ __forceinline__ int lane_column() { return lane() / 32 * 4; }
 };
 
 template <int HEAD_DIM, int ROW_TILES> struct Query {
@@ -218,7 +218,7 @@ __device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, HEAD_D
         if (to != nullptr)
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i += 4)
-                *reinterpret_cast<u32x2 *>(to + o.column(i)) = u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
+                *reinterpret_cast<u32x2 *>(to + o.lane_column() + o.column(i)) = u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
                                                                      to_elements(o.get(m, i + 2), o.get(m, i + 3))};
     }
 }

@@ -67,6 +67,7 @@ template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_sum(fl
 
 __device__ __forceinline__ bool lane_leads_row() { return lane() % 4 == 0; }
 
+__device__ __forceinline__ int uniform(int x) { return x; }
 __device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -157,7 +158,8 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot / 2][i / 2][slot % 2 * 2 + i % 2]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot / 2][i / 2][slot % 2 * 2 + i % 2] = x; }
     static __device__ __forceinline__ int row(int slot) { return slot * 8 + lane() / 4; }
-    static __device__ __forceinline__ int column(int i) { return i / 2 * 8 + lane() % 4 * 2 + i % 2; }
+    static __device__ constexpr int column(int i) { return i / 2 * 8 + i % 2; }
+    static __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }
 };
 
 /* ldmatrix reads 16 rows of 16 elements as four 8 x 8 matrices, lane l naming a row: in the order (0,0) (8,0) (0,8) (8,8)
