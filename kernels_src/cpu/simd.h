@@ -1,0 +1,210 @@
+/* One vector of floats and the few operations on it that the language does not give.
+ *
+ * Vec is a compiler vector as wide as the CPU level has registers, so + - * / < > and ?: work on it everywhere and
+ * a * b + c becomes a fused multiply-add where there is one. Intrinsics appear only where they are faster than what
+ * the compiler makes of the plain form.
+ */
+#ifndef AITER_CPU_SIMD_H
+#define AITER_CPU_SIMD_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__)
+#define AITER_UNROLL _Pragma("unroll")
+#else
+#define AITER_UNROLL _Pragma("GCC unroll 32")
+#endif
+#define AITER_INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define AITER_AVX512 1
+constexpr int LANES = 16;
+/* The unmasked forms of some intrinsics make g++ 12 warn of an uninitialised value inside its own header. */
+constexpr __mmask16 ALL_LANES = 0xffff;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define AITER_AVX2 1
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4))); /* comparisons of Vec give -1 (true) or 0 per lane */
+typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
+
+constexpr float INFINITE = __builtin_inff();
+
+AITER_INLINE Vec load(const float *p) { Vec v; memcpy(&v, p, sizeof v); return v; }
+AITER_INLINE IntVec load(const int32_t *p) { IntVec v; memcpy(&v, p, sizeof v); return v; }
+AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
+AITER_INLINE Vec broadcast(float x) { return Vec{} + x; }
+AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
+
+/* If one of the two is NaN, this is b. */
+AITER_INLINE Vec maximum(Vec a, Vec b) {
+#if AITER_AVX512
+    return _mm512_maskz_max_ps(ALL_LANES, a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+AITER_INLINE bool any(IntVec mask) {
+#if AITER_AVX512
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif AITER_AVX2
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    int64_t halves[2];
+    memcpy(halves, &mask, sizeof halves);
+    return (halves[0] | halves[1]) != 0;
+#endif
+}
+
+AITER_INLINE float sum(Vec v) {
+    float lanes[LANES], total = 0.0f;
+    store(lanes, v);
+    for (int width = LANES / 2; width > 0; width /= 2) /* pairwise: the shape the compiler turns into shuffles */
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    total += lanes[0];
+    return total;
+}
+
+/* 2^x to about DEGREE x 4 bits: 13 bits for DEGREE 3, 18 for 4, all of a float for 6. 2^-inf is exactly 0, and so is
+ * every result too small for a normal number. The coefficients are minimax in relative error on [0, 1]. */
+template <int DEGREE>
+AITER_INLINE Vec exp2(Vec x) {
+    static_assert(DEGREE == 3 || DEGREE == 4 || DEGREE == 6, "no coefficients");
+#if AITER_AVX512
+    const Vec f = _mm512_maskz_reduce_ps(ALL_LANES, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x); 0 for infinities */
+#else
+    Vec whole = __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec);
+    whole = whole > x ? whole - 1.0f : whole;
+    const Vec f = x - whole;
+#endif
+    Vec p;
+    if (DEGREE == 3)
+        p = ((7.802411169e-02f * f + 2.260679007e-01f) * f + 6.958331466e-01f) * f + 9.999252558e-01f;
+    else if (DEGREE == 4)
+        p = (((1.353414636e-02f * f + 5.201156065e-02f) * f + 2.414426506e-01f) * f + 6.930038929e-01f) * f
+            + 1.000002623e+00f;
+    else
+        p = (((((2.170226653e-04f * f + 1.243969309e-03f) * f + 9.678839706e-03f) * f + 5.548334494e-02f) * f
+              + 2.402298301e-01f) * f + 6.931470037e-01f) * f + 1.0f;
+#if AITER_AVX512
+    return _mm512_maskz_scalef_ps(ALL_LANES, p, x); /* p * 2^floor(x) */
+#else
+    const IntVec scaled = (IntVec)p + (__builtin_convertvector(whole, IntVec) << 23);
+    return (Vec)(x < -126.0f ? IntVec{} : scaled);
+#endif
+}
+
+/* ---- the element type of the tensors ---- */
+
+#if AITER_DTYPE_FP32
+typedef float Element;
+constexpr int EXP2_DEGREE = 6;
+AITER_INLINE float to_float(Element x) { return x; }
+AITER_INLINE Vec to_floats(const Element *p) { return load(p); }
+AITER_INLINE Vec to_elements(Vec v) { return v; }
+typedef Vec ElementVec;
+#else
+typedef uint16_t Element;
+typedef HalfVec ElementVec;
+AITER_INLINE HalfVec load(const Element *p) { HalfVec v; memcpy(&v, p, sizeof v); return v; }
+
+#if AITER_DTYPE_BF16
+constexpr int EXP2_DEGREE = 3;
+
+AITER_INLINE Vec to_floats(HalfVec v) { return (Vec)(__builtin_convertvector(v, IntVec) << 16); }
+
+AITER_INLINE HalfVec to_elements(Vec v) { /* to nearest even; NaN stays NaN */
+    const IntVec bits = (IntVec)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector((v == v ? rounded : (bits | 0x400000)) >> 16, HalfVec);
+}
+#elif AITER_DTYPE_FP16
+constexpr int EXP2_DEGREE = 4;
+
+AITER_INLINE Vec to_floats(HalfVec v) {
+#if AITER_AVX512
+    return _mm512_maskz_cvtph_ps(ALL_LANES, (__m256i)v);
+#elif AITER_AVX2
+    return _mm256_cvtph_ps((__m128i)v);
+#else
+    const IntVec bits = __builtin_convertvector(v, IntVec), magnitude = (bits & 0x7fff) << 13;
+    const Vec finite = (Vec)magnitude * 0x1p112f; /* moves the exponent; subnormals come out normal */
+    const IntVec special = magnitude >= 0x0f800000;
+    return (Vec)((special ? (magnitude | 0x7f800000) : (IntVec)finite) | ((bits & 0x8000) << 16));
+#endif
+}
+
+AITER_INLINE HalfVec to_elements(Vec v) { /* to nearest even; NaN stays NaN */
+#if AITER_AVX512
+    return (HalfVec)_mm512_maskz_cvtps_ph(ALL_LANES, v, _MM_FROUND_TO_NEAREST_INT);
+#elif AITER_AVX2
+    return (HalfVec)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+    const IntVec bits = (IntVec)v, magnitude = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+    const IntVec normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const IntVec subnormal = (IntVec)((Vec)magnitude + 0.5f) - 0x3f000000; /* the addition rounds */
+    const IntVec finite = magnitude < 0x38800000 ? subnormal : normal;
+    const IntVec special = magnitude > 0x7f800000 ? broadcast(0x7e00) : broadcast(0x7c00);
+    return __builtin_convertvector((magnitude >= 0x47800000 ? special : finite) | sign, HalfVec);
+#endif
+}
+#else
+#error "define AITER_DTYPE_FP32, AITER_DTYPE_BF16 or AITER_DTYPE_FP16"
+#endif
+AITER_INLINE Vec to_floats(const Element *p) { return to_floats(load(p)); }
+#endif
+
+/* The first `count` elements at p, zeros in the other lanes; nothing past them is read. */
+AITER_INLINE Vec to_floats(const Element *p, int count) {
+    if (count >= LANES) return to_floats(p);
+    Element lanes[LANES] = {};
+    memcpy(lanes, p, count * sizeof(Element));
+    return to_floats(lanes);
+}
+
+AITER_INLINE void store_elements(Element *p, Vec v, int count) {
+    const ElementVec elements = to_elements(v);
+    if (count >= LANES)
+        memcpy(p, &elements, sizeof elements);
+    else
+        memcpy(p, &elements, count * sizeof(Element));
+}
+
+/* ---- a square of LANES x LANES values, rows become columns ---- */
+
+#if AITER_AVX512
+#define AITER_ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define AITER_ZIP_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif AITER_AVX2
+#define AITER_ZIP_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define AITER_ZIP_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define AITER_ZIP_LOW 0, 4, 1, 5
+#define AITER_ZIP_HIGH 2, 6, 3, 7
+#endif
+
+AITER_INLINE void transpose(Vec (&rows)[LANES]) {
+    AITER_UNROLL
+    for (int stage = 1; stage < LANES; stage *= 2) {
+        Vec next[LANES];
+        AITER_UNROLL
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = __builtin_shufflevector(rows[i], rows[i + LANES / 2], AITER_ZIP_LOW);
+            next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + LANES / 2], AITER_ZIP_HIGH);
+        }
+        AITER_UNROLL
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+}
+
+#endif
