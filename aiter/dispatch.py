@@ -55,11 +55,23 @@ def kernel_spec(kernel: str, dtype: str, head_dim: int, causal: bool, arch: str,
     return Spec(kernel, dtype, head_dim, causal, arch, options)
 
 
-def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str) -> list[Spec]:
+# The public operations, and with which kinds of keys and values each is called: in pages or not.
+OPERATIONS = {
+    "flash_attn_func": (False,),
+    "flash_attn_with_kvcache": (True,),
+    "grouped_query_attention": (False,),
+    "multi_query_attention": (False,),
+    "variable_length_attention": (False, True),
+}
+
+
+def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str, backward: bool = False) -> list[Spec]:
     """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it."""
-    paged = {"flash_attn_with_kvcache": (True,), "variable_length_attention": (False, True)}.get(operation, (False,))
     kernels = ("attention_forward", "attention_decode") if is_gpu(arch) else ("attention_forward",)
-    return list(dict.fromkeys(kernel_spec(k, dtype, head_dim, causal, arch, p) for p in paged for k in kernels))
+    specs = [kernel_spec(k, dtype, head_dim, causal, arch, paged) for paged in OPERATIONS[operation] for k in kernels]
+    if backward and False in OPERATIONS[operation]:
+        specs.append(kernel_spec("attention_backward", dtype, head_dim, causal, arch, False))
+    return list(dict.fromkeys(specs))
 
 
 class CpuQueue:
