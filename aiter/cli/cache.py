@@ -1,0 +1,99 @@
+"""`aiter cache …`: what is in a cache, clearing it, moving entries between machines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from aiter.cli.table import duration, size, table
+from aiter.jit import settings
+from aiter.jit.archive import export_entries, import_entries
+from aiter.jit.maintenance import Item, items
+from aiter.jit.maintenance import clear as clear_entries
+from aiter.jit.maintenance import verify as verify_entries
+
+
+def list_entries(options: argparse.Namespace) -> int:
+    folder = _folder(options)
+    present = items(folder)
+    if options.json:
+        print(json.dumps({"folder": str(folder), "entries": [_json(item) for item in present]}, indent=2))
+    elif not present:
+        print(f"{folder} holds no kernels")
+    else:
+        now = time.time()
+        rows = [(item.name, size(item.bytes), duration(max(0.0, now - item.built))) for item in present]
+        print(table(("kernel", "size", "age"), rows))
+        print(f"\n{_count(len(present))}, {size(sum(item.bytes for item in present))}, in {folder}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    folder = _folder(options)
+    faults = verify_entries(folder)
+    bad = {name: fault for name, fault in faults.items() if fault}
+    if options.json:
+        print(json.dumps({"folder": str(folder), "sound": len(faults) - len(bad), "faults": bad}, indent=2))
+    else:
+        for name, fault in bad.items():
+            print(f"{name}: {fault}")
+        print(f"{_count(len(faults))} in {folder}: {len(faults) - len(bad)} sound, {len(bad)} bad")
+        if bad:
+            print("A damaged one is rebuilt when it is next needed; `aiter cache clear` removes all.")
+    return 1 if bad else 0
+
+
+def path(options: argparse.Namespace) -> int:
+    folder = str(_folder(options))
+    print(json.dumps({"folder": folder}) if options.json else folder)
+    return 0
+
+
+def clear(options: argparse.Namespace) -> int:
+    folder = _folder(options)
+    removed = clear_entries(folder, options.older_than, options.max_size, options.dry_run)
+    if options.json:
+        done = {"folder": str(folder), "dry_run": options.dry_run, "removed": [_json(item) for item in removed]}
+        print(json.dumps(done, indent=2))
+    else:
+        verb = "would remove" if options.dry_run else "removed"
+        print(f"{verb} {_count(len(removed))}, {size(sum(item.bytes for item in removed))}, from {folder}")
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    folder, target = _folder(options), Path(options.file).absolute()
+    names = [item.name for item in items(folder)]
+    if options.arch:
+        archs = tuple(arch.strip() for arch in options.arch.split(","))
+        names = [name for name in names if name[:-33].endswith(tuple(f"-{arch}" for arch in archs))]
+    done = export_entries(folder, names, target)
+    if options.json:
+        print(json.dumps({"file": str(target), "bytes": target.stat().st_size, "entries": done}, indent=2))
+    else:
+        print(f"wrote {_count(len(done))}, {size(target.stat().st_size)}, to {target}")
+    return 0
+
+
+def import_(options: argparse.Namespace) -> int:
+    folder = _folder(options)
+    new, present = import_entries(folder, Path(options.file).absolute())
+    if options.json:
+        print(json.dumps({"folder": str(folder), "imported": new, "already_there": present}, indent=2))
+    else:
+        print(f"imported {_count(len(new))} into {folder}" + (f"; {len(present)} were there" if present else ""))
+    return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return Path(options.cache_dir).absolute() if options.cache_dir else settings.cache_dir()
+
+
+def _json(item: Item) -> dict:
+    return {"name": item.name, "bytes": item.bytes, "built": item.built, "used": item.used}
+
+
+def _count(number: int) -> str:
+    return f"{number} kernel{'' if number == 1 else 's'}"

@@ -1,0 +1,190 @@
+"""`aiter prewarm`: from options, a model's configuration or a recorded run to the kernels to build; and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from aiter.cli.table import size, table
+from aiter.errors import AiterError, UnsupportedError
+from aiter.jit import arch, settings
+from aiter.jit.cache import Cache
+from aiter.jit.log import logger
+from aiter.jit.prewarm import BUILT, FAILED, MISSING, PRESENT, Outcome, prewarm
+from aiter.jit.record import read_record
+from aiter.jit.spec import DTYPES, Spec
+from aiter.jit.trust import check_chain
+
+STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAILED: "failed"}
+
+
+class UsageError(AiterError):
+    """Options that make no sense; the message says which would."""
+
+
+def run(options: argparse.Namespace) -> int:
+    specs = choose(options)
+    cache = Cache(Path(options.cache_dir).absolute() if options.cache_dir else settings.cache_dir(), prebuilt=[])
+    # Told to end by a container engine, do as at Ctrl-C: nothing is left half done.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logger.setLevel("WARNING")  # the report below says what is compiled
+    progress = Progress(len(specs), quiet=options.json)
+    begin = time.monotonic()
+    outcomes = prewarm(specs, cache, options.jobs, options.dry_run, progress)
+    progress.end()
+    seconds = time.monotonic() - begin
+    if cache.store.folder.is_dir():
+        check_chain(cache.store.folder)
+    failed = [outcome for outcome in outcomes if outcome.state == FAILED]
+    if options.json:
+        kernels = [
+            {"name": o.name, "spec": o.spec.to_json(), "state": o.state, "seconds": o.seconds, "bytes": o.bytes}
+            | ({"error": o.error} if o.error else {})
+            for o in outcomes
+        ]
+        report = {"folder": str(cache.store.folder), "seconds": round(seconds, 3), "kernels": kernels}
+        print(json.dumps(report, indent=2))
+    else:
+        print(_summary(outcomes, seconds, cache.store.folder))
+        for outcome in failed:
+            print(f"\nfailed: {outcome.spec.name}\n{outcome.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def choose(options: argparse.Namespace) -> list[Spec]:
+    """The specs that the options ask for, sorted out by kind of call."""
+    if options.replay:
+        others = ("arch", "ops", "dtypes", "head_dims", "causal", "model", "backward")
+        if any(getattr(options, name) for name in others):
+            raise UsageError("--replay builds exactly what was recorded: it takes no --arch, --ops, --dtypes, …")
+        try:
+            return read_record(options.replay)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    from aiter.dispatch import OPERATIONS, specs_for  # here, because it loads PyTorch
+
+    model = read_model(Path(options.model)) if options.model else {}
+    operations = _list(options.ops, OPERATIONS, "operation") or list(OPERATIONS)
+    dtypes = _list(options.dtypes, DTYPES, "dtype") or model.get("dtypes")
+    head_dims = [_head_dim(text) for text in _split(options.head_dims)] or model.get("head_dims") or [64, 128]
+    wanted = options.causal or model.get("causal", "both")
+    causals = {"yes": [True], "no": [False], "both": [False, True]}[wanted]
+    specs: dict[Spec, None] = {}
+    for name in _archs(options.arch or "native"):
+        supported = ("fp16", "bf16") if arch.is_gpu(name) else DTYPES
+        chosen = [dtype for dtype in dtypes or supported if dtype in supported]
+        if not chosen:
+            raise UsageError(f"{name} has no kernels for {', '.join(dtypes)}; it has: {', '.join(supported)}")
+        for operation in operations:
+            for dtype in chosen:
+                for head_dim in head_dims:
+                    for causal in causals:
+                        for spec in specs_for(operation, dtype, head_dim, causal, name, backward=options.backward):
+                            specs[spec] = None
+    return list(specs)
+
+
+def read_model(path: Path) -> dict:
+    """head_dims, dtypes and causal from a Hugging Face model configuration."""
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UsageError(f"--model {path}: not a model configuration ({error})") from None
+    # Models of text and images keep the language model's part in a folder of its own.
+    text = {**config, **(config.get("text_config") or config.get("llm_config") or {})}
+    heads = text.get("num_attention_heads") or text.get("n_head")
+    width = text.get("hidden_size") or text.get("n_embd")
+    head_dim = text.get("head_dim") or (width // heads if isinstance(width, int) and isinstance(heads, int) else None)
+    if not isinstance(head_dim, int):
+        raise UsageError(f"--model {path}: expected head_dim, or hidden_size and num_attention_heads")
+    names = {"float16": ["fp16"], "bfloat16": ["bf16"], "float32": ["fp32"]}
+    dtype = str(text.get("dtype") or text.get("torch_dtype") or "").removeprefix("torch.")
+    kinds = " ".join(map(str, config.get("architectures") or []))
+    model = {"head_dims": [_head_dim(str(head_dim))], "causal": "yes" if "CausalLM" in kinds else "both"}
+    return model | ({"dtypes": names[dtype]} if dtype in names else {})
+
+
+class Progress:
+    """One line that fills up on a terminal; one line per kernel in a build log."""
+
+    def __init__(self, total: int, quiet: bool) -> None:
+        self.total, self.done = total, 0
+        self.bar = sys.stderr.isatty() and not quiet
+        self.lines = not self.bar and not quiet
+        self._draw("")
+
+    def __call__(self, outcome: Outcome) -> None:
+        self.done += 1
+        if self.lines:
+            took = f" in {outcome.seconds:.1f} s" if outcome.state == BUILT else ""
+            print(f"[{self.done}/{self.total}] {STATES[outcome.state]}{took}: {outcome.spec.name}", flush=True)
+        self._draw(outcome.spec.name)
+
+    def _draw(self, name: str) -> None:
+        if self.bar:
+            filled = 30 * self.done // max(1, self.total)
+            line = f"[{'█' * filled}{'·' * (30 - filled)}] {self.done}/{self.total} {name}"
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            print("\r\033[K" + line[: max(20, width - 1)], end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.bar:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _summary(outcomes: list[Outcome], seconds: float, folder: Path) -> str:
+    rows = []
+    for name in dict.fromkeys(outcome.spec.arch for outcome in outcomes):
+        mine = [outcome for outcome in outcomes if outcome.spec.arch == name]
+        count = {state: sum(o.state == state for o in mine) for state in STATES}
+        compiling = sum(o.seconds for o in mine if o.state == BUILT)
+        numbers = (*(count[state] for state in STATES), f"{compiling:.1f} s", size(sum(o.bytes for o in mine)))
+        rows.append((name, *numbers))
+    head = ("arch", *STATES.values(), "compiling", "size")
+    return f"{table(head, rows)}\n\n{len(outcomes)} kernels in {seconds:.1f} s; cache: {folder}"
+
+
+def _archs(text: str) -> list[str]:
+    names: list[str] = []
+    for name in _split(text):
+        if name == "cpu":
+            names.append(arch.cpu_arch())
+        elif name == "native":
+            names += _native()
+        else:
+            names.append(arch.check(name))
+    return list(dict.fromkeys(names))
+
+
+def _native() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return [arch.cpu_arch()]
+    return [arch.arch_of(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _list(text: str | None, known, what: str) -> list[str]:
+    chosen = _split(text)
+    for name in chosen:
+        if name not in known:
+            raise UsageError(f"there is no {what} {name!r}; there are: {', '.join(known)}")
+    return chosen
+
+
+def _head_dim(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if not 8 <= value <= 256 or value % 8:
+        raise UnsupportedError(f"head_dim {text} is not supported; supported: every multiple of 8 up to 256")
+    return value
