@@ -15,6 +15,12 @@ using hipStream_t = cudaStream_t;
 constexpr hipError_t hipSuccess = cudaSuccess;
 inline hipError_t hipGetLastError() { return cudaGetLastError(); }
 inline const char *hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
+inline hipError_t hipGetDevice(int *device) { return cudaGetDevice(device); }
+inline hipError_t hipGetDeviceCount(int *count) { return cudaGetDeviceCount(count); }
+constexpr auto hipDeviceAttributeMultiprocessorCount = cudaDevAttrMultiProcessorCount;
+inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
+    return cudaDeviceGetAttribute(value, attribute, device);
+}
 #endif
 
 #include <stdint.h>

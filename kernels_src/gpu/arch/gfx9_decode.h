@@ -99,7 +99,7 @@ template <int HEAD_DIM> struct DecodeOutput {
 
 template <int HEAD_DIM> struct Decode {
     static constexpr int ROWS = 16;
-    static constexpr int LANES = 4; /* that share a row */
+    static constexpr int LANES = 4, RUN = 4;
     static constexpr int KEYS = 32;
     static constexpr int WAVES = 4;
     static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
@@ -134,19 +134,19 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
 
     /* Past the end of the rows all tokens are the last one, and cost one line of memory. */
     __device__ __forceinline__ typename Rows::Tile tile(int first) const {
-        return rows.tile(minimum(first, rows.count - 1));
+        return rows.tile(lesser(first, rows.count - 1));
     }
-    __device__ __forceinline__ Place look_up(int first) const { return tile(first).place(lane() % KEYS); }
+    __device__ __forceinline__ Place look_up(int first) const { return tile(first).place(lane() % KEYS, 0); }
 
     __device__ __forceinline__ void issue_keys() {
         place = next;
         const auto source = tile(coming);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            const char *row = source.key(source.shared_place(place, 16 * n + lane() % 16));
+            const char *row = source.key(source.place_of_lane(place, lane() % 16, 16 * n));
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
-                const int chunk = minimum(4 * j + lane() / 16, HEAD_DIM / 8 - 1);
+                const int chunk = lesser(4 * j + lane() / 16, HEAD_DIM / 8 - 1);
                 key[n][j] = *reinterpret_cast<const u32x4 *>(row + 16 * chunk);
             }
         }
@@ -158,14 +158,14 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
         for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const char *row = source.value(source.shared_place(place, 16 * n + lane() / 16 * 4 + i));
+                const char *row = source.value(source.place_of_lane(place, lane() / 16 * 4, 16 * n + i));
 #pragma unroll
                 for (int p = 0; p < WIDE; ++p)
                     wide[p][n][i] = *reinterpret_cast<const u32x4 *>(
-                        row + p * 256 + 16 * minimum(lane() % 16, HEAD_DIM / 8 - 1 - p * 16));
+                        row + p * 256 + 16 * lesser(lane() % 16, HEAD_DIM / 8 - 1 - p * 16));
                 if constexpr (NARROW != 0)
                     narrow[0][n][i] = *reinterpret_cast<const u32x2 *>(
-                        row + WIDE * 256 + 8 * minimum(lane() % 16, HEAD_DIM / 4 - 1 - WIDE * 32));
+                        row + WIDE * 256 + 8 * lesser(lane() % 16, HEAD_DIM / 4 - 1 - WIDE * 32));
             }
     }
 

@@ -10,7 +10,7 @@
 #ifndef AITER_GPU_ARCH_SM80_DECODE_H
 #define AITER_GPU_ARCH_SM80_DECODE_H
 
-#include "gpu/arch.h"
+#include "gpu/sequence.h"
 
 namespace aiter {
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_g
 
 template <int HEAD_DIM> struct Decode {
     static constexpr int ROWS = ROW_TILE;
-    static constexpr int LANES = LANES_PER_ROW;
+    static constexpr int LANES = LANES_PER_ROW, RUN = 2;
     static constexpr int KEYS = HEAD_DIM <= 64 ? 32 : 16;
     static constexpr int WAVES = HEAD_DIM <= 128 ? 4 : 2;
     static constexpr int BLOCKS = 2;
@@ -47,7 +47,7 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
     SharedAddress shared;
     int group, groups;
     int coming;                 /* first token of the tile that this wave fetches next */
-    typename Rows::Place place; /* of token `coming + lane`, looked up a stage ahead */
+    typename Rows::Tile::Place place; /* of token `coming + lane`, looked up a stage ahead */
     int stage = STAGES - 1;     /* the one in use: none yet */
     int sub = 0;                /* tile of the stage that comes next for this wave's rows */
     Tile tile;
@@ -66,12 +66,13 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
     }
 
     __device__ __forceinline__ void look_up() {
-        if (coming < rows.count) place = rows.tile(coming).place(lane() % KEYS);
+        if (coming < rows.count) place = rows.tile(coming).place(lane() % KEYS, 0);
     }
 
     /* This wave's tile of the coming stage sets off to place `to` of the ring. */
     __device__ __forceinline__ void issue(int to) {
-        constexpr int CHUNKS = Tile::CHUNKS, UNITS = KEYS * CHUNKS;
+        constexpr int CHUNKS = 2 * Tile::STEPS; /* of a row: the last may lie past HEAD_DIM, and is zeros */
+        constexpr int UNITS = KEYS * CHUNKS;
         if (coming < rows.count) {
             const SharedAddress keys = shared + to * STAGE_BYTES + wave() * TILE_BYTES;
             const auto source = rows.tile(coming);
@@ -79,7 +80,7 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
             for (int i = 0; i < round_up(UNITS, WAVE) / WAVE; ++i) {
                 const int unit = lane() + i * WAVE;
                 const int token = unit / CHUNKS, chunk = unit % CHUNKS;
-                const auto at = source.share(place, token);
+                const auto at = source.place_of_lane(place, token, 0);
                 if (UNITS % WAVE != 0 && unit >= UNITS) break;
                 const bool valid = coming + token < rows.count && chunk < HEAD_DIM / 8;
                 const SharedAddress row = keys + RowLayout<HEAD_DIM>::chunk(token, chunk);
