@@ -48,9 +48,11 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps({"device": str(device), "arch": arch, "dtype": dtype, "operations": rows}, indent=2))
     else:
         head = ("operation", "first call", "later calls", "PyTorch's", "error", "PyTorch's error")
-        times = ("first_s", "later_s", "torch_s")
-        errors = ("error", "torch_error")
-        print(table(head, ((row["operation"], *(duration(row[t]) for t in times), *(f"{row[e]:.1e}" for e in errors)) for row in rows)))  # fmt: skip
+        times, errors = ("first_s", "later_s", "torch_s"), ("error", "torch_error")
+        cells = [
+            (row["operation"], *(duration(row[t]) for t in times), *(f"{row[e]:.1e}" for e in errors)) for row in rows
+        ]
+        print(table(head, cells))
         print("\nThe first call builds a kernel if no cache holds it; operations share kernels. Errors are the largest")
         print("distance of any element from float64 mathematics. PyTorch's is scaled_dot_product_attention, on pages")
         print("gathered and padding masked beforehand.")

@@ -66,9 +66,9 @@ def _compiler(toolchain: Toolchain) -> dict:
     if compiler is None:
         return {"path": None, "looked_for": looked, "variable": toolchain.variable}
     try:
-        version = compiler.version().splitlines()
+        version = compiler.release()
     except AiterError as error:
-        version = [str(error)]
+        version = str(error)
     return {"path": compiler.path, "version": version, "variable": toolchain.variable}
 
 
@@ -94,9 +94,7 @@ def _text(facts: dict) -> str:
     lines += ["", "Compilers"]
     for language, compiler in facts["compilers"].items():
         if compiler["path"]:
-            lines.append(
-                f"  {language:<8} {compiler['path']}  ({compiler['version'][0] if compiler['version'] else '?'})"
-            )
+            lines.append(f"  {language:<8} {compiler['path']}  ({compiler['version']})")
         else:
             lines.append(f"  {language:<8} none; looked for {', '.join(compiler['looked_for'])}")
             lines.append(f"           set {compiler['variable']} to its path if it is elsewhere")

@@ -11,9 +11,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
     def render(line: Sequence[str]) -> str:
-        cells = (
-            text.ljust(w) if i < left else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        )
+        cells = (line[i].ljust(width) if i < left else line[i].rjust(width) for i, width in enumerate(widths))
         return "  ".join(cells).rstrip()
 
     return "\n".join([render(lines[0]), "  ".join("-" * width for width in widths), *map(render, lines[1:])])
@@ -30,13 +28,9 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as µs, ms, s, min, h, d, whichever reads best."""
-    for limit, factor, unit in (
-        (1e-3, 1e6, "µs"),
-        (1, 1e3, "ms"),
-        (120, 1, "s"),
-        (7200, 1 / 60, "min"),
-        (172800, 1 / 3600, "h"),
-    ):
+    units = ((1e-3, 1e6, "µs"), (1, 1e3, "ms"), (120, 1, "s"), (7200, 1 / 60, "min"), (172800, 1 / 3600, "h"))
+    for limit, factor, unit in (*units, (float("inf"), 1 / 86400, "d")):
         if seconds < limit:
-            return f"{seconds * factor:.{0 if seconds * factor >= 100 else 1}f} {unit}"
-    return f"{seconds / 86400:.0f} d"
+            value = seconds * factor
+            return f"{value:.{0 if value >= 100 else 1}f} {unit}"
+    return "for ever"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -49,6 +50,11 @@ class Compiler:
         """Its own words, less what depends on where it is installed. Runs it."""
         lines = _ask([self.path, "--version"]).splitlines()
         return "\n".join(line.rstrip() for line in lines if line.strip() and not line.startswith("InstalledDir:"))
+
+    def release(self) -> str:
+        """The line of `version` that says most, for people."""
+        lines = self.version().splitlines()
+        return next((line for line in lines if re.search(r"\d\.\d", line)), "a compiler that does not tell its version")
 
 
 class Toolchain:
