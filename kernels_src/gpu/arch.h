@@ -13,6 +13,7 @@
  *   uniform(x)                 x, which is the same in all lanes, as a scalar
  *   opaque(x)                  x, but the compiler cannot know it is the same as before: what depends on it is computed
  *                              again instead of being kept in registers through the loop
+ *   opaque_scalar(x)           the same for a value that all lanes share
  *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
  *
  * Elements: fp16 or bf16, held as 16 raw bits
@@ -24,6 +25,9 @@
  * LANES_PER_ROW lanes, so the softmax of a row stays in registers:
  *   SLOTS, VALUES              rows that a lane holds a part of; values of each that it holds
  *   get(slot, i), set(slot, i, x)   a value; slot and i must be compile-time constants after unrolling
+ *   largest(slot)              the greatest of the lane's values in a slot
+ *   multiply(slot, factor)
+ *   exponentiate(slot, scale, reference)   each value x becomes exp2(x * scale - reference); returns their sum
  *   row(slot)                  the row of this lane's slot; lanes of equal row(slot) share that row
  *   column(i) + lane_column()  the column of this lane's value i; column(i) is a compile-time constant
  *   row_max(x), row_sum(x)     over the lanes that share a row (all of them get the result); row_max<4>, where another

@@ -57,13 +57,20 @@ template <> struct KeyValueRows<false> {
             uint32_t key_step, key_row, value_step, value_row;
         };
         __device__ __forceinline__ Place place(int row, int step) const {
-            const uint32_t k = lesser(step * key_stride, key_last), v = lesser(step * value_stride, value_last);
-            return {k, lesser(row * key_stride, key_last - k), v, lesser(row * value_stride, value_last - v)};
+            /* opaque: or the compiler makes 64-bit comparisons of these 32-bit ones */
+            const uint32_t k = opaque_scalar(lesser(step * key_stride, key_last));
+            const uint32_t v = opaque_scalar(lesser(step * value_stride, value_last));
+            return {k, opaque(lesser(row * key_stride, key_last - k)), v,
+                    opaque(lesser(row * value_stride, value_last - v))};
         }
         /* The same where lane l has looked up token l; only pages are worth an exchange. */
         __device__ __forceinline__ Place place_of_lane(Place, int row, int step) const { return place(row, step); }
-        __device__ __forceinline__ const char *key(Place p) const { return key_base + p.key_step + p.key_row; }
-        __device__ __forceinline__ const char *value(Place p) const { return value_base + p.value_step + p.value_row; }
+        __device__ __forceinline__ const char *key(Place p, int byte) const {
+            return key_base + p.key_step + (p.key_row + byte);
+        }
+        __device__ __forceinline__ const char *value(Place p, int byte) const {
+            return value_base + p.value_step + (p.value_row + byte);
+        }
     };
     __device__ __forceinline__ Tile tile(int first) const {
         const uint32_t last = static_cast<uint32_t>(lesser(count - 1 - first, 127));
@@ -94,11 +101,12 @@ template <> struct KeyValueRows<true> {
         __device__ __forceinline__ Place place_of_lane(Place mine, int row, int step) const {
             return {from_lane(mine.page, row + step), from_lane(mine.position, row + step)};
         }
-        __device__ __forceinline__ const char *key(Place p) const {
-            return rows.key + p.page * rows.key_page_stride + static_cast<int64_t>(p.position) * rows.key_stride;
+        __device__ __forceinline__ const char *key(Place p, int byte) const {
+            return rows.key + p.page * rows.key_page_stride + static_cast<int64_t>(p.position) * rows.key_stride + byte;
         }
-        __device__ __forceinline__ const char *value(Place p) const {
-            return rows.value + p.page * rows.value_page_stride + static_cast<int64_t>(p.position) * rows.value_stride;
+        __device__ __forceinline__ const char *value(Place p, int byte) const {
+            return rows.value + p.page * rows.value_page_stride +
+                   static_cast<int64_t>(p.position) * rows.value_stride + byte;
         }
     };
     __device__ __forceinline__ Tile tile(int first) const { return {*this, first}; }

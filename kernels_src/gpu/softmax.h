@@ -55,19 +55,13 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
                 const float shrink = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink;
-#pragma unroll
-                for (int i = 0; i < Output::VALUES; ++i) o.set(slot, i, o.get(slot, i) * shrink);
+                o.multiply(slot, shrink);
             }
         }
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const float reference = maximum[slot] == -INFINITE ? 0.0f : maximum[slot];
-#pragma unroll
-            for (int i = 0; i < Scores::VALUES; ++i) {
-                const float p = exp2(__builtin_fmaf(s.get(slot, i), scale, -reference));
-                s.set(slot, i, p);
-                sum[slot] += p;
-            }
+            sum[slot] += s.exponentiate(slot, scale, reference);
         }
     }
 
@@ -90,7 +84,8 @@ __device__ __forceinline__ void mask(Scores &s, const Sequence &sequence, int wa
         const int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
 #pragma unroll
         for (int i = 0; i < Scores::VALUES; ++i)
-            if (Scores::column(i) >= limit) s.set(slot, i, -INFINITE);
+            /* opaque: for else the selection is moved out of the branch that spares most tiles of it */
+            s.set(slot, i, opaque(Scores::column(i) < limit ? s.get(slot, i) : -INFINITE));
     }
 }
 
@@ -109,8 +104,8 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, flo
     for (int key = 0; key < sequence.visible(row); ++key) {
         const auto tile = sequence.keys.tile(key);
         const auto place = tile.place(0, 0);
-        const Element *k = reinterpret_cast<const Element *>(tile.key(place));
-        const Element *v = reinterpret_cast<const Element *>(tile.value(place));
+        const Element *k = reinterpret_cast<const Element *>(tile.key(place, 0));
+        const Element *v = reinterpret_cast<const Element *>(tile.value(place, 0));
         float dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < DIMENSIONS; ++i)
@@ -132,7 +127,7 @@ __device__ __forceinline__ bool values_not_finite(const Sequence &sequence, int 
     bool found = false;
     for (int key = begin; key < end; ++key) {
         const auto tile = sequence.keys.tile(key);
-        const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0, 0)));
+        const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0, 0), 0));
         for (int d = lane(); d < HEAD_DIM; d += WAVE) found |= !(__builtin_fabsf(to_float(v[d])) < INFINITE);
     }
     return wave_any(found);

@@ -33,6 +33,7 @@ constexpr int XCDS = 8;
 
 typedef uint32_t u32x2 __attribute__((ext_vector_type(2)));
 typedef uint32_t u32x4 __attribute__((ext_vector_type(4)));
+typedef float f32x2 __attribute__((ext_vector_type(2)));
 typedef float f32x16 __attribute__((ext_vector_type(16)));
 typedef _Float16 f16x4 __attribute__((ext_vector_type(4)));
 typedef _Float16 f16x8 __attribute__((ext_vector_type(8)));
@@ -95,6 +96,10 @@ template <class T> __device__ __forceinline__ T opaque(T x) {
     asm volatile("" : "+v"(x));
     return x;
 }
+template <class T> __device__ __forceinline__ T opaque_scalar(T x) {
+    asm volatile("" : "+s"(x));
+    return x;
+}
 
 /* ---- shared memory (LDS) ---- */
 
@@ -145,24 +150,36 @@ __device__ __forceinline__ Element to_element(float x) { return static_cast<Elem
 
 /* ---- matrices ---- */
 
+#if defined(AITER_DTYPE_BF16)
+typedef bf16x8 Operand8;
+typedef i16x4 Operand4;
+#else
+typedef f16x8 Operand8;
+typedef f16x4 Operand4;
+#endif
+
 /* tile += A * B over 16 places of the contraction: a lane's eight of A and its eight of B. */
 __device__ __forceinline__ f32x16 multiply_add(u32x4 a, u32x4 b, f32x16 tile) {
-#if defined(__gfx950__) && defined(AITER_DTYPE_BF16)
-    return __builtin_amdgcn_mfma_f32_32x32x16_bf16(__builtin_bit_cast(bf16x8, a), __builtin_bit_cast(bf16x8, b), tile,
-                                                   0, 0, 0);
-#elif defined(__gfx950__)
-    return __builtin_amdgcn_mfma_f32_32x32x16_f16(__builtin_bit_cast(f16x8, a), __builtin_bit_cast(f16x8, b), tile, 0,
-                                                  0, 0);
-#elif defined(AITER_DTYPE_BF16)
-    tile = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(__builtin_bit_cast(i16x4, a.xy), __builtin_bit_cast(i16x4, b.xy),
-                                                    tile, 0, 0, 0);
-    return __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(__builtin_bit_cast(i16x4, a.zw), __builtin_bit_cast(i16x4, b.zw),
-                                                    tile, 0, 0, 0);
+#if defined(__gfx950__)
+    const Operand8 a8 = __builtin_bit_cast(Operand8, a), b8 = __builtin_bit_cast(Operand8, b);
+#if defined(AITER_DTYPE_BF16)
+    return __builtin_amdgcn_mfma_f32_32x32x16_bf16(a8, b8, tile, 0, 0, 0);
 #else
-    tile = __builtin_amdgcn_mfma_f32_32x32x8f16(__builtin_bit_cast(f16x4, a.xy), __builtin_bit_cast(f16x4, b.xy), tile,
-                                                0, 0, 0);
-    return __builtin_amdgcn_mfma_f32_32x32x8f16(__builtin_bit_cast(f16x4, a.zw), __builtin_bit_cast(f16x4, b.zw), tile,
-                                                0, 0, 0);
+    return __builtin_amdgcn_mfma_f32_32x32x16_f16(a8, b8, tile, 0, 0, 0);
+#endif
+#else
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        /* Named vectors: clang's bit_cast of a swizzle (a.zw) takes the vector's first elements, whichever are named. */
+        const u32x2 a2 = {a[2 * half], a[2 * half + 1]}, b2 = {b[2 * half], b[2 * half + 1]};
+        const Operand4 a4 = __builtin_bit_cast(Operand4, a2), b4 = __builtin_bit_cast(Operand4, b2);
+#if defined(AITER_DTYPE_BF16)
+        tile = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(a4, b4, tile, 0, 0, 0);
+#else
+        tile = __builtin_amdgcn_mfma_f32_32x32x8f16(a4, b4, tile, 0, 0, 0);
+#endif
+    }
+    return tile;
 #endif
 }
 
@@ -180,6 +197,31 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     }
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot][i / 16][i % 16]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot][i / 16][i % 16] = x; }
+    /* In pairs: multiplication, addition and both together take two values an instruction (v_pk_fma_f32). */
+    __device__ __forceinline__ f32x2 pair(int slot, int i) const { return {get(slot, i), get(slot, i + 1)}; }
+    __device__ __forceinline__ void set_pair(int slot, int i, f32x2 x) { set(slot, i, x.x), set(slot, i + 1, x.y); }
+
+    __device__ __forceinline__ float largest(int slot) const {
+        float x = get(slot, 0);
+#pragma unroll
+        for (int i = 1; i < VALUES; ++i) x = __builtin_fmaxf(x, get(slot, i));
+        return x;
+    }
+    __device__ __forceinline__ void multiply(int slot, float factor) {
+#pragma unroll
+        for (int i = 0; i < VALUES; i += 2) set_pair(slot, i, pair(slot, i) * factor);
+    }
+    __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
+        f32x2 sum = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < VALUES; i += 2) {
+            const f32x2 x = __builtin_elementwise_fma(pair(slot, i), f32x2(scale), f32x2(-reference));
+            const f32x2 p = {exp2(x.x), exp2(x.y)};
+            set_pair(slot, i, p);
+            sum += p;
+        }
+        return sum.x + sum.y;
+    }
     static __device__ __forceinline__ int row(int slot) { return slot * 32 + (lane() & 31); }
     static __device__ constexpr int column(int i) { return i / 16 * 32 + i % 16 / 4 * 8 + i % 4; }
     static __device__ __forceinline__ int lane_column() { return lane() / 32 * 4; }
@@ -275,8 +317,8 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                 key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
                 if (exists) {
                     const auto place = tile.place(unit_key(unit), k);
-                    key[copy][k] = *reinterpret_cast<const u32x4 *>(tile.key(place) + chunk * 16);
-                    value[copy][k] = *reinterpret_cast<const u32x4 *>(tile.value(place) + chunk * 16);
+                    key[copy][k] = *reinterpret_cast<const u32x4 *>(tile.key(place, chunk * 16));
+                    value[copy][k] = *reinterpret_cast<const u32x4 *>(tile.value(place, chunk * 16));
                 }
             }
         }

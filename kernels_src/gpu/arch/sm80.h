@@ -68,10 +68,15 @@ template <int LANES = LANES_PER_ROW> __device__ __forceinline__ float row_sum(fl
 __device__ __forceinline__ bool lane_leads_row() { return lane() % 4 == 0; }
 
 __device__ __forceinline__ int uniform(int x) { return x; }
-__device__ __forceinline__ int opaque(int x) {
+template <class T> __device__ __forceinline__ T opaque(T x) {
     asm volatile("" : "+r"(x));
     return x;
 }
+__device__ __forceinline__ float opaque(float x) {
+    asm volatile("" : "+f"(x));
+    return x;
+}
+template <class T> __device__ __forceinline__ T opaque_scalar(T x) { return x; }
 
 /* ---- shared memory ---- */
 
@@ -157,6 +162,25 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     }
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot / 2][i / 2][slot % 2 * 2 + i % 2]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot / 2][i / 2][slot % 2 * 2 + i % 2] = x; }
+    __device__ __forceinline__ float largest(int slot) const {
+        float x = get(slot, 0);
+#pragma unroll
+        for (int i = 1; i < VALUES; ++i) x = fmaxf(x, get(slot, i));
+        return x;
+    }
+    __device__ __forceinline__ void multiply(int slot, float factor) {
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) set(slot, i, get(slot, i) * factor);
+    }
+    __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            set(slot, i, exp2(fmaf(get(slot, i), scale, -reference)));
+            sum += get(slot, i);
+        }
+        return sum;
+    }
     static __device__ __forceinline__ int row(int slot) { return slot * 8 + lane() / 4; }
     static __device__ constexpr int column(int i) { return i / 2 * 8 + i % 2; }
     static __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }
@@ -264,8 +288,8 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                 const bool valid = exists && (line * 8 + 8 <= HEAD_DIM / 8 || chunk < HEAD_DIM / 8);
                 const SharedAddress chunk_to = (to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 +
                                                pass * PASS_ROWS * RowLayout<HEAD_DIM>::BYTES;
-                copy_async(chunk_to, tile.key(place) + chunk * 16, valid);
-                copy_async(chunk_to + KEY_BYTES, tile.value(place) + chunk * 16, valid);
+                copy_async(chunk_to, tile.key(place, chunk * 16), valid);
+                copy_async(chunk_to + KEY_BYTES, tile.value(place, chunk * 16), valid);
             }
         }
     }
