@@ -357,6 +357,8 @@ def attend(
     """Runs one attention call. `check(query, key, value, *options)` raises where an argument is bad; it sees each
     layout of arguments once, so it must look at nothing but shapes, dtypes and devices."""
     if not _is_plain(query, key, value):
+        if _is_autocast_enabled():
+            query, key, value = autocast(query, key, value)
         check(query, key, value, *options)
         checks.flag("causal", causal)
         scale = checks.softmax_scale(softmax_scale, query.shape[-1])
@@ -378,6 +380,18 @@ def attend(
     _latest[check] = signature, plan
     output, lse = plan.run(query, key, value, indices, return_lse)
     return (output, lse) if return_lse else output
+
+
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype that autocast, where it is on for their device, wants attention to run in."""
+    return tuple(
+        tensor.to(torch.get_autocast_dtype(tensor.device.type))
+        if isinstance(tensor, torch.Tensor)
+        and torch.is_autocast_enabled(tensor.device.type)
+        and tensor.dtype in checks.DTYPE_NAMES
+        else tensor
+        for tensor in tensors
+    )
 
 
 def forward(

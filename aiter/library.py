@@ -106,9 +106,8 @@ def _autocast(device_type: str):
     """Runs attention in autocast's dtype, as PyTorch's own operator does."""
 
     def cast(query, key, value, *rest):
-        dtype = torch.get_autocast_dtype(device_type)
+        tensors = dispatch.autocast(query, key, value)
         with torch.autocast(device_type, enabled=False):
-            tensors = (t.to(dtype) if t.dtype != torch.float64 else t for t in (query, key, value))
             return torch.ops.aiter.attention(*tensors, *rest)
 
     return cast

@@ -10,6 +10,8 @@ sinks, dropout, masks other than padding) raises ValueError instead of giving an
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
@@ -20,14 +22,29 @@ NAME = "aiter"
 _MASKS = (causal_mask_function, bidirectional_mask_function)
 
 
-def padding_mask(*args, mask_function=causal_mask_function, **kwargs) -> torch.Tensor | None:
-    """The (batch, kv_length) mask of the tokens that are not padding, or None where all are."""
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | None = None,
+    **kwargs,
+) -> torch.Tensor | None:
+    """The (batch, tokens so far) mask of the tokens that are not padding, or None where all are."""
     if mask_function not in _MASKS:
         raise ValueError(
             f"attn_implementation={NAME!r} takes causal and bidirectional masks with padding; this model or batch asks "
             "for another one (a sliding window, several documents in one row, …): use 'sdpa' or 'eager'"
         )
-    return flash_attention_mask(*args, mask_function=mask_function, **kwargs)
+    held = int(q_offset) + q_length
+    if attention_mask is None and held < kv_length:
+        # A static cache that is not full yet. One expanded element: `attention` knows by its strides that all are valid.
+        return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, held)
+    return flash_attention_mask(
+        batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+    )
 
 
 def attention(
@@ -50,12 +67,13 @@ def attention(
         raise ValueError(f"attn_implementation={NAME!r} has no {', '.join(unknown)}: use 'sdpa' or 'eager'")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    if attention_mask is None:
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ValueError(f"attention_mask must be (batch, tokens), but has shape {tuple(attention_mask.shape)}")
+        # A static cache is longer than what it holds so far.
+        key, value = (tensor[:, : attention_mask.shape[1]] for tensor in (key, value))
+    if attention_mask is None or attention_mask.stride() == (0, 0):
         return flash_attn_func(query, key, value, causal, scaling), None
-    if attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (batch, kv_length), but has shape {tuple(attention_mask.shape)}")
-    # A static cache is longer than what it holds so far.
-    key, value = (tensor[:, : attention_mask.shape[1]] for tensor in (key, value))
     return _without_padding(query, key, value, attention_mask.bool(), causal, scaling), None
 
 
