@@ -93,6 +93,7 @@ class Store:
                 reason = str(stale)
                 if stale.damaged:
                     self._set_aside(recipe.name, reason)
+                    reason = "the one there was damaged"
             begin = time.monotonic()
             entry = self._build_now(recipe, compiler)
             logger.info(

@@ -1,0 +1,28 @@
+"""A kernel that builds in 0.1 s, for tests of everything around kernels."""
+
+from pathlib import Path
+
+from aiter.jit import arch
+from aiter.jit.spec import Spec
+
+TINY = """
+#include "aiter_abi.h"
+#include "answer.h"
+void aiter_describe(aiter_description *d) {
+    *d = {AITER_ABI_VERSION, sizeof(aiter_problem), sizeof(aiter_tensors)};
+}
+int64_t aiter_workspace_bytes(const aiter_problem *problem) { return ANSWER * AITER_HEAD_DIM + problem->batch; }
+int aiter_launch(const aiter_problem *problem, const aiter_tensors *, void *) { return problem->batch; }
+const char *aiter_error_text(int code) { return code == 7 ? "seven" : "not seven"; }
+"""
+
+
+def tiny_spec(head_dim: int = 64) -> Spec:
+    return Spec("tiny", "fp32", head_dim, False, arch.cpu_arch())
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What is in a cache folder besides entries, and should not be."""
+    return sorted(
+        str(path.relative_to(folder)) for name in (".building", ".locks") for path in (folder / name).glob("*")
+    )
