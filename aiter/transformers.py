@@ -40,7 +40,7 @@ def padding_mask(
         )
     held = int(q_offset) + q_length
     if attention_mask is None and held < kv_length:
-        # A static cache that is not full yet. One expanded element: `attention` knows by its strides that all are valid.
+        # A static cache, not full yet. One element, expanded: `attention` sees by the strides that all are valid.
         return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, held)
     return flash_attention_mask(
         batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs
