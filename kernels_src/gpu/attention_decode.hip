@@ -124,11 +124,11 @@ struct Schedule {
             }
             const uint64_t beyond = ballot(step < begin + static_cast<int64_t>(sum) * units);
             if (beyond != 0) {
-                const int found = first_lane(beyond), found_steps = from_lane(own, found);
-                begin += static_cast<int64_t>(from_lane(sum, found) - found_steps) * units;
+                const int found = first_lane(beyond), found_steps = uniform(from_lane(own, found));
+                begin += static_cast<int64_t>(uniform(from_lane(sum, found)) - found_steps) * units;
                 return {base + found, begin, found_steps};
             }
-            begin += static_cast<int64_t>(from_lane(sum, WAVE - 1)) * units;
+            begin += static_cast<int64_t>(uniform(from_lane(sum, WAVE - 1))) * units;
         }
         return {problem.batch, begin, 1};
     }
@@ -196,10 +196,13 @@ struct Unit {
 /* -inf for the keys of the tile beginning at `first` that a row does not see: those from `limit` on. */
 __device__ __forceinline__ void mask_from(Scores &s, const int (&limit)[SLOTS], int first) {
 #pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot)
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        const int seen = limit[slot] - first - Scores::lane_column();
 #pragma unroll
         for (int i = 0; i < Scores::VALUES; ++i)
-            if (first + Scores::column(i) >= limit[slot]) s.set(slot, i, -INFINITE);
+            /* opaque: for else the selection is moved out of the branch that spares most tiles of it */
+            s.set(slot, i, opaque(Scores::column(i) < seen ? s.get(slot, i) : -INFINITE));
+    }
 }
 
 /* The wave's tiles among keys first_key ... end-1, for the rows from `wave_row` on. */
@@ -284,7 +287,7 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &s
 #pragma unroll
         for (int i = 0; i < Output::VALUES; ++i) {
             o.set(slot, i, sees_keys ? o.get(slot, i) * inverse : 0.0f);
-            if (Output::column(i) < HEAD_DIM) total += o.get(slot, i);
+            if (Output::column_of_lane(i) < HEAD_DIM) total += o.get(slot, i);
         }
         bool spoiled = false;
         if (CAUSAL) {
@@ -304,7 +307,7 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &s
             Pack<uint32_t, RUN / 2> run;
 #pragma unroll
             for (int j = 0; j < RUN; j += 2) run.item[j / 2] = to_elements(o.get(slot, i + j), o.get(slot, i + j + 1));
-            if (Output::column(i) < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column(i)) = run;
+            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column_of_lane(i)) = run;
         }
     }
 }
@@ -322,7 +325,7 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
             Pack<float, RUN> run;
 #pragma unroll
             for (int j = 0; j < RUN; ++j) run.item[j] = o.get(slot, i + j);
-            if (Output::column(i) < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + Output::column(i)) = run;
+            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + Output::column_of_lane(i)) = run;
         }
         if (Shape_::leads_row())
             *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {{softmax.maximum[slot], sum}};

@@ -70,7 +70,23 @@ struct DecodeScores {
     f32x4 half[2];
     __device__ __forceinline__ float get(int, int i) const { return half[i / 4][i % 4]; }
     __device__ __forceinline__ void set(int, int i, float x) { half[i / 4][i % 4] = x; }
-    static __device__ __forceinline__ int column(int i) { return i / 4 * 16 + lane() / 16 * 4 + i % 4; }
+    __device__ __forceinline__ float largest(int) const {
+        float x = get(0, 0);
+#pragma unroll
+        for (int i = 1; i < VALUES; ++i) x = __builtin_fmaxf(x, get(0, i));
+        return x;
+    }
+    __device__ __forceinline__ float exponentiate(int, float scale, float reference) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < VALUES; ++i) {
+            set(0, i, exp2(__builtin_fmaf(get(0, i), scale, -reference)));
+            sum += get(0, i);
+        }
+        return sum;
+    }
+    static __device__ constexpr int column(int i) { return i / 4 * 16 + i % 4; }
+    static __device__ __forceinline__ int lane_column() { return lane() / 16 * 4; }
 };
 
 template <int HEAD_DIM> struct DecodeOutput {
@@ -91,8 +107,12 @@ template <int HEAD_DIM> struct DecodeOutput {
     static constexpr int register_of(int i) { return in_piece(i) / elements(i); }
     __device__ __forceinline__ float get(int, int i) const { return tile[tile_of(i)][register_of(i)]; }
     __device__ __forceinline__ void set(int, int i, float x) { tile[tile_of(i)][register_of(i)] = x; }
+    __device__ __forceinline__ void multiply(int, float factor) {
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) tile[n] *= factor;
+    }
     static __device__ __forceinline__ int row(int) { return lane() % 16; }
-    static __device__ __forceinline__ int column(int i) {
+    static __device__ __forceinline__ int column_of_lane(int i) {
         return i / 32 * 128 + elements(i) * (lane() / 16 * 4) + in_piece(i);
     }
 };
@@ -143,11 +163,11 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
         const auto source = tile(coming);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            const char *row = source.key(source.place_of_lane(place, lane() % 16, 16 * n));
+            const auto at = source.place_of_lane(place, lane() % 16, 16 * n);
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
                 const int chunk = lesser(4 * j + lane() / 16, HEAD_DIM / 8 - 1);
-                key[n][j] = *reinterpret_cast<const u32x4 *>(row + 16 * chunk);
+                key[n][j] = *reinterpret_cast<const u32x4 *>(source.key(at, 16 * chunk));
             }
         }
         next = look_up(coming + stride);
@@ -158,14 +178,14 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
         for (int n = 0; n < 2; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const char *row = source.value(source.place_of_lane(place, lane() / 16 * 4, 16 * n + i));
+                const auto at = source.place_of_lane(place, lane() / 16 * 4, 16 * n + i);
 #pragma unroll
                 for (int p = 0; p < WIDE; ++p)
                     wide[p][n][i] = *reinterpret_cast<const u32x4 *>(
-                        row + p * 256 + 16 * lesser(lane() % 16, HEAD_DIM / 8 - 1 - p * 16));
+                        source.value(at, p * 256 + 16 * lesser(lane() % 16, HEAD_DIM / 8 - 1 - p * 16)));
                 if constexpr (NARROW != 0)
                     narrow[0][n][i] = *reinterpret_cast<const u32x2 *>(
-                        row + WIDE * 256 + 8 * lesser(lane() % 16, HEAD_DIM / 4 - 1 - WIDE * 32));
+                        source.value(at, WIDE * 256 + 8 * lesser(lane() % 16, HEAD_DIM / 4 - 1 - WIDE * 32)));
             }
     }
 

@@ -19,6 +19,10 @@ template <int OUTSTANDING> __device__ __forceinline__ void wait_for_all_copies_b
 }
 __device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+template <int HEAD_DIM> struct DecodeOutput : Accumulator<1, HEAD_DIM> {
+    static __device__ __forceinline__ int column_of_lane(int i) { return DecodeOutput::column(i) + DecodeOutput::lane_column(); }
+};
+
 template <int HEAD_DIM> struct Decode {
     static constexpr int ROWS = ROW_TILE;
     static constexpr int LANES = LANES_PER_ROW, RUN = 2;
@@ -26,7 +30,7 @@ template <int HEAD_DIM> struct Decode {
     static constexpr int WAVES = HEAD_DIM <= 128 ? 4 : 2;
     static constexpr int BLOCKS = 2;
     using Scores = Accumulator<1, KEYS>;
-    using Output = Accumulator<1, HEAD_DIM>;
+    using Output = DecodeOutput<HEAD_DIM>;
     using Queries = Query<HEAD_DIM, 1>;
     static __device__ __forceinline__ bool leads_row() { return lane_leads_row(); }
 };
@@ -84,8 +88,8 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
                 if (UNITS % WAVE != 0 && unit >= UNITS) break;
                 const bool valid = coming + token < rows.count && chunk < HEAD_DIM / 8;
                 const SharedAddress row = keys + RowLayout<HEAD_DIM>::chunk(token, chunk);
-                copy_async(row, source.key(at) + chunk * 16, valid);
-                copy_async(row + Tile::KEY_BYTES, source.value(at) + chunk * 16, valid);
+                copy_async(row, source.key(at, chunk * 16), valid);
+                copy_async(row + Tile::KEY_BYTES, source.value(at, chunk * 16), valid);
             }
             coming += WAVES * KEYS;
             look_up();
