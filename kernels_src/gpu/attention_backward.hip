@@ -1,0 +1,285 @@
+/* The gradients of attention, from its output and log-sum-exp; scores and probabilities are computed again, a tile at a
+ * time, and never stored. Three passes, one after the other on the stream:
+ *
+ *   row_terms            a row of the output and its gradient at a time: delta and log_sum of the row to the workspace
+ *   GRAD_QUERY           a block owns query rows and goes through the keys that they see
+ *   GRAD_KEY_VALUE       a block owns keys and goes through the query rows that see them, of all heads of the group
+ *
+ * The last two are one kernel (see backward.h: own rows, passing rows, x and y):
+ *
+ *                 passing rows ->   tile 0   tile 1   tile 2 ...
+ *                       +---------+--------+--------+--------+
+ *             wave 0    | x, y    |        |        |        |     shared memory   passing x and y, some tiles ahead
+ *       own   wave 1    | and     | S, P,  |        |        |     registers       S and P, dP and dS of one tile;
+ *       rows  wave 2    | their   | dP, dS |        |        |                     gradients of the own rows
+ *             wave 3    | grads   |        |        |        |     either          own x and y, as suits the arch
+ *                       +---------+--------+--------+--------+
+ *
+ *   each tile   publish             the tile that was on its way is the current one (block barrier)
+ *               issue               another sets off
+ *               scores              S = x x^T                          matrix unit
+ *               grad_probabilities  dP = y y^T                         matrix unit
+ *                                   P = exp2(scale * S - log_sum)      vector unit, meanwhile
+ *               add_to_y            gradient of y += P y               matrix unit
+ *                                   dS = P (dP - delta)                vector unit, meanwhile
+ *               add_to_x            gradient of x += dS x              matrix unit
+ *
+ * A gradient is summed in one place, by one block, in one order: the result is the same in every run, with no atomics.
+ * The price is that S and dP are computed in both passes, seven products of matrices where five would do.
+ *
+ * The interface of an arch, Backward<HEAD_DIM, PASS>, implemented by arch/<arch>_backward.h:
+ *   WAVES, THREADS, ROWS       of a block; ROWS are its own rows, ROW_TILE for each wave
+ *   TEAM                       waves that multiply together and so must do the same
+ *   TOKENS                     passing rows of a tile
+ *   STAGES                     tiles that are on their way or in use
+ *   COLUMN_RUN                 adjacent columns of an accumulator in a lane
+ *   Scores, Output             accumulators: own rows x passing rows, own rows x head_dim (or more)
+ *   load_own(pair, first)      the own rows, zeros past the last; they are there after the first publish
+ *   issue(pair, first)         start to fetch passing rows; skip() takes the place of an issue where none is left
+ *   publish, scores, grad_probabilities, add_to_x, add_to_y
+ *   term(which, column, run)   log_sum (0) or delta (1) of a run of passing rows
+ *   finish<N>(result)          products may run on: wait for all but the latest N groups; `result` can be read then
+ *   store(gradient, row)       row(r): pointer to row r of this wave's in memory, or null
+ *
+ * Built for one dtype, AITER_HEAD_DIM and AITER_CAUSAL. */
+#define AITER_BACKWARD
+#include "gpu/backward.h"
+
+namespace aiter {
+
+constexpr int HEAD_DIM = AITER_HEAD_DIM;
+constexpr bool CAUSAL = AITER_CAUSAL;
+constexpr float INFINITE = __builtin_inff();
+constexpr float LOG2_E = 1.4426950408889634f;
+
+/* ---- delta and log_sum of the query rows: LANES neighbouring lanes take a row ---- */
+
+constexpr int TERM_THREADS = 256;
+constexpr int TERM_LANES = HEAD_DIM <= 64 ? 8 : HEAD_DIM <= 128 ? 16 : 32;
+constexpr int TERM_ROWS = TERM_THREADS / TERM_LANES;
+
+__global__ void __launch_bounds__(TERM_THREADS) row_terms(const GradArguments arguments) {
+    const aiter_attention_problem &problem = arguments.problem.forward;
+    const int row_blocks = (problem.seqlen_q + TERM_ROWS - 1) / TERM_ROWS;
+    const int head = block() / row_blocks % problem.heads_q;
+    const GradSequence sequence(arguments, block() / row_blocks / problem.heads_q);
+    const int row = block() % row_blocks * TERM_ROWS + thread_in_block() / TERM_LANES;
+    const int lane_in_row = thread_in_block() % TERM_LANES;
+
+    const Window sees = window<CAUSAL, GRAD_QUERY>(sequence, row);
+    const bool exists = row < sequence.query.count, blind = sees.high <= sees.low;
+    float delta = 0.0f;
+    if (exists && !blind && lane_in_row < HEAD_DIM / 8) {
+        const char *output = sequence.query_rows(arguments.tensors.output, problem.output_strides, head).row(row);
+        const char *grad =
+            sequence.query_rows(arguments.tensors.grad_output, arguments.problem.grad_output_strides, head).row(row);
+        Element o[8], g[8];
+        __builtin_memcpy(o, __builtin_assume_aligned(output + lane_in_row * 16, 16), 16);
+        __builtin_memcpy(g, __builtin_assume_aligned(grad + lane_in_row * 16, 16), 16);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) delta += to_float(o[i]) * to_float(g[i]);
+    }
+#pragma unroll
+    for (int distance = 1; distance < TERM_LANES; distance *= 2) delta += from_lane(delta, lane() ^ distance);
+    if (!exists || lane_in_row != 0) return;
+    const int64_t place = head * problem.lse_strides[1] + row +
+                          (problem.packed_q ? sequence.query.begin : sequence.batch * problem.lse_strides[0]);
+    const Terms terms = sequence.terms(head);
+    if (!blind && arguments.tensors.grad_lse != nullptr) delta -= arguments.tensors.grad_lse[place];
+    terms.delta[row] = delta;
+    /* The probabilities of a row that sees nothing are all zero. */
+    terms.log_sum[row] = blind ? INFINITE : arguments.tensors.lse[place] * LOG2_E;
+}
+
+/* ---- the gradients ---- */
+
+/* Zeros where own and passing rows do not see each other. */
+template <class Scores, int SLOTS>
+__device__ __forceinline__ void hide(Scores &s, const Window (&windows)[SLOTS], int first) {
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        const int low = windows[slot].low - first - Scores::lane_column();
+        const int high = windows[slot].high - first - Scores::lane_column();
+#pragma unroll
+        for (int i = 0; i < Scores::VALUES; ++i)
+            if (Scores::column(i) < low || Scores::column(i) >= high) s.set(slot, i, 0.0f);
+    }
+}
+
+template <int PASS> using TileOf = Backward<HEAD_DIM, PASS>;
+
+template <int PASS>
+__global__ void __launch_bounds__(TileOf<PASS>::THREADS, TileOf<PASS>::BLOCKS)
+    attention_backward(const GradArguments arguments) {
+    using Tile = TileOf<PASS>;
+    using Scores = typename Tile::Scores;
+    using Output = typename Tile::Output;
+    constexpr int SLOTS = Scores::SLOTS, COLUMN_RUN = Tile::COLUMN_RUN;
+    constexpr int TEAM_ROWS = Tile::TEAM * ROW_TILE;
+    AITER_SHARED(shared, Tile::SHARED_BYTES);
+
+    /* Blocks with most to do come first: those of the last query rows, or of the first keys. */
+    const aiter_attention_problem &problem = arguments.problem.forward;
+    const int group = problem.heads_q / problem.heads_kv;
+    const int row_blocks = ((owns_queries(PASS) ? problem.seqlen_q : problem.seqlen_k) + Tile::ROWS - 1) / Tile::ROWS;
+    const int heads = owns_queries(PASS) ? group : 1;
+    const Work work = work_of_block(block(), problem.batch * problem.heads_kv, heads * row_blocks);
+    const int kv_head = work.unit % problem.heads_kv;
+    const int first_head = kv_head * group;
+    const int query_head = first_head + work.part % heads;
+    const int row_block = work.part / heads;
+    const int block_row = (owns_queries(PASS) ? row_blocks - 1 - row_block : row_block) * Tile::ROWS;
+
+    const GradSequence sequence(arguments, work.unit / problem.heads_kv);
+    const RowPair own = owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
+    const int padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
+    if (block_row >= padded_rows) return;
+    RowPair passing = owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
+
+    /* Passing rows that any own row of the block takes part with; of the team; and those that all rows of the team see. */
+    const int wave_row = block_row + wave() * ROW_TILE;
+    const int team_row = block_row + wave() / Tile::TEAM * TEAM_ROWS;
+    const Window first_row = window<CAUSAL, PASS>(sequence, block_row);
+    const Window last_row = window<CAUSAL, PASS>(sequence, lesser(block_row + Tile::ROWS, own.count) - 1);
+    const Window team_first = window<CAUSAL, PASS>(sequence, team_row);
+    const Window team_last = window<CAUSAL, PASS>(sequence, lesser(team_row + TEAM_ROWS, own.count) - 1);
+    Window windows[SLOTS];
+    float log_sum[SLOTS], delta[SLOTS];
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        const int row = wave_row + Scores::row(slot);
+        windows[slot] = window<CAUSAL, PASS>(sequence, row);
+        if (owns_queries(PASS)) {
+            log_sum[slot] = row < own.count ? own.terms.log_sum[row] : INFINITE;
+            delta[slot] = row < own.count ? own.terms.delta[row] : 0.0f;
+        }
+    }
+
+    Tile tile(shared_address(shared));
+    Output grad_x, grad_y;
+    if (gives_x(PASS)) grad_x.clear();
+    if (gives_y(PASS)) grad_y.clear();
+    const int tiles = block_row < own.count ? (last_row.high - first_row.low + Tile::TOKENS - 1) / Tile::TOKENS : 0;
+    if (tiles > 0) {
+        const float scale = problem.softmax_scale * LOG2_E;
+        const int heads_passing = owns_queries(PASS) ? 1 : group;
+        int coming_head = 0, coming = 0; /* the next tile to set off: of which head of the group, which of its tiles */
+        const auto issue = [&] {
+            if (coming_head == heads_passing) return tile.skip();
+            tile.issue(passing, first_row.low + coming * Tile::TOKENS);
+            if (++coming == tiles) {
+                coming = 0;
+                if (++coming_head < heads_passing) passing = sequence.queries(first_head + coming_head);
+            }
+        };
+        tile.load_own(own, block_row);
+#pragma unroll
+        for (int stage = 0; stage < Tile::STAGES - 1; ++stage) issue();
+
+        for (int count = 0, first = first_row.low; count < tiles * heads_passing; ++count) {
+            tile.publish();
+            issue();
+            const int end = first + Tile::TOKENS;
+            if (end > team_first.low && first < team_last.high) {
+                const bool masked = first < team_last.low || end > team_first.high;
+                Scores p, ds;
+                tile.scores(p);
+                if (gives_x(PASS)) tile.grad_probabilities(ds);
+                tile.template finish<gives_x(PASS) ? 1 : 0>(p);
+#pragma unroll
+                for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+                    float run[COLUMN_RUN];
+                    if (!owns_queries(PASS)) tile.term(0, Scores::column(i) + Scores::lane_column(), run);
+#pragma unroll
+                    for (int j = 0; j < COLUMN_RUN; ++j)
+#pragma unroll
+                        for (int slot = 0; slot < SLOTS; ++slot)
+                            p.set(slot, i + j, exp2(__builtin_fmaf(p.get(slot, i + j), scale,
+                                                                   -(owns_queries(PASS) ? log_sum[slot] : run[j]))));
+                }
+                if (masked) hide(p, windows, first);
+                if (gives_y(PASS)) tile.add_to_y(p, grad_y);
+                if (gives_x(PASS)) {
+                    tile.template finish<gives_y(PASS) ? 1 : 0>(ds);
+#pragma unroll
+                    for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+                        float run[COLUMN_RUN];
+                        if (!owns_queries(PASS)) tile.term(1, Scores::column(i) + Scores::lane_column(), run);
+#pragma unroll
+                        for (int j = 0; j < COLUMN_RUN; ++j)
+#pragma unroll
+                            for (int slot = 0; slot < SLOTS; ++slot)
+                                ds.set(slot, i + j,
+                                       p.get(slot, i + j) *
+                                           (ds.get(slot, i + j) - (owns_queries(PASS) ? delta[slot] : run[j])));
+                    }
+                    if (masked) hide(ds, windows, first); /* 0 * inf or 0 * NaN */
+                    tile.add_to_x(ds, grad_x);
+                }
+                if (gives_y(PASS)) tile.template finish<0>(grad_y);
+                if (gives_x(PASS)) tile.template finish<0>(grad_x);
+            }
+            first = count % tiles == tiles - 1 ? first_row.low : end;
+        }
+        barrier(); /* store may use the shared memory */
+    }
+
+    const auto store = [&](Output &gradient, void *tensor, const int64_t(&strides)[3], float factor) {
+        const Rows rows =
+            owns_queries(PASS) ? sequence.query_rows(tensor, strides, query_head) : sequence.key_rows(tensor, strides, kv_head);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const bool exists = wave_row + Output::row(slot) < own.count;
+#pragma unroll
+            for (int i = 0; i < Output::VALUES; ++i)
+                gradient.set(slot, i, exists ? gradient.get(slot, i) * factor : 0.0f);
+        }
+        tile.store(gradient, [&](int row) {
+            return wave_row + row < padded_rows ? reinterpret_cast<Element *>(rows.row(wave_row + row)) : nullptr;
+        });
+    };
+    const aiter_attention_grad_problem &p = arguments.problem;
+    const aiter_attention_grad_tensors &t = arguments.tensors;
+    if (owns_queries(PASS)) store(grad_x, t.grad_query, p.grad_query_strides, problem.softmax_scale);
+    if (!owns_queries(PASS) && gives_x(PASS)) store(grad_x, t.grad_key, p.grad_key_strides, problem.softmax_scale);
+    if (gives_y(PASS)) store(grad_y, t.grad_value, p.grad_value_strides, 1.0f);
+}
+
+template <int PASS> int launch_pass(const GradArguments &arguments, void *stream) {
+    using Tile = TileOf<PASS>;
+    const aiter_attention_problem &p = arguments.problem.forward;
+    const int64_t rows = owns_queries(PASS) ? p.seqlen_q : p.seqlen_k, heads = owns_queries(PASS) ? p.heads_q : p.heads_kv;
+    return launch(attention_backward<PASS>, (rows + Tile::ROWS - 1) / Tile::ROWS * heads * p.batch, Tile::THREADS,
+                  Tile::SHARED_BYTES, stream, arguments);
+}
+
+} // namespace aiter
+
+AITER_EXPORT void aiter_describe(aiter_description *description) {
+    description->abi_version = AITER_ABI_VERSION;
+    description->problem_bytes = sizeof(aiter_problem);
+    description->tensors_bytes = sizeof(aiter_tensors);
+}
+
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_problem *problem) {
+    const aiter_attention_problem &p = problem->forward;
+    return 2 * sizeof(float) * p.heads_q * (p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q);
+}
+
+AITER_EXPORT int aiter_launch(const aiter_problem *problem, const aiter_tensors *tensors, void *stream) {
+    const aiter_attention_problem &p = problem->forward;
+    if (const int error = aiter::check_problem(p)) return error;
+    const aiter::GradArguments arguments = {*problem, *tensors};
+    const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::TERM_ROWS) - 1) / aiter::TERM_ROWS;
+    int error = aiter::launch(aiter::row_terms, row_blocks * p.heads_q * p.batch, aiter::TERM_THREADS, 0, stream, arguments);
+    if (error == 0) error = aiter::launch_pass<aiter::GRAD_QUERY>(arguments, stream);
+    if constexpr (aiter::TileOf<aiter::GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
+        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY_VALUE>(arguments, stream);
+    } else {
+        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY>(arguments, stream);
+        if (error == 0) error = aiter::launch_pass<aiter::GRAD_VALUE>(arguments, stream);
+    }
+    return error;
+}
+
+AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }
