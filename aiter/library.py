@@ -1,9 +1,9 @@
 """The operations as PyTorch's compiler, autograd and autocast see them: one operator and its gradient.
 
-    aiter.flash_attn_func(...)  ── plain tensors, no gradient ──> dispatch.Plan (no dispatcher in between)
-                                ── anything else ──> torch.ops.aiter.attention ──> autocast, autograd ──> dispatch.Plan
+    aiter.flash_attn_func(...)  ── plain tensors, no gradient ──> plan.Plan (no dispatcher in between)
+                                ── anything else ──> torch.ops.aiter.attention ──> autocast, autograd ──> plan.Plan
 
-`aiter::attention` is the common form of the five operations (see dispatch.Plan for the layouts it takes); it always
+`aiter::attention` is the common form of the five operations (see plan.Plan for the layouts it takes); it always
 returns the log-sum-exp too, which the backward pass needs.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from aiter import dispatch
-from aiter.dispatch import Indices
+from aiter.plan import Indices
 
 _library = torch.library.Library("aiter", "DEF")
 _library.define(

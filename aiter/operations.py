@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 
 from aiter import checks
-from aiter.dispatch import Indices, attend
+from aiter.dispatch import attend
+from aiter.plan import Indices
 
 BSHD = "(batch, seq, heads, head_dim)"
 PACKED = "(total_tokens, heads, head_dim)"

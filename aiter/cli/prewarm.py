@@ -66,7 +66,7 @@ def choose(options: argparse.Namespace) -> list[Spec]:
             return read_record(options.replay)
         except ValueError as error:
             raise UsageError(str(error)) from None
-    from aiter.dispatch import OPERATIONS, specs_for  # here, because it loads PyTorch
+    from aiter.kernels import OPERATIONS, specs_for  # here, because it loads PyTorch
 
     model = read_model(Path(options.model)) if options.model else {}
     operations = _list(options.ops, OPERATIONS, "operation") or list(OPERATIONS)

@@ -1,0 +1,42 @@
+"""Which kernels there are, and which one a problem needs: the specs that the runtime is asked for."""
+
+from __future__ import annotations
+
+from aiter.errors import UnsupportedDtypeError
+from aiter.jit.arch import is_gpu
+from aiter.jit.spec import Spec
+
+# Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
+# sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
+DECODE_ROWS = 64
+
+
+def kernel_name(arch: str, rows: int) -> str:
+    """The kernel for this many rows of one KV head in a sequence; the CPU has one kernel for all."""
+    return "attention_decode" if is_gpu(arch) and rows <= DECODE_ROWS else "attention_forward"
+
+
+def kernel_spec(kernel: str, dtype: str, head_dim: int, causal: bool, arch: str, paged: bool) -> Spec:
+    if is_gpu(arch) and dtype == "fp32":
+        raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")
+    options = (("paged", 1),) if paged and is_gpu(arch) else ()
+    return Spec(kernel, dtype, head_dim, causal, arch, options)
+
+
+# The public operations, and with which kinds of keys and values each is called: in pages or not.
+OPERATIONS = {
+    "flash_attn_func": (False,),
+    "flash_attn_with_kvcache": (True,),
+    "grouped_query_attention": (False,),
+    "multi_query_attention": (False,),
+    "variable_length_attention": (False, True),
+}
+
+
+def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str, backward: bool = False) -> list[Spec]:
+    """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it."""
+    kernels = ("attention_forward", "attention_decode") if is_gpu(arch) else ("attention_forward",)
+    specs = [kernel_spec(k, dtype, head_dim, causal, arch, paged) for paged in OPERATIONS[operation] for k in kernels]
+    if backward and False in OPERATIONS[operation]:
+        specs.append(kernel_spec("attention_backward", dtype, head_dim, causal, arch, False))
+    return list(dict.fromkeys(specs))
