@@ -32,8 +32,10 @@ from aiter.jit.recipe import Recipe
 from aiter.jit.toolchain import LIBRARY, LOG, Compiler, compile_library
 
 BUILDING, LOCKS, DAMAGED, FAILED = ".building", ".locks", ".damaged", ".failed"
-# What another host has in the making is taken for abandoned after this time: locks may not reach that far.
+# What another host, or a process of ours, has in the making is taken for abandoned after this time.
 ABANDONED_S = 24 * 3600.0
+# How much longer than a compilation a lock may be held.
+LOCK_MARGIN_S = 60.0
 # Less room than this, and a failed build is put down to the full disk.
 SCARCE_BYTES = 4 << 20
 
@@ -82,7 +84,7 @@ class Store:
         with self._writing():
             self._prepare()
         lock = self.folder / LOCKS / f"{recipe.name}.lock"
-        patience = settings.compile_timeout() + 60.0
+        patience = settings.compile_timeout() + LOCK_MARGIN_S
         with build_lock(lock, patience, lambda: self._who_builds(recipe.name)) as held:
             self._sweep(recipe.name if held else None)
             try:
@@ -288,11 +290,12 @@ class Store:
         return f"{name}, which another process builds"
 
     def _sweep(self, locked: str | None) -> None:
-        """Removes what nobody makes any more: what is of the key that is `locked`, or of one whose lock is free."""
+        """Removes what nobody makes any more: its maker is dead, and the key is the one that is `locked`, or its lock
+        is free. The maker is asked about because locks may be granted to everybody."""
         with contextlib.suppress(OSError):
             for path in (self.folder / BUILDING).iterdir():
-                name, host, *_ = [*path.name.split("~"), ""]
-                if host != socket.gethostname():
+                name, host, process, *_ = [*path.name.split("~"), "", ""]
+                if host != socket.gethostname() or _is_alive(process):
                     if time.time() - path.stat().st_mtime > ABANDONED_S:
                         remove(path)
                 elif name == locked:
@@ -301,6 +304,14 @@ class Store:
                     with try_lock(self.folder / LOCKS / f"{name}.lock") as free:
                         if free:
                             remove(path)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        state = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"  # killed, and its parent has not asked yet
 
 
 def _lay_out(recipe: Recipe, folder: Path) -> None:

@@ -1,0 +1,96 @@
+"""Loading: the launch ABI is checked, launches report errors, and kernels for AMD find the HIP runtime."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+from tiny import tiny_spec
+
+from aiter import abi, jit
+from aiter.errors import LaunchError, LoadError
+from aiter.jit import loader
+from aiter.jit.record import read_record
+
+pytestmark = pytest.mark.usefixtures("tree", "cache_dir")
+
+
+def test_launch_workspace_and_error_text(spec):
+    kernel = jit.get_kernel(spec)
+    problem, tensors = abi.AttentionProblem(), bytes(ctypes.sizeof(abi.AttentionTensors))
+    kernel.launch(problem, tensors, 0)
+    assert kernel.launch_raw(ctypes.addressof(problem), tensors, 0) == 0
+    problem.batch = 7
+    assert kernel.workspace_bytes(problem) == 64 + 7
+    with pytest.raises(LaunchError, match=rf"{spec.name[:12]}.*: seven \(code 7\)") as error:
+        kernel.launch(problem, tensors, 0)
+    assert error.value.code == 7
+
+
+@pytest.mark.parametrize("field", ["abi_version", "problem_bytes", "tensors_bytes"])
+def test_another_abi_is_refused(field, spec, tree):
+    source = tree / "cpu" / "tiny.cpp"
+    source.write_text(source.read_text().replace("};\n}", f"}};\n    d->{field} += 1;\n}}", 1))
+    with pytest.raises(LoadError, match="another launch ABI"):
+        jit.get_kernel(spec)
+
+
+def test_a_library_without_the_functions_is_refused(spec, tree):
+    (tree / "cpu" / "tiny.cpp").write_text("int x;\n")
+    with pytest.raises(LoadError, match="aiter_describe"):
+        jit.get_kernel(spec)
+
+
+def test_hip_kernels_need_a_hip_runtime_in_the_process():
+    with pytest.raises(LoadError, match=r"no libamdhip64\.so is loaded"):
+        loader.share_hip_runtime()
+
+
+def test_the_hip_runtime_in_the_process_is_shared(tmp_path):
+    """A library with undefined hip symbols loads once the runtime, loaded privately as by PyTorch, is made global."""
+    (tmp_path / "runtime.c").write_text("int hipLaunchKernel(void) { return 42; }\n")
+    (tmp_path / "user.c").write_text("int hipLaunchKernel(void);\nint use(void) { return hipLaunchKernel(); }\n")
+    for name, library in (("runtime", "libamdhip64.so.6"), ("user", "user.so")):
+        subprocess.run(["cc", "-shared", "-fPIC", f"{name}.c", "-o", library], cwd=tmp_path, check=True)
+    script = f"""
+import ctypes
+from aiter.jit import loader
+ctypes.CDLL("{tmp_path}/libamdhip64.so.6")
+try:
+    ctypes.CDLL("{tmp_path}/user.so", mode=2)
+    raise SystemExit("loaded too early")
+except OSError:
+    pass
+loader.share_hip_runtime()
+print(ctypes.CDLL("{tmp_path}/user.so", mode=2).use())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("42\n", "")
+
+
+def test_each_spec_is_recorded_once_per_process(spec, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("AITER_RECORD", str(tmp_path / "record"))
+
+    def use(index):
+        jit.get_kernel(spec)
+        jit.get_kernel(spec)
+        jit.get_kernel(tiny_spec(128))
+        return "used"
+
+    assert processes(8, use) == ["used"] * 8
+    lines = (tmp_path / "record").read_text().splitlines()
+    assert len(lines) == 16 and len(set(lines)) == 2
+    assert set(read_record(tmp_path / "record")) == {spec, tiny_spec(128)}
+
+
+def test_a_bad_record_is_refused_with_its_line(tmp_path, spec):
+    path = tmp_path / "record"
+    path.write_text("\n" + '{"kernel": "tiny; rm"}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        read_record(path)
+
+
+def test_a_record_that_cannot_be_written_is_a_warning(spec, monkeypatch, caplog):
+    monkeypatch.setenv("AITER_RECORD", "/proc/nowhere/record")
+    jit.get_kernel(spec)
+    assert "AITER_RECORD=/proc/nowhere/record cannot be written" in caplog.text
