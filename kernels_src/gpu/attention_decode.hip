@@ -102,6 +102,9 @@ struct Schedule {
         blocks = blocks_for(static_cast<int64_t>(problem.batch) * units, steps, grid);
     }
     __device__ __forceinline__ int64_t range_begin(int block) const { return steps * block / blocks; }
+    __device__ __forceinline__ int block_of(int64_t step) const { /* the last whose range begins no later */
+        return static_cast<int>(((step + 1) * blocks - 1) / steps);
+    }
     __device__ __forceinline__ int steps_in(int batch) const {
         return steps_of(lengths == nullptr ? problem.seqlen_k : clamp(lengths[batch], 0, problem.seqlen_k));
     }
@@ -396,7 +399,7 @@ __global__ void __launch_bounds__(THREADS) merge(const Arguments arguments, int 
     int count = 0; /* parts: place 1 of the block before the cut, place 0 of those after it */
     float log_sum = -INFINITE, maximum = -INFINITE, total = 0.0f;
     if (row < unit.rows && unit.visible(row) > 0) {
-        for (count = 2; schedule.range_begin(cut + count - 1) < unit_begin + place.steps;) ++count;
+        count = schedule.block_of(unit_begin + place.steps - 1) - cut + 2;
         for (int i = lane(); i < count; i += WAVE)
             maximum = __builtin_fmaxf(maximum, parts.softmax_row(cut - 1 + i, i == 0, row)[0]);
 #pragma unroll
