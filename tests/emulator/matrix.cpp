@@ -1,0 +1,212 @@
+// Matrix instructions (MFMA). The name says it all: v_mfma_f32_32x32x8_f16 multiplies a 32x8 by an 8x32 matrix.
+//
+// Layout (AMD matrix instruction calculator). With G = 64 / M groups of M
+// lanes, lane l = g * M + i holds row i of A (column i of B): its values are k = g * V .. g * V + V - 1, V values a lane;
+// where there are several blocks, group g holds block g instead and k = 0 .. V - 1.
+// Accumulators: lane l = g * N + j holds column j; register r is row (r / 4) * 4 * G + 4 * g + r % 4 of its block.
+//
+// Cycles: same source; gfx950's from its peak rate (2.5 PFLOP/s in 16 bit on 256 CUs at 2.4 GHz: 1024 FLOP a cycle and
+// SIMD). A pass is four cycles.
+#include <cstdlib>
+
+#include "lanes.h"
+
+namespace emulator {
+
+namespace {
+
+enum class Element : uint8_t { f32, f16, bf16, i8, f64 };
+
+struct Shape {
+    int m, n, k, blocks, values;
+    Element element;
+    int accumulators;                                         // registers of C and D
+};
+
+std::vector<Shape> &shapes() {
+    static std::vector<Shape> all;
+    return all;
+}
+
+int passes_of(const Shape &s, bool is_gfx950, bool is_gfx90a) {
+    if (s.element == Element::f64) return is_gfx950 ? 16 : 8;
+    int full = s.m == 32 ? 16 : s.m == 16 ? 8 : 2;
+    bool narrow = s.element != Element::f32;
+    return !is_gfx90a && narrow && s.blocks == 1 && s.m > 4 ? full / 2 : full;
+}
+
+// Wait states until anything else may read the result: GCNHazardRecognizer.cpp of LLVM, the table for gfx90a and gfx940.
+unsigned wait_states(int passes, Arch arch) { return passes + 3 + (arch == Arch::gfx950 && passes != 2); }
+
+float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
+
+// One value of A or B. CDNA2 flushes denormal 16-bit inputs to zero (PyTorch's notes on numerical accuracy on MI200).
+float value_of(Element element, uint32_t word, int i, bool flush_denormals) {
+    switch (element) {
+        case Element::f32: return bit_cast<float>(word);
+        case Element::f16: {
+            uint16_t bits = uint16_t(word >> (16 * (i & 1)));
+            if (flush_denormals && !(bits & 0x7c00)) bits &= 0x8000;
+            return float(bit_cast<half>(bits));
+        }
+        case Element::bf16: {
+            float x = bfloat16{uint16_t(word >> (16 * (i & 1)))};
+            return flush_denormals ? flushed(x) : x;
+        }
+        default: return float(int8_t(word >> (8 * (i & 3))));
+    }
+}
+
+// Reading registers for a matrix instruction: waits, wait states, and every lane must hold a value.
+void check_operand(Wave &w, Operand operand, int count, bool is_accumulator, const Instruction &in) {
+    if (operand < first_vgpr) return;
+    unsigned r = w.vector_register(operand, count);
+    for (int i = 0; i < count; ++i) {
+        const Wave::MatrixResult &last = w.matrix[r + i];
+        // Accumulating onto the same registers needs no wait; overlapping ones must have left the pipe.
+        uint64_t ready = !is_accumulator ? last.ready
+                         : last.destination == operand && operand == in.source[2] ? 0
+                         : last.ready ? last.slot + 1 + last.passes : 0;
+        if (w.slot < ready)
+            w.fail((is_accumulator ? std::string("the accumulator operand") : std::string("a matrix operand")) +
+                   " is read " + std::to_string(w.slot - last.slot - 1) + " wait states after the matrix instruction that" +
+                   " writes it; " + std::to_string(ready - last.slot - 1) + " are needed");
+        if (w.defined[r + i] != all_lanes)
+            w.fail_lanes("a matrix operand has a value nobody wrote (" + std::string(r + i < 256 ? "v" : "a") +
+                             std::to_string((r + i) % 256) + ")", ~w.defined[r + i]);
+    }
+}
+
+void finish(Wave &w, const Instruction &in, int count) {
+    unsigned r = w.vector_register(in.destination, count);
+    uint64_t ready = w.slot + 1 + wait_states(in.operation->passes, w.group->launch->arch);
+    for (int i = 0; i < count; ++i) {
+        w.defined[r + i] = all_lanes;
+        Wave::MatrixResult &result = w.matrix[r + i];
+        result.slot = w.slot;
+        result.ready = ready;
+        result.destination = in.destination;
+        result.passes = in.operation->passes;
+        w.vector_slot[r + i] = 0;
+    }
+}
+
+void check_modifiers(Wave &w, const Instruction &in) {
+    if (in.cbsz || in.abid || in.blgp) w.fail("cbsz, abid and blgp are not known to the emulator");
+}
+
+void execute_matrix(Wave &w, const Instruction &in) {
+    const Shape &s = shapes()[in.operation->detail];
+    check_modifiers(w, in);
+    const bool integer = s.element == Element::i8, cdna2 = w.group->launch->arch == Arch::gfx90a;
+    const bool flush_denormals = cdna2 && (s.element == Element::f16 || s.element == Element::bf16);
+    const int per_word = s.element == Element::f32 ? 1 : integer ? 4 : 2, words = s.values / per_word;
+    check_operand(w, in.source[0], words, false, in);
+    check_operand(w, in.source[1], words, false, in);
+    check_operand(w, in.source[2], s.accumulators, true, in);
+
+    const int groups = lanes / s.m, rows = s.m, columns = s.n;
+    alignas(64) static thread_local float a[16][32][64], b[16][64][32], c[16][32][32];   // [block][row][column]
+    for (int side = 0; side < 2; ++side) {
+        unsigned r = w.vector_register(in.source[side], words);
+        for (int lane = 0; lane < lanes; ++lane) {
+            const int at = lane % s.m, group = lane / s.m;
+            const int block = s.blocks > 1 ? group : 0, first = s.blocks > 1 ? 0 : group * s.values;
+            for (int i = 0; i < s.values; ++i) {
+                float x = value_of(s.element, w.v[r + i / per_word][lane], i, flush_denormals);
+                if (side == 0) a[block][at][first + i] = x;
+                else b[block][first + i][at] = x;
+            }
+        }
+    }
+    // Where register r of group g lies: its block and row.
+    const int per_block = rows * columns / lanes;
+    auto place = [&](int r, int group, int &block, int &row) {
+        if (s.m == 4) { block = group; row = r; return; }
+        block = r / per_block;
+        int within = r % per_block;
+        row = within / 4 * 4 * groups + 4 * group + within % 4;
+    };
+    for (int r = 0; r < s.accumulators; ++r)
+        for (int group = 0; group < groups; ++group) {
+            int block, row;
+            place(r, group, block, row);
+            float *to = c[block][row];
+            if (in.source[2] >= first_vgpr) {
+                memcpy(to, &w.v[w.vector_register(in.source[2]) + r][group * columns], columns * 4);
+            } else {
+                uint32_t d, value = w.read_scalar(in.source[2], d);
+                for (int j = 0; j < columns; ++j) memcpy(&to[j], &value, 4);
+            }
+        }
+    for (int block = 0; block < s.blocks; ++block)
+        for (int i = 0; i < rows; ++i) {
+            float *to = c[block][i];
+            if (integer) {
+                for (int j = 0; j < columns; ++j) {
+                    int32_t sum = bit_cast<int32_t>(to[j]);
+                    for (int k = 0; k < s.k; ++k) sum += int32_t(a[block][i][k]) * int32_t(b[block][k][j]);
+                    to[j] = bit_cast<float>(sum);
+                }
+            } else if (columns == 32) {
+                for (int k = 0; k < s.k; ++k)
+                    for (int j = 0; j < 32; ++j) to[j] = __builtin_fmaf(a[block][i][k], b[block][k][j], to[j]);
+            } else {
+                for (int k = 0; k < s.k; ++k)
+                    for (int j = 0; j < columns; ++j) to[j] = __builtin_fmaf(a[block][i][k], b[block][k][j], to[j]);
+            }
+            if (flush_denormals)
+                for (int j = 0; j < columns; ++j) to[j] = flushed(to[j]);
+        }
+    unsigned d = w.vector_register(in.destination, s.accumulators);
+    for (int r = 0; r < s.accumulators; ++r)
+        for (int group = 0; group < groups; ++group) {
+            int block, row;
+            place(r, group, block, row);
+            memcpy(&w.v[d + r][group * columns], c[block][row], columns * 4);
+        }
+    finish(w, in, s.accumulators);
+}
+
+// The name's parts: sizes, and the type of A and B; false for what this file does not know.
+bool parse(const std::string &name, Shape &s, bool gfx90a) {
+    int m, n, k, at = 0;
+    const char *text = name.c_str();
+    if (name.rfind("v_mfma_f32_", 0) == 0 || name.rfind("v_mfma_i32_", 0) == 0) text += 11;
+    else return false;
+    if (sscanf(text, "%dx%dx%d%n", &m, &n, &k, &at) != 3) return false;
+    std::string type = text + at;
+    size_t underscore = type.find("b_");                      // "_2b_f16": the number of blocks, which the sizes say too
+    if (type[0] == '_' && underscore != type.npos && underscore < 4) type = type.substr(underscore + 1);
+    if (type[0] == '_') type = type.substr(1);
+    int base;
+    if (type == "f32") { s.element = Element::f32; base = 1; }
+    else if (type == "f16") { s.element = Element::f16; base = 4; }
+    else if (type == "bf16_1k" || (type == "bf16" && !gfx90a)) { s.element = Element::bf16; base = 4; }
+    else if (type == "bf16") { s.element = Element::bf16; base = 2; }
+    else if (type == "i8") { s.element = Element::i8; base = 4; }
+    else return false;
+    s.m = m;
+    s.n = n;
+    s.k = k;
+    s.blocks = std::max(1, 64 * base / (m * k));
+    s.values = m * k * s.blocks / 64;
+    s.accumulators = m * n * s.blocks / 64;
+    return true;
+}
+
+}  // namespace
+
+bool define_matrix(const std::string &name, Operation &operation, Arch arch) {
+    Shape shape;
+    if (!parse(name, shape, arch == Arch::gfx90a)) return false;
+    operation.execute = execute_matrix;
+    operation.pipe = Pipe::matrix;
+    operation.passes = uint8_t(passes_of(shape, arch == Arch::gfx950, arch == Arch::gfx90a));
+    operation.cycles = operation.passes * 4;
+    operation.detail = uint16_t(shapes().size());
+    shapes().push_back(shape);
+    return true;
+}
+
+}  // namespace emulator
