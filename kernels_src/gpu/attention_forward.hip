@@ -123,12 +123,13 @@ __device__ __forceinline__ void store(const Problem &sequence, SharedAddress sha
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
         if (sequence.lse != nullptr && row < sequence.padded_rows && lane_leads_row())
-            sequence.lse[row] = log_sum[slot] * LN_2;
+            global_store(sequence.lse + row, log_sum[slot] * LN_2);
     }
     if (CAUSAL && wave_any(any_spoiled)) {
         wave_sync(); /* these rows are written once more, by other lanes */
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll 1
             for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int leader = first_lane(lanes);
                 exact_row<HEAD_DIM>(sequence, from_lane(wave_row + Output::row(slot), leader), signed_scale,

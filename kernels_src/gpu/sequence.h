@@ -28,6 +28,7 @@ __device__ __forceinline__ Extent extent(const int32_t *lengths, int batch, int 
     Extent result = {0, most};
     if (packed) {
         int64_t sum = 0;
+#pragma unroll 1
         for (int b = lane(); b < batch; b += WAVE) sum += clamp(lengths[b], 0, most);
         /* Over the wave in two parts, so that the exchange is of 32-bit words and neither part overflows. */
         result.begin = (static_cast<int64_t>(uniform(wave_sum(static_cast<int>(sum >> 24)))) << 24) +

@@ -81,11 +81,14 @@ __device__ __forceinline__ void mask(Scores &s, const Sequence &sequence, int wa
     wave_row = opaque(wave_row);
 #pragma unroll
     for (int slot = 0; slot < Scores::SLOTS; ++slot) {
-        const int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
+        int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
 #pragma unroll
-        for (int i = 0; i < Scores::VALUES; ++i)
-            /* opaque: for else the selection is moved out of the branch that spares most tiles of it */
+        for (int i = 0; i < Scores::VALUES; ++i) {
+            /* opaque: for else the selections are moved out of the branch that spares most tiles of them, and all the
+             * comparisons are made before the first selection. */
+            if (i % 16 == 0) limit = opaque(limit);
             s.set(slot, i, opaque(Scores::column(i) < limit ? s.get(slot, i) : -INFINITE));
+        }
     }
 }
 
@@ -101,6 +104,7 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, flo
         q[i] = d < HEAD_DIM ? to_float(sequence.query[row * sequence.query_stride + d]) : 0.0f;
         result[i] = 0.0f;
     }
+#pragma unroll 1
     for (int key = 0; key < sequence.visible(row); ++key) {
         const auto tile = sequence.keys.tile(key);
         const auto place = tile.place(0, 0);
@@ -125,6 +129,7 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, flo
 template <int HEAD_DIM, class Sequence>
 __device__ __forceinline__ bool values_not_finite(const Sequence &sequence, int begin, int end) {
     bool found = false;
+#pragma unroll 1
     for (int key = begin; key < end; ++key) {
         const auto tile = sequence.keys.tile(key);
         const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0, 0), 0));

@@ -116,6 +116,15 @@ template <class T> __device__ __forceinline__ void shared_store(SharedAddress ad
     *reinterpret_cast<LdsPointer<T>>(static_cast<uintptr_t>(address)) = value;
 }
 
+/* ---- global memory: said so, as the compiler takes a pointer that may be null for one into any memory ---- */
+
+template <class T> __device__ __forceinline__ T global_load(const void *pointer) {
+    return *(const __attribute__((address_space(1))) T *)pointer;
+}
+template <class T> __device__ __forceinline__ void global_store(void *pointer, T value) {
+    *(__attribute__((address_space(1))) T *)pointer = value;
+}
+
 /* ---- elements ---- */
 
 #if defined(AITER_DTYPE_BF16)
@@ -239,13 +248,14 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
             const Element *source = row(m * 32 + (lane() & 31));
+            u32x4 chunk[STEPS] = {};
+            if (source != nullptr) {
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j) {
-                u32x4 chunk = {0, 0, 0, 0};
-                if (source != nullptr && (16 * j + 8 < HEAD_DIM || half == 0))
-                    chunk = *reinterpret_cast<const u32x4 *>(source + 16 * j + 8 * half) ^ sign;
-                operand[m][j] = chunk;
+                for (int j = 0; j < STEPS; ++j)
+                    if (16 * j + 8 < HEAD_DIM || half == 0) chunk[j] = global_load<u32x4>(source + 16 * j + 8 * half);
             }
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) operand[m][j] = chunk[j] ^ sign;
         }
     }
 };
@@ -260,8 +270,8 @@ __device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, HEAD_D
         if (to != nullptr)
 #pragma unroll
             for (int i = 0; i < HEAD_DIM / 2; i += 4)
-                *reinterpret_cast<u32x2 *>(to + o.lane_column() + o.column(i)) = u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
-                                                                     to_elements(o.get(m, i + 2), o.get(m, i + 3))};
+                global_store(to + o.lane_column() + o.column(i), u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
+                                                                       to_elements(o.get(m, i + 2), o.get(m, i + 3))});
     }
 }
 
@@ -317,8 +327,8 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                 key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
                 if (exists) {
                     const auto place = tile.place(unit_key(unit), k);
-                    key[copy][k] = *reinterpret_cast<const u32x4 *>(tile.key(place, chunk * 16));
-                    value[copy][k] = *reinterpret_cast<const u32x4 *>(tile.value(place, chunk * 16));
+                    key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
+                    value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
                 }
             }
         }

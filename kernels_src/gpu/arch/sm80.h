@@ -109,6 +109,13 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const char *from, b
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+/* ---- global memory ---- */
+
+template <class T> __device__ __forceinline__ T global_load(const void *pointer) { return *static_cast<const T *>(pointer); }
+template <class T> __device__ __forceinline__ void global_store(void *pointer, T value) {
+    *static_cast<T *>(pointer) = value;
+}
+
 /* ---- elements ---- */
 
 #if defined(AITER_DTYPE_BF16)
