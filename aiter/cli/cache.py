@@ -24,8 +24,11 @@ def list_entries(options: argparse.Namespace) -> int:
         print(f"{folder} holds no kernels")
     else:
         now = time.time()
-        rows = [(item.name, size(item.bytes), duration(max(0.0, now - item.built))) for item in present]
-        print(table(("kernel", "size", "age"), rows))
+        rows = [
+            (item.name[:-33], item.name[-32:-24], size(item.bytes), duration(max(0.0, now - item.built)))
+            for item in present
+        ]
+        print(table(("kernel", "key", "size", "age"), rows))
         print(f"\n{_count(len(present))}, {size(sum(item.bytes for item in present))}, in {folder}")
     return 0
 

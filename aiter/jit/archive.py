@@ -59,6 +59,9 @@ def import_entries(folder: Path, path: Path) -> tuple[list[str], list[str]]:
             _unpack(file, workplace)
             names = sorted(os.listdir(workplace))
             for name in names:
+                missing = {*FILES, MANIFEST}.difference(os.listdir(workplace / name))
+                if missing:
+                    raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
                 seal(workplace / name)
                 read(workplace / name)
         except (tarfile.TarError, DamagedEntry, ValueError, EOFError, OverflowError, RecursionError) as error:
@@ -89,8 +92,10 @@ def _unpack(file: BinaryIO, folder: Path) -> None:
             limit = MAX_MANIFEST_BYTES if name == MANIFEST else MAX_FILE_BYTES
             if member.size > min(limit, size):
                 raise ValueError(f"{member.name} claims {member.size} bytes")
+            if (folder / entry / name).exists():
+                raise ValueError(f"it holds {member.name} twice")
             (folder / entry).mkdir(mode=0o700, exist_ok=True)
-            with open(folder / entry / name, "xb") as target:  # x: a file that comes twice is refused
+            with open(folder / entry / name, "xb") as target:
                 _copy(archive.extractfile(member), target, member)
             archive.members = []  # or a long archive would be kept in memory
 

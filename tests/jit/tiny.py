@@ -1,5 +1,7 @@
 """A kernel that builds in 0.1 s, for tests of everything around kernels."""
 
+import os
+import time
 from pathlib import Path
 
 from aiter.jit import arch
@@ -26,3 +28,15 @@ def left_behind(folder: Path) -> list[str]:
     return sorted(
         str(path.relative_to(folder)) for name in (".building", ".locks") for path in (folder / name).glob("*")
     )
+
+
+def ends(group: int) -> bool:
+    """Whether all processes of a group that was killed are gone, soon."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
