@@ -37,7 +37,7 @@ constexpr double LOG2_E = 1.4426950408889634;
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr int64_t ALIGNMENT = 64;
 
-enum { OK = 0, OUT_OF_MEMORY = 1, NO_WORKSPACE = 2 };
+enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
 
 /* How a problem is cut into units. */
 struct Schedule {
@@ -75,14 +75,15 @@ struct Schedule {
 /* One thread's buffers. */
 struct Scratch {
     char *memory;
-    Packed *queries, *keys, *values;
+    Step *queries, *keys, *values, *weights;
     float *outputs, *maxima, *sums, *scores;
     int32_t *visible;
 
     explicit Scratch(const Schedule &schedule) {
         const int64_t rows = schedule.few_rows ? 0 : ceil_div(minimum(schedule.tile_rows, schedule.rows), STRIP_ROWS) * STRIP_ROWS;
-        const int64_t sizes[] = {rows * HEAD_DIM * 4, rows * QUERY_STEPS * 4, rows * 4, rows * 4, rows * 4,
-                                 BLOCK_KEYS * HEAD_DIM * 4, BLOCK_KEYS * HEAD_DIM * 4, BLOCK_KEYS * STRIP_ROWS * 4};
+        const int64_t sizes[] = {rows * DIM * 4, rows * DIM_STEPS * 4, rows * 4, rows * 4, rows * 4,
+                                 BLOCK_KEYS * DIM_STEPS * 4, BLOCK_STEPS * DIM * 4, BLOCK_KEYS * STRIP_ROWS * 4,
+                                 STEP_ELEMENTS > 1 ? BLOCK_STEPS * STRIP_ROWS * 4 : 0};
         int64_t total = 0;
         for (int64_t size : sizes) total += ceil_div(size, ALIGNMENT) * ALIGNMENT;
         memory = rows > 0 ? static_cast<char *>(aligned_alloc(ALIGNMENT, total)) : nullptr;
@@ -95,13 +96,14 @@ struct Scratch {
         };
         if (!memory) return;
         outputs = static_cast<float *>(take());
-        queries = static_cast<Packed *>(take());
+        queries = static_cast<Step *>(take());
         maxima = static_cast<float *>(take());
         sums = static_cast<float *>(take());
         visible = static_cast<int32_t *>(take());
-        keys = static_cast<Packed *>(take());
-        values = static_cast<Packed *>(take());
+        keys = static_cast<Step *>(take());
+        values = static_cast<Step *>(take());
         scores = static_cast<float *>(take());
+        weights = STEP_ELEMENTS > 1 ? static_cast<Step *>(take()) : reinterpret_cast<Step *>(scores);
     }
     ~Scratch() { free(memory); }
     Scratch(const Scratch &) = delete;
@@ -162,6 +164,8 @@ struct Forward {
     void operator()() {
         const Scratch scratch(schedule);
         if (!schedule.few_rows && !scratch.memory) return; /* another thread may have had more luck */
+        const Tiles tiles;
+        (void)tiles;
         for (;;) {
             const int64_t unit = __atomic_fetch_add(&next_unit, 1, __ATOMIC_RELAXED);
             if (unit >= schedule.units) return;
@@ -233,7 +237,7 @@ struct Forward {
         const int count = static_cast<int>(ceil_div(end - first, STRIP_ROWS));
         for (int i = 0; i < count; i++) {
             const int64_t offset = static_cast<int64_t>(i) * STRIP_ROWS;
-            strips[i] = {scratch.queries + offset * QUERY_STEPS, scratch.outputs + offset * HEAD_DIM,
+            strips[i] = {scratch.queries + offset * DIM_STEPS, scratch.outputs + offset * DIM,
                          scratch.maxima + offset, scratch.sums + offset, scratch.visible + offset, 0, 0, 0, true};
             open_strip(strips[i], queries, seq, first + offset, end, end_key);
         }
@@ -244,7 +248,8 @@ struct Forward {
             pack_keys(scratch.keys, key_rows, block);
             pack_values(scratch.values, value_rows, block);
             for (int i = 0; i < count; i++)
-                attend_block(strips[i], scratch.keys, scratch.values, scratch.scores, static_cast<int32_t>(j), block, scale_log2);
+                attend_block(strips[i], scratch.keys, scratch.values, scratch.scores, scratch.weights,
+                             static_cast<int32_t>(j), block, scale_log2);
         }
         for (int i = 0; i < count; i++) close_strip(strips[i], first + i * STRIP_ROWS, end, deliver);
     }
@@ -267,7 +272,7 @@ struct Forward {
                 strip.maximum[v * LANES + i] = -INFINITE;
                 strip.sum[v * LANES + i] = 0.0f;
             }
-            pack_queries(strip.queries + v * LANES, rows, sign);
+            pack_queries(strip.queries + v * LANES, rows, sign < 0.0f);
         }
     }
 
@@ -342,6 +347,7 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *proble
 AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
                               void *executor) {
     const aiter_cpu_executor *cpu = static_cast<const aiter_cpu_executor *>(executor);
+    if (!Tiles::permitted()) return NO_TILES;
     Forward forward(*problem, *tensors);
     const Schedule &schedule = forward.schedule;
     const double flops = 4.0 * HEAD_DIM * schedule.heads * schedule.rows * problem->seqlen_k;
@@ -354,7 +360,7 @@ AITER_EXPORT const char *aiter_error_text(int code) {
     switch (code) {
     case OK: return "no error";
     case OUT_OF_MEMORY: return "out of memory";
-    case NO_WORKSPACE: return "the workspace is missing";
+    case NO_TILES: return "Linux does not let this process use the AMX tile registers; AITER_CPU_ARCH can select another arch";
     default: return "unknown error";
     }
 }

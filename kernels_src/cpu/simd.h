@@ -43,7 +43,7 @@ constexpr float INFINITE = __builtin_inff();
 AITER_INLINE Vec load(const float *p) { Vec v; memcpy(&v, p, sizeof v); return v; }
 AITER_INLINE IntVec load(const int32_t *p) { IntVec v; memcpy(&v, p, sizeof v); return v; }
 AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
-AITER_INLINE Vec broadcast(float x) { return Vec{} + x; }
+AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
 
 /* If one of the two is NaN, this is b. */

@@ -11,13 +11,19 @@
 #ifndef AITER_CPU_STRIP_H
 #define AITER_CPU_STRIP_H
 
-#include "matrix_fma.h"
+#include "packed.h"
+
+#if AITER_TILES
+#include "matrix_amx.h"
+#else
+#include "matrix_vector.h"
+#endif
 
 constexpr float RESCALE_THRESHOLD = 8.0f;
 
 struct Strip {
-    Packed *queries; /* Q^T [QUERY_STEPS][STRIP_ROWS] */
-    float *output;   /* O^T [HEAD_DIM][STRIP_ROWS], relative to `maximum`, not yet divided by `sum` */
+    Step *queries; /* Q^T [DIM_STEPS][STRIP_ROWS] */
+    float *output; /* O^T [DIM][STRIP_ROWS], relative to `maximum`, not yet divided by `sum` */
     float *maximum, *sum;
     int32_t *visible; /* row sees the keys below this */
     int32_t fewest_visible, most_visible; /* over the rows of the strip */
@@ -36,9 +42,9 @@ static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count
     }
 }
 
-/* Scores to weights in place; updates maximum and sum, and rescales what was accumulated where the maximum moved. */
+/* From scores to weights (which may overlay them); updates maximum and sum, and rescales what was accumulated where the maximum moved. */
 template <int VECTORS>
-static void soften(float *s, Strip &strip, int count, float scale_log2) {
+static void soften(const float *s, Step *weights, Strip &strip, int count, float scale_log2) {
     Vec largest[VECTORS];
     for (int v = 0; v < VECTORS; v++) largest[v] = broadcast(-INFINITE);
     for (int j = 0; j < count; j++)
@@ -61,40 +67,39 @@ static void soften(float *s, Strip &strip, int count, float scale_log2) {
                     store(p, load(p) * factor);
                 }
         }
-        for (int j = 0; j < count; j++) {
-            float *p = s + j * STRIP_ROWS + v * LANES;
-            const Vec weight = exp2<EXP2_DEGREE>(load(p) * scale_log2 - base);
-            sum += weight;
-            store(p, weight);
+        Vec added = Vec{}; /* a sum of its own for the block: rounding errors grow with the length of a sum */
+        for (int j = 0; j < count; j += 2) {
+            const float *p = s + j * STRIP_ROWS + v * LANES;
+            const Vec low = exp2<EXP2_DEGREE>(load(p) * scale_log2 - base);
+            const Vec high = exp2<EXP2_DEGREE>(load(p + STRIP_ROWS) * scale_log2 - base);
+            added += low + high;
+            store_weights(weights + v * LANES, j, low, high);
         }
-        store(strip.sum + v * LANES, sum);
+        store(strip.sum + v * LANES, sum + added);
     }
 }
 
+/* Lets VECTORS of the strip see `count` packed keys, a multiple of KEY_MULTIPLE. */
 template <int VECTORS>
-static void attend_block(Strip &strip, const Packed *keys, const Packed *values, float *s, int32_t first_key, int count,
-                         float scale_log2) {
-    scores<VECTORS>(s, keys, strip.queries, count);
+static void attend_block(Strip &strip, const Step *keys, const Step *values, float *s, Step *weights, int32_t first_key,
+                         int count, float scale_log2) {
+    multiply<VECTORS>(s, keys, DIM_STEPS, 1, strip.queries, count, DIM_STEPS, false);
     if (strip.fewest_visible < first_key + count) hide_keys<VECTORS>(s, strip, first_key, count);
-    soften<VECTORS>(s, strip, count, scale_log2);
-    accumulate<VECTORS>(strip.output, values, s, count, strip.empty);
+    soften<VECTORS>(s, weights, strip, count, scale_log2);
+    multiply<VECTORS>(strip.output, values, VALUE_ROW, VALUE_STEP, weights, DIM, count / STEP_ELEMENTS, !strip.empty);
     strip.empty = false;
 }
 
 /* Lets the strip see the packed block of `count` keys that begins at `first_key`. */
-static void attend_block(Strip &strip, const Packed *keys, const Packed *values, float *s, int32_t first_key, int count,
-                         float scale_log2) {
+static void attend_block(Strip &strip, const Step *keys, const Step *values, float *s, Step *weights, int32_t first_key,
+                         int count, float scale_log2) {
     const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
     if (seen <= 0) return;
-    const int padded = static_cast<int>(ceil_div(seen, KEY_MULTIPLE) * KEY_MULTIPLE);
+    const int padded = round_up(seen, KEY_MULTIPLE);
     switch (strip.vectors) {
-    case 1: return attend_block<1>(strip, keys, values, s, first_key, padded, scale_log2);
-    case 2: return attend_block<2>(strip, keys, values, s, first_key, padded, scale_log2);
-#if !(AITER_AVX512 || AITER_AVX2)
-    default: return;
-#else
-    default: return attend_block<3>(strip, keys, values, s, first_key, padded, scale_log2);
-#endif
+    case 1: return attend_block<1>(strip, keys, values, s, weights, first_key, padded, scale_log2);
+    case 2: return attend_block<2>(strip, keys, values, s, weights, first_key, padded, scale_log2);
+    default: return attend_block<STRIP_VECTORS>(strip, keys, values, s, weights, first_key, padded, scale_log2);
     }
 }
 

@@ -1,0 +1,108 @@
+/* Matrix products on AMX tiles: 16 x 16 sums from 16 rows of 16 pairs each.
+ *
+ * Of the eight tile registers four hold sums (32 x 32), two the left and two the right operand, so that every tile
+ * that is loaded takes part in two products.
+ *
+ *              t6   t7    right: 16 steps x 16 query rows each
+ *        t4    t0   t1
+ *        t5    t2   t3    left: 16 rows x 16 steps each
+ */
+#ifndef AITER_CPU_MATRIX_AMX_H
+#define AITER_CPU_MATRIX_AMX_H
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "packed.h"
+
+static_assert(LANES == 16 && STRIP_VECTORS == 2, "tiles are 16 x 16");
+
+constexpr int TILE_SIDE = 16;
+
+template <int TILE>
+AITER_INLINE void load_tile(const void *p, int64_t row_bytes) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(TILE) : "memory");
+}
+
+template <int TILE>
+AITER_INLINE void store_tile(void *p, int64_t row_bytes) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(TILE) : "memory");
+}
+
+template <int TILE>
+AITER_INLINE void zero_tile() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+}
+
+/* sums += left * right: VEX.128.{F3: bf16, F2: fp16}.0F38.W0 5C /r, in bytes because older assemblers lack the latter. */
+template <int SUMS, int LEFT, int RIGHT>
+AITER_INLINE void multiply_tiles() {
+#if AITER_DTYPE_BF16
+    constexpr int PREFIX = 2;
+#else
+    constexpr int PREFIX = 3;
+#endif
+    asm volatile(".byte 0xc4, 0xe2, %c0, 0x5c, %c1" ::"i"((15 - RIGHT) << 3 | PREFIX), "i"(0xc0 | SUMS << 3 | LEFT));
+}
+
+/* Tile registers configured for this thread while it lives. */
+struct Tiles {
+    Tiles() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } shapes;
+        asm volatile("ldtilecfg %0" ::"m"(shapes));
+    }
+    ~Tiles() { asm volatile("tilerelease"); }
+    Tiles(const Tiles &) = delete;
+    Tiles &operator=(const Tiles &) = delete;
+
+    /* Linux hands out the tile registers on request, once per process. */
+    static bool permitted() {
+        constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+        static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+        return granted;
+    }
+};
+
+/* C[i][row] (+)= sum over s of a[i * a_row + s] * b[s][row], for i < count, a multiple of 32; steps of 16. */
+template <int VECTORS>
+static void multiply(float *c, const Step *a, int64_t a_row, int64_t, const Step *b, int count, int steps, bool accumulate) {
+    constexpr int64_t C_BYTES = STRIP_ROWS * sizeof(float), B_BYTES = STRIP_ROWS * sizeof(Step);
+    const int64_t a_bytes = a_row * sizeof(Step);
+    for (int first = 0; first < count; first += 2 * TILE_SIDE) {
+        float *upper = c + first * STRIP_ROWS, *lower = upper + TILE_SIDE * STRIP_ROWS;
+        const Step *left = a + first * a_row;
+        if (accumulate) {
+            load_tile<0>(upper, C_BYTES);
+            load_tile<2>(lower, C_BYTES);
+            if (VECTORS == 2) load_tile<1>(upper + LANES, C_BYTES);
+            if (VECTORS == 2) load_tile<3>(lower + LANES, C_BYTES);
+        } else {
+            zero_tile<0>();
+            zero_tile<2>();
+            if (VECTORS == 2) zero_tile<1>();
+            if (VECTORS == 2) zero_tile<3>();
+        }
+        for (int s = 0; s < steps; s += TILE_SIDE) {
+            load_tile<4>(left + s, a_bytes);
+            load_tile<6>(b + s * STRIP_ROWS, B_BYTES);
+            multiply_tiles<0, 4, 6>();
+            load_tile<5>(left + TILE_SIDE * a_row + s, a_bytes);
+            multiply_tiles<2, 5, 6>();
+            if (VECTORS == 2) {
+                load_tile<7>(b + s * STRIP_ROWS + LANES, B_BYTES);
+                multiply_tiles<1, 4, 7>();
+                multiply_tiles<3, 5, 7>();
+            }
+        }
+        store_tile<0>(upper, C_BYTES);
+        store_tile<2>(lower, C_BYTES);
+        if (VECTORS == 2) store_tile<1>(upper + LANES, C_BYTES);
+        if (VECTORS == 2) store_tile<3>(lower + LANES, C_BYTES);
+    }
+}
+
+#endif

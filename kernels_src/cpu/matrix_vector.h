@@ -1,0 +1,57 @@
+/* Matrix products by multiply-add or by dot products of pairs: right operand in whole vectors, left one broadcast. */
+#ifndef AITER_CPU_MATRIX_VECTOR_H
+#define AITER_CPU_MATRIX_VECTOR_H
+
+#include "packed.h"
+
+#if AITER_AVX512
+constexpr int TILE_ROWS = 8; /* of 32 registers: 8 x 3 sums, 3 right vectors, one broadcast */
+#else
+constexpr int TILE_ROWS = 4; /* of 16 registers: 4 x 3 sums, 3 right vectors, one broadcast */
+#endif
+
+struct Tiles { /* nothing to set up */
+    static bool permitted() { return true; }
+};
+
+AITER_INLINE Vec multiply_add(Vec total, Vec a, Vec b) { return a * b + total; }
+AITER_INLINE Vec spread(float step) { return broadcast(step); }
+#if AITER_PAIRS
+AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) {
+    return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
+}
+AITER_INLINE IntVec spread(int32_t step) { return broadcast(step); }
+#endif
+
+/* C[i][row] (+)= sum over s of a[i * a_row + s * a_step] * b[s][row], for i < count, a multiple of TILE_ROWS. */
+template <int VECTORS>
+static void multiply(float *c, const Step *a, int64_t a_row, int64_t a_step, const Step *b, int count, int steps,
+                     bool accumulate) {
+    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * STRIP_ROWS) {
+        Vec total[TILE_ROWS][VECTORS];
+        AITER_UNROLL
+        for (int i = 0; i < TILE_ROWS; i++)
+            AITER_UNROLL
+            for (int v = 0; v < VECTORS; v++) total[i][v] = Vec{};
+        for (int s = 0; s < steps; s++) {
+            StepVec right[VECTORS];
+            AITER_UNROLL
+            for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + s * STRIP_ROWS + v * LANES);
+            AITER_UNROLL
+            for (int i = 0; i < TILE_ROWS; i++) {
+                const StepVec left = spread(a[i * a_row + s * a_step]);
+                AITER_UNROLL
+                for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
+            }
+        }
+        AITER_UNROLL
+        for (int i = 0; i < TILE_ROWS; i++)
+            AITER_UNROLL
+            for (int v = 0; v < VECTORS; v++) {
+                float *p = c + i * STRIP_ROWS + v * LANES;
+                store(p, accumulate ? load(p) + total[i][v] : total[i][v]);
+            }
+    }
+}
+
+#endif

@@ -1,0 +1,175 @@
+/* What the matrix products take: queries, keys, values and weights, rearranged once and then used many times.
+ *
+ * Both products of attention have the same form here, with query rows along the vector lanes:
+ *
+ *     scores        S^T[key][row]  = sum over d   of K[key][d]   * Q^T[d][row]
+ *     accumulation  O^T[d][row]   += sum over key of V^T[d][key] * P^T[key][row]
+ *
+ * so that the softmax between the two works lane by lane and never reduces across lanes. A "step" is what one
+ * multiply-add takes of each operand along the sum: one float, or two 16-bit values that share 32 bits.
+ *
+ *   engine                 step                          used for
+ *   multiply-add           float                         fp32; fp16 and bf16 where there is nothing better
+ *   bf16 dot product       bf16 pair                     AVX512-BF16
+ *   matrix tiles           bf16 pair or fp16 pair        AMX
+ */
+#ifndef AITER_CPU_PACKED_H
+#define AITER_CPU_PACKED_H
+
+#include "sequence.h"
+
+#if (AITER_DTYPE_BF16 && AITER_CPU_AMXBF16) || (AITER_DTYPE_FP16 && AITER_CPU_AMXFP16)
+#define AITER_TILES 1
+#define AITER_PAIRS 1
+#elif AITER_DTYPE_BF16 && AITER_CPU_AVX512BF16
+#define AITER_PAIRS 1
+#endif
+
+#if AITER_PAIRS
+typedef int32_t Step;
+typedef IntVec StepVec;
+constexpr int STEP_ELEMENTS = 2;
+#else
+typedef float Step;
+typedef Vec StepVec;
+constexpr int STEP_ELEMENTS = 1;
+#endif
+static_assert(sizeof(Step) == 4, "a step fills one lane");
+
+constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
+
+#if AITER_TILES
+constexpr int STRIP_VECTORS = 2;
+constexpr int BLOCK_KEYS = 128;
+constexpr int KEY_MULTIPLE = 32;                 /* a tile of weights takes 32 keys */
+constexpr int DIM = round_up(HEAD_DIM, 32);      /* head_dim as the products see it: padded with zeros */
+#else
+#if AITER_AVX512 || AITER_AVX2
+constexpr int STRIP_VECTORS = 3;
+#else
+constexpr int STRIP_VECTORS = 2;
+#endif
+constexpr int BLOCK_KEYS = 64;
+constexpr int KEY_MULTIPLE = 8;
+constexpr int DIM = HEAD_DIM;
+#endif
+/* STRIP_VECTORS: vectors of query rows that are worked on together. BLOCK_KEYS: keys per step of the online softmax;
+ * scores and weights of a strip fit L1, packed keys and values L2. KEY_MULTIPLE: blocks are padded with zero keys. */
+constexpr int STRIP_ROWS = STRIP_VECTORS * LANES;
+constexpr int DIM_STEPS = DIM / STEP_ELEMENTS;
+constexpr int BLOCK_STEPS = BLOCK_KEYS / STEP_ELEMENTS;
+#if AITER_TILES
+constexpr int VALUE_ROW = BLOCK_STEPS, VALUE_STEP = 1; /* V^T[d][step] */
+#else
+constexpr int VALUE_ROW = 1, VALUE_STEP = DIM;         /* V[step][d] */
+#endif
+
+AITER_INLINE StepVec load_steps(const Step *p) { return load(p); }
+AITER_INLINE void store_steps(Step *p, StepVec v) { memcpy(p, &v, sizeof v); }
+
+#if AITER_PAIRS
+/* Two rows, element by element: the first in the lower half of each lane. */
+AITER_INLINE StepVec interleave(const Element *low, const Element *high, int count) {
+    HalfVec a = HalfVec{}, b = HalfVec{};
+    const size_t bytes = count >= LANES ? sizeof a : count * sizeof(Element);
+    memcpy(&a, low, bytes);
+    if (high) memcpy(&b, high, bytes);
+    return __builtin_convertvector(a, IntVec) | (__builtin_convertvector(b, IntVec) << 16);
+}
+
+/* The weights of two keys. */
+AITER_INLINE StepVec to_pairs(Vec low, Vec high) {
+#if AITER_DTYPE_BF16
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (StepVec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+#else
+    return __builtin_convertvector(to_elements(low), IntVec) | (__builtin_convertvector(to_elements(high), IntVec) << 16);
+#endif
+}
+#endif
+
+AITER_INLINE void store_weights(Step *weights, int key, Vec low, Vec high) {
+#if AITER_PAIRS
+    store_steps(weights + key / 2 * STRIP_ROWS, to_pairs(low, high));
+#else
+    store(weights + key * STRIP_ROWS, low);
+    store(weights + (key + 1) * STRIP_ROWS, high);
+#endif
+}
+
+/* Steps [first, first + LANES) of a row, zeros past its end. */
+AITER_INLINE StepVec row_steps(const Element *row, int first) {
+#if AITER_PAIRS
+    StepVec v = StepVec{};
+    const int left = (HEAD_DIM - first * 2) * static_cast<int>(sizeof(Element)), full = sizeof v;
+    memcpy(&v, row + first * 2, left >= full ? full : left > 0 ? left : 0);
+    return v;
+#else
+    return to_floats(row + first, HEAD_DIM - first);
+#endif
+}
+
+/* Q^T[step][lane] of LANES rows; a null row is zeros. */
+static void pack_queries(Step *queries, const Element *const (&rows)[LANES], bool negated) {
+    for (int s = 0; s < DIM_STEPS; s += LANES) {
+        Vec square[LANES];
+        for (int i = 0; i < LANES; i++) {
+            StepVec steps = rows[i] ? row_steps(rows[i], s) : StepVec{};
+#if AITER_PAIRS
+            if (negated) steps ^= static_cast<int32_t>(0x80008000);
+#else
+            if (negated) steps = -steps;
+#endif
+            square[i] = (Vec)steps;
+        }
+        transpose(square);
+        for (int i = 0; i < LANES && s + i < DIM_STEPS; i++)
+            store(reinterpret_cast<float *>(queries) + (s + i) * STRIP_ROWS, square[i]);
+    }
+}
+
+/* K[key][step] */
+static void pack_keys(Step *keys, const Element *const *rows, int count) {
+    for (int i = 0; i < count; i++, keys += DIM_STEPS)
+        for (int s = 0; s < DIM_STEPS; s += LANES) {
+            const StepVec steps = row_steps(rows[i], s);
+            memcpy(keys + s, &steps, DIM_STEPS - s >= LANES ? sizeof steps : (DIM_STEPS - s) * sizeof(Step));
+        }
+    const int padding = round_up(count, KEY_MULTIPLE) - count;
+    memset(keys, 0, padding * DIM_STEPS * sizeof(Step));
+}
+
+#if AITER_TILES
+/* V^T[d][step], through squares of LANES steps by LANES values of d. */
+static void pack_values(Step *values, const Element *const *rows, int count) {
+    for (int first = 0; first < count; first += LANES * STEP_ELEMENTS)
+        for (int d = 0; d < DIM; d += LANES) {
+            Vec square[LANES];
+            for (int i = 0; i < LANES; i++) {
+                const int key = first + i * STEP_ELEMENTS;
+                square[i] = key < count && d < HEAD_DIM
+                                ? (Vec)interleave(rows[key] + d, key + 1 < count ? rows[key + 1] + d : nullptr, HEAD_DIM - d)
+                                : Vec{};
+            }
+            transpose(square);
+            for (int i = 0; i < LANES; i++)
+                store(reinterpret_cast<float *>(values) + (d + i) * BLOCK_STEPS + first / STEP_ELEMENTS, square[i]);
+        }
+}
+#elif AITER_PAIRS
+/* V[step][d] */
+static void pack_values(Step *values, const Element *const *rows, int count) {
+    for (int key = 0; key < round_up(count, KEY_MULTIPLE); key += 2, values += DIM)
+        for (int d = 0; d < DIM; d += LANES) {
+            StepVec steps = StepVec{};
+            if (key < count)
+                steps = interleave(rows[key] + d, key + 1 < count ? rows[key + 1] + d : nullptr, DIM - d);
+            memcpy(values + d, &steps, DIM - d >= LANES ? sizeof steps : (DIM - d) * sizeof(Step));
+        }
+}
+#else
+static void pack_values(Step *values, const Element *const *rows, int count) { pack_keys(values, rows, count); }
+#endif
+
+#endif
