@@ -473,7 +473,7 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *proble
         if (count > most) most = count;
     }
     const int64_t grid = aiter::grid_of(*problem, most);
-    return grid < 2 ? 0 : aiter::Parts::bytes(grid, aiter::part_rows(*problem));
+    return grid < 2 || aiter::steps_of(problem->seqlen_k) == 1 ? 0 : aiter::Parts::bytes(grid, aiter::part_rows(*problem));
 }
 
 AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
@@ -486,7 +486,7 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     if (const int error =
             aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::SHARED_BYTES, stream, arguments, grid))
         return error;
-    const int64_t cuts = grid - 1;
+    const int64_t cuts = aiter::steps_of(problem->seqlen_k) == 1 ? 0 : grid - 1; /* that may go through a unit */
     return aiter::launch(aiter::merge, cuts * aiter::part_rows(*problem), aiter::THREADS, 0, stream, arguments, grid);
 }
 

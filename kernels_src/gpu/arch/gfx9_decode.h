@@ -55,13 +55,15 @@ template <int HEAD_DIM> struct DecodeQueries {
     __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
         const uint32_t sign = negate ? 0x80008000u : 0u;
         const Element *source = row(lane() % 16);
+        u32x4 chunk[STEPS] = {};
+        if (source != nullptr)
 #pragma unroll
-        for (int j = 0; j < STEPS; ++j) {
-            const int chunk = 4 * j + lane() / 16;
-            operand[j] = u32x4{0, 0, 0, 0};
-            if (source != nullptr && chunk < HEAD_DIM / 8)
-                operand[j] = *reinterpret_cast<const u32x4 *>(source + 8 * chunk) ^ sign;
-        }
+            for (int j = 0; j < STEPS; ++j)
+                chunk[j] = *reinterpret_cast<const u32x4 *>(source + 8 * lesser(4 * j + lane() / 16, HEAD_DIM / 8 - 1));
+        /* opaque waits for them here: or the loop over the tiles would, in each round, for all that is on its way. */
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j)
+            operand[j] = opaque(4 * j + lane() / 16 < HEAD_DIM / 8 ? chunk[j] ^ sign : u32x4{0, 0, 0, 0});
     }
 };
 
@@ -160,6 +162,7 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
 
     __device__ __forceinline__ void issue_keys() {
         place = next;
+        next = look_up(coming + stride); /* first: loads arrive in order, and it is needed before the keys */
         const auto source = tile(coming);
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
@@ -170,7 +173,6 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
                 key[n][j] = *reinterpret_cast<const u32x4 *>(source.key(at, 16 * chunk));
             }
         }
-        next = look_up(coming + stride);
     }
     __device__ __forceinline__ void issue_values() {
         const auto source = tile(coming);
