@@ -1,0 +1,213 @@
+"""The command line as a user drives it: what it prints, for people and programs, and its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from aiter.cli import main
+from aiter.cli.prewarm import read_model
+from aiter.errors import AiterError
+from aiter.jit import settings
+from aiter.jit.arch import CPU_ARCHS, cpu_arch
+from aiter.jit.log import logger
+
+SHARED_CACHE = os.environ["AITER_CACHE_DIR"]  # of all tests, see tests/conftest.py
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    for name in {"CXX", *settings.VARIABLES}:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AITER_CACHE_DIR", str(tmp_path / "cache"))
+    level = logger.level
+    yield tmp_path / "cache"
+    logger.setLevel(level)
+
+
+def run(capsys, *arguments):
+    """Exit status, output, errors."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as exit:
+        status = exit.code
+    return status, *capsys.readouterr()
+
+
+def run_json(capsys, *arguments):
+    status, output, _ = run(capsys, *arguments, "--json")
+    return status, json.loads(output)
+
+
+def test_info(capsys, own_cache, monkeypatch):
+    monkeypatch.setenv("AITER_HIPCC", "/nowhere/hipcc")
+    monkeypatch.setenv("AITER_PREBUILT_DIRS", "/nowhere/prebuilt")
+    status, facts = run_json(capsys, "info")
+    assert status == 0
+    assert facts["devices"][0]["device"] == "cpu" and facts["devices"][0]["arch"] == cpu_arch()
+    assert facts["compilers"]["HIP"]["looked_for"] == ["/nowhere/hipcc (AITER_HIPCC)"]
+    assert [cache["folder"] for cache in facts["caches"]] == ["/nowhere/prebuilt", str(own_cache)]
+    status, text, _ = run(capsys, "info")
+    assert status == 0
+    for words in (
+        cpu_arch(),
+        str(own_cache),
+        "looked for /nowhere/hipcc",
+        "not there yet",
+        "AITER_HIPCC=/nowhere/hipcc",
+    ):
+        assert words in text
+    assert not own_cache.exists()
+
+
+def test_a_small_prewarm_from_dry_run_to_clear(capsys, own_cache):
+    choice = ("prewarm", "--arch", "cpu", "--ops", "flash_attn_func", "--dtypes", "fp32", "--head-dims", "8")
+    status, report = run_json(capsys, *choice, "--dry-run")
+    assert status == 0 and [kernel["state"] for kernel in report["kernels"]] == ["missing", "missing"]
+    assert not own_cache.exists()
+    status, text, _ = run(capsys, *choice, "--causal", "no", "--jobs", "1")
+    assert status == 0 and "[1/1] built in " in text and "already there" in text
+    status, report = run_json(capsys, *choice, "--causal", "no")
+    assert [kernel["state"] for kernel in report["kernels"]] == ["present"]
+    name = report["kernels"][0]["name"]
+
+    assert run(capsys, "cache", "path")[1].strip() == str(own_cache)
+    status, listing = run_json(capsys, "cache", "list")
+    assert [entry["name"] for entry in listing["entries"]] == [name]
+    assert name[:-24] in run(capsys, "cache", "list")[1].replace("  ", "-")
+    assert run(capsys, "cache", "verify")[0] == 0
+    other = own_cache.parent / "other"
+    assert run(capsys, "cache", "export", str(own_cache.parent / "k.tar"))[0] == 0
+    status, moved = run_json(capsys, "cache", "import", str(own_cache.parent / "k.tar"), "--cache-dir", str(other))
+    assert status == 0 and moved["imported"] == [name]
+
+    (own_cache / name / "kernel.so").write_bytes(b"")
+    status, text, _ = run(capsys, "cache", "verify")
+    assert status == 1 and "kernel.so has 0 bytes" in text
+    assert run_json(capsys, "cache", "verify")[1]["faults"].keys() == {name}
+    assert run(capsys, "cache", "clear", "--dry-run")[1].startswith("would remove 1 kernel")
+    assert run(capsys, "cache", "clear")[1].startswith("removed 1 kernel")
+    assert "holds no kernels" in run(capsys, "cache", "list")[1]
+
+
+def test_prewarm_says_what_failed_in_the_compilers_words(capsys, own_cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho so it is >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("AITER_CXX", str(compiler))
+    choice = ("--arch", "x86-64-v3", "--ops", "flash_attn_func", "--dtypes", "fp32", "--head-dims", "8")
+    status, text, errors = run(capsys, "prewarm", *choice, "--causal", "yes")
+    assert status == 1
+    assert "[1/1] failed" in text
+    assert "failed: attention_forward-fp32-d8-causal-x86-64-v3" in errors and "so it is" in errors
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "sm_90a"])
+def test_prewarm_covers_what_calls_need(arch, capsys):
+    _, report = run_json(capsys, "prewarm", "--arch", arch, "--dry-run", "--head-dims", "64", "--backward")
+    found = {(k["spec"]["kernel"], bool(k["spec"]["options"].get("paged"))) for k in report["kernels"]}
+    assert found == {
+        ("attention_forward", False),
+        ("attention_forward", True),
+        ("attention_decode", False),
+        ("attention_decode", True),
+        ("attention_backward", False),
+    }
+    assert {k["spec"]["dtype"] for k in report["kernels"]} == {"fp16", "bf16"}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--arch", "gfx1100"), "gfx90a, gfx942, gfx950"),
+        (("--ops", "flash"), "flash_attn_func"),
+        (("--dtypes", "fp8"), "fp16, bf16, fp32"),
+        (("--arch", "gfx942", "--dtypes", "fp32"), "it has: fp16, bf16"),
+        (("--head-dims", "100"), "every multiple of 8 up to 256"),
+        (("--model", "missing.json"), "missing.json"),
+        (("--replay", "missing"), "missing"),
+        (("--replay", "x", "--arch", "gfx942"), "exactly what was recorded"),
+        (("--jobs", "0"), "from 1 on"),
+    ],
+)
+def test_bad_options_are_told_with_what_would_do(arguments, words, capsys):
+    status, _, errors = run(capsys, "prewarm", *arguments)
+    assert status in (1, 2) and words in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("age", ["3", "d", "-1d", "nan", "1w"])
+def test_ages_that_are_none(age, capsys):
+    status, _, errors = run(capsys, "cache", "clear", f"--older-than={age}")
+    assert status == 2 and "is not an age such as 30d" in errors
+
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32}
+MODELS = [
+    ({**LLAMA, "torch_dtype": "bfloat16"}, {"head_dims": [128], "dtypes": ["bf16"], "causal": "yes"}),
+    ({**LLAMA, "head_dim": 256}, {"head_dims": [256], "causal": "yes"}),
+    ({"n_embd": 768, "n_head": 12, "dtype": "float16"}, {"head_dims": [64], "dtypes": ["fp16"], "causal": "both"}),
+    (
+        {"text_config": {"head_dim": 64, "dtype": "torch.float32"}},
+        {"head_dims": [64], "dtypes": ["fp32"], "causal": "both"},
+    ),
+]
+
+
+@pytest.mark.parametrize("config, expected", MODELS)
+def test_model_configurations(config, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model(tmp_path / "config.json") == expected
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"hidden_size": 100}', '{"head_dim": 100}', '{"head_dim": "x"}'])
+def test_what_is_no_model_configuration(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(AiterError):
+        read_model(tmp_path / "config.json")
+
+
+def test_model_prewarm(capsys, tmp_path):
+    config = {"architectures": ["X"], "head_dim": 96, "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, report = run_json(capsys, "prewarm", "--model", str(tmp_path / "config.json"), "--arch", "gfx950", "--dry-run")
+    assert {(k["spec"]["head_dim"], k["spec"]["dtype"], k["spec"]["arch"]) for k in report["kernels"]} == {
+        (96, "fp16", "gfx950")
+    }
+
+
+def test_native_without_a_gpu_is_the_cpu(capsys):
+    _, report = run_json(capsys, "prewarm", "--dry-run", "--head-dims", "64")
+    import torch
+
+    if not torch.cuda.is_available():
+        assert {k["spec"]["arch"] for k in report["kernels"]} == {cpu_arch()}
+        assert cpu_arch() in CPU_ARCHS or os.uname().machine != "x86_64"
+
+
+def test_demo(capsys, monkeypatch):
+    monkeypatch.setenv("AITER_CACHE_DIR", SHARED_CACHE)
+    status, report = run_json(capsys, "demo", "--device", "cpu")
+    assert status == 0 and len(report["operations"]) == 5
+    status, text, _ = run(capsys, "demo", "--device", "cpu")
+    assert status == 0
+    for row in report["operations"]:
+        assert row["error"] < 1e-5 and row["operation"] in text
+
+
+def test_as_a_program_without_a_terminal():
+    command = [sys.executable, "-m", "aiter.cli"]
+    done = subprocess.run([*command, "cache", "list"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stderr) == (0, "") and "holds no kernels" in done.stdout
+    with subprocess.Popen([*command, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `| head` does when it has seen enough
+        assert process.stderr.read() == ""
+
+
+def test_help_is_quick_and_names_every_command(capsys):
+    status, text, _ = run(capsys, "--help")
+    assert status == 0
+    for command in ("info", "demo", "prewarm", "cache"):
+        assert command in text
+    assert run(capsys)[0] == 2
