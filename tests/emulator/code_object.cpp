@@ -62,7 +62,7 @@ struct Value {
     std::string string_at(const char *key) const { const Value *v = get(key); return v ? v->string : ""; }
 };
 
-struct Reader {
+struct Unpacker {
     const uint8_t *at, *end;
 
     uint64_t big_endian(int bytes) {
@@ -110,7 +110,7 @@ template <class T> T read_at(const void *from) { T x; memcpy(&x, from, sizeof x)
 }  // namespace
 
 void CodeObject::load_metadata(const uint8_t *note, size_t bytes) {
-    Reader reader{note, note + bytes};
+    Unpacker reader{note, note + bytes};
     Value root = reader.read();
     const Value *list = root.get("amdhsa.kernels");
     if (!list) return;

@@ -9,10 +9,10 @@ void store_mask(Wave &w, const Instruction &in, uint64_t result, const LaneMasks
     // Bits of lanes that are off read as zero; the bit of a lane whose operands nobody wrote is itself unwritten.
     uint64_t value = result & masks.write, defined = masks.defined | ~masks.write;
     w.write_scalar64(in.scalar_destination, value, defined);
-    w.scalar_vector_slot[in.scalar_destination] = w.scalar_vector_slot[in.scalar_destination + 1] = w.slot;
+    w.vector_wrote_scalar(in.scalar_destination, true);
     if (in.operation->detail) {                                // v_cmpx
         w.write_exec(value, defined);
-        w.scalar_vector_slot[exec_mask] = w.slot;
+        w.vector_wrote_scalar(exec_mask, true);
     }
 }
 

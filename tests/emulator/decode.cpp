@@ -93,7 +93,6 @@ const OperationTable &operation_table(Arch arch) {
 }
 
 void execute_unknown(Wave &, const Instruction &);       // machine.cpp
-void execute_unsupported_form(Wave &, const Instruction &);
 
 namespace {
 
@@ -280,6 +279,18 @@ unsigned decode_fields(Arch arch, Instruction &in, uint32_t w0, uint32_t w1) {
     return 0x3ff;
 }
 
+Reader reader_of(const Instruction &in) {
+    const Operation &operation = *in.operation;
+    if (operation.pipe == Pipe::matrix) return Reader::matrix;
+    if (operation.pipe == Pipe::lds || operation.pipe == Pipe::memory) return Reader::memory;
+    if (in.dpp) return Reader::dpp;
+    if (operation.transcendental) return Reader::transcendental;
+    if (!strncmp(operation.name, "v_dot", 5)) return Reader::dot;
+    if (!strncmp(operation.name, "v_read", 6)) return Reader::lane;
+    if (!strncmp(operation.name, "v_permlane", 10)) return Reader::row_swap;
+    return Reader::vector;
+}
+
 }  // namespace
 
 Instruction decode(Arch arch, const uint32_t *words, uint32_t available, uint32_t index) {
@@ -296,6 +307,7 @@ Instruction decode(Arch arch, const uint32_t *words, uint32_t available, uint32_
     } else if (in.operation && in.format == Format::vop2 && strstr(in.operation->name, "ak_f")) {
         in.source[2] = literal;
     }
+    if (in.operation) in.reader = reader_of(in);
     in.execute = in.operation && in.operation->execute ? in.operation->execute : execute_unknown;
     if (in.size > available) in.execute = execute_unknown;
     return in;

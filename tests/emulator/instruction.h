@@ -21,6 +21,9 @@ enum class Format : uint8_t {
 // Which unit an instruction keeps busy.
 enum class Pipe : uint8_t { scalar, vector, matrix, lds, memory };
 
+// What kind of reader an instruction is, where wait states depend on it.
+enum class Reader : uint8_t { vector, transcendental, dot, dpp, lane, row_swap, memory, matrix };
+
 // An operand as the 9-bit source field has it (0..105 scalar registers, 128.. constants, 256.. vector registers), and
 // 512 + n for the accumulation register n.
 using Operand = uint16_t;
@@ -46,6 +49,7 @@ struct Instruction {
     uint32_t words[3] = {};
     uint8_t size = 1;                // words
     Format format = Format::sopp;
+    Reader reader = Reader::vector;
     Operand destination = 0;         // vdst, sdst, sdata
     Operand scalar_destination = vcc;  // VOP3B, VOPC: where the carry or the comparison goes
     Operand source[3] = {};

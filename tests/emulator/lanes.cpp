@@ -103,9 +103,9 @@ void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, b
         if (high) for (int lane = 0; lane < lanes; ++lane) raw[lane] = raw[lane] << 16 | (w.v[r][lane] & 0xffff);
         else if (keep) for (int lane = 0; lane < lanes; ++lane) raw[lane] = (raw[lane] & 0xffff) | (w.v[r][lane] & 0xffff0000);
     }
+    w.check_write(r);
     w.write_lanes(r, raw, masks.write, defined);
-    w.vector_slot[r] = w.slot;
-    if (w.matrix[r].ready > w.slot) w.matrix[r].ready = 0;
+    w.hazards.wrote(r, in, (in.sdwa && in.destination_select != 6) || (sixteen_bit && in.format == Format::vop3 && in.opsel & 8));
 }
 
 }  // namespace emulator

@@ -203,10 +203,10 @@ uint32_t part_of(const LdsOp &op, uint32_t raw, uint32_t old) {
 }
 
 void set_register(Wave &w, unsigned r, const uint32_t *values, uint64_t exec, uint64_t defined) {
+    w.check_write(r);
     w.write_lanes(r, values, exec, defined);
     w.v_lds[r] = w.lds_issued;
-    w.vector_slot[r] = 0;
-    w.matrix[r].ready = 0;
+    w.hazards.loaded(r);
 }
 
 void execute_access(Wave &w, const Instruction &in) {

@@ -46,8 +46,9 @@ void initialise(Wave &w, Workgroup &group, int number) {
     w.group = &group;
     w.number = number;
     w.pc = kernel.entry;
-    w.mode = kernel.float_mode << 0;
-    w.slot = 1000;                                            // far from every "never"
+    w.mode = kernel.float_mode;
+    w.hazards.arch = launch.arch;
+    w.hazards.slot = 1000;                                    // far from 0, which stands for never
     unsigned next = 0;
     auto give = [&](uint32_t value) { w.s[next] = value; w.s_defined[next] = ~0u; ++next; };
     auto give_pointer = [&](uint64_t value) { give(uint32_t(value)); give(uint32_t(value >> 32)); };
@@ -91,8 +92,6 @@ void initialise(Wave &w, Workgroup &group, int number) {
     }
     w.defined[0] = exec;
     w.write_exec(exec, all_lanes);
-    memset(w.scalar_vector_slot, 0, sizeof w.scalar_vector_slot);
-    w.m0_slot = 0;
 }
 
 void run_wave(Wave &w, uint64_t &budget) {
@@ -106,7 +105,7 @@ void run_wave(Wave &w, uint64_t &budget) {
         w.current = &in;
         w.next_pc = w.pc + in.size;
         if (budget-- == 0) w.fail("the kernel does not end");
-        ++w.slot;
+        ++w.hazards.slot;
         Cost &cost = costs[w.pc];
         ++cost.count;
         cost.active_lanes += __builtin_popcountll(w.exec());

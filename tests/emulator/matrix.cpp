@@ -35,9 +35,6 @@ int passes_of(const Shape &s, bool is_gfx950, bool is_gfx90a) {
     return !is_gfx90a && narrow && s.blocks == 1 && s.m > 4 ? full / 2 : full;
 }
 
-// Wait states until anything else may read the result: GCNHazardRecognizer.cpp of LLVM, the table for gfx90a and gfx940.
-unsigned wait_states(int passes, Arch arch) { return passes + 3 + (arch == Arch::gfx950 && passes != 2); }
-
 float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
 
 // One value of A or B. CDNA2 flushes denormal 16-bit inputs to zero (PyTorch's notes on numerical accuracy on MI200).
@@ -58,36 +55,34 @@ float value_of(Element element, uint32_t word, int i, bool flush_denormals) {
 }
 
 // Reading registers for a matrix instruction: waits, wait states, and every lane must hold a value.
-void check_operand(Wave &w, Operand operand, int count, bool is_accumulator, const Instruction &in) {
+void check_operand(Wave &w, const Instruction &in, int i, int count, bool full_rate) {
+    const Operand operand = in.source[i];
     if (operand < first_vgpr) return;
-    unsigned r = w.vector_register(operand, count);
-    for (int i = 0; i < count; ++i) {
-        const Wave::MatrixResult &last = w.matrix[r + i];
-        // Accumulating onto the same registers needs no wait; overlapping ones must have left the pipe.
-        uint64_t ready = !is_accumulator ? last.ready
-                         : last.destination == operand && operand == in.source[2] ? 0
-                         : last.ready ? last.slot + 1 + last.passes : 0;
-        if (w.slot < ready)
-            w.fail((is_accumulator ? std::string("the accumulator operand") : std::string("a matrix operand")) +
-                   " is read " + std::to_string(w.slot - last.slot - 1) + " wait states after the matrix instruction that" +
-                   " writes it; " + std::to_string(ready - last.slot - 1) + " are needed");
-        if (w.defined[r + i] != all_lanes)
-            w.fail_lanes("a matrix operand has a value nobody wrote (" + std::string(r + i < 256 ? "v" : "a") +
-                             std::to_string((r + i) % 256) + ")", ~w.defined[r + i]);
+    const unsigned first = w.vector_register(operand, count);
+    for (unsigned r = first; r < first + count; ++r) {
+        const unsigned missing = i == 2 ? w.hazards.missing_accumulator(r, operand, full_rate)
+                                        : w.hazards.missing_read(r, Reader::matrix);
+        if (missing) w.fail_hazard(r, missing, "read");
+        if (w.defined[r] != all_lanes)
+            w.fail_lanes("a matrix operand has a value nobody wrote (" + std::string(r < 256 ? "v" : "a") +
+                             std::to_string(r % 256) + ")", ~w.defined[r]);
+        if (i == 2 && (full_rate || w.hazards.arch == Arch::gfx90a)) {
+            w.hazards.vector[r].accumulated = w.hazards.slot;
+            w.hazards.vector[r].accumulated_passes = in.operation->passes;
+        }
     }
 }
 
-void finish(Wave &w, const Instruction &in, int count) {
+void finish(Wave &w, const Instruction &in, int count, bool full_rate) {
     unsigned r = w.vector_register(in.destination, count);
-    uint64_t ready = w.slot + 1 + wait_states(in.operation->passes, w.group->launch->arch);
     for (int i = 0; i < count; ++i) {
         w.defined[r + i] = all_lanes;
-        Wave::MatrixResult &result = w.matrix[r + i];
-        result.slot = w.slot;
-        result.ready = ready;
-        result.destination = in.destination;
-        result.passes = in.operation->passes;
-        w.vector_slot[r + i] = 0;
+        Hazards::Vector &v = w.hazards.vector[r + i];
+        v.vector = 0;
+        v.matrix = w.hazards.slot;
+        v.matrix_destination = in.destination;
+        v.passes = in.operation->passes;
+        v.full_rate = full_rate;
     }
 }
 
@@ -101,9 +96,9 @@ void execute_matrix(Wave &w, const Instruction &in) {
     const bool integer = s.element == Element::i8, cdna2 = w.group->launch->arch == Arch::gfx90a;
     const bool flush_denormals = cdna2 && (s.element == Element::f16 || s.element == Element::bf16);
     const int per_word = s.element == Element::f32 ? 1 : integer ? 4 : 2, words = s.values / per_word;
-    check_operand(w, in.source[0], words, false, in);
-    check_operand(w, in.source[1], words, false, in);
-    check_operand(w, in.source[2], s.accumulators, true, in);
+    const bool full_rate = s.element != Element::f32;
+    if (w.hazards.missing_scalar(exec_mask, 4)) w.fail("four wait states are needed between v_cmpx and a matrix instruction");
+    for (int i = 0; i < 3; ++i) check_operand(w, in, i, i == 2 ? s.accumulators : words, full_rate);
 
     const int groups = lanes / s.m, rows = s.m, columns = s.n;
     alignas(64) static thread_local float a[16][32][64], b[16][64][32], c[16][32][32];   // [block][row][column]
@@ -165,7 +160,7 @@ void execute_matrix(Wave &w, const Instruction &in) {
             place(r, group, block, row);
             memcpy(&w.v[d + r][group * columns], c[block][row], columns * 4);
         }
-    finish(w, in, s.accumulators);
+    finish(w, in, s.accumulators, full_rate);
 }
 
 // The name's parts: sizes, and the type of A and B; false for what this file does not know.

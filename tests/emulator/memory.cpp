@@ -66,13 +66,6 @@ uint64_t scalar_pair(Wave &w, Operand operand, const char *what) {
     return w.read_address(operand, what) | uint64_t(w.read_address(operand + 1, what)) << 32;
 }
 
-void check_scalar_hazard(Wave &w, Operand operand, unsigned count) {
-    for (unsigned i = 0; i < count && operand + i < 128; ++i)
-        if (w.scalar_vector_slot[operand + i] && w.slot < w.scalar_vector_slot[operand + i] + 6)
-            w.fail("five wait states are needed between a vector instruction that writes a scalar register and a memory " +
-                   std::string("instruction that reads it"));
-}
-
 void flat_addresses(Wave &w, const Instruction &in, Access &a) {
     if (in.format == Format::scratch) {
         a.scratch = true;
@@ -84,7 +77,6 @@ void flat_addresses(Wave &w, const Instruction &in, Access &a) {
         return;
     }
     if (in.has_scalar_offset) {
-        check_scalar_hazard(w, in.scalar_address, 2);
         uint64_t base = scalar_pair(w, in.scalar_address, "the address") + int64_t(in.offset);
         unsigned r = address_register(w, in.source[0], 1, a.mask);
         for (int lane = 0; lane < lanes; ++lane) a.address[lane] = base + w.v[r][lane];
@@ -96,8 +88,6 @@ void flat_addresses(Wave &w, const Instruction &in, Access &a) {
 }
 
 void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes) {
-    check_scalar_hazard(w, in.scalar_address, 4);
-    check_scalar_hazard(w, in.scalar_offset, 1);
     uint32_t resource[4];
     for (int i = 0; i < 4; ++i) resource[i] = w.read_address(in.scalar_address + i, "the buffer resource");
     const uint64_t base = resource[0] | uint64_t(resource[1] & 0xffff) << 32;
@@ -197,11 +187,11 @@ uint32_t part_of(const MemoryOp &op, uint32_t raw, uint32_t old) {
 }
 
 void set_register(Wave &w, const Instruction &in, unsigned r, const uint32_t *values, uint64_t mask) {
+    w.check_write(r);
     w.write_lanes(r, values, mask, all_lanes);
     w.v_vm[r] = w.vm_issued;
     if (in.format == Format::flat) w.v_lds[r] = w.lds_issued;
-    w.vector_slot[r] = 0;
-    w.matrix[r].ready = 0;
+    w.hazards.loaded(r);
 }
 
 void issue(Wave &w, const Instruction &in) {
@@ -211,7 +201,8 @@ void issue(Wave &w, const Instruction &in) {
 
 // A load whose data goes to LDS: lane l writes at M0 + offset + l * bytes.
 void load_to_lds(Wave &w, const Instruction &in, const Access &a, const MemoryOp &op) {
-    if (w.m0_slot && w.slot < w.m0_slot + 2) w.fail("one wait state is needed between writing M0 and a load to LDS");
+    if (w.hazards.m0 && w.hazards.slot < w.hazards.m0 + 2)
+        w.fail("one wait state is needed between writing M0 and a load to LDS");
     const uint32_t base = (w.read_address(m0, "M0") & 0x3ffff) + uint32_t(in.offset);
     const uint32_t each = std::max<uint32_t>(op.bytes, 4);
     const uint32_t number = w.vm_issued + 1;
@@ -242,6 +233,7 @@ void execute_memory(Wave &w, const Instruction &in) {
             w.check_read(r + word);
             uint64_t unknown = a.mask & a.in_range & ~w.defined[r + word];
             if (unknown && !a.scratch) w.fail_lanes("a value nobody wrote is stored to global memory", unknown);
+            if (words > 2) w.hazards.vector[r + word].stored = w.hazards.slot;
         }
         for (int lane = 0; lane < lanes; ++lane) {
             if (!(a.mask & a.in_range & bit(lane))) continue;
@@ -375,7 +367,7 @@ void execute_scalar_load(Wave &w, const Instruction &in) {
 
 void execute_time(Wave &w, const Instruction &in) {
     ++w.smem_issued;
-    w.write_scalar64(in.destination, w.slot);
+    w.write_scalar64(in.destination, w.hazards.slot);
     for (int i = 0; i < 2; ++i) w.s_smem[in.destination + i] = w.smem_issued;
 }
 

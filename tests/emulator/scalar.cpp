@@ -338,7 +338,7 @@ const Special specials[] = {
     DO("s_endpgm", w.state = WaveState::ended),
     DO("s_barrier", w.state = WaveState::at_barrier),
     DO("s_waitcnt", wait_count(w, in)),
-    DO("s_nop", w.slot += in.offset & 15),
+    DO("s_nop", w.hazards.slot += in.offset & 15),
     DO("s_trap", w.fail("the kernel trapped (an assertion or unreachable code)")),
     DO("s_getreg_b32", get_register(w, in)),
     DO("s_setreg_b32", set_register(w, in, w.read_address(in.destination, "MODE"))),

@@ -20,7 +20,7 @@ u64 fetch_mask(Wave &w, const Instruction &in, LaneMasks &masks) {
 
 void store_carry(Wave &w, const Instruction &in, u64 carry, const LaneMasks &masks) {
     w.write_scalar64(in.scalar_destination, carry & masks.write, masks.defined | ~masks.write);
-    w.scalar_vector_slot[in.scalar_destination] = w.scalar_vector_slot[in.scalar_destination + 1] = w.slot;
+    w.vector_wrote_scalar(in.scalar_destination, true);
 }
 
 // Addition and subtraction with a carry out, and a carry in where with_carry.
@@ -77,11 +77,9 @@ template <bool is_signed> void multiply_add_wide(Wave &w, const Instruction &in)
 void read_lane_at(Wave &w, const Instruction &in, unsigned lane) {
     unsigned r = w.vector_register(in.source[0]);
     w.check_read(r);
-    if (w.group->launch->arch != Arch::gfx90a && w.slot < w.vector_slot[r] + 2 && w.vector_slot[r])
-        w.fail("one wait state is needed between a vector instruction and reading a lane of its result");
     unsigned to = in.destination - first_vgpr;
     w.write_scalar(to, w.v[r][lane], w.defined[r] >> lane & 1 ? ~0u : 0);
-    w.scalar_vector_slot[to] = w.slot;
+    w.vector_wrote_scalar(to, false);
 }
 
 void read_first_lane(Wave &w, const Instruction &in) {
@@ -94,7 +92,7 @@ void read_first_lane(Wave &w, const Instruction &in) {
 }
 
 void check_lane_select(Wave &w, Operand operand) {
-    if (operand < 128 && w.scalar_vector_slot[operand] && w.slot < w.scalar_vector_slot[operand] + 5)
+    if (operand < 128 && w.hazards.missing_scalar(operand, 4))
         w.fail("four wait states are needed between a vector instruction that writes a scalar register and its use as a lane");
 }
 
@@ -109,9 +107,10 @@ void write_lane(Wave &w, const Instruction &in) {
     check_lane_select(w, in.source[1]);
     uint32_t d, value = w.read_scalar(in.source[0], d);
     unsigned lane = w.read_address(in.source[1], "the lane to write") & 63, r = w.vector_register(in.destination);
+    w.check_write(r);
     w.v[r][lane] = value;
     w.defined[r] = (w.defined[r] & ~bit(lane)) | (d == ~0u ? bit(lane) : 0);
-    w.vector_slot[r] = w.slot;
+    w.hazards.wrote(r, in, false);
 }
 
 // How many lanes below this one have their bit set, in the lower or upper half of a mask.
@@ -132,13 +131,16 @@ void swap_registers(Wave &w, const Instruction &in) {
     unsigned a = w.vector_register(in.destination), b = w.vector_register(in.source[0]);
     w.check_read(a);
     w.check_read(b);
+    w.check_write(a);
+    w.check_write(b);
     Lanes<u32> old_a, old_b;
     memcpy(old_a.value, w.v[a], sizeof w.v[a]);
     memcpy(old_b.value, w.v[b], sizeof w.v[b]);
     u64 defined_a = w.defined[a], defined_b = w.defined[b];
     w.write_lanes(a, old_b.value, w.exec(), defined_b);
     w.write_lanes(b, old_a.value, w.exec(), defined_a);
-    w.vector_slot[a] = w.vector_slot[b] = w.slot;
+    w.hazards.wrote(a, in, false);
+    w.hazards.wrote(b, in, false);
 }
 
 // Exchanges the odd rows of the destination with the even rows of the source; a row: 16 or 32 lanes.
@@ -146,6 +148,8 @@ template <int row> void swap_rows(Wave &w, const Instruction &in) {
     unsigned a = w.vector_register(in.destination), b = w.vector_register(in.source[0]);
     w.check_read(a);
     w.check_read(b);
+    w.check_write(a);
+    w.check_write(b);
     if (w.exec() != all_lanes) w.fail("v_permlane*_swap with lanes switched off is not known to the emulator");
     for (int lane = 0; lane < lanes; ++lane) {
         if (!(lane & row)) continue;
@@ -155,7 +159,8 @@ template <int row> void swap_rows(Wave &w, const Instruction &in) {
         w.defined[a] = (w.defined[a] & ~bit(lane)) | y << lane;
         w.defined[b] = (w.defined[b] & ~bit(other)) | x << other;
     }
-    w.vector_slot[a] = w.vector_slot[b] = w.slot;
+    w.hazards.wrote(a, in, false);
+    w.hazards.wrote(b, in, false);
 }
 
 void move_accumulator(Wave &w, const Instruction &in) {
@@ -234,7 +239,7 @@ template <class T> void divide_scale(Wave &w, const Instruction &in) {
 }
 
 template <class T> void divide_fma(Wave &w, const Instruction &in) {
-    if (w.scalar_vector_slot[vcc] && w.slot < w.scalar_vector_slot[vcc] + 5)
+    if (w.hazards.missing_scalar(vcc, 4))
         w.fail("four wait states are needed between writing VCC and v_div_fmas");
     LaneMasks masks(w);
     Lanes<T> buffer[3], result;

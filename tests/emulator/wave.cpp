@@ -58,15 +58,26 @@ void Wave::fail_pending_vector(unsigned r) const {
          ") for the " + (memory ? "load" : "LDS operation") + " that writes it");
 }
 
-void Wave::fail_hazard(unsigned r) const {
-    fail(vector_name(r) + " is read " + std::to_string(slot - matrix[r].slot - 1) + " wait states after the matrix " +
-         "instruction that writes it; " + std::to_string(matrix[r].ready - matrix[r].slot - 1) + " are needed");
+void Wave::fail_hazard(unsigned r, unsigned missing, const char *what) const {
+    fail(vector_name(r) + " is " + what + " too early: " + std::to_string(missing) + " more wait states (s_nop " +
+         std::to_string(missing - 1) + ") are needed after what used it before");
+}
+
+void Wave::check_scalar_wait(unsigned r) const {
+    const Pipe pipe = current->operation->pipe;
+    if (pipe != Pipe::vector && pipe != Pipe::memory) return;
+    // A lane-wise result of the vector unit (VCC, v_readlane) read by it again, or by a memory instruction.
+    const unsigned states = pipe == Pipe::memory ? (current->format == Format::smem ? 0 : 5) : hazards.arch == Arch::gfx90a ? 0 : 2;
+    if (unsigned n = hazards.missing_scalar(r, states))
+        fail("s" + std::to_string(r) + " is read too early: " + std::to_string(n) + " more wait states are needed after the " +
+             "vector instruction that writes it");
 }
 
 uint32_t Wave::read_scalar(Operand operand, uint32_t &defined_bits) const {
     uint32_t value;
     if (operand < 128) {
         check_scalar(operand);
+        check_scalar_wait(operand);
         defined_bits = s_defined[operand];
         return s[operand];
     }
@@ -85,6 +96,7 @@ uint64_t Wave::read_scalar64(Operand operand, uint64_t &defined_bits) const {
     if (operand < 127) {
         check_scalar(operand);
         check_scalar(operand + 1);
+        check_scalar_wait(operand);
         memcpy(&defined_bits, &s_defined[operand], 8);
         return s64(operand);
     }
@@ -118,7 +130,7 @@ void Wave::write_scalar(Operand operand, uint32_t value, uint32_t defined_bits) 
     check_scalar(operand);
     s[operand] = value;
     s_defined[operand] = defined_bits;
-    if (operand == m0) m0_slot = slot;
+    if (operand == m0) hazards.m0 = hazards.slot;
 }
 
 void Wave::write_scalar64(Operand operand, uint64_t value, uint64_t defined_bits) {

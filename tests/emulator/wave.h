@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "code_object.h"
+#include "hazards.h"
 #include "instruction.h"
 
 namespace emulator {
@@ -75,19 +76,7 @@ struct Wave {
     uint32_t s_smem[128];
     uint32_t vm_released, lds_released;   // what had returned at the last barrier: other waves may rely on it
 
-    // Wait states: one for each instruction issued, more for s_nop. Results that hardware does not wait for are ready
-    // at a slot; the kernel must not read them earlier.
-    uint64_t slot;
-    struct MatrixResult {
-        uint64_t slot = 0;             // when the matrix instruction was issued
-        uint64_t ready = 0;            // for everything but matrix instructions
-        Operand destination = 0;
-        uint8_t passes = 0;
-        bool double_precision = false;
-    } matrix[512];                     // the last matrix instruction that wrote the register
-    uint64_t vector_slot[512];         // when another vector instruction wrote it
-    uint64_t scalar_vector_slot[128];  // when a vector instruction wrote the scalar register
-    uint64_t transcendental_slot[512], m0_slot;
+    Hazards hazards;
 
     uint64_t exec() const { return s64(exec_mask); }
     uint64_t s64(unsigned r) const { uint64_t x; memcpy(&x, &s[r], 8); return x; }
@@ -104,6 +93,9 @@ struct Wave {
     void write_exec(uint64_t value, uint64_t defined_bits);
     void check_scalar(unsigned r) const { if (s_smem[r] > smem_done) fail_pending_scalar(r); }
     [[noreturn]] void fail_pending_scalar(unsigned r) const;
+    void check_scalar_wait(unsigned r) const;
+    // A vector instruction has written the scalar register and, where wide, the next one.
+    void vector_wrote_scalar(unsigned r, bool wide) { hazards.scalar[r] = hazards.slot; if (wide) hazards.scalar[r + 1] = hazards.slot; }
 
     // --- vector registers: the register's number in v
     void check_vector(unsigned r) const {
@@ -111,10 +103,13 @@ struct Wave {
     }
     [[noreturn]] void fail_pending_vector(unsigned r) const;
     unsigned vector_register(Operand operand, unsigned count = 1) const;      // checks the number and waits
-    void check_read(unsigned r) const {                                       // by anything but a matrix instruction
-        if (slot < matrix[r].ready) fail_hazard(r);
+    void check_read(unsigned r) const {                                       // wait states; not for accumulators
+        if (unsigned n = hazards.missing_read(r, current->reader)) fail_hazard(r, n, "read");
     }
-    [[noreturn]] void fail_hazard(unsigned r) const;
+    void check_write(unsigned r) const {
+        if (unsigned n = hazards.missing_write(r, current->operation->pipe == Pipe::vector)) fail_hazard(r, n, "written");
+    }
+    [[noreturn]] void fail_hazard(unsigned r, unsigned missing, const char *what) const;
     void write_lanes(unsigned r, const uint32_t *values, uint64_t mask, uint64_t defined_lanes);
 
     void wait_vm(unsigned most) { if (vm_issued - most > vm_done && vm_issued > most) vm_done = vm_issued - most; }
