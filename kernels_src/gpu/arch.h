@@ -35,6 +35,9 @@
  *                              kind of tile spreads its rows over four
  *   lane_leads_row()           is this the first of the lanes that share a row
  *
+ * RowLayout<HEAD_DIM>: rows of elements in shared memory so that the arch's reads and writes find all banks
+ *   BYTES, chunk(row, c)       of a row, padding included; where its 16-byte chunk c stands
+ *
  * Query<HEAD_DIM, ROW_TILES>: the rows of Q a wave works on, as operand of the matrix unit
  *   SHARED_BYTES               shared memory that one wave needs for it (0: all in registers)
  *   load(shared, row, negate)  row(r): pointer to query row r of this wave's tile, or null for zeros
@@ -69,16 +72,6 @@ namespace aiter {
 typedef uint16_t Element; /* bits of an fp16 or bf16 */
 
 __host__ __device__ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-/* Tiles of rows in shared memory: rows of CHUNKS 16-byte chunks, padded to whole 128-byte lines (all 32 banks). Chunk c
- * of row r stands at c ^ (r % 8) within its line, so that equal chunks of eight neighbouring rows, and all chunks of one
- * line of a row, lie in different banks. */
-template <int HEAD_DIM> struct RowLayout {
-    static constexpr int BYTES = round_up(HEAD_DIM, 64) * 2;
-    static __device__ __forceinline__ uint32_t chunk(int row, int chunk) {
-        return static_cast<uint32_t>(row * BYTES + ((chunk ^ (row & 7)) << 4));
-    }
-};
 
 } // namespace aiter
 

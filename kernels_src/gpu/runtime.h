@@ -28,7 +28,7 @@ inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, in
 #include "aiter_abi.h"
 
 #if defined(__HIP__)
-#define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(128))) char name[bytes]
+#define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(256))) char name[bytes]
 #else
 #define AITER_SHARED(name, bytes) extern __shared__ __align__(128) char name[]
 #endif

@@ -70,7 +70,8 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             sum[slot] = row_sum<LANES>(sum[slot]);
-            log_sum[slot] = maximum[slot] == -INFINITE && sum[slot] == 0 ? -INFINITE : maximum[slot] + log2(sum[slot]);
+            /* A score of +inf makes the probabilities NaN (inf - inf), as it should, but the log-sum-exp is +inf. */
+            log_sum[slot] = maximum[slot] == INFINITE ? INFINITE : maximum[slot] + log2(sum[slot]);
         }
     }
 };

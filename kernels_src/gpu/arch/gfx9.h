@@ -125,6 +125,31 @@ template <class T> __device__ __forceinline__ void global_store(void *pointer, T
     *(__attribute__((address_space(1))) T *)pointer = value;
 }
 
+/* Tiles in shared memory permute their 16-byte chunks by exclusive or, within lines that hold all banks once: 128 bytes of
+ * 32 banks, on gfx950 256 bytes of 64. A read of 16 bytes a lane is served to 8 (16) lanes at a time, of which gfx950 takes
+ * 0-3 12-15 20-27 together, so numbers that differ modulo 16 must be told apart, not just neighbours. */
+#if defined(__gfx950__)
+constexpr int LINE_CHUNKS = 16;
+#else
+constexpr int LINE_CHUNKS = 8;
+#endif
+
+/* The address `offset` further on, where `base` and `offset` are places in one layout: their bits within a line are
+ * exclusive-ored, as the layouts are linear in them, the rest is added. */
+__device__ __forceinline__ SharedAddress further(SharedAddress base, uint32_t offset) {
+    constexpr uint32_t WITHIN = LINE_CHUNKS * 16 - 1;
+    return (base ^ (offset & WITHIN)) + (offset & ~WITHIN);
+}
+
+/* Rows of HEAD_DIM elements, padded to whole lines or, up to 64 of them, to 128 bytes: two rows to a line of gfx950. */
+template <int HEAD_DIM> struct RowLayout {
+    static constexpr int BYTES = round_up(HEAD_DIM, HEAD_DIM <= 64 ? 64 : LINE_CHUNKS * 8) * 2;
+    static __host__ __device__ constexpr uint32_t chunk(int row, int chunk) {
+        const int turn = BYTES / 16 < LINE_CHUNKS ? row / 2 % 8 ^ row / 8 % 2 * 8 : row % LINE_CHUNKS;
+        return static_cast<uint32_t>(((row * (BYTES / 16) + chunk) ^ turn) << 4);
+    }
+};
+
 /* ---- elements ---- */
 
 #if defined(AITER_DTYPE_BF16)
@@ -308,11 +333,18 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         return (place & ~3) * 4 + (place & 1) * 8 + (place & 2) * 2;
     }
 
-    /* V^T: a row of KEYS elements for each dimension. Its 16-byte chunks are permuted within 128-byte lines, by XOR, so
-     * that neither eight neighbouring dimensions (reads) nor dimensions 8 apart (transposed stores) meet in a bank. */
-    static __device__ __forceinline__ uint32_t value_offset(int dimension, int chunk) {
-        const int near = KEYS >= 64 ? dimension & 7 : dimension / 2 & 3;
-        return static_cast<uint32_t>(((dimension * (KEYS / 8) + chunk) ^ near ^ (dimension / 8 & 7)) << 4);
+    /* V^T: a row of KEYS elements for each dimension, permuted so that neither neighbouring dimensions (reads) nor those 8
+     * apart (the transposed stores) meet in a bank. Of two terms the first tells the former apart, the second the latter. */
+    static __host__ __device__ constexpr uint32_t value_offset(int dimension, int chunk) {
+        const int d = dimension;
+#if defined(__gfx950__)
+        const int turn = KEYS >= 128  ? d % 16 ^ d / 16 % 4 * 2
+                         : KEYS == 64 ? d / 2 % 8 ^ (d / 8 % 4 * 2 + d / 32 % 2 * 8)
+                                      : d / 4 % 4 ^ d / 16 % 4 * 4;
+#else
+        const int turn = (KEYS >= 64 ? d % 8 : d / 2 % 4) ^ d / 8 % 8;
+#endif
+        return static_cast<uint32_t>(((d * (KEYS / 8) + chunk) ^ turn) << 4);
     }
 
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
@@ -350,11 +382,11 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         for (int copy = 0; copy < COPIES; ++copy) {
             const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
             if (!EVEN && unit >= UNITS) continue;
-            if (RowLayout<HEAD_DIM>::BYTES == STEPS * 32 || chunk < STEPS * 2) {
+            if (CHUNKS % LANE_CHUNKS == 0 && CHUNKS == STEPS * 2 || chunk < STEPS * 2) {
                 const SharedAddress to = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(unit_key(unit), chunk));
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-                    shared_store((to ^ (k << 4)) + k * RowLayout<HEAD_DIM>::BYTES, key[copy][k]);
+                    shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), key[copy][k]);
             }
             if (CHUNKS % LANE_CHUNKS == 0 || chunk < CHUNKS) {
                 const int place = unit_place(unit);
@@ -364,7 +396,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                     const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
                     const u32x2 four = {__builtin_amdgcn_perm(value[copy][1][i / 2], value[copy][0][i / 2], half),
                                         __builtin_amdgcn_perm(value[copy][3][i / 2], value[copy][2][i / 2], half)};
-                    shared_store((to ^ (value_offset(i, 0) & 127)) + (value_offset(i, 0) & ~127u), four);
+                    shared_store(further(to, value_offset(i, 0)), four);
                 }
             }
         }
@@ -380,8 +412,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         for (int n = 0; n < KEYS / 32; ++n)
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
-                const u32x4 k = shared_load<u32x4>((from ^ ((2 * j & 7) << 4)) + (2 * j / 8) * 128 +
-                                                   n * 32 * RowLayout<HEAD_DIM>::BYTES);
+                const u32x4 k = shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
             }
@@ -400,8 +431,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                 for (int i = 0; i < 4; ++i) p[m][i] = to_elements(s.get(m, 8 * j + 2 * i), s.get(m, 8 * j + 2 * i + 1));
 #pragma unroll
             for (int n = 0; n < Accumulator<ROW_TILES, HEAD_DIM>::TILES; ++n) {
-                const uint32_t step = value_offset(n * 32, 2 * j);
-                const u32x4 v = shared_load<u32x4>((from ^ (step & 127)) + (step & ~127u));
+                const u32x4 v = shared_load<u32x4>(further(from, value_offset(n * 32, 2 * j)));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
             }

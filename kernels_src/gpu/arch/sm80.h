@@ -109,6 +109,16 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const char *from, b
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+/* Rows of 16-byte chunks, padded to whole 128-byte lines (all 32 banks). Chunk c
+ * of row r stands at c ^ (r % 8) within its line, so that equal chunks of eight neighbouring rows, and all chunks of one
+ * line of a row, lie in different banks. */
+template <int HEAD_DIM> struct RowLayout {
+    static constexpr int BYTES = round_up(HEAD_DIM, 64) * 2;
+    static __device__ __forceinline__ uint32_t chunk(int row, int chunk) {
+        return static_cast<uint32_t>(row * BYTES + ((chunk ^ (row & 7)) << 4));
+    }
+};
+
 /* ---- global memory ---- */
 
 template <class T> __device__ __forceinline__ T global_load(const void *pointer) { return *static_cast<const T *>(pointer); }
