@@ -7,12 +7,22 @@ import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import STRIDES, Sequence, assert_sequences, strided
+from problems import (
+    DEVICE,
+    DTYPES,
+    STRIDES,
+    assert_sequences,
+    check_dense,
+    check_grouped,
+    check_kvcache,
+    check_variable_length,
+    dense_sequences,
+    randn,
+)
 
 import aiter
 from aiter import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 40, 64, 128)  # few, as each is a kernel to compile; every head_dim is tested once below
 
 dtypes = st.sampled_from(DTYPES)
@@ -22,10 +32,6 @@ strides = st.sampled_from(STRIDES)
 seqlens = st.one_of(st.sampled_from((1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)), st.integers(0, 200))
 scales = st.one_of(st.none(), st.floats(0.01, 1.0))
 groups = st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (3, 3), (8, 1)))
-
-
-def dense_sequences(query, key, value):
-    return [Sequence(query[b], key[b], value[b], rows=(b,), lse_rows=(b,)) for b in range(query.shape[0])]
 
 
 @given(
@@ -40,28 +46,15 @@ def dense_sequences(query, key, value):
     layout=st.tuples(strides, strides, strides),
     return_lse=st.booleans(),
 )
-def test_flash_attn_func(dtype, head_dim, batch, seq_q, seq_k, heads, causal, scale, layout, return_lse):
-    torch.manual_seed(seq_q * 1000 + seq_k)
-    heads_q, heads_kv = heads
-    query = strided((batch, seq_q, heads_q, head_dim), dtype, layout[0])
-    key = strided((batch, seq_k, heads_kv, head_dim), dtype, layout[1])
-    value = strided((batch, seq_k, heads_kv, head_dim), dtype, layout[2])
-    before = [t.clone() for t in (query, key, value)]
-    result = aiter.flash_attn_func(query, key, value, causal, scale, return_lse=return_lse)
-    output, lse = result if return_lse else (result, None)
-    assert output.shape == query.shape and output.is_contiguous() and output.dtype == dtype
-    if return_lse:
-        assert lse.shape == (batch, heads_q, seq_q) and lse.dtype == torch.float32
-    assert_sequences(output, lse, dense_sequences(query, key, value), causal, scale)
-    for tensor, original in zip((query, key, value), before, strict=True):
-        assert torch.equal(tensor, original), "an input was written"
+def test_flash_attn_func(**arguments):
+    check_dense(**arguments)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_every_head_dim(head_dim):
     dtype = DTYPES[head_dim // 8 % 3]
     causal = head_dim // 8 % 2 == 0
-    query, key, value = (torch.randn(1, 70, 2, head_dim).to(dtype) for _ in range(3))
+    query, key, value = (randn(1, 70, 2, head_dim, dtype=dtype) for _ in range(3))
     output, lse = aiter.flash_attn_func(query, key, value, causal, return_lse=True)
     assert_sequences(output, lse, dense_sequences(query, key, value), causal)
 
@@ -70,20 +63,14 @@ def test_every_head_dim(head_dim):
 @pytest.mark.parametrize("causal", (False, True))
 def test_long_sequences_and_one_query(dtype, causal):
     for seq_q, seq_k in ((1, 3000), (700, 1100), (4, 2049)):
-        query, key, value = (torch.randn(1, s, h, 64).to(dtype) for s, h in ((seq_q, 4), (seq_k, 2), (seq_k, 2)))
+        query, key, value = (randn(1, s, h, 64, dtype=dtype) for s, h in ((seq_q, 4), (seq_k, 2), (seq_k, 2)))
         output, lse = aiter.flash_attn_func(query, key, value, causal, return_lse=True)
         assert_sequences(output, lse, dense_sequences(query, key, value), causal)
 
 
 @given(dtype=dtypes, heads_kv=st.integers(1, 3), num_groups=st.integers(1, 5), causal=st.booleans(), seqlen=seqlens)
-def test_grouped_and_multi_query(dtype, heads_kv, num_groups, causal, seqlen):
-    query = torch.randn(2, seqlen, heads_kv * num_groups, 64).to(dtype)
-    key, value = (torch.randn(2, seqlen, heads_kv, 64).to(dtype) for _ in range(2))
-    grouped = aiter.grouped_query_attention(query, key, value, num_groups, causal)
-    assert torch.equal(grouped, aiter.flash_attn_func(query, key, value, causal))
-    assert_sequences(grouped, None, dense_sequences(query, key, value), causal)
-    if heads_kv == 1:
-        assert torch.equal(grouped, aiter.multi_query_attention(query, key, value, causal))
+def test_grouped_and_multi_query(**arguments):
+    check_grouped(head_dim=64, **arguments)
 
 
 @given(
@@ -98,42 +85,8 @@ def test_grouped_and_multi_query(dtype, heads_kv, num_groups, causal, seqlen):
     all_full=st.booleans(),
     index_dtype=st.sampled_from((torch.int32, torch.int64)),
 )
-def test_flash_attn_with_kvcache(
-    dtype, head_dim, form, page_size, lengths, seq_q, heads, causal, all_full, index_dtype
-):
-    heads_q, heads_kv = heads
-    batch, max_blocks = len(lengths), -(-max([*lengths, 1]) // page_size)
-    num_pages = batch * max_blocks + 2
-    page_table = torch.randperm(num_pages)[: batch * max_blocks].view(batch, max_blocks).to(index_dtype)
-    shape = (num_pages, heads_kv, page_size, head_dim)
-    caches = [torch.randn(shape).to(dtype) for _ in range(1 if form == "shared" else 2)]
-    kv_cache = {"shared": caches[0], "pair": tuple(caches), "stacked": torch.stack(caches)}[form]
-    key_cache, value_cache = caches[0], caches[-1]
-    query = torch.randn(batch, seq_q, heads_q, head_dim).to(dtype)
-    valid = [max_blocks * page_size] * batch if all_full else lengths
-    sequences = [
-        Sequence(
-            query[b],
-            reference.gather_pages(key_cache, page_table[b], valid[b]),
-            reference.gather_pages(value_cache, page_table[b], valid[b]),
-            rows=(b,),
-            lse_rows=(b,),
-        )
-        for b in range(batch)
-    ]
-    if not all_full:
-        for b, length in enumerate(lengths):  # entries past the valid tokens may be anything
-            page_table[b, -(-length // page_size) :] = -1
-    output, lse = aiter.flash_attn_with_kvcache(
-        query,
-        kv_cache,
-        page_table,
-        page_size,
-        causal,
-        cache_seqlens=None if all_full else torch.tensor(lengths, dtype=index_dtype),
-        return_lse=True,
-    )
-    assert_sequences(output, lse, sequences, causal)
+def test_flash_attn_with_kvcache(**arguments):
+    check_kvcache(**arguments)
 
 
 @given(
@@ -145,43 +98,8 @@ def test_flash_attn_with_kvcache(
     heads=groups,
     causal=st.booleans(),
 )
-def test_variable_length_attention(dtype, head_dim, form, lengths, spare, heads, causal):
-    heads_q, heads_kv = heads
-    longest, page_size = max([*lengths, 1]) + spare, 16
-    seq_lengths = torch.tensor(lengths, dtype=torch.int32)
-    packed = form.startswith("packed")
-    outer = (sum(lengths),) if packed else (len(lengths), longest)
-    query = torch.randn(*outer, heads_q, head_dim).to(dtype)
-    rows = [(r,) for r in reference.split_packed(lengths)] if packed else [(b, slice(n)) for b, n in enumerate(lengths)]
-    every = slice(None)
-    lse_rows = [(every, *r) for r in rows] if packed else [(b, every, slice(n)) for b, n in enumerate(lengths)]
-    if "paged" in form:
-        max_blocks = -(-longest // page_size)
-        num_pages = len(lengths) * max_blocks + 1
-        page_table = torch.randperm(num_pages)[: len(lengths) * max_blocks].view(len(lengths), max_blocks).int()
-        key, value = (torch.randn(num_pages, heads_kv, page_size, head_dim).to(dtype) for _ in range(2))
-        gathered = [
-            [reference.gather_pages(cache, page_table[b], n) for b, n in enumerate(lengths)] for cache in (key, value)
-        ]
-        paging = {"page_table": page_table, "block_size": page_size}
-    else:
-        key, value = (torch.randn(*outer, heads_kv, head_dim).to(dtype) for _ in range(2))
-        gathered = [[cache[r] for r in rows] for cache in (key, value)]
-        paging = {}
-    sequences = [
-        Sequence(query[rows[b]], gathered[0][b], gathered[1][b], rows[b], lse_rows[b]) for b in range(len(lengths))
-    ]
-    if not packed:  # what stands in the padding has no effect
-        for b, n in enumerate(lengths):
-            for tensor in (query,) if paging else (query, key, value):
-                tensor[b, n:] = math.nan
-    output, lse = aiter.variable_length_attention(
-        query, key, value, seq_lengths, longest, causal, return_lse=True, **paging
-    )
-    assert_sequences(output, lse, sequences, causal)
-    if not packed:
-        for b, n in enumerate(lengths):
-            assert not output[b, n:].any() and (lse[b, :, n:] == -math.inf).all()
+def test_variable_length_attention(**arguments):
+    check_variable_length(**arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,7 +107,7 @@ def test_variable_length_attention(dtype, head_dim, form, lengths, spare, heads,
 @pytest.mark.parametrize("size", (1e4, -1e4))
 def test_large_scores(dtype, causal, size):
     """Scores of ±1e4 saturate softmax; nothing may overflow."""
-    query, key, value = (torch.randn(1, seqlen, 2, 64).to(dtype) for seqlen in (130, 150, 150))
+    query, key, value = (randn(1, seqlen, 2, 64, dtype=dtype) for seqlen in (130, 150, 150))
     largest = torch.einsum("bqhd,bkhd->bhqk", query.double(), key.double()).abs().max()
     scale = size / float(largest)
     output, lse = aiter.flash_attn_func(query, key, value, causal, scale, return_lse=True)
@@ -200,8 +118,8 @@ def test_large_scores(dtype, causal, size):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_scores_average_the_values(dtype):
-    key, value = torch.randn(1, 77, 1, 64).to(dtype), torch.randn(1, 77, 1, 64).to(dtype)
-    query = torch.zeros(1, 5, 1, 64, dtype=dtype)
+    key, value = randn(1, 77, 1, 64, dtype=dtype), randn(1, 77, 1, 64, dtype=dtype)
+    query = torch.zeros(1, 5, 1, 64, dtype=dtype, device=DEVICE)
     output, lse = aiter.flash_attn_func(query, key, value, return_lse=True)
     torch.testing.assert_close(
         output[0, :, 0].double(), value[0, :, 0].double().mean(0).expand(5, -1), rtol=1e-2, atol=4e-3
@@ -211,7 +129,7 @@ def test_equal_scores_average_the_values(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_see_nothing_are_zero(dtype):
-    query, key = torch.randn(2, 40, 2, 64).to(dtype), torch.randn(2, 9, 2, 64).to(dtype)
+    query, key = randn(2, 40, 2, 64, dtype=dtype), randn(2, 9, 2, 64, dtype=dtype)
     output, lse = aiter.flash_attn_func(query, key, key, causal=True, return_lse=True)
     assert not output[:, :31].any() and (lse[:, :, :31] == -math.inf).all()
     assert output[:, 31:].any(-1).all() and lse[:, :, 31:].isfinite().all()
@@ -222,7 +140,7 @@ def test_rows_that_see_nothing_are_zero(dtype):
 @pytest.mark.parametrize("bad", (math.inf, -math.inf, math.nan))
 @pytest.mark.parametrize("where", ("query", "key", "value"))
 def test_non_finite_inputs_stay_where_the_mathematics_puts_them(dtype, head_dim, bad, where):
-    tensors = {name: torch.randn(1, 150, 2, head_dim).to(dtype) for name in ("query", "key", "value")}
+    tensors = {name: randn(1, 150, 2, head_dim, dtype=dtype) for name in ("query", "key", "value")}
     tensors[where][0, 90, 0, 3] = bad
     output, lse = aiter.flash_attn_func(**tensors, causal=True, return_lse=True)
     expected, expected_lse = reference.attend_one(*(t[0] for t in tensors.values()), causal=True)

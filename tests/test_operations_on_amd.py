@@ -1,0 +1,99 @@
+"""The public operations on AMD GPUs: their kernels, built by hipcc and executed instruction by instruction.
+
+CPU tensors stand for a GPU's: the operations are told that the device is of an AMD arch, and launches go to the
+emulator, which lets a kernel touch nothing but the tensors of the call. The kernels' own tests, over more shapes, are
+in kernels/.
+"""
+
+import ctypes
+import os
+import shutil
+
+import emulator
+import pytest
+import torch
+from problems import check_dense, check_grouped, check_kvcache, check_variable_length
+
+from aiter import abi, dispatch
+
+pytestmark = pytest.mark.skipif(
+    not (os.environ.get("AITER_HIPCC") or shutil.which("hipcc")),
+    reason="no hipcc: set AITER_HIPCC, or let .ci/amd-toolchain install one",
+)
+
+
+def extent(outer, strides, heads, head_dim, tokens):
+    """Elements from the first to the last of a tensor with these sizes and strides."""
+    if min(outer, tokens, heads) == 0:
+        return 0
+    return (outer - 1) * strides[0] + (tokens - 1) * strides[1] + (heads - 1) * strides[2] + head_dim
+
+
+def ranges(problem, tensors, head_dim, workspace_bytes):
+    """(address, bytes, writable) of everything that a call gives to its kernel."""
+    p, element = problem, 2
+    queries = (1, p.total_q) if p.packed_q else (p.batch, p.seqlen_q)
+    keys = (p.num_pages, p.page_size) if p.page_size else (1, p.total_k) if p.packed_k else (p.batch, p.seqlen_k)
+    row_lse = p.total_q if p.packed_q else p.batch * p.seqlen_q
+    for name, (outer, tokens), strides, heads in (
+        ("query", queries, p.query_strides, p.heads_q),
+        ("key", keys, p.key_strides, p.heads_kv),
+        ("value", keys, p.value_strides, p.heads_kv),
+        ("output", queries, p.output_strides, p.heads_q),
+    ):
+        yield getattr(tensors, name), element * extent(outer, strides, heads, head_dim, tokens), name == "output"
+    table = p.batch * p.page_table_stride
+    for name, count in (("seqlens_q", p.batch), ("seqlens_k", p.batch), ("page_table", table)):
+        yield getattr(tensors, name), 4 * count, False
+    yield tensors.lse, 4 * p.heads_q * row_lse, True
+    yield tensors.workspace, workspace_bytes, True
+
+
+@pytest.fixture(params=emulator.ARCHS)
+def gpu(request, monkeypatch):
+    with emulator.session(request.param, threads=2) as emulated:
+
+        def launcher(kernel, problem, device):
+            def launch(packed):
+                tensors = abi.AttentionTensors.from_buffer_copy(packed)
+                emulated.forbid_all()
+                needed = kernel.workspace_bytes(problem)
+                for address, nbytes, writable in ranges(problem, tensors, kernel.spec.head_dim, needed):
+                    if address and nbytes:
+                        emulated.allow(address, nbytes, writable)
+                code = kernel.launch_raw(ctypes.addressof(problem), packed, None)
+                emulated.check()
+                kernel.check(code)
+                launched.add(kernel.spec.kernel)
+
+            return launch
+
+        launched = emulated.launched = set()
+        monkeypatch.setattr("aiter.plan.arch_of", lambda device: request.param)
+        monkeypatch.setattr("aiter.plan.launcher", launcher)
+        monkeypatch.setattr("problems.DEVICE", "cpu")
+        monkeypatch.setattr(dispatch, "_plans", {})
+        monkeypatch.setattr(dispatch, "_latest", {})
+        yield emulated
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_flash_attn_func(gpu, dtype):
+    check_dense(dtype, 64, 100, 130, (4, 2), causal=True, layout=("heads_first", "sliced", "last"))
+    check_dense(dtype, 64, 2, 300, (4, 2), causal=False, batch=1)
+    assert gpu.launched == {"attention_forward", "attention_decode"}
+
+
+def test_grouped_and_multi_query(gpu):
+    check_grouped(torch.bfloat16, 64, 70, 1, 3, causal=True)
+
+
+@pytest.mark.parametrize("seq_q", (1, 80))
+def test_flash_attn_with_kvcache(gpu, seq_q):
+    check_kvcache(torch.bfloat16, 64, "stacked", 16, [0, 100, 33], seq_q, (4, 2), causal=True)
+    check_kvcache(torch.bfloat16, 64, "pair", 3, [50, 7, 64], seq_q, (4, 2), causal=True, all_full=True)
+
+
+@pytest.mark.parametrize("form", ("padded", "packed", "padded paged", "packed paged"))
+def test_variable_length_attention(gpu, form):
+    check_variable_length(torch.bfloat16, 64, form, [65, 0, 130], 7, (4, 2), causal=True)
