@@ -1,0 +1,230 @@
+/* The gradient of one block of query rows with respect to one tile of keys: five products, in the layouts of packed.h.
+ *
+ *                keys of the tile ->                                   a strip of STRIP_ROWS keys at a time:
+ *   query rows   S  = Q K^T         P  = 2^(scale S - lse)             dV^T += dO^T P
+ *       |        dP = dO V^T        dS = P (dP - delta)                dK^T += Q^T dS
+ *       v
+ *                                             when all strips are done:   dQ += dS K
+ *
+ * Keys lie along the vector lanes here. So the right operands of all products are what is packed once per tile of keys
+ * (K^T, V^T, K) or has just been computed (P, dS), the left ones are rows of Q and dO as they come, and the two numbers
+ * that belong to a row, its log-sum-exp and delta = dO . O - d(lse), are broadcast.
+ */
+#ifndef AITER_CPU_BACKWARD_BLOCK_H
+#define AITER_CPU_BACKWARD_BLOCK_H
+
+#if AITER_TILES
+#include "matrix_amx.h"
+#else
+#include "matrix_vector.h"
+#endif
+
+constexpr int BLOCK_ROWS = BLOCK_KEYS; /* query rows are packed as keys are in the forward pass */
+constexpr int PANELS = (DIM + STRIP_ROWS - 1) / STRIP_ROWS; /* K and dQ have head_dim along the lanes, in panels */
+#if AITER_TILES
+constexpr int STRIP_MULTIPLE = STRIP_VECTORS; /* tiles come in pairs: a narrower strip is filled with zeros */
+#else
+constexpr int STRIP_MULTIPLE = 1;
+#endif
+
+/* Keys per tile: K^T, V^T, K and the gradients of keys and values share L2 with a block of rows. */
+constexpr int TILE_STRIPS = 65536 / DIM < 1024 ? 65536 / DIM / STRIP_ROWS : 1024 / STRIP_ROWS;
+constexpr int TILE_KEYS = TILE_STRIPS * STRIP_ROWS;
+constexpr int TILE_STEPS = TILE_KEYS / STEP_ELEMENTS;
+constexpr int LEFT_ROW = TILE_STEPS + LANES; /* steps from one row of dS to the next: no power of two, for the L1 cache */
+
+/* Where the rows of one operand lie: row r is token r / group of head r % group. */
+struct Rows {
+    Element *first;
+    int64_t token_stride, head_stride, group;
+
+    Rows(const void *tensor, const int64_t *strides, int64_t batch, int64_t token, int64_t head, int64_t heads)
+        : first(static_cast<Element *>(const_cast<void *>(tensor)) + batch * strides[0] + token * strides[1]
+                + head * heads * strides[2]),
+          token_stride(strides[1]), head_stride(strides[2]), group(heads) {}
+
+    Element *operator[](int64_t row) const {
+        return group == 1 ? first + row * token_stride : first + row / group * token_stride + row % group * head_stride;
+    }
+};
+
+/* A tile of keys and the gradients that it gathers. */
+struct KeyTile {
+    Step *keys_t, *values_t;            /* K^T, V^T [strip][DIM_STEPS][STRIP_ROWS] */
+    Step *keys;                         /* K [panel][TILE_STEPS][STRIP_ROWS] */
+    float *grad_keys_t, *grad_values_t; /* [strip][DIM][STRIP_ROWS] */
+    int64_t first;                      /* of its keys */
+    int count, vectors;                 /* keys, and the vectors that hold them */
+};
+
+/* A block of query rows. */
+struct RowBlock {
+    Step *queries, *grads;     /* Q, dO [row][DIM_STEPS] */
+    Step *queries_t, *grads_t; /* Q^T, dO^T, as pack_values leaves them */
+    const float *lse, *delta;  /* lse as a power of two; rows that take no part have +inf, which makes P zero */
+    int32_t *visible;          /* keys below this are seen */
+    int rows;                  /* a multiple of KEY_MULTIPLE */
+    int32_t fewest_visible, most_visible;
+};
+
+/* What lies between the products. */
+struct Weights {
+    float *scores, *grads;       /* S, dP [row][STRIP_ROWS] */
+    Step *right, *grad_right;    /* P, dS [row step][STRIP_ROWS] */
+    Step *grad_left;             /* dS [row][LEFT_ROW] */
+};
+
+static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, int64_t a_row, int64_t a_step,
+                                              const Step *b, int count, int steps, bool accumulate) {
+    switch (vectors) {
+#if !AITER_TILES
+    case 1: return multiply<1>(c, a, a_row, a_step, b, count, steps, accumulate);
+#endif
+#if AITER_AVX512 && !AITER_TILES || AITER_AVX2
+    case 2: return multiply<2>(c, a, a_row, a_step, b, count, steps, accumulate);
+#endif
+    default: return multiply<STRIP_VECTORS>(c, a, a_row, a_step, b, count, steps, accumulate);
+    }
+}
+
+AITER_INLINE int vectors_of_panel(int panel) {
+    return static_cast<int>(minimum(STRIP_VECTORS, (DIM + LANES - 1) / LANES - panel * STRIP_VECTORS));
+}
+
+/* K^T or V^T of a tile. */
+static void pack_columns(Step *columns, const Rows &rows, const KeyTile &tile) {
+    for (int v = 0; v < tile.vectors; v++) {
+        const Element *lanes[LANES];
+        for (int i = 0; i < LANES; i++) lanes[i] = v * LANES + i < tile.count ? rows[tile.first + v * LANES + i] : nullptr;
+        pack_queries(columns + v / STRIP_VECTORS * DIM_STEPS * STRIP_ROWS + v % STRIP_VECTORS * LANES, lanes, false);
+    }
+}
+
+/* K of a tile, in panels. */
+static void pack_panels(Step *panels, const Rows &rows, const KeyTile &tile) {
+    for (int s = 0; s < tile.vectors * LANES / STEP_ELEMENTS; s++) {
+        const int key = s * STEP_ELEMENTS;
+        for (int d = 0; d < round_up(DIM, LANES); d += LANES) {
+            StepVec steps = StepVec{};
+            if (key < tile.count && d < HEAD_DIM) {
+                const Element *low = rows[tile.first + key] + d;
+#if AITER_PAIRS
+                steps = interleave(low, key + 1 < tile.count ? rows[tile.first + key + 1] + d : nullptr, HEAD_DIM - d);
+#else
+                steps = to_floats(low, HEAD_DIM - d);
+#endif
+            }
+            store_steps(panels + (d / STRIP_ROWS * TILE_STEPS + s) * STRIP_ROWS + d % STRIP_ROWS, steps);
+        }
+    }
+}
+
+/* Stores values of two rows as a right operand and, where `left` is not null, also as rows of a left one. */
+AITER_INLINE void store_pair(Step *right, Step *left, Vec low, Vec high) {
+#if AITER_PAIRS
+#if AITER_DTYPE_BF16
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+    HalfVec halves[2];
+    memcpy(halves, &both, sizeof halves);
+#else
+    const HalfVec halves[2] = {to_elements(low), to_elements(high)};
+#endif
+    store_steps(right, __builtin_convertvector(halves[0], IntVec) | (__builtin_convertvector(halves[1], IntVec) << 16));
+    if (left) {
+        memcpy(left, &halves[0], sizeof halves[0]);
+        memcpy(left + LEFT_ROW, &halves[1], sizeof halves[1]);
+    }
+#else
+    store(right, low);
+    store(right + STRIP_ROWS, high);
+    if (left) {
+        store(left, low);
+        store(left + LEFT_ROW, high);
+    }
+#endif
+}
+
+/* From S and dP to P and dS, for a strip that begins at `first_key` of the tile. */
+template <bool MASKED>
+static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_first, int first_key, int vectors,
+                          float scale_log2) {
+    IntVec lane = IntVec{};
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int r = 0; r < block.rows; r += 2) {
+        for (int v = 0; v < vectors; v++) {
+            const int64_t at = r * STRIP_ROWS + v * LANES;
+            Vec low = exp2<EXP2_DEGREE>(load(w.scores + at) * scale_log2 - block.lse[r]);
+            Vec high = exp2<EXP2_DEGREE>(load(w.scores + at + STRIP_ROWS) * scale_log2 - block.lse[r + 1]);
+            Vec grad_low = low * (load(w.grads + at) - block.delta[r]);
+            Vec grad_high = high * (load(w.grads + at + STRIP_ROWS) - block.delta[r + 1]);
+            if (MASKED) { /* selected, not multiplied: what is masked may be inf or NaN */
+                const IntVec key = lane + static_cast<int32_t>(tile_first + first_key + v * LANES);
+                const IntVec sees_low = key < block.visible[r], sees_high = key < block.visible[r + 1];
+                low = sees_low ? low : Vec{};
+                high = sees_high ? high : Vec{};
+                grad_low = sees_low ? grad_low : Vec{};
+                grad_high = sees_high ? grad_high : Vec{};
+            }
+            const int64_t right = r / STEP_ELEMENTS * STRIP_ROWS + v * LANES;
+            store_pair(w.right + right, nullptr, low, high);
+            store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + (first_key + v * LANES) / STEP_ELEMENTS,
+                       grad_low, grad_high);
+        }
+    }
+}
+
+/* Adds the block's part to the gradients of the tile's keys and values, and leaves dS; returns how many of its keys
+ * dS covers: those that the block sees, rounded up. */
+static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, float scale_log2) {
+    const int seen = static_cast<int>(minimum(tile.count, block.most_visible - tile.first));
+    const int vectors = round_up((seen + LANES - 1) / LANES, STRIP_MULTIPLE), row_steps = block.rows / STEP_ELEMENTS;
+    for (int v = 0; v < vectors; v += STRIP_VECTORS) {
+        const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
+        const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
+        product(width, w.scores, block.queries, DIM_STEPS, 1, tile.keys_t + columns, block.rows, DIM_STEPS, false);
+        product(width, w.grads, block.grads, DIM_STEPS, 1, tile.values_t + columns, block.rows, DIM_STEPS, false);
+        if (block.fewest_visible < tile.first + first_key + width * LANES)
+            differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
+        else
+            differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
+        product(width, tile.grad_values_t + sums, block.grads_t, VALUE_ROW, VALUE_STEP, w.right, DIM, row_steps, true);
+        product(width, tile.grad_keys_t + sums, block.queries_t, VALUE_ROW, VALUE_STEP, w.grad_right, DIM, row_steps, true);
+    }
+    return vectors * LANES;
+}
+
+/* dQ [panel][row][STRIP_ROWS] (+)= dS K */
+static void add_grad_queries(float *grad_queries, const KeyTile &tile, const RowBlock &block, const Weights &w, int keys,
+                             bool accumulate) {
+    for (int panel = 0; panel < PANELS; panel++)
+        product(vectors_of_panel(panel), grad_queries + panel * block.rows * STRIP_ROWS, w.grad_left, LEFT_ROW, 1,
+                tile.keys + panel * TILE_STEPS * STRIP_ROWS, block.rows, keys / STEP_ELEMENTS, accumulate);
+}
+
+/* Writes rows of dQ. */
+static void write_grad_queries(const Rows &rows, int64_t first, int count, const float *grad_queries, int padded,
+                               float scale) {
+    for (int r = 0; r < count; r++) {
+        Element *row = rows[first + r];
+        for (int d = 0; d < HEAD_DIM; d += LANES) {
+            const float *from = grad_queries + (d / STRIP_ROWS * padded + r) * STRIP_ROWS + d % STRIP_ROWS;
+            store_elements(row + d, load(from) * scale, HEAD_DIM - d);
+        }
+    }
+}
+
+/* Writes rows of dK or dV, which lie along the lanes until now. */
+static void write_columns(const Rows &rows, const KeyTile &tile, const float *columns, float scale) {
+    for (int v = 0; v < tile.vectors; v++) {
+        const float *strip = columns + static_cast<int64_t>(v / STRIP_VECTORS) * DIM * STRIP_ROWS + v % STRIP_VECTORS * LANES;
+        for (int d = 0; d < HEAD_DIM; d += LANES) {
+            Vec square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = d + i < DIM ? load(strip + (d + i) * STRIP_ROWS) * scale : Vec{};
+            transpose(square);
+            for (int i = 0; i < LANES && v * LANES + i < tile.count; i++)
+                store_elements(rows[tile.first + v * LANES + i] + d, square[i], HEAD_DIM - d);
+        }
+    }
+}
+
+#endif
