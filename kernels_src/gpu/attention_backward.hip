@@ -94,12 +94,12 @@ __global__ void __launch_bounds__(TERM_THREADS) row_terms(const GradArguments ar
 /* ---- the gradients ---- */
 
 /* Zeros where own and passing rows do not see each other. */
-template <class Scores, int SLOTS>
-__device__ __forceinline__ void hide(Scores &s, const Window (&windows)[SLOTS], int first) {
+template <class Scores, class Share>
+__device__ __forceinline__ void hide(Scores &s, const Share &share, int wave_row, int first) {
 #pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
-        const int low = windows[slot].low - first - Scores::lane_column();
-        const int high = windows[slot].high - first - Scores::lane_column();
+    for (int slot = 0; slot < Scores::SLOTS; ++slot) {
+        const Window window = share.see(wave_row + Scores::row(slot));
+        const int low = window.low - first - Scores::lane_column(), high = window.high - first - Scores::lane_column();
 #pragma unroll
         for (int i = 0; i < Scores::VALUES; ++i)
             if (Scores::column(i) < low || Scores::column(i) >= high) s.set(slot, i, 0.0f);
@@ -108,141 +108,202 @@ __device__ __forceinline__ void hide(Scores &s, const Window (&windows)[SLOTS], 
 
 template <int PASS> using TileOf = Backward<HEAD_DIM, PASS>;
 
-template <int PASS>
-__global__ void __launch_bounds__(TileOf<PASS>::THREADS, TileOf<PASS>::BLOCKS)
-    attention_backward(const GradArguments arguments) {
+/* What one block does. Blocks with most to do come first: those of the last query rows, or of the first keys. */
+template <int PASS> struct Share {
+    using Tile = TileOf<PASS>;
+    GradSequence sequence;
+    int kv_head, first_head, query_head, heads_passing;
+    int block_row, own_rows, padded_rows; /* of the own side: the first of the block, all that exist, all to be written */
+    int first, tiles;                     /* the first passing row, and how many tiles of them; the same for each head */
+
+    static __device__ __forceinline__ Work work(const aiter_attention_problem &problem, int block) {
+        return work_of_block(block, problem.batch * problem.heads_kv, heads(problem) * row_blocks(problem));
+    }
+    static __device__ __forceinline__ int heads(const aiter_attention_problem &problem) { /* that share passing rows */
+        return owns_queries(PASS) ? problem.heads_q / problem.heads_kv : 1;
+    }
+    static __device__ __forceinline__ int row_blocks(const aiter_attention_problem &problem) {
+        return ((owns_queries(PASS) ? problem.seqlen_q : problem.seqlen_k) + Tile::ROWS - 1) / Tile::ROWS;
+    }
+    __device__ __forceinline__ explicit Share(const GradArguments &arguments, int block)
+        : sequence(arguments, work(arguments.problem.forward, block).unit / arguments.problem.forward.heads_kv) {
+        const aiter_attention_problem &problem = arguments.problem.forward;
+        const Work work = Share::work(problem, block);
+        const int group = problem.heads_q / problem.heads_kv, row_block = work.part / heads(problem);
+        kv_head = work.unit % problem.heads_kv;
+        first_head = kv_head * group;
+        query_head = first_head + work.part % heads(problem);
+        heads_passing = owns_queries(PASS) ? 1 : group;
+        block_row = (owns_queries(PASS) ? row_blocks(problem) - 1 - row_block : row_block) * Tile::ROWS;
+        own_rows = owns_queries(PASS) ? sequence.query.count : sequence.key.count;
+        padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
+        first = see(block_row).low;
+        const int passing_rows = see(lesser(block_row + Tile::ROWS, own_rows) - 1).high - first;
+        tiles = block_row < own_rows && passing_rows > 0 ? (passing_rows + Tile::TOKENS - 1) / Tile::TOKENS : 0;
+    }
+    __device__ __forceinline__ Window see(int own_row) const { return window<CAUSAL, PASS>(sequence, own_row); }
+    __device__ __forceinline__ RowPair own() const {
+        return owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
+    }
+    __device__ __forceinline__ RowPair passing() const {
+        return owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
+    }
+};
+
+/* Starts one tile after the other on its way. */
+template <int PASS> struct Issue {
+    const Share<PASS> &share;
+    TileOf<PASS> &tile;
+    int head = 0, count = 0; /* of the next one: which of the passing heads, which of its tiles */
+    RowPair passing; /* of that head */
+
+    __device__ __forceinline__ Issue(const Share<PASS> &share, TileOf<PASS> &tile)
+        : share(share), tile(tile), passing(share.passing()) {}
+    __device__ __forceinline__ void operator()() {
+        if (head == share.heads_passing) return tile.skip();
+        tile.issue(passing, share.first + count * TileOf<PASS>::TOKENS);
+        if (++count < share.tiles) return;
+        count = 0;
+        if (++head < share.heads_passing) share.sequence.next_head(passing);
+    }
+};
+
+template <int PASS> __device__ __forceinline__ void carry(const Share<PASS> &share, TileOf<PASS> &tile) {
+    if (share.tiles == 0) return;
+    tile.load_own(share.own(), share.block_row);
+    Issue<PASS> issue(share, tile);
+    for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
+}
+
+/* The gradients of this wave's own rows. */
+template <int PASS, class Output>
+__device__ __forceinline__ void multiply(const Share<PASS> &share, TileOf<PASS> &tile, int wave_row, Output &grad_x,
+                                         Output &grad_y) {
     using Tile = TileOf<PASS>;
     using Scores = typename Tile::Scores;
-    using Output = typename Tile::Output;
-    constexpr int SLOTS = Scores::SLOTS, COLUMN_RUN = Tile::COLUMN_RUN;
-    constexpr int TEAM_ROWS = Tile::TEAM * ROW_TILE;
-    AITER_SHARED(shared, Tile::SHARED_BYTES);
+    constexpr int SLOTS = Scores::SLOTS, COLUMN_RUN = Tile::COLUMN_RUN, TEAM_ROWS = Tile::TEAM * ROW_TILE;
 
-    /* Blocks with most to do come first: those of the last query rows, or of the first keys. */
-    const aiter_attention_problem &problem = arguments.problem.forward;
-    const int group = problem.heads_q / problem.heads_kv;
-    const int row_blocks = ((owns_queries(PASS) ? problem.seqlen_q : problem.seqlen_k) + Tile::ROWS - 1) / Tile::ROWS;
-    const int heads = owns_queries(PASS) ? group : 1;
-    const Work work = work_of_block(block(), problem.batch * problem.heads_kv, heads * row_blocks);
-    const int kv_head = work.unit % problem.heads_kv;
-    const int first_head = kv_head * group;
-    const int query_head = first_head + work.part % heads;
-    const int row_block = work.part / heads;
-    const int block_row = (owns_queries(PASS) ? row_blocks - 1 - row_block : row_block) * Tile::ROWS;
-
-    const GradSequence sequence(arguments, work.unit / problem.heads_kv);
-    const RowPair own = owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
-    const int padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
-    if (block_row >= padded_rows) return;
-    RowPair passing = owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
-
-    /* Passing rows that any own row of the block takes part with; of the team; and those that all rows of the team see. */
-    const int wave_row = block_row + wave() * ROW_TILE;
-    const int team_row = block_row + wave() / Tile::TEAM * TEAM_ROWS;
-    const Window first_row = window<CAUSAL, PASS>(sequence, block_row);
-    const Window last_row = window<CAUSAL, PASS>(sequence, lesser(block_row + Tile::ROWS, own.count) - 1);
-    const Window team_first = window<CAUSAL, PASS>(sequence, team_row);
-    const Window team_last = window<CAUSAL, PASS>(sequence, lesser(team_row + TEAM_ROWS, own.count) - 1);
-    Window windows[SLOTS];
+    Issue<PASS> issue(share, tile);
+    if (!Tile::CARRIERS) {
+        tile.load_own(share.own(), share.block_row);
+#pragma unroll
+        for (int stage = 0; stage < Tile::STAGES - 1; ++stage) issue();
+    }
+    /* The passing rows that the team takes part with are first.low ... last.high - 1; all of its rows do with those from
+     * last.low to first.high - 1. */
+    const int team_row = share.block_row + wave() / Tile::TEAM * TEAM_ROWS;
+    const Window team_first = share.see(team_row), team_last = share.see(lesser(team_row + TEAM_ROWS, share.own_rows) - 1);
     float log_sum[SLOTS], delta[SLOTS];
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Scores::row(slot);
-        windows[slot] = window<CAUSAL, PASS>(sequence, row);
         if (owns_queries(PASS)) {
-            log_sum[slot] = row < own.count ? own.terms.log_sum[row] : INFINITE;
-            delta[slot] = row < own.count ? own.terms.delta[row] : 0.0f;
+            const Terms terms = share.sequence.terms(share.query_head);
+            log_sum[slot] = row < share.own_rows ? terms.log_sum[row] : INFINITE;
+            delta[slot] = row < share.own_rows ? terms.delta[row] : 0.0f;
         }
     }
+    const float scale = share.sequence.arguments.problem.forward.softmax_scale * LOG2_E;
 
-    Tile tile(shared_address(shared));
+    for (int head = 0; head < share.heads_passing; ++head)
+        for (int count = 0, first = share.first; count < share.tiles; ++count, first += Tile::TOKENS) {
+            tile.publish();
+            if (!Tile::CARRIERS) issue();
+            const int end = first + Tile::TOKENS;
+            if (end <= team_first.low || first >= team_last.high) { /* causal: the tile is the other waves' */
+                tile.template release<0>();
+                continue;
+            }
+            const bool masked = first < team_last.low || end > team_first.high;
+            Scores p, ds;
+            tile.scores(p);
+            if (gives_x(PASS)) tile.grad_probabilities(ds);
+            tile.template release<gives_x(PASS) ? 2 : 1>();
+            tile.template finish<gives_x(PASS) ? 1 : 0>(p);
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+                float run[COLUMN_RUN];
+                if (!owns_queries(PASS)) tile.term(0, Scores::column(i) + Scores::lane_column(), run);
+#pragma unroll
+                for (int j = 0; j < COLUMN_RUN; ++j)
+#pragma unroll
+                    for (int slot = 0; slot < SLOTS; ++slot)
+                        p.set(slot, i + j, exp2(__builtin_fmaf(p.get(slot, i + j), scale,
+                                                               -(owns_queries(PASS) ? log_sum[slot] : run[j]))));
+            }
+            if (masked) hide(p, share, wave_row, first);
+            if (gives_y(PASS)) tile.add_to_y(p, grad_y);
+            if (!gives_x(PASS)) continue;
+            tile.template finish<gives_y(PASS) ? 1 : 0>(ds);
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+                float run[COLUMN_RUN];
+                if (!owns_queries(PASS)) tile.term(1, Scores::column(i) + Scores::lane_column(), run);
+#pragma unroll
+                for (int j = 0; j < COLUMN_RUN; ++j)
+#pragma unroll
+                    for (int slot = 0; slot < SLOTS; ++slot)
+                        ds.set(slot, i + j,
+                               p.get(slot, i + j) * (ds.get(slot, i + j) - (owns_queries(PASS) ? delta[slot] : run[j])));
+            }
+            if (masked) hide(ds, share, wave_row, first); /* 0 * inf or 0 * NaN */
+            tile.add_to_x(ds, grad_x);
+            tile.template wait<Tile::RUN_ON>();
+        }
+    if (gives_y(PASS)) tile.template finish<0>(grad_y);
+    if (gives_x(PASS)) tile.template finish<0>(grad_x);
+    tile.end();
+}
+
+template <int PASS> __device__ __forceinline__ void own(const Share<PASS> &first_share, TileOf<PASS> &tile) {
+    using Output = typename TileOf<PASS>::Output;
+    const int wave_row = first_share.block_row + wave() * ROW_TILE;
     Output grad_x, grad_y;
     if (gives_x(PASS)) grad_x.clear();
     if (gives_y(PASS)) grad_y.clear();
-    const int tiles = block_row < own.count ? (last_row.high - first_row.low + Tile::TOKENS - 1) / Tile::TOKENS : 0;
-    if (tiles > 0) {
-        const float scale = problem.softmax_scale * LOG2_E;
-        const int heads_passing = owns_queries(PASS) ? 1 : group;
-        int coming_head = 0, coming = 0; /* the next tile to set off: of which head of the group, which of its tiles */
-        const auto issue = [&] {
-            if (coming_head == heads_passing) return tile.skip();
-            tile.issue(passing, first_row.low + coming * Tile::TOKENS);
-            if (++coming == tiles) {
-                coming = 0;
-                if (++coming_head < heads_passing) passing = sequence.queries(first_head + coming_head);
-            }
-        };
-        tile.load_own(own, block_row);
-#pragma unroll
-        for (int stage = 0; stage < Tile::STAGES - 1; ++stage) issue();
+    if (first_share.tiles > 0) multiply<PASS>(first_share, tile, wave_row, grad_x, grad_y);
 
-        for (int count = 0, first = first_row.low; count < tiles * heads_passing; ++count) {
-            tile.publish();
-            issue();
-            const int end = first + Tile::TOKENS;
-            if (end > team_first.low && first < team_last.high) {
-                const bool masked = first < team_last.low || end > team_first.high;
-                Scores p, ds;
-                tile.scores(p);
-                if (gives_x(PASS)) tile.grad_probabilities(ds);
-                tile.template finish<gives_x(PASS) ? 1 : 0>(p);
-#pragma unroll
-                for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
-                    float run[COLUMN_RUN];
-                    if (!owns_queries(PASS)) tile.term(0, Scores::column(i) + Scores::lane_column(), run);
-#pragma unroll
-                    for (int j = 0; j < COLUMN_RUN; ++j)
-#pragma unroll
-                        for (int slot = 0; slot < SLOTS; ++slot)
-                            p.set(slot, i + j, exp2(__builtin_fmaf(p.get(slot, i + j), scale,
-                                                                   -(owns_queries(PASS) ? log_sum[slot] : run[j]))));
-                }
-                if (masked) hide(p, windows, first);
-                if (gives_y(PASS)) tile.add_to_y(p, grad_y);
-                if (gives_x(PASS)) {
-                    tile.template finish<gives_y(PASS) ? 1 : 0>(ds);
-#pragma unroll
-                    for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
-                        float run[COLUMN_RUN];
-                        if (!owns_queries(PASS)) tile.term(1, Scores::column(i) + Scores::lane_column(), run);
-#pragma unroll
-                        for (int j = 0; j < COLUMN_RUN; ++j)
-#pragma unroll
-                            for (int slot = 0; slot < SLOTS; ++slot)
-                                ds.set(slot, i + j,
-                                       p.get(slot, i + j) *
-                                           (ds.get(slot, i + j) - (owns_queries(PASS) ? delta[slot] : run[j])));
-                    }
-                    if (masked) hide(ds, windows, first); /* 0 * inf or 0 * NaN */
-                    tile.add_to_x(ds, grad_x);
-                }
-                if (gives_y(PASS)) tile.template finish<0>(grad_y);
-                if (gives_x(PASS)) tile.template finish<0>(grad_x);
-            }
-            first = count % tiles == tiles - 1 ? first_row.low : end;
-        }
-        barrier(); /* store may use the shared memory */
-    }
-
+    /* Worked out anew, so that the loop need not keep it in registers. */
+    const Share<PASS> share(first_share.sequence.arguments, TileOf<PASS>::forget(block()));
     const auto store = [&](Output &gradient, void *tensor, const int64_t(&strides)[3], float factor) {
-        const Rows rows =
-            owns_queries(PASS) ? sequence.query_rows(tensor, strides, query_head) : sequence.key_rows(tensor, strides, kv_head);
+        const Rows rows = owns_queries(PASS) ? share.sequence.query_rows(tensor, strides, share.query_head)
+                                             : share.sequence.key_rows(tensor, strides, share.kv_head);
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) {
-            const bool exists = wave_row + Output::row(slot) < own.count;
+        for (int slot = 0; slot < Output::SLOTS; ++slot) {
+            const bool exists = wave_row + Output::row(slot) < share.own_rows;
 #pragma unroll
             for (int i = 0; i < Output::VALUES; ++i)
                 gradient.set(slot, i, exists ? gradient.get(slot, i) * factor : 0.0f);
         }
         tile.store(gradient, [&](int row) {
-            return wave_row + row < padded_rows ? reinterpret_cast<Element *>(rows.row(wave_row + row)) : nullptr;
+            return wave_row + row < share.padded_rows ? reinterpret_cast<Element *>(rows.row(wave_row + row)) : nullptr;
         });
     };
-    const aiter_attention_grad_problem &p = arguments.problem;
-    const aiter_attention_grad_tensors &t = arguments.tensors;
-    if (owns_queries(PASS)) store(grad_x, t.grad_query, p.grad_query_strides, problem.softmax_scale);
-    if (!owns_queries(PASS) && gives_x(PASS)) store(grad_x, t.grad_key, p.grad_key_strides, problem.softmax_scale);
+    const aiter_attention_grad_problem &p = share.sequence.arguments.problem;
+    const aiter_attention_grad_tensors &t = share.sequence.arguments.tensors;
+    if (owns_queries(PASS)) store(grad_x, t.grad_query, p.grad_query_strides, p.forward.softmax_scale);
+    if (!owns_queries(PASS) && gives_x(PASS)) store(grad_x, t.grad_key, p.grad_key_strides, p.forward.softmax_scale);
     if (gives_y(PASS)) store(grad_y, t.grad_value, p.grad_value_strides, 1.0f);
+}
+
+template <int PASS>
+__global__ void __launch_bounds__(TileOf<PASS>::THREADS, TileOf<PASS>::BLOCKS)
+    attention_backward(const GradArguments arguments) {
+    AITER_SHARED(shared, TileOf<PASS>::SHARED_BYTES);
+    const Share<PASS> share(arguments, block());
+    if (share.block_row >= share.padded_rows) return;
+    TileOf<PASS> tile(shared_address(shared));
+    if constexpr (TileOf<PASS>::CARRIERS) {
+        if (tile.carries()) {
+            tile.begin_to_carry();
+            carry<PASS>(share, tile);
+        } else {
+            tile.begin_to_own();
+            own<PASS>(share, tile);
+        }
+    } else {
+        own<PASS>(share, tile);
+    }
 }
 
 template <int PASS> int launch_pass(const GradArguments &arguments, void *stream) {

@@ -46,7 +46,7 @@ struct Terms {
 
 struct RowPair {
     Rows x, y;
-    Terms terms; /* of passing query rows */
+    Terms terms; /* of query rows */
     int count;
 };
 
@@ -75,10 +75,14 @@ struct GradSequence {
     __device__ __forceinline__ Rows key_rows(const void *tensor, const int64_t (&strides)[3], int head) const {
         return rows(tensor, strides, key, arguments.problem.forward.packed_k, head);
     }
+    __device__ __forceinline__ int64_t query_tokens() const {
+        const aiter_attention_problem &p = arguments.problem.forward;
+        return p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q;
+    }
     /* A plane of log_sum, then a plane of delta; in each a row of all tokens for every query head. */
     __device__ __forceinline__ Terms terms(int head) const {
         const aiter_attention_problem &p = arguments.problem.forward;
-        const int64_t tokens = p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q;
+        const int64_t tokens = query_tokens();
         float *log_sum = static_cast<float *>(arguments.tensors.workspace) + head * tokens +
                          (p.packed_q ? query.begin : int64_t(batch) * p.seqlen_q);
         return {log_sum, log_sum + p.heads_q * tokens};
@@ -87,6 +91,14 @@ struct GradSequence {
         return {query_rows(arguments.tensors.query, arguments.problem.forward.query_strides, head),
                 query_rows(arguments.tensors.grad_output, arguments.problem.grad_output_strides, head), terms(head),
                 query.count};
+    }
+    /* From the rows of a query head to those of the next. */
+    __device__ __forceinline__ void next_head(RowPair &pair) const {
+        const int64_t tokens = query_tokens();
+        pair.x.row_0 += arguments.problem.forward.query_strides[2] * 2;
+        pair.y.row_0 += arguments.problem.grad_output_strides[2] * 2;
+        pair.terms.log_sum += tokens;
+        pair.terms.delta += tokens;
     }
     __device__ __forceinline__ RowPair keys(int head) const {
         return {key_rows(arguments.tensors.key, arguments.problem.forward.key_strides, head),

@@ -22,9 +22,12 @@ template <int HEAD_DIM, int PASS> struct Backward {
     static constexpr int STAGES = 2;
     static constexpr int BLOCKS = HEAD_DIM <= 64 || (HEAD_DIM <= 128 && PASS == GRAD_QUERY) ? 2 : 1;
     static constexpr int COLUMN_RUN = 4;
+    static constexpr int RUN_ON = 0;
+    static constexpr bool CARRIERS = false;
     static constexpr bool BOTH_IN_ONE_PASS = HEAD_DIM <= 128; /* the gradients of keys and values */
     using Scores = Accumulator<1, TOKENS>;
     using Output = Accumulator<1, HEAD_DIM>;
+    static __device__ __forceinline__ int forget(int x) { return opaque_scalar(x); }
 
     using Own = Query<HEAD_DIM, 1>;
     using Layout = KeyValueTile<HEAD_DIM, TOKENS, THREADS>; /* by rows as its keys, transposed as its values */
@@ -35,7 +38,8 @@ template <int HEAD_DIM, int PASS> struct Backward {
     static constexpr int TRANSPOSED_AT = (BY_ROWS[0] + BY_ROWS[1]) * ROW_BYTES;
     static constexpr int TERMS_AT = TRANSPOSED_AT + (TRANSPOSED[0] + TRANSPOSED[1]) * TRANSPOSED_BYTES;
     static constexpr int SHARED_BYTES = TERMS_AT + 2 * TOKENS * 4;
-    static_assert(2 * Layout::UNITS % THREADS == 0 && Layout::UNITS % WAVE == 0, "a wave carries units of one tensor");
+    static constexpr bool EVEN = 2 * Layout::UNITS % THREADS == 0; /* else some waves carry nothing */
+    static_assert(Layout::UNITS % WAVE == 0, "a wave carries units of one tensor");
 
     SharedAddress shared;
     Own own_x, own_y;
@@ -60,6 +64,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
     static __device__ __forceinline__ int tensor(int copy) {
         return (wave() * WAVE + copy * THREADS) / Layout::UNITS;
     }
+    static __device__ __forceinline__ bool carries(int copy) { return EVEN || tensor(copy) < 2; }
     static __device__ __forceinline__ int unit(int copy) {
         return thread_in_block() + copy * THREADS - tensor(copy) * Layout::UNITS;
     }
@@ -76,7 +81,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
             for (int k = 0; k < 4; ++k) {
                 const int place = token + k < last ? token + k : last;
                 carried[copy][k] = u32x4{0, 0, 0, 0};
-                if (HEAD_DIM % 64 == 0 || chunk < HEAD_DIM / 8)
+                if (carries(copy) && (HEAD_DIM % 64 == 0 || chunk < HEAD_DIM / 8))
                     carried[copy][k] = *reinterpret_cast<const u32x4 *>(
                         base + (static_cast<uint32_t>(place) * static_cast<uint32_t>(from.stride) + chunk * 16));
             }
@@ -99,13 +104,14 @@ template <int HEAD_DIM, int PASS> struct Backward {
         }
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
+            if (!carries(copy)) continue;
             const int u = unit(copy), chunk = Layout::unit_chunk(u), is_y = tensor(copy);
             if ((is_y ? BY_ROWS[1] : BY_ROWS[0]) && chunk < Own::STEPS * 2) {
                 const SharedAddress to = opaque(shared + is_y * BY_ROWS[0] * ROW_BYTES +
                                                 RowLayout<HEAD_DIM>::chunk(Layout::unit_key(u), chunk));
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
-                    shared_store((to ^ (k << 4)) + k * RowLayout<HEAD_DIM>::BYTES, carried[copy][k]);
+                    shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), carried[copy][k]);
             }
             if ((is_y ? TRANSPOSED[1] : TRANSPOSED[0]) && chunk < Layout::CHUNKS) {
                 const int place = Layout::unit_place(u);
@@ -117,7 +123,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
                     const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
                     const u32x2 four = {__builtin_amdgcn_perm(carried[copy][1][i / 2], carried[copy][0][i / 2], half),
                                         __builtin_amdgcn_perm(carried[copy][3][i / 2], carried[copy][2][i / 2], half)};
-                    shared_store((to ^ (Layout::value_offset(i, 0) & 127)) + (Layout::value_offset(i, 0) & ~127u), four);
+                    shared_store(further(to, Layout::value_offset(i, 0)), four);
                 }
             }
         }
@@ -142,8 +148,8 @@ template <int HEAD_DIM, int PASS> struct Backward {
         for (int n = 0; n < TOKENS / 32; ++n)
 #pragma unroll
             for (int j = 0; j < Own::STEPS; ++j)
-                s.tile[0][n] = multiply_add(shared_load<u32x4>((from ^ ((2 * j & 7) << 4)) + 2 * j / 8 * 128 + tile +
-                                                               n * 32 * RowLayout<HEAD_DIM>::BYTES),
+                s.tile[0][n] = multiply_add(shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)) +
+                                                               tile),
                                             own.operand[0][j], s.tile[0][n]);
     }
 
@@ -156,9 +162,8 @@ template <int HEAD_DIM, int PASS> struct Backward {
             for (int i = 0; i < 4; ++i) p[i] = to_elements(s.get(0, 8 * j + 2 * i), s.get(0, 8 * j + 2 * i + 1));
 #pragma unroll
             for (int n = 0; n < Output::TILES; ++n) {
-                const uint32_t step = Layout::value_offset(n * 32, 2 * j);
-                o.tile[0][n] = multiply_add(shared_load<u32x4>((from ^ (step & 127)) + (step & ~127u) + tile), p,
-                                            o.tile[0][n]);
+                o.tile[0][n] = multiply_add(
+                    shared_load<u32x4>(further(from, Layout::value_offset(n * 32, 2 * j)) + tile), p, o.tile[0][n]);
             }
         }
     }
@@ -169,7 +174,10 @@ template <int HEAD_DIM, int PASS> struct Backward {
         for (int i = 0; i < COLUMN_RUN; ++i) run[i] = four[i];
     }
 
-    template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &) {}
+    template <int> __device__ __forceinline__ void release() {}
+    template <int> static __device__ __forceinline__ void wait() {}
+    template <int, class Matrix> static __device__ __forceinline__ void finish(Matrix &) {}
+    static __device__ __forceinline__ void end() {}
 
     template <class RowPointer> __device__ __forceinline__ void store(const Output &gradient, RowPointer row) const {
         store_output<HEAD_DIM, 1>(gradient, shared, row);

@@ -67,6 +67,28 @@ __device__ __forceinline__ void multiply_transposed(float (*c)[4], const uint32_
 }
 
 } // namespace wgmma
+
+/* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
+namespace mbarrier {
+
+__device__ __forceinline__ void make(SharedAddress at, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(SharedAddress at) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
+}
+/* As soon as all copies that this thread has begun (cp.async) are there. */
+__device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+}
+/* Until the phase of this parity is complete; the phase before the first one, of parity 1, is. */
+__device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
+    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
+                 ::"r"(at), "r"(parity)
+                 : "memory");
+}
+
+} // namespace mbarrier
 } // namespace aiter
 #endif
 
