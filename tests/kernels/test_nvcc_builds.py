@@ -1,0 +1,28 @@
+"""Every GPU kernel compiles for NVIDIA GPUs from the same source: nvcc needs no GPU for that."""
+
+import pytest
+
+from aiter.jit.cache import Cache
+from aiter.jit.recipe import recipe_for
+from aiter.jit.spec import Spec
+from aiter.jit.toolchain import NvccToolchain
+
+pytestmark = pytest.mark.skipif(NvccToolchain().find() is None, reason="no nvcc: set AITER_NVCC or put it on PATH")
+PAGED = (("paged", 1),)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    (
+        Spec("attention_forward", "bf16", 128, True, "sm_90a"),
+        Spec("attention_forward", "fp16", 64, False, "sm_80", PAGED),
+        Spec("attention_decode", "bf16", 128, False, "sm_90a", PAGED),
+        Spec("attention_decode", "fp16", 40, True, "sm_80"),
+        Spec("attention_backward", "bf16", 128, True, "sm_90a"),
+        Spec("attention_backward", "fp16", 64, False, "sm_80"),
+    ),
+    ids=lambda spec: spec.name,
+)
+def test_builds(spec):
+    with Cache().obtain(recipe_for(spec)) as entry:
+        assert entry.library.stat().st_size > 10_000

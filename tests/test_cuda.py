@@ -1,0 +1,160 @@
+"""What only a real GPU can show: streams, devices, threads, graphs, sizes beyond 2^31 elements, no synchronisation."""
+
+import threading
+
+import pytest
+import torch
+from accuracy import assert_as_accurate, pytorch_attend_one
+
+import aiter
+from aiter import reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+
+
+def qkv(batch=2, seq_q=128, seq_k=128, heads_q=8, heads_kv=2, head_dim=64, dtype=torch.bfloat16, device="cuda"):
+    query = torch.randn(batch, seq_q, heads_q, head_dim, device=device, dtype=dtype)
+    key, value = (torch.randn(batch, seq_k, heads_kv, head_dim, device=device, dtype=dtype) for _ in range(2))
+    return query, key, value
+
+
+def decode(batch=4, seq_k=4096):
+    """A decoding call with pages: arguments and options."""
+    query, page_size = torch.randn(batch, 1, 32, 128, device="cuda", dtype=torch.bfloat16), 16
+    pages = batch * seq_k // page_size
+    cache = torch.randn(2, pages, 8, page_size, 128, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(pages, device="cuda").view(batch, -1).int()
+    lengths = torch.randint(1, seq_k, (batch,), device="cuda", dtype=torch.int32)
+    return (query, cache, table, page_size), {"cache_seqlens": lengths}
+
+
+CALLS = {
+    "forward": lambda: (aiter.flash_attn_func, qkv(seq_q=500, seq_k=700), {"causal": True}),
+    "decode": lambda: (aiter.flash_attn_func, qkv(seq_q=1, seq_k=9000), {}),
+    "paged decode": lambda: (aiter.flash_attn_with_kvcache, *decode()),
+    "packed": lambda: (
+        aiter.variable_length_attention,
+        (*(t.flatten(0, 1) for t in qkv()), torch.tensor([100, 156], device="cuda"), 200),
+        {"causal": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_call_does_not_synchronise(call):
+    operation, arguments, options = call()
+    operation(*arguments, **options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        operation(*arguments, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_graph_capture_and_replay(call):
+    operation, arguments, options = call()
+    expected = operation(*arguments, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = operation(*arguments, **options)
+    for _ in range(3):
+        output.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(output, expected, rtol=0, atol=0)
+    arguments[0].copy_(torch.randn_like(arguments[0]))
+    graph.replay()
+    torch.testing.assert_close(output, operation(*arguments, **options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_runs_on_the_current_stream(call):
+    """The query is filled by a slow kernel on a side stream: a launch on any other stream would read it too early."""
+    operation, arguments, options = call()
+    query, stream = arguments[0], torch.cuda.Stream()
+    fresh = torch.randn_like(query)
+    expected = operation(fresh, *arguments[1:], **options)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        query.zero_()
+        torch.cuda._sleep(50_000_000)
+        query.copy_(fresh)
+        output = operation(*arguments, **options)
+    stream.synchronize()
+    torch.testing.assert_close(output, expected, rtol=0, atol=0)
+
+
+def test_threads_share_kernels():
+    calls = [make() for make in CALLS.values()] * 4
+    expected = [operation(*arguments, **options) for operation, arguments, options in calls]
+    results = [None] * len(calls)
+
+    def run(index):
+        operation, arguments, options = calls[index]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                results[index] = operation(*arguments, **options)
+            torch.cuda.current_stream().synchronize()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result, reference_ in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference_, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one GPU only")
+def test_runs_on_the_device_of_the_tensors():
+    tensors = qkv(device="cuda:1")
+    with torch.cuda.device(0):
+        output = aiter.flash_attn_func(*tensors)
+    assert output.device == tensors[0].device
+    expected, _ = reference.attend_one(*(t[0] for t in tensors), False)
+    assert_as_accurate(output[0], expected, pytorch_attend_one(*(t[0] for t in tensors), False))
+
+
+def test_bad_values_on_the_gpu_stay_inside_the_tensors(monkeypatch):
+    """Page numbers and lengths that nobody checked must not fault; AITER_CHECK_VALUES=1 names them."""
+    (query, cache, table, page_size), options = decode()
+    table[0, 0], table[1, 1], options["cache_seqlens"][2] = -5, 10**8, 10**8
+    aiter.flash_attn_with_kvcache(query, cache, table, page_size, **options)
+    packed = [t.flatten(0, 1) for t in qkv()]
+    for lengths in ([10**6, 10**6], [-3, 256], [2**31 - 1, 2**31 - 1]):
+        aiter.variable_length_attention(*packed, torch.tensor(lengths, device="cuda", dtype=torch.int32), 200)
+    torch.cuda.synchronize()
+    monkeypatch.setenv("AITER_CHECK_VALUES", "1")
+    with pytest.raises(ValueError, match="cache_seqlens"):
+        aiter.flash_attn_with_kvcache(query, cache, table, page_size, **options)
+
+
+def test_float32_is_an_error_that_says_what_is_supported():
+    with pytest.raises(aiter.errors.UnsupportedDtypeError, match="fp16, bf16"):
+        aiter.flash_attn_func(*qkv(dtype=torch.float32))
+
+
+def test_more_than_2_31_elements():
+    """Batch entries beyond the reach of 32-bit offsets give what they give alone."""
+    batch, seqlen, heads, head_dim = 9, 16384, 128, 128  # 2.4e9 elements a tensor
+    query, key, value = (
+        torch.randn(batch, seqlen, heads, head_dim, device="cuda", dtype=torch.float16) for _ in range(3)
+    )
+    rows = slice(seqlen - 128, None)
+    output = aiter.flash_attn_func(query[:, rows], key, value)
+    assert query.numel() > 2**31
+    alone = aiter.flash_attn_func(*(t.clone() for t in (query[-1:, rows], key[-1:], value[-1:])))
+    torch.testing.assert_close(output[-1:], alone, rtol=0, atol=0)
+    one = aiter.flash_attn_func(query[:, -1:], key, value)
+    torch.testing.assert_close(one[-1:], alone[:, -1:], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_131072_tokens(causal):
+    seqlen = 131072
+    query, key, value = qkv(batch=1, seq_q=seqlen, seq_k=seqlen, heads_q=2, heads_kv=1, head_dim=128)
+    output = aiter.flash_attn_func(query, key, value, causal)
+    tail = [query[0, -64:], key[0], value[0]]  # bottom-right alignment: the last rows are a problem of their own
+    expected, _ = reference.attend_one(*tail, causal)
+    assert_as_accurate(output[0, -64:], expected, pytorch_attend_one(*tail, causal))
