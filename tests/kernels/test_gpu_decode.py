@@ -1,0 +1,192 @@
+"""The decoding kernel (few query tokens, split over the keys) on emulated AMD GPUs and on a CUDA device, against float64.
+
+Compiling takes longer than running: CASES gives every head_dim on every target, and between them all combinations of
+dtype, causal and paged; each test then sends many problems through one kernel.
+"""
+
+import math
+
+import pytest
+import torch
+from decode_driver import DTYPES, TARGETS, attend, device, require
+from problems import Sequence, assert_sequences
+
+from aiter import reference
+
+NAME = "attention_decode"
+TILE = {"cuda": 16}  # keys that one wave takes at a time; 32 on AMD
+WAVES = 4
+
+# (dtype, head_dim, causal, paged)
+SHARED = (("bf16", 64, False, True), ("fp16", 80, True, False), ("bf16", 128, True, False), ("fp16", 128, False, True))
+CASES = {
+    "gfx90a": (*SHARED, ("bf16", 40, True, True), ("fp16", 192, False, False), ("bf16", 256, False, False)),
+    "gfx942": (*SHARED, ("fp16", 40, False, False), ("bf16", 192, True, True), ("fp16", 256, True, True)),
+    "gfx950": (*SHARED, ("bf16", 40, False, True), ("fp16", 192, True, False), ("bf16", 256, True, True)),
+}
+CASES["cuda"] = (*dict.fromkeys(case for cases in CASES.values() for case in cases), ("bf16", 128, False, False))
+PARAMETERS = [(target, *case) for target in TARGETS for case in CASES[target]]
+PAGED = [p for p in PARAMETERS if p[4]]
+CONTIGUOUS = [p for p in PARAMETERS if not p[4]]
+
+
+@pytest.fixture(autouse=True)
+def on_target(request):
+    target = request.getfixturevalue("target")
+    require(target)
+    with torch.device(device(target)):
+        yield
+
+
+def parametrize(parameters):
+    return pytest.mark.parametrize(
+        ("target", "dtype", "head_dim", "causal", "paged"),
+        parameters,
+        ids=[f"{t}-{d}-{h}{'-causal' * c}{'-paged' * p}" for t, d, h, c, p in parameters],
+    )
+
+
+def randn(*shape, dtype):
+    return torch.randn(shape).to(DTYPES[dtype])
+
+
+def ints(values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def ragged(target):
+    """Lengths around a tile, around a step of all waves, and long enough to be cut into several parts."""
+    tile = TILE.get(target, 32)
+    step = tile * WAVES
+    return [0, 1, tile - 1, tile, tile + 1, step - 1, step, step + 1, 9 * step + 5]
+
+
+# (KV heads, query heads of each, query tokens): from one row to more than a block has, and every number of row tiles.
+SHAPES = ((2, 1, 1), (1, 8, 2), (1, 5, 4), (1, 33, 1), (1, 4, 1), (1, 16, 1), (1, 1, 70))
+
+
+def shapes(head_dim):
+    return SHAPES if head_dim == 128 else SHAPES[:3] if head_dim > 128 else SHAPES[1:]
+
+
+@parametrize(CONTIGUOUS)
+def test_padded(target, dtype, head_dim, causal, paged):
+    lengths = ragged(target)
+    for heads_kv, group, seq_q in shapes(head_dim):
+        query = randn(len(lengths), seq_q, heads_kv * group, head_dim, dtype=dtype)
+        key, value = (randn(len(lengths), max(lengths), heads_kv, head_dim, dtype=dtype) for _ in "kv")
+        queries = [(seq_q, seq_q // 2, 0)[b % 3] if seq_q > 1 else 1 for b in range(len(lengths))]
+        for b, length in enumerate(lengths):  # what stands in the padding has no effect
+            key[b, length:], value[b, length:], query[b, queries[b] :] = math.nan, math.inf, math.nan
+        output, lse = attend(
+            target, NAME, query, key, value, causal, seqlens_q=ints(queries), seqlens_k=ints(lengths)
+        )
+        sequences = []
+        for b, (rows, length) in enumerate(zip(queries, lengths, strict=True)):
+            place = (b, slice(rows)), (b, slice(None), slice(rows))
+            sequences.append(Sequence(query[b, :rows], key[b, :length], value[b, :length], *place))
+            assert not output[b, rows:].any() and (lse[b, :, rows:] == -math.inf).all()
+        assert_sequences(output, lse, sequences, causal)
+
+
+@parametrize(PAGED)
+def test_paged(target, dtype, head_dim, causal, paged):
+    lengths = ragged(target)
+    for index, (heads_kv, group, seq_q) in enumerate(shapes(head_dim)):
+        page_size = (16, 1, 128, 7, 64, 16, 48)[index]
+        per_sequence = -(-max(lengths) // page_size)
+        pages = len(lengths) * per_sequence + 1
+        page_table = (torch.randperm if index % 2 else torch.arange)(pages)[: pages - 1]
+        page_table = page_table.view(len(lengths), per_sequence).to(torch.int32)
+        # (pages, heads, position, dim), handed over as (pages, position, heads, dim); unused places are NaN
+        caches = [torch.full((pages, heads_kv, page_size, head_dim), math.nan).to(DTYPES[dtype]) for _ in "kv"]
+        query = randn(len(lengths), seq_q, heads_kv * group, head_dim, dtype=dtype)
+        sequences = []
+        for b, length in enumerate(lengths):
+            used = -(-length // page_size)
+            tensors = []
+            for cache in caches:
+                tokens = randn(used * page_size, heads_kv, head_dim, dtype=dtype)
+                tokens[length:] = math.nan
+                cache[page_table[b, :used].long()] = tokens.view(used, page_size, heads_kv, head_dim).transpose(1, 2)
+                tensors.append(tokens[:length])
+            page_table[b, used:] = (-1, 2**31 - 1)[b % 2]  # entries that no valid token needs may be anything
+            sequences.append(Sequence(query[b], *tensors, (b,), (b,)))
+        key, value = (cache.transpose(1, 2) for cache in caches)
+        output, lse = attend(
+            target, NAME, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table
+        )
+        assert_sequences(output, lse, sequences, causal)
+
+
+@parametrize(CONTIGUOUS)
+def test_packed(target, dtype, head_dim, causal, paged):
+    lengths = ragged(target)
+    for heads_kv, group, seq_q in SHAPES[1:3]:
+        queries = [(0, 1, seq_q)[b % 3] for b in range(len(lengths))]
+        query = randn(sum(queries), heads_kv * group, head_dim, dtype=dtype)
+        key, value = (randn(sum(lengths), heads_kv, head_dim, dtype=dtype) for _ in "kv")
+        output, lse = attend(
+            target, NAME, query, key, value, causal, None, ints(queries), ints(lengths), None, (seq_q, max(lengths))
+        )
+        sequences, row, token = [], 0, 0
+        for rows, tokens in zip(queries, lengths, strict=True):
+            place, keys = slice(row, row + rows), slice(token, token + tokens)
+            sequences.append(Sequence(query[place], key[keys], value[keys], (place,), (slice(None), place)))
+            row, token = row + rows, token + tokens
+        assert_sequences(output, lse, sequences, causal)
+
+
+@parametrize([p for p in CONTIGUOUS if p[2] == 128])
+def test_strides_scales_and_repetition(target, dtype, head_dim, causal, paged):
+    """No lengths, tensors that are slices of others, any scale; the same result each time."""
+    both = randn(2, 700, 2, 2 * head_dim + 8, dtype=dtype)
+    key, value = both[..., :head_dim], both[..., head_dim : 2 * head_dim]
+    query = randn(2, 3, 3, 4, head_dim, dtype=dtype)[:, :, 1]
+    for scale in (None, -0.1, 0.0, 2.0):
+        output, lse = attend(target, NAME, query, key, value, causal, scale)
+        sequences = [Sequence(query[b], key[b], value[b], (b,), (b,)) for b in range(2)]
+        assert_sequences(output, lse, sequences, causal, scale)
+        again, again_lse = attend(target, NAME, query, key, value, causal, scale)
+        assert torch.equal(output, again) and torch.equal(lse, again_lse)
+
+
+@parametrize([p for p in CONTIGUOUS if p[3]])
+def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
+    """What a query does not see cannot reach it, though it stands in the same matrix tile; what it sees does."""
+    tokens = 4
+    for seq_k in (tokens - 1, tokens + 1, 9 * WAVES * TILE.get(target, 32) + 3):  # whole, and cut into parts
+        query = randn(1, tokens, 2, head_dim, dtype=dtype)
+        key, value = (randn(1, seq_k, 2, head_dim, dtype=dtype) for _ in "kv")
+        value[0, -1, 0, 3], value[0, -2, 1, 4], key[0, -1, 1, 0] = math.inf, math.nan, math.nan
+        output, lse = attend(target, NAME, query, key, value, causal)
+        expected = reference.attend_one(query[0], key[0], value[0], causal)[1]
+        torch.testing.assert_close(lse[0].double(), expected, rtol=1e-4, atol=2e-4, equal_nan=True)
+        assert_sequences(output, None, [Sequence(query[0], key[0], value[0], (0,), (0,))], causal)
+
+
+@parametrize([p for p in CONTIGUOUS if p[2] == 128])
+def test_lengths_out_of_range(target, dtype, head_dim, causal, paged):
+    """Lengths that the host cannot check are bounded: nothing beyond the tensors is read (or the emulator says so)."""
+    query = randn(3, 1, 4, head_dim, dtype=dtype)
+    key, value = (randn(3, 40, 1, head_dim, dtype=dtype) for _ in "kv")
+    output, lse = attend(target, NAME, query, key, value, causal, seqlens_k=ints([-7, 2**31 - 1, 40]))
+    sequences = [Sequence(query[b], key[b, :n], value[b, :n], (b,), (b,)) for b, n in enumerate((0, 40, 40))]
+    assert_sequences(output, lse, sequences, causal)
+
+
+@parametrize([p for p in PARAMETERS if p[2] == 128 and p[0] != "cuda"])
+def test_cost_of_the_main_loop(target, dtype, head_dim, causal, paged):
+    """What the emulator counts: no scratch, two waves on a SIMD, wide loads, no bank conflicts."""
+    query = randn(1, 1, 4, head_dim, dtype=dtype)
+    key, value = (randn(4, 128, 1, head_dim, dtype=dtype) for _ in "kv")
+    table = ints([[3, 1, 0, 2]]) if paged else None
+    if not paged:
+        key, value = (t.view(1, 512, 1, head_dim) for t in (key, value))
+    stats = {}
+    attend(target, NAME, query, key, value, causal, page_table=table, stats=stats)
+    (kernel,) = (cost for name, cost in stats.items() if NAME in name)
+    assert kernel["scratch_bytes"] == 0 and kernel["waves_per_simd"] >= 2
+    loop = kernel["main_loop"]
+    assert loop["narrowest_load"] >= (4 if paged else 8)  # the page table's entries
+    assert loop["lds_conflicts"] < 0.05
