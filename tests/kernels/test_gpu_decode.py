@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from decode_driver import DTYPES, TARGETS, attend, device, require
+from gpu_driver import DTYPES, TARGETS, attend, device, require
 from problems import Sequence, assert_sequences
 
 from aiter import reference
