@@ -124,10 +124,11 @@ class Store:
         begin = time.monotonic()
         try:
             commands = recipe.toolchain.commands(recipe.spec, recipe.main, compiler.path)
-            compile_library(commands, folder, settings.compile_timeout())
+            with self._writing():
+                compile_library(commands, folder, settings.compile_timeout())
             version = compiler.version()
         except CompilationError as error:
-            if not folder.is_dir():
+            if not all((folder / name).is_file() for name in recipe.files):
                 raise Unwritable("it was deleted while a kernel was built", vanished=True) from None
             refused = _refuses_writes(folder, error.output)
             if refused:
@@ -304,6 +305,10 @@ class Store:
                     with try_lock(self.folder / LOCKS / f"{name}.lock") as free:
                         if free:
                             remove(path)
+            for path in (self.folder / LOCKS).iterdir():
+                if path.name != f"{locked}.lock":
+                    with try_lock(path):
+                        pass  # it goes when it is released
 
 
 def _is_alive(process: str) -> bool:
@@ -336,7 +341,10 @@ def _refuses_writes(folder: Path, output: str) -> str | None:
 def remove(path: Path) -> None:
     """Removes a file or a folder, as far as it is there and can be removed."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        for _ in range(5):  # the compiler of a killed process may still write there
+            shutil.rmtree(path, ignore_errors=True)
+            if not path.exists():
+                break
     else:
         with contextlib.suppress(OSError):
             path.unlink()

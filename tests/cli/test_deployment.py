@@ -28,7 +28,7 @@ assert error < 1e-5, error
 print("right")
 """
 
-# Loads the gfx942 kernels that calls of one kind can need, behind a HIP runtime that has the functions and does nothing.
+# Loads the gfx942 kernels that calls of one kind can need, behind a HIP runtime whose functions do nothing.
 GPU_LOAD = """
 import ctypes, sys
 from aiter.kernels import specs_for
@@ -41,8 +41,8 @@ print(len(specs), "loaded")
 """
 
 
-def build_stage(folder: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "aiter.cli", "prewarm", "--cache-dir", str(folder), *options]
+def build_stage(folder: Path, options: str) -> None:
+    command = [sys.executable, "-m", "aiter.cli", "prewarm", "--cache-dir", str(folder), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -90,20 +90,14 @@ def image(tmp_path):
 
 
 def test_cpu_kernels(image):
-    build_stage(
-        image.folder,
-        *["--arch", "cpu", "--ops", "flash_attn_func", "--dtypes", "fp32", "--head-dims", "64", "--causal", "yes"],
-    )
+    build_stage(image.folder, "--arch cpu --ops flash_attn_func --dtypes fp32 --head-dims 64 --causal yes")
     image.seal()
     assert runtime_stage(image.folder, CPU_CALL) == "right\n"
 
 
 @pytest.mark.skipif(not HIPCC, reason="AITER_HIPCC names no hipcc that builds gfx942")
 def test_gpu_kernels(image, tmp_path):
-    build_stage(
-        image.folder,
-        *["--arch", "gfx942", "--ops", "flash_attn_func", "--dtypes", "fp16", "--head-dims", "64", "--causal", "yes"],
-    )
+    build_stage(image.folder, "--arch gfx942 --ops flash_attn_func --dtypes fp16 --head-dims 64 --causal yes")
     libraries = list(image.folder.glob("*/kernel.so"))
     names = set()
     for library in libraries:

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from tiny import TINY, tiny_spec
+from tiny import make_tree, tiny_spec
 
 from aiter import jit
 from aiter.jit import cache, sources
@@ -20,13 +20,8 @@ from aiter.jit.spec import Spec
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
-    """A folder of kernel sources with the kernels `tiny` and, for backward structs, `tiny_backward`, in use."""
-    root = tmp_path / "kernels_src"
-    (root / "cpu").mkdir(parents=True)
-    (root / "include").mkdir()
-    shutil.copy(sources.find_root() / "include" / "aiter_abi.h", root / "include")
-    (root / "include" / "answer.h").write_text("#define ANSWER 1\n")
-    (root / "cpu" / "tiny.cpp").write_text(TINY)
+    """A folder of kernel sources with the kernel `tiny`, in use."""
+    root = make_tree(tmp_path / "kernels_src")
     monkeypatch.setattr(sources, "find_root", lambda: root)
     return root
 

@@ -1,10 +1,11 @@
 """A kernel that builds in 0.1 s, for tests of everything around kernels."""
 
 import os
+import shutil
 import time
 from pathlib import Path
 
-from aiter.jit import arch
+from aiter.jit import arch, sources
 from aiter.jit.spec import Spec
 
 TINY = """
@@ -17,6 +18,16 @@ int64_t aiter_workspace_bytes(const aiter_problem *problem) { return ANSWER * AI
 int aiter_launch(const aiter_problem *problem, const aiter_tensors *, void *) { return problem->batch; }
 const char *aiter_error_text(int code) { return code == 7 ? "seven" : "not seven"; }
 """
+
+
+def make_tree(root: Path) -> Path:
+    """A folder of kernel sources that has the kernel `tiny`."""
+    (root / "cpu").mkdir(parents=True)
+    (root / "include").mkdir()
+    shutil.copy(sources.find_root() / "include" / "aiter_abi.h", root / "include")
+    (root / "include" / "answer.h").write_text("#define ANSWER 1\n")
+    (root / "cpu" / "tiny.cpp").write_text(TINY)
+    return root
 
 
 def tiny_spec(head_dim: int = 64) -> Spec:
