@@ -72,6 +72,13 @@ class Gpu:
         """Whether accesses outside the allowed ranges are errors; they are unless this turns it off."""
         self.runtime.emulator_check_ranges(int(on))
 
+    def launch(self, code_object: bytes, kernel: str, grid, block, arguments: bytes = b"", lds_bytes: int = 0) -> None:
+        """Runs a kernel of a bare code object; arguments as the kernel lays them out. Raises KernelFault."""
+        sizes = [(ctypes.c_uint32 * 3)(*(tuple(size) + (1, 1, 1))[:3]) for size in (grid, block)]
+        data = ctypes.create_string_buffer(code_object, len(code_object))
+        self.runtime.emulator_launch(data, kernel.encode(), *sizes, arguments, ctypes.c_uint64(lds_bytes))
+        self.check()
+
     def report(self) -> str:
         """The text of the last error, "no error" before one."""
         return self.runtime.emulator_report().decode()

@@ -7,7 +7,7 @@ namespace {
 
 void store_mask(Wave &w, const Instruction &in, uint64_t result, const LaneMasks &masks) {
     // Bits of lanes that are off read as zero; the bit of a lane whose operands nobody wrote is itself unwritten.
-    uint64_t value = result & masks.write, defined = masks.defined | ~masks.write;
+    uint64_t value = result & masks.write, defined = masks.whole() | ~masks.write;
     w.write_scalar64(in.scalar_destination, value, defined);
     w.vector_wrote_scalar(in.scalar_destination, true);
     if (in.operation->detail) {                                // v_cmpx

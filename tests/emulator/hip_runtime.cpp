@@ -264,10 +264,13 @@ int emulator_begin(const char *arch, int threads, uint64_t instruction_limit) {
     s.instruction_limit = instruction_limit;
     s.ranges.clear();
     s.records.clear();
+    s.statistics.clear();
     s.last_error = success;
     s.report = "no error";
     return 0;
 }
+
+const char *emulator_statistics();
 
 void emulator_check_ranges(int on) { state().check_ranges = on; }
 
@@ -286,12 +289,37 @@ const char *emulator_report() { return state().report.c_str(); }
 void emulator_reset_statistics() {
     std::lock_guard<std::mutex> lock(state().mutex);
     state().records.clear();
+    state().statistics.clear();
+}
+
+// Launches a kernel of a bare code object with its arguments one after the other, as the kernel lays them out.
+int emulator_launch(const uint8_t *code_object, const char *kernel, const uint32_t *grid, const uint32_t *block,
+                    const uint8_t *arguments, uint64_t lds) {
+    FatBinary binary{code_object, {}};
+    const Dim3 g{grid[0], grid[1], grid[2]}, b{block[0], block[1], block[2]};
+    std::vector<void *> pointers;
+    try {
+        auto &code = binary.objects[state().arch] = std::make_unique<CodeObject>(state().arch, code_object, 0);
+        auto found = code->kernels.find(kernel);
+        if (found == code->kernels.end()) return failed(invalid_device_function, std::string("no kernel ") + kernel);
+        for (const Argument &a : found->second.arguments)
+            if (a.kind.rfind("hidden_", 0) != 0) pointers.push_back(const_cast<uint8_t *>(arguments) + a.offset);
+    } catch (const std::exception &error) {
+        return failed(invalid_value, error.what());
+    }
+    state().functions[&binary] = {&binary, kernel};
+    int code = launch_kernel(&binary, g, b, pointers.data(), lds);
+    state().functions.erase(&binary);
+    emulator_statistics();                                    // in words, while the code object is there
+    state().records.clear();
+    return code;
 }
 
 // One line for each kernel and for each of its instructions that ran; the Python module sums up. Tabs between fields.
 const char *emulator_statistics() {
     State &s = state();
     std::lock_guard<std::mutex> lock(s.mutex);
+    if (s.records.empty()) return s.statistics.c_str();
     s.statistics.clear();
     char line[512];
     for (auto &[name, r] : s.records) {

@@ -39,6 +39,7 @@ struct Operation {
     bool transcendental = false;
     bool writes_high_half_kept = false;  // 16-bit results keep the other half of the register
     bool destination_is_source = false;  // multiply-accumulate: the destination is the third source
+    uint16_t words = 0;      // vector: see Words in lanes.h
     uint16_t detail = 0;    // for the handler: bytes, flags or the index of a table
 };
 

@@ -85,7 +85,7 @@ uint16_t half_constant(Operand operand, uint32_t value) {
 
 void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, bool sixteen_bit, const LaneMasks &masks) {
     unsigned r = w.vector_register(in.destination + word);
-    uint64_t defined = masks.defined;
+    const uint64_t defined = masks.of_word(int(word), Words(in.operation->words));
     if (in.sdwa && in.destination_select != 6) {
         unsigned shift = in.destination_select < 4 ? 8 * in.destination_select : 16 * (in.destination_select - 4);
         unsigned width = in.destination_select < 4 ? 8 : 16;

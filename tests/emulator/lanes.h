@@ -27,10 +27,23 @@ template <class To, class From> To bit_cast(From from) {
     return to;
 }
 
-// Which lanes an instruction writes, and in which of them all its operands are defined.
+// Which words of 64-bit operands a word of the result depends on. Compiled code computes 64-bit products and sums with an
+// undefined high half where it needs only the low half of the result.
+enum class Words : uint16_t { together, apart, low_alone, high_alone };
+
+// Which lanes an instruction writes, and in which of them its operands are defined: the 32-bit ones, and the low and high
+// words of the 64-bit ones.
 struct LaneMasks {
-    uint64_t write, defined = all_lanes;
+    uint64_t write, defined = all_lanes, low = all_lanes, high = all_lanes;
     explicit LaneMasks(const Wave &w) : write(w.exec()) {}
+    uint64_t whole() const { return defined & low & high; }
+    // Of one word of a 64-bit result.
+    uint64_t of_word(int word, Words words) const {
+        if (words == Words::apart) return defined & (word ? high : low);
+        if (words == Words::low_alone && word == 0) return defined & low;
+        if (words == Words::high_alone && word == 1) return defined & high;
+        return whole();
+    }
 };
 
 // DPP: for each lane the lane it reads, or -1.
@@ -56,7 +69,8 @@ template <class T> const T *fetch(Wave &w, const Instruction &in, int i, T *buff
             unsigned r = w.vector_register(operand, 2);
             w.check_read(r);
             w.check_read(r + 1);
-            masks.defined &= w.defined[r] & w.defined[r + 1];
+            masks.low &= w.defined[r];
+            masks.high &= w.defined[r + 1];
             for (int lane = 0; lane < lanes; ++lane) raw[lane] = w.v[r][lane] | uint64_t(w.v[r + 1][lane]) << 32;
             if (in.dpp && i == 0) {
                 int from[lanes];
@@ -71,7 +85,8 @@ template <class T> const T *fetch(Wave &w, const Instruction &in, int i, T *buff
         } else {
             uint64_t d, value = w.read_scalar64(operand, d);
             if (operand == literal && std::is_same_v<T, double>) value <<= 32;
-            if (d != all_lanes) masks.defined = 0;
+            if (uint32_t(d) != ~0u) masks.low = 0;
+            if (uint32_t(d >> 32) != ~0u) masks.high = 0;
             for (auto &x : raw) x = value;
         }
         for (int lane = 0; lane < lanes; ++lane) buffer[lane] = bit_cast<T>(raw[lane]);

@@ -231,7 +231,7 @@ void execute_access(Wave &w, const Instruction &in) {
                 }
             }
         } else {
-            unsigned r = w.vector_register(in.destination + access * words, words);
+            unsigned r = w.load_destination(in.destination + access * words, words, true);
             Lanes<uint32_t> values[4];
             uint64_t defined[4] = {all_lanes, all_lanes, all_lanes, all_lanes};
             for (int lane = 0; lane < lanes; ++lane) {
@@ -277,7 +277,7 @@ void execute_transposed(Wave &w, const Instruction &in) {
         memcpy(&values[1].value[lane], column + 2, 4);
     }
     ++w.lds_issued;
-    unsigned r = w.vector_register(in.destination, 2);
+    unsigned r = w.load_destination(in.destination, 2, true);
     for (int word = 0; word < 2; ++word) set_register(w, r + word, values[word].value, all_lanes, defined);
     count_lds(w, in, at.value, all_lanes, 8, false);
 }
@@ -300,7 +300,7 @@ template <bool forward> void execute_permute(Wave &w, const Instruction &in) {
         if (active && !(w.defined[data] >> from & 1)) defined &= ~(uint64_t{1} << to);
     }
     ++w.lds_issued;
-    set_register(w, w.vector_register(in.destination), values.value, exec, defined);
+    set_register(w, w.load_destination(in.destination, 1, true), values.value, exec, defined);
     Cost &cost = w.group->cost(in);
     cost.lds_cycles += 2;
     cost.lds_least += 2;
@@ -322,7 +322,7 @@ void execute_swizzle(Wave &w, const Instruction &in) {
         if (active && !(w.defined[data] >> from & 1)) defined &= ~(uint64_t{1} << lane);
     }
     ++w.lds_issued;
-    set_register(w, w.vector_register(in.destination), values.value, exec, defined);
+    set_register(w, w.load_destination(in.destination, 1, true), values.value, exec, defined);
     Cost &cost = w.group->cost(in);
     cost.lds_cycles += 2;
     cost.lds_least += 2;
@@ -359,7 +359,7 @@ void execute_atomic(Wave &w, const Instruction &in) {
     }
     w.lds_issued = number;
     if (returns) {
-        unsigned r = w.vector_register(in.destination, bytes / 4);
+        unsigned r = w.load_destination(in.destination, bytes / 4, true);
         for (uint32_t word = 0; word < bytes / 4; ++word) set_register(w, r + word, old[word].value, exec, defined);
     }
     count_lds(w, in, addresses.value, exec, bytes, true);

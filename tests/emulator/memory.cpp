@@ -245,7 +245,7 @@ void execute_memory(Wave &w, const Instruction &in) {
         issue(w, in);
         return;
     }
-    unsigned r = w.vector_register(in.destination, words);
+    unsigned r = w.load_destination(in.destination, words, false);
     Lanes<uint32_t> values[4];
     for (int lane = 0; lane < lanes; ++lane) {
         if (!(a.mask >> lane & 1)) continue;
@@ -308,7 +308,7 @@ void execute_atomic(Wave &w, const Instruction &in) {
     }
     issue(w, in);
     if (!in.returns_value) return;
-    unsigned r = w.vector_register(in.destination, words);
+    unsigned r = w.load_destination(in.destination, words, false);
     for (uint32_t word = 0; word < words; ++word) set_register(w, in, r + word, old[word].value, a.mask);
 }
 

@@ -1,5 +1,7 @@
 // Vector instructions that are more than a function of one lane: carries, selects, lanes read by other lanes.
 // Semantics: chapter "Instructions" of AMD's ISA documents for MI200, MI300 and CDNA4.
+#include <algorithm>
+
 #include "lanes.h"
 
 namespace emulator {
@@ -19,7 +21,7 @@ u64 fetch_mask(Wave &w, const Instruction &in, LaneMasks &masks) {
 }
 
 void store_carry(Wave &w, const Instruction &in, u64 carry, const LaneMasks &masks) {
-    w.write_scalar64(in.scalar_destination, carry & masks.write, masks.defined | ~masks.write);
+    w.write_scalar64(in.scalar_destination, carry & masks.write, masks.whole() | ~masks.write);
     w.vector_wrote_scalar(in.scalar_destination, true);
 }
 
@@ -203,7 +205,8 @@ template <class T> struct Limits;
 template <> struct Limits<float> { static constexpr int least = -126, mantissa = 23, scale = 64; };
 template <> struct Limits<double> { static constexpr int least = -1022, mantissa = 53, scale = 128; };
 
-template <class T> int exponent_of(T x) { return x == 0 ? Limits<T>::least - 1 : std::ilogb(x); }
+// Of a denormal number: that of its encoding.
+template <class T> int exponent_of(T x) { return x == 0 ? Limits<T>::least - 1 : std::max(std::ilogb(x), Limits<T>::least - 1); }
 
 // Scales the numerator or denominator (source 0, equal to one of them) so that the iteration neither overflows nor
 // loses bits; the carry says that v_div_fmas must scale the quotient back.
@@ -230,7 +233,7 @@ template <class T> void divide_scale(Wave &w, const Instruction &in) {
         else if (denormal(n / d)) {
             flag = true;
             if (a == n) r = std::ldexp(a, scale);
-        } else if (exponent_of(n) <= Limits<T>::least + low) r = std::ldexp(a, scale);
+        } else if (exponent_of(n) < Limits<T>::least + low) r = std::ldexp(a, scale);
         result.value[lane] = r;
         carry |= u64(flag) << lane;
     }
@@ -249,7 +252,8 @@ template <class T> void divide_fma(Wave &w, const Instruction &in) {
     masks.defined &= d;
     for (int lane = 0; lane < lanes; ++lane) {
         T x = std::fma(a[lane], b[lane], c[lane]);
-        result.value[lane] = scaled >> lane & 1 ? std::ldexp(x, sizeof(T) == 4 ? 32 : 64) : x;
+        const int scale = exponent_of(c[lane]) > 0 ? Limits<T>::scale : -Limits<T>::scale;
+        result.value[lane] = scaled >> lane & 1 ? std::ldexp(x, scale) : x;
     }
     store<T>(w, in, result.value, masks);
 }
@@ -263,7 +267,8 @@ template <class T> void divide_fixup(Wave &w, const Instruction &in) {
         double d = double(denominator[lane]), n = double(numerator[lane]), q = double(quotient[lane]);
         bool special = d != d || n != n || d == 0 || n == 0 || std::isinf(d) || std::isinf(n);
         bool sign = std::signbit(d) != std::signbit(n);
-        // Every special case is what IEEE division gives.
+        // Every special case is what IEEE division gives; a quotient that has become NaN on the way has overflowed.
+        if (q != q) q = std::numeric_limits<double>::infinity();
         result.value[lane] = special ? T(n / d) : T(sign ? -std::fabs(q) : std::fabs(q));
     }
     store<T>(w, in, result.value, masks);
@@ -291,6 +296,7 @@ const VectorOp operations[] = {
 
 bool define_special(const std::string &name, Operation &operation) {
     if (!define_from(operations, std::size(operations), name, operation)) return false;
+    if (name == "v_mad_u64_u32" || name == "v_mad_i64_i32") operation.words = uint16_t(Words::low_alone);
     return true;
 }
 

@@ -287,6 +287,9 @@ bool define_vector(const std::string &name, Operation &operation) {
     if (!define_from(operations, std::size(operations), name, operation)) return false;
     operation.transcendental = operation.cycles == 16 && !starts(name, "v_mul_");
     operation.destination_is_source = starts(name, "v_fmac_") || starts(name, "v_mac_");
+    if (name == "v_mov_b64") operation.words = uint16_t(Words::apart);
+    if (name == "v_lshl_add_u64" || name == "v_lshlrev_b64") operation.words = uint16_t(Words::low_alone);
+    if (name == "v_lshrrev_b64" || name == "v_ashrrev_i64") operation.words = uint16_t(Words::high_alone);
     // Of the 16-bit instructions only these leave the other half of their destination alone.
     operation.writes_high_half_kept = name == "v_mad_f16" || name == "v_mad_u16" || name == "v_mad_i16" || name == "v_fma_f16";
     return true;

@@ -140,14 +140,26 @@ void Wave::write_scalar64(Operand operand, uint64_t value, uint64_t defined_bits
 
 void Wave::write_exec(uint64_t value, uint64_t defined_bits) { write_scalar64(exec_mask, value, defined_bits); }
 
-unsigned Wave::vector_register(Operand operand, unsigned count) const {
+unsigned Wave::register_number(Operand operand, unsigned count) const {
     const Kernel &kernel = *group->launch->kernel;
     unsigned r = operand - first_vgpr;
     unsigned limit = r < 256 ? kernel.accumulation_offset : 256 + kernel.registers - kernel.accumulation_offset;
     if (operand < first_vgpr || r + count > limit)
         fail(operand < first_vgpr ? "a vector register is needed here"
                                   : vector_name(r) + " is past the kernel's registers");
+    return r;
+}
+
+unsigned Wave::vector_register(Operand operand, unsigned count) const {
+    unsigned r = register_number(operand, count);
     for (unsigned i = 0; i < count; ++i) check_vector(r + i);
+    return r;
+}
+
+unsigned Wave::load_destination(Operand operand, unsigned count, bool from_lds) const {
+    unsigned r = register_number(operand, count);
+    for (unsigned i = r; i < r + count; ++i)
+        if (from_lds ? v_vm[i] > vm_done : v_lds[i] > lds_done) fail_pending_vector(i);
     return r;
 }
 

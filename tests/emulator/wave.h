@@ -103,6 +103,9 @@ struct Wave {
     }
     [[noreturn]] void fail_pending_vector(unsigned r) const;
     unsigned vector_register(Operand operand, unsigned count = 1) const;      // checks the number and waits
+    // As a load's destination: loads of one kind return in order, so that one may follow another.
+    unsigned load_destination(Operand operand, unsigned count, bool from_lds) const;
+    unsigned register_number(Operand operand, unsigned count) const;          // checks the number only
     void check_read(unsigned r) const {                                       // wait states; not for accumulators
         if (unsigned n = hazards.missing_read(r, current->reader)) fail_hazard(r, n, "read");
     }

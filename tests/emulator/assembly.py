@@ -1,0 +1,142 @@
+"""Assembles snippets of gfx9 machine code into kernels, for tests of single instructions."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+LANES = 64
+
+# A kernel around a snippet: v0 is the lane; 8 words a lane are loaded to v[8:15]; afterwards v[16:23] are stored.
+# s[4:5] input, s[6:7] output. The snippet may use v24 and up, a0 and up, s10 and up.
+_KERNEL = """
+.globl {name}
+.p2align 8
+.type {name},@function
+{name}:
+  s_load_dwordx4 s[4:7], s[0:1], 0x0
+  v_lshlrev_b32 v1, 5, v0
+  s_waitcnt lgkmcnt(0)
+  global_load_dwordx4 v[8:11], v1, s[4:5]
+  global_load_dwordx4 v[12:15], v1, s[4:5] offset:16
+{zero}
+  s_waitcnt vmcnt(0)
+{body}
+  s_nop 15
+  s_nop 7
+  global_store_dwordx4 v1, v[16:19], s[6:7]
+  global_store_dwordx4 v1, v[20:23], s[6:7] offset:16
+  s_endpgm
+.rodata
+.p2align 6
+.amdhsa_kernel {name}
+  .amdhsa_next_free_vgpr 192
+  .amdhsa_next_free_sgpr 96
+  .amdhsa_accum_offset 128
+  .amdhsa_group_segment_fixed_size {lds}
+  .amdhsa_user_sgpr_kernarg_segment_ptr 1
+  .amdhsa_kernarg_size 16
+  .amdhsa_system_vgpr_workitem_id 0
+.end_amdhsa_kernel
+.text
+"""
+_METADATA = """
+  - .name: {name}
+    .symbol: {name}.kd
+    .kernarg_segment_size: 16
+    .kernarg_segment_align: 8
+    .group_segment_fixed_size: {lds}
+    .private_segment_fixed_size: 0
+    .wavefront_size: 64
+    .sgpr_count: 96
+    .vgpr_count: 192
+    .max_flat_workgroup_size: 1024
+    .args:
+      - {{.offset: 0, .size: 8, .value_kind: global_buffer}}
+      - {{.offset: 8, .size: 8, .value_kind: global_buffer}}
+"""
+
+
+@dataclass
+class Snippet:
+    name: str
+    body: str
+    lds: int = 0
+    zero: bool = True  # v[16:23] hold zeros where the snippet does not write them
+
+
+def _llvm(program: str) -> str | None:
+    return next((path for suffix in ("-19", "") if (path := shutil.which(program + suffix))), None)
+
+
+def zig() -> str | None:
+    try:
+        import ziglang
+    except ImportError:
+        return None
+    return str(Path(ziglang.__file__).parent / "zig")
+
+
+def missing(arch: str) -> str | None:
+    """What is missing for assembling for the arch, or None."""
+    if not _llvm("ld.lld") or not _llvm("llvm-objcopy"):
+        return "LLVM 19's ld.lld and llvm-objcopy are not installed"
+    if arch == "gfx950":
+        return None if zig() else "the package ziglang is not installed, and LLVM 19 does not know gfx950"
+    return None if _llvm("llvm-mc") else "LLVM 19's llvm-mc is not installed"
+
+
+def assemble_object(arch: str, source: str, target: Path) -> None:
+    text = target.with_suffix(".s")
+    text.write_text(source)
+    if arch == "gfx950":
+        command = [zig(), "clang", "-target", "amdgcn-amd-amdhsa", f"-mcpu={arch}", "-c", str(text), "-o", str(target)]
+    else:
+        command = [_llvm("llvm-mc"), "-triple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-filetype=obj", str(text), "-o", str(target)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise ValueError(result.stderr[:4000])
+
+
+def machine_code(arch: str, lines: list[str]) -> list[int]:
+    """The words that the assembler makes of the lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "code.o"
+        assemble_object(arch, "\n".join(lines) + "\n", target)
+        text = target.with_suffix(".bin")
+        subprocess.run([_llvm("llvm-objcopy"), "-O", "binary", "--only-section=.text", str(target), str(text)], check=True)
+        return np.frombuffer(text.read_bytes(), np.uint32).tolist()
+
+
+def code_object(arch: str, snippets: list[Snippet]) -> bytes:
+    """One code object with a kernel for each snippet."""
+    zero = "\n".join(f"  v_mov_b32 v{r}, 0" for r in range(16, 24))
+    source = f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n.text\n'
+    metadata = "amdhsa.version: [1, 2]\namdhsa.kernels:"
+    for snippet in snippets:
+        source += _KERNEL.format(name=snippet.name, body=snippet.body, lds=snippet.lds, zero=zero if snippet.zero else "")
+        metadata += _METADATA.format(name=snippet.name, lds=snippet.lds)
+    source += f".amdgpu_metadata\n{metadata}.end_amdgpu_metadata\n"
+    with tempfile.TemporaryDirectory() as folder:
+        target, linked = Path(folder) / "code.o", Path(folder) / "code.co"
+        assemble_object(arch, source, target)
+        subprocess.run([_llvm("ld.lld"), "-shared", str(target), "-o", str(linked)], check=True, stderr=sys.stderr)
+        return linked.read_bytes()
+
+
+def run(gpu, code: bytes, name: str, inputs: np.ndarray, waves: int = 1) -> np.ndarray:
+    """Runs a snippet on inputs (lanes, 8) of words; returns what it left in v[16:23], (lanes, 8)."""
+    inputs = np.ascontiguousarray(inputs.astype(np.uint32).reshape(LANES * waves, 8))
+    outputs = np.zeros_like(inputs)
+    gpu.forbid_all()
+    gpu.allow(inputs.ctypes.data, inputs.nbytes)
+    gpu.allow(outputs.ctypes.data, outputs.nbytes, writable=True)
+    arguments = np.array([inputs.ctypes.data, outputs.ctypes.data], np.uint64).tobytes()
+    gpu.launch(code, name, (1,), (LANES * waves,), arguments)
+    return outputs
