@@ -13,6 +13,8 @@
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
 
+#include "packed.h"
+
 #if AITER_TILES
 #include "matrix_amx.h"
 #else
@@ -129,7 +131,7 @@ AITER_INLINE void store_pair(Step *right, Step *left, Vec low, Vec high) {
 #else
     const HalfVec halves[2] = {to_elements(low), to_elements(high)};
 #endif
-    store_steps(right, __builtin_convertvector(halves[0], IntVec) | (__builtin_convertvector(halves[1], IntVec) << 16));
+    store_steps(right, widen(halves[0]) | (widen(halves[1]) << 16));
     if (left) {
         memcpy(left, &halves[0], sizeof halves[0]);
         memcpy(left + LEFT_ROW, &halves[1], sizeof halves[1]);
