@@ -86,7 +86,8 @@ class Store:
         lock = self.folder / LOCKS / f"{recipe.name}.lock"
         patience = settings.compile_timeout() + LOCK_MARGIN_S
         with build_lock(lock, patience, lambda: self._who_builds(recipe.name)) as held:
-            self._sweep(recipe.name if held else None)
+            if held:  # or locks do not work here, and asking for more of them may take for ever
+                self._sweep(recipe.name)
             try:
                 entry = self.find(recipe)  # again: someone may have built it while we waited
                 if entry is not None:
