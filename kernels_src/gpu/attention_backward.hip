@@ -84,11 +84,9 @@ __global__ void __launch_bounds__(TERM_THREADS) row_terms(const GradArguments ar
     if (!exists || lane_in_row != 0) return;
     const int64_t place = head * problem.lse_strides[1] + row +
                           (problem.packed_q ? sequence.query.begin : sequence.batch * problem.lse_strides[0]);
-    const Terms terms = sequence.terms(head);
     if (!blind && arguments.tensors.grad_lse != nullptr) delta -= arguments.tensors.grad_lse[place];
-    terms.delta[row] = delta;
     /* The probabilities of a row that sees nothing are all zero. */
-    terms.log_sum[row] = blind ? INFINITE : arguments.tensors.lse[place] * LOG2_E;
+    sequence.terms(head)[row] = {blind ? INFINITE : arguments.tensors.lse[place] * LOG2_E, delta};
 }
 
 /* ---- the gradients ---- */
@@ -198,9 +196,8 @@ __device__ __forceinline__ void multiply(const Share<PASS> &share, TileOf<PASS> 
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Scores::row(slot);
         if (owns_queries(PASS)) {
-            const Terms terms = share.sequence.terms(share.query_head);
-            log_sum[slot] = row < share.own_rows ? terms.log_sum[row] : INFINITE;
-            delta[slot] = row < share.own_rows ? terms.delta[row] : 0.0f;
+            const Terms terms = row < share.own_rows ? share.sequence.terms(share.query_head)[row] : Terms{INFINITE, 0.0f};
+            log_sum[slot] = terms.log_sum, delta[slot] = terms.delta;
         }
     }
     const float scale = share.sequence.arguments.problem.forward.softmax_scale * LOG2_E;
@@ -324,7 +321,7 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_problem *problem) {
     const aiter_attention_problem &p = problem->forward;
-    return 2 * sizeof(float) * p.heads_q * (p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q);
+    return sizeof(aiter::Terms) * p.heads_q * (p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q);
 }
 
 AITER_EXPORT int aiter_launch(const aiter_problem *problem, const aiter_tensors *tensors, void *stream) {

@@ -39,14 +39,14 @@ struct Rows {
     __device__ __forceinline__ char *row(int i) const { return row_0 + i * stride; }
 };
 
-/* log_sum and delta of the query rows of one head, as the workspace holds them. */
-struct Terms {
-    float *log_sum, *delta;
+/* Of a query row, as the workspace holds them. */
+struct alignas(8) Terms {
+    float log_sum, delta;
 };
 
 struct RowPair {
     Rows x, y;
-    Terms terms; /* of query rows */
+    Terms *terms; /* of query rows */
     int count;
 };
 
@@ -79,13 +79,11 @@ struct GradSequence {
         const aiter_attention_problem &p = arguments.problem.forward;
         return p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q;
     }
-    /* A plane of log_sum, then a plane of delta; in each a row of all tokens for every query head. */
-    __device__ __forceinline__ Terms terms(int head) const {
+    /* A row of all tokens for every query head. */
+    __device__ __forceinline__ Terms *terms(int head) const {
         const aiter_attention_problem &p = arguments.problem.forward;
-        const int64_t tokens = query_tokens();
-        float *log_sum = static_cast<float *>(arguments.tensors.workspace) + head * tokens +
-                         (p.packed_q ? query.begin : int64_t(batch) * p.seqlen_q);
-        return {log_sum, log_sum + p.heads_q * tokens};
+        return static_cast<Terms *>(arguments.tensors.workspace) + head * query_tokens() +
+               (p.packed_q ? query.begin : int64_t(batch) * p.seqlen_q);
     }
     __device__ __forceinline__ RowPair queries(int head) const {
         return {query_rows(arguments.tensors.query, arguments.problem.forward.query_strides, head),
@@ -94,15 +92,13 @@ struct GradSequence {
     }
     /* From the rows of a query head to those of the next. */
     __device__ __forceinline__ void next_head(RowPair &pair) const {
-        const int64_t tokens = query_tokens();
         pair.x.row_0 += arguments.problem.forward.query_strides[2] * 2;
         pair.y.row_0 += arguments.problem.grad_output_strides[2] * 2;
-        pair.terms.log_sum += tokens;
-        pair.terms.delta += tokens;
+        pair.terms += query_tokens();
     }
     __device__ __forceinline__ RowPair keys(int head) const {
         return {key_rows(arguments.tensors.key, arguments.problem.forward.key_strides, head),
-                key_rows(arguments.tensors.value, arguments.problem.forward.value_strides, head), {}, key.count};
+                key_rows(arguments.tensors.value, arguments.problem.forward.value_strides, head), nullptr, key.count};
     }
     /* Rows of the gradients to be written: past the valid ones they are zeros. */
     __device__ __forceinline__ int padded_queries() const {

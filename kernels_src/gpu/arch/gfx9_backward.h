@@ -44,7 +44,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
     SharedAddress shared;
     Own own_x, own_y;
     u32x4 carried[COPIES][4];
-    float carried_term;
+    f32x2 carried_terms;
     int carried_rows; /* that exist */
 
     __device__ __forceinline__ explicit Backward(SharedAddress shared) : shared(shared) {}
@@ -79,17 +79,15 @@ template <int HEAD_DIM, int PASS> struct Backward {
             const int chunk = Layout::unit_chunk(unit(copy)), token = Layout::unit_key(unit(copy));
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                const int place = token + k < last ? token + k : last;
+                const int place = lesser(token + k, last);
                 carried[copy][k] = u32x4{0, 0, 0, 0};
                 if (carries(copy) && (HEAD_DIM % 64 == 0 || chunk < HEAD_DIM / 8))
                     carried[copy][k] = *reinterpret_cast<const u32x4 *>(
                         base + (static_cast<uint32_t>(place) * static_cast<uint32_t>(from.stride) + chunk * 16));
             }
         }
-        if (!owns_queries(PASS) && thread_in_block() < 2 * TOKENS) {
-            const int i = thread_in_block() % TOKENS;
-            carried_term = (thread_in_block() < TOKENS ? rows.terms.log_sum : rows.terms.delta)[first + (i < last ? i : last)];
-        }
+        if (!owns_queries(PASS) && thread_in_block() < TOKENS)
+            carried_terms = reinterpret_cast<const f32x2 *>(rows.terms)[first + lesser(thread_in_block(), last)];
     }
     __device__ __forceinline__ void skip() {}
 
@@ -127,8 +125,11 @@ template <int HEAD_DIM, int PASS> struct Backward {
                 }
             }
         }
-        if (!owns_queries(PASS) && thread_in_block() < 2 * TOKENS)
-            shared_store(shared + TERMS_AT + thread_in_block() * 4, carried_term);
+        if (!owns_queries(PASS) && thread_in_block() < TOKENS) {
+            const SharedAddress to = shared + TERMS_AT + thread_in_block() * 4;
+            shared_store(to, carried_terms.x);
+            shared_store(to + TOKENS * 4, carried_terms.y);
+        }
         barrier();
     }
 
@@ -180,7 +181,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
     static __device__ __forceinline__ void end() {}
 
     template <class RowPointer> __device__ __forceinline__ void store(const Output &gradient, RowPointer row) const {
-        store_output<HEAD_DIM, 1>(gradient, shared, row);
+        store_output<HEAD_DIM>(gradient, shared, row);
     }
 };
 

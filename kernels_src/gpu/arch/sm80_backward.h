@@ -77,10 +77,10 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
     __device__ __forceinline__ void copy_passing(SharedAddress to, const RowPair &rows, int first, int thread) const {
         copy<TOKENS>(to, rows.x, first, rows.count, thread);
         copy<TOKENS>(to + Layout::BYTES, rows.y, first, rows.count, thread);
-        if (!owns_queries(PASS) && thread < 2 * TOKENS) {
-            const int i = thread % TOKENS;
-            const float *from = thread < TOKENS ? rows.terms.log_sum : rows.terms.delta;
-            copy_word_async(to + TERMS_AT + thread * 4, from + first + i, first + i < rows.count);
+        if (!owns_queries(PASS) && thread < 2 * TOKENS) { /* taken apart on the way */
+            const int i = first + thread / 2;
+            copy_word_async(to + TERMS_AT + (thread % 2 * TOKENS + thread / 2) * 4, &rows.terms->log_sum + i * int64_t(2) + thread % 2,
+                            i < rows.count);
         }
     }
 
@@ -97,7 +97,7 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
         for (int n = 0; n < columns.TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) columns.tile[0][n][i] = gradient.tile[0][n][i];
-        store_output<HEAD_DIM, 1>(columns, own + wave() * ROW_TILE * RowLayout<HEAD_DIM>::BYTES, row);
+        store_output<HEAD_DIM>(columns, own + wave() * ROW_TILE * RowLayout<HEAD_DIM>::BYTES, row);
     }
 };
 

@@ -1,0 +1,221 @@
+"""The backward kernel, on emulated AMD GPUs and on a CUDA device, against float64 autograd: the error is at most twice
+that of PyTorch's own backward in the same dtype (tests/accuracy.py), taken over all sequences of a call.
+
+Compiling takes longer than running: each test sends many problems through one kernel.
+"""
+
+import math
+
+import emulator
+import pytest
+import torch
+from accuracy import assert_as_accurate, pytorch_attend_one
+from gpu_driver import DTYPES, EMULATED, TARGETS, device, kernel, require
+
+from aiter import abi, reference
+
+ROWS = 128  # own rows of a block (sm_90a has other numbers too: what matters is that there is more than one block)
+TILE = 32  # passing rows of a tile; 64 on sm_90a
+NAMES = ("grad_query", "grad_key", "grad_value")
+
+# On the emulated GPUs, every head_dim on every arch, and all combinations on one; on CUDA, everything on everything.
+CASES = {
+    arch: [(("fp16", "bf16")[(i + j) % 2], head_dim, (i + j // 2) % 2 == 1) for j, head_dim in enumerate((40, 64, 80, 128, 256))]
+    for i, arch in enumerate(EMULATED)
+}
+CASES["gfx942"] += [("bf16", 128, True), ("fp16", 128, True), ("bf16", 64, False), ("fp16", 64, True)]
+CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 128, 192, 256) for d in DTYPES for c in (False, True)]
+PARAMETERS = [(target, *case) for target in TARGETS for case in dict.fromkeys(CASES[target])]
+
+
+@pytest.fixture(autouse=True)
+def on_target(request):
+    target = request.getfixturevalue("target")
+    require(target)
+    with torch.device(device(target)):
+        yield
+
+
+def parametrize(parameters):
+    return pytest.mark.parametrize(
+        ("target", "dtype", "head_dim", "causal"),
+        parameters,
+        ids=[f"{t}-{d}-{h}{'-causal' * c}" for t, d, h, c in parameters],
+    )
+
+
+class Sequence:
+    """One sequence: query, key, value and the gradients of output and log-sum-exp; what they must give."""
+
+    def __init__(self, dtype, head_dim, causal, seq_q, seq_k, heads_q, heads_kv, grad_lse, scale):
+        query, grad_output = (torch.randn(seq_q, heads_q, head_dim).to(dtype) for _ in "qg")
+        key, value = (torch.randn(seq_k, heads_kv, head_dim).to(dtype) for _ in "kv")
+        self.inputs = query, key, value, grad_output
+        self.grad_lse = torch.randn(heads_q, seq_q) if grad_lse else None
+
+        # PyTorch has no answer for rows that see nothing; theirs is known.
+        blind = min(max(seq_q - seq_k, 0), seq_q) if causal else seq_q * (seq_k == 0)
+        leaves = [t.double().requires_grad_() for t in (query, key, value)]
+        output, lse = reference.attend_one(*leaves, causal, scale)
+        self.output, self.lse = output.detach().to(dtype), lse.detach().float()
+        if blind == seq_q:
+            self.expected = self.pytorch = [torch.zeros_like(t) for t in (query, key, value)]
+            return
+        loss = (output * grad_output).sum()
+        if grad_lse:
+            loss = loss + (lse * self.grad_lse)[:, blind:].sum()
+        self.expected = torch.autograd.grad(loss, leaves)
+
+        leaves = [t.clone().requires_grad_() for t in (query, key, value)]
+        loss = (pytorch_attend_one(leaves[0][blind:], *leaves[1:], causal, scale) * grad_output[blind:]).sum()
+        if grad_lse:  # in float32, as autograd's formula for it would
+            scores = torch.einsum("qhd,khd->hqk", leaves[0], leaves[1].repeat_interleave(heads_q // heads_kv, 1))
+            scores = scores.float() * (head_dim**-0.5 if scale is None else scale)
+            if causal:
+                hidden = torch.arange(seq_k) > torch.arange(seq_q).unsqueeze(1) + (seq_k - seq_q)
+                scores = scores.masked_fill(hidden, -math.inf)
+            loss = loss + (scores[:, blind:].logsumexp(2) * self.grad_lse[:, blind:]).sum()
+        self.pytorch = torch.autograd.grad(loss, leaves)
+
+
+def strides(tensor):
+    return (0, *tensor.stride()[:2]) if tensor.dim() == 3 else tensor.stride()[:3]
+
+
+def gradients(target, inputs, output, lse, grad_lse, causal, scale, seqlens_q=None, seqlens_k=None, longest=(0, 0), stats=None):
+    """Launches the kernel; inputs are query, key, value and the gradient of the output, dense or packed."""
+    query, key, value, grad_output = inputs
+    packed = query.dim() == 3
+    heads_q, head_dim = query.shape[-2:]
+    forward = abi.AttentionProblem(
+        batch=len(seqlens_q) if packed else query.shape[0],
+        heads_q=heads_q,
+        heads_kv=key.shape[-2],
+        seqlen_q=longest[0] if packed else query.shape[1],
+        seqlen_k=longest[1] if packed else key.shape[1],
+        packed_q=packed,
+        packed_k=packed,
+        total_q=query.shape[0] * packed,
+        total_k=key.shape[0] * packed,
+        query_strides=strides(query),
+        key_strides=strides(key),
+        value_strides=strides(value),
+        output_strides=strides(output),
+        lse_strides=(0, query.shape[0]) if packed else lse.stride()[:2],
+        softmax_scale=1 / math.sqrt(head_dim) if scale is None else scale,
+    )
+    results = [torch.full_like(t, math.nan, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    problem = abi.AttentionGradProblem(
+        forward=forward,
+        grad_output_strides=strides(grad_output),
+        grad_query_strides=strides(results[0]),
+        grad_key_strides=strides(results[1]),
+        grad_value_strides=strides(results[2]),
+    )
+    dtype = next(word for word, dtype in DTYPES.items() if dtype == query.dtype)
+    built = kernel(target, "attention_backward", dtype, head_dim, causal, False)
+    workspace = torch.full((built.workspace_bytes(problem),), 0x7F, dtype=torch.uint8)
+    reads = (query, key, value, output, lse, grad_output, grad_lse)
+    tensors = (*reads, *results, seqlens_q, seqlens_k, workspace)
+
+    def launch(stream):
+        built.launch(problem, abi.pack_grad_tensors(*(0 if t is None else t.data_ptr() for t in tensors)), stream)
+
+    if target == "cuda":
+        launch(torch.cuda.current_stream().cuda_stream)
+        return results
+    with emulator.session(target, threads=2) as gpu:
+        for tensor in tensors:
+            gpu.allow(tensor, writable=tensor is workspace or any(tensor is result for result in results))
+        launch(0)
+        gpu.check()
+        if stats is not None:
+            stats.update(gpu.stats())
+    return results
+
+
+def batch(tensors, longest, filling):
+    """Sequences of different lengths as one padded batch."""
+    padded = torch.full((len(tensors), longest, *tensors[0].shape[1:]), filling, dtype=tensors[0].dtype)
+    for b, tensor in enumerate(tensors):
+        padded[b, : len(tensor)] = tensor
+    return padded
+
+
+def check(target, dtype, head_dim, causal, lengths, heads, form="padded", grad_lse=False, scale=None):
+    """lengths: (queries, keys) of each sequence. Everything in the padding is NaN."""
+    made = [Sequence(DTYPES[dtype], head_dim, causal, *n, *heads, grad_lse, scale) for n in lengths]
+    longest = [max(n[side] for n in lengths) for side in (0, 1)]
+    seqlens = [torch.tensor([n[side] for n in lengths], dtype=torch.int32) for side in (0, 1)]
+    sides = (0, 1, 1, 0)
+    if form == "packed":
+        inputs = [torch.cat(tensors) for tensors in zip(*(s.inputs for s in made), strict=True)]
+        output = torch.cat([s.output for s in made])
+        lse = torch.cat([s.lse for s in made], 1)
+        grad = torch.cat([s.grad_lse for s in made], 1) if grad_lse else None
+        results = gradients(target, inputs, output, lse, grad, causal, scale, *seqlens, longest)
+    else:
+        inputs = [
+            batch(tensors, longest[side], math.nan)
+            for side, tensors in zip(sides, zip(*(s.inputs for s in made), strict=True), strict=True)
+        ]
+        output = batch([s.output for s in made], longest[0], math.nan)
+        rows_last = [
+            None if terms[0] is None else batch([t.T for t in terms], longest[0], math.nan).transpose(1, 2).contiguous()
+            for terms in ([s.lse for s in made], [s.grad_lse for s in made])
+        ]
+        if form == "dense":
+            seqlens = (None, None)
+        results = gradients(target, inputs, output, *rows_last, causal, scale, *seqlens)
+    for i, (name, result) in enumerate(zip(NAMES, results, strict=True)):
+        if form != "packed":
+            for b, n in enumerate(lengths):
+                assert not result[b, n[sides[i]] :].any(), f"{name}: padding rows must be zero"
+            result = torch.cat([result[b, : n[sides[i]]] for b, n in enumerate(lengths)])
+        expected, pytorch = (torch.cat([getattr(s, which)[i] for s in made]) for which in ("expected", "pytorch"))
+        try:
+            assert_as_accurate(result, expected, pytorch)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {form}, lengths {lengths}, heads {heads}: {error}") from None
+    return results
+
+
+@parametrize(PARAMETERS)
+def test_dense(target, dtype, head_dim, causal):
+    """More and fewer queries than keys, lengths around the tiles, query heads that share a KV head."""
+    check(target, dtype, head_dim, causal, [(ROWS + 1, TILE + 1)], (2, 1), "dense")
+    check(target, dtype, head_dim, causal, [(TILE - 1, ROWS + 3)] * 2, (2, 2), "dense", grad_lse=True)
+    check(target, dtype, head_dim, causal, [(2 * TILE, 2 * TILE)], (1, 1), "dense", scale=-0.3)
+
+
+@parametrize(PARAMETERS)
+def test_padded_and_packed(target, dtype, head_dim, causal):
+    lengths = [(TILE + 1, ROWS + 2), (0, 3), (1, 1), (67, 20), (5, 0)]
+    for form in ("padded", "packed"):
+        check(target, dtype, head_dim, causal, lengths, (2, 1), form, grad_lse=form == "packed")
+
+
+@parametrize([p for p in PARAMETERS if p[0] == "cuda"])
+def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
+    """Long enough for every stage to be used many times over; a second run gives the same bits."""
+    torch.manual_seed(1)
+    first = check(target, dtype, head_dim, causal, [(1000, 1300), (700, 333)], (4, 2), "padded", grad_lse=True)
+    torch.manual_seed(1)
+    second = check(target, dtype, head_dim, causal, [(1000, 1300), (700, 333)], (4, 2), "padded", grad_lse=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@parametrize([p for p in PARAMETERS if p[0] != "cuda"])
+def test_cost(target, dtype, head_dim, causal):
+    """What the design promises of the machine code, counted by the emulator."""
+    inputs = [torch.randn(1, 2 * ROWS, 1, head_dim).to(DTYPES[dtype]) for _ in range(4)]
+    stats = {}
+    gradients(target, inputs, inputs[0], torch.zeros(1, 1, 2 * ROWS), None, causal, None, stats=stats)
+    for name, cost in stats.items():
+        if "row_terms" in name:
+            continue
+        loop = cost["main_loop"]
+        assert loop["lds_conflicts"] < 0.05, name
+        assert loop["narrowest_load"] >= 8, name
+        if head_dim <= 128:
+            assert cost["scratch_bytes"] == 0, name
