@@ -29,7 +29,7 @@ from aiter.jit.entry import DamagedEntry, Entry, read, sync, write_manifest
 from aiter.jit.lock import build_lock, try_lock
 from aiter.jit.log import logger
 from aiter.jit.recipe import Recipe
-from aiter.jit.toolchain import LIBRARY, LOG, Compiler, compile_library
+from aiter.jit.toolchain import LIBRARY, LOG, TEMPORARY, Compiler, compile_library
 
 BUILDING, LOCKS, DAMAGED, FAILED = ".building", ".locks", ".damaged", ".failed"
 # What another host, or a process of ours, has in the making is taken for abandoned after this time.
@@ -129,7 +129,7 @@ class Store:
                 compile_library(commands, folder, settings.compile_timeout())
             version = compiler.version()
         except CompilationError as error:
-            if not all((folder / name).is_file() for name in recipe.files):
+            if not all(os.path.exists(folder / name) for name in (*recipe.files, TEMPORARY)):
                 raise Unwritable("it was deleted while a kernel was built", vanished=True) from None
             refused = _refuses_writes(folder, error.output)
             if refused:
@@ -325,6 +325,7 @@ def _lay_out(recipe: Recipe, folder: Path) -> None:
     for name, content in recipe.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    (folder / TEMPORARY).mkdir()
 
 
 def _refuses_writes(folder: Path, output: str) -> str | None:

@@ -25,6 +25,8 @@ from aiter.jit.spec import Spec
 
 LIBRARY = "kernel.so"
 LOG = "build.log"
+# Where compilers put temporary files: they go with the folder of the build, whatever happens to it.
+TEMPORARY = "tmp"
 
 # Variables by which compilers take further options or include folders: they would change a build behind its key.
 _HIDDEN_OPTIONS = (
@@ -208,8 +210,8 @@ def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> 
     """Runs `commands` in `folder`, their output in LOG there. Raises CompilationError with the compiler's words."""
     import subprocess  # here, because a warm start runs nothing
 
-    temporary = folder / "tmp"  # the compiler's own temporary files go with the folder, whatever happens to it
-    temporary.mkdir()
+    temporary = folder / TEMPORARY
+    temporary.mkdir(exist_ok=True)
     env = {**_environment(), "TMPDIR": str(temporary)}
     deadline = time.monotonic() + timeout
     with open(folder / LOG, "wb") as log:
@@ -246,7 +248,6 @@ def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> 
             if status:
                 what = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
                 raise CompilationError(what, shlex.join(command), _read(folder / LOG))
-    shutil.rmtree(temporary, ignore_errors=True)
     if not (folder / LIBRARY).is_file():
         raise CompilationError(f"made no {LIBRARY}", shlex.join(commands[-1]), _read(folder / LOG))
 
