@@ -20,108 +20,31 @@
  * Masked keys take part with weight zero. Where such a key holds inf or NaN the row comes out NaN; finish_row sees that
  * and recomputes the row without the masked keys (attend_exactly).
  */
-#include <stdlib.h>
-
 #include "parallel.h"
-#include "row_attention.h"
-#include "strip.h"
+#include "schedule.h"
 
 namespace {
 
-constexpr int64_t TARGET_UNITS = 64;             /* enough to keep the cores of a large socket busy */
-constexpr int64_t MIN_SPLIT_KEYS = 512;          /* a shorter split costs more in merging than it gains */
-constexpr int64_t MAX_TILE_STRIPS = 8;           /* Q^T and O^T of a tile share L2 with a block of keys */
-constexpr int64_t MIN_TILE_STRIPS = 2;           /* packing K and V for fewer rows costs too much */
-constexpr double SERIAL_FLOPS = 1.0e6;           /* below this, waking a second thread costs more than it brings */
+constexpr double SERIAL_FLOPS = 1.0e6; /* below this, waking a second thread costs more than it brings */
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr int64_t ALIGNMENT = 64;
 
 enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
-
-/* How a problem is cut into units. */
-struct Schedule {
-    int64_t group, rows;              /* rows of one KV head, in the longest sequence */
-    int64_t tile_rows, tiles, splits;
-    int64_t heads, units;             /* (sequence, KV head) pairs; all units */
-    bool few_rows;
-    int64_t starts_bytes, counters_bytes, partials_bytes; /* the workspace */
-
-    explicit Schedule(const aiter_attention_problem &p) {
-        group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
-        rows = p.seqlen_q * group;
-        heads = static_cast<int64_t>(p.batch) * p.heads_kv;
-        few_rows = rows <= MAX_ROWS;
-        tile_rows = few_rows ? MAX_ROWS : MAX_TILE_STRIPS * STRIP_ROWS;
-        while (!few_rows && tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && heads * ceil_div(rows, tile_rows) < TARGET_UNITS)
-            tile_rows -= STRIP_ROWS;
-        tiles = ceil_div(rows, tile_rows);
-        splits = 1;
-        const int64_t whole = heads * tiles;
-        if (whole > 0 && whole < TARGET_UNITS)
-            splits = clamp(p.seqlen_k / MIN_SPLIT_KEYS, 1, ceil_div(TARGET_UNITS, whole));
-        units = whole * splits;
-        starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
-        counters_bytes = splits > 1 ? whole * static_cast<int64_t>(sizeof(int32_t)) : 0;
-        partials_bytes = splits > 1 ? heads * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
-    }
-
-    int64_t starts_at() const { return 0; }
-    int64_t counters_at() const { return ceil_div(starts_bytes, ALIGNMENT) * ALIGNMENT; }
-    int64_t partials_at() const { return counters_at() + ceil_div(counters_bytes, ALIGNMENT) * ALIGNMENT; }
-    int64_t workspace_bytes() const { return starts_bytes + counters_bytes > 0 ? partials_at() + partials_bytes : 0; }
-};
-
-/* One thread's buffers. */
-struct Scratch {
-    char *memory;
-    Step *queries, *keys, *values, *weights;
-    float *outputs, *maxima, *sums, *scores;
-    int32_t *visible;
-
-    explicit Scratch(const Schedule &schedule) {
-        const int64_t rows = schedule.few_rows ? 0 : ceil_div(minimum(schedule.tile_rows, schedule.rows), STRIP_ROWS) * STRIP_ROWS;
-        const int64_t sizes[] = {rows * DIM * 4, rows * DIM_STEPS * 4, rows * 4, rows * 4, rows * 4,
-                                 BLOCK_KEYS * DIM_STEPS * 4, BLOCK_STEPS * DIM * 4, BLOCK_KEYS * STRIP_ROWS * 4,
-                                 STEP_ELEMENTS > 1 ? BLOCK_STEPS * STRIP_ROWS * 4 : 0};
-        int64_t total = 0;
-        for (int64_t size : sizes) total += ceil_div(size, ALIGNMENT) * ALIGNMENT;
-        memory = rows > 0 ? static_cast<char *>(aligned_alloc(ALIGNMENT, total)) : nullptr;
-        char *next = memory;
-        int index = 0;
-        auto take = [&] {
-            char *taken = next;
-            next += ceil_div(sizes[index++], ALIGNMENT) * ALIGNMENT;
-            return static_cast<void *>(taken);
-        };
-        if (!memory) return;
-        outputs = static_cast<float *>(take());
-        queries = static_cast<Step *>(take());
-        maxima = static_cast<float *>(take());
-        sums = static_cast<float *>(take());
-        visible = static_cast<int32_t *>(take());
-        keys = static_cast<Step *>(take());
-        values = static_cast<Step *>(take());
-        scores = static_cast<float *>(take());
-        weights = STEP_ELEMENTS > 1 ? static_cast<Step *>(take()) : reinterpret_cast<Step *>(scores);
-    }
-    ~Scratch() { free(memory); }
-    Scratch(const Scratch &) = delete;
-    Scratch &operator=(const Scratch &) = delete;
-};
 
 struct Forward {
     const aiter_attention_problem &problem;
     const aiter_attention_tensors &tensors;
     const Schedule schedule;
     const int64_t *starts_q, *starts_k; /* packed only */
-    int32_t *unfinished;                /* splits still to come, per tile */
-    RowState *partials;                 /* [sequence, KV head][row][split] */
+    int32_t *unfinished; /* splits still to come, for all units that differ in nothing else */
+    RowState *partials;  /* [sequence][KV head][row][split] */
+    Step *packed_ahead;  /* [sequence][KV head][block], or null */
     float scale_log2, sign;
-    int64_t next_unit = 0;              /* taken atomically */
+    int64_t next_block = 0, next_unit = 0; /* taken atomically */
 
     Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t)
-        : problem(p), tensors(t), schedule(p), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr) {
+        : problem(p), tensors(t), schedule(p), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr),
+          packed_ahead(nullptr) {
         /* Scaling by a negative number is scaling by its magnitude with the query negated; and a masked score must stay
          * -inf even where the scale is zero. */
         sign = p.softmax_scale < 0.0f ? -1.0f : 1.0f;
@@ -129,7 +52,7 @@ struct Forward {
         scale_log2 = scale_log2 == 0.0f ? 0x1p-126f : scale_log2;
         char *workspace = static_cast<char *>(t.workspace);
         if (schedule.starts_bytes > 0) {
-            int64_t *starts = reinterpret_cast<int64_t *>(workspace + schedule.starts_at());
+            int64_t *starts = reinterpret_cast<int64_t *>(workspace);
             if (p.packed_q) {
                 find_starts(t.seqlens_q, p.batch, p.seqlen_q, p.total_q, starts);
                 starts_q = starts;
@@ -141,9 +64,11 @@ struct Forward {
         }
         if (schedule.splits > 1) {
             unfinished = reinterpret_cast<int32_t *>(workspace + schedule.counters_at());
-            for (int64_t i = 0; i < schedule.heads * schedule.tiles; i++) unfinished[i] = static_cast<int32_t>(schedule.splits);
+            for (int64_t i = 0; i < schedule.units / schedule.splits; i++)
+                unfinished[i] = static_cast<int32_t>(schedule.splits);
             partials = reinterpret_cast<RowState *>(workspace + schedule.partials_at());
         }
+        if (schedule.packed_blocks > 0) packed_ahead = reinterpret_cast<Step *>(workspace + schedule.packed_at());
     }
 
     Sequence sequence(int64_t b) const {
@@ -160,10 +85,28 @@ struct Forward {
         return s;
     }
 
+    Step *packed_block(int64_t b, int64_t head, int64_t block) const {
+        return packed_ahead + ((b * problem.heads_kv + head) * schedule.packed_blocks + block) * PACKED_BLOCK;
+    }
+
+    /* Packs blocks of keys until none is left: what each thread does before all others, where that pays. */
+    void pack() {
+        for (;;) {
+            const int64_t unit = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED);
+            const int64_t block = unit % schedule.packed_blocks, head_index = unit / schedule.packed_blocks;
+            const int64_t b = head_index / problem.heads_kv, head = head_index % problem.heads_kv;
+            if (b >= problem.batch) return;
+            const Sequence seq = sequence(b);
+            const int64_t count = minimum(BLOCK_KEYS, seq.tokens_k - block * BLOCK_KEYS);
+            if (count > 0)
+                pack_block(packed_block(b, head, block), KeyRows(problem, tensors, seq, b, head), block * BLOCK_KEYS, static_cast<int>(count));
+        }
+    }
+
     /* Takes units until none is left: what each thread does. */
-    void operator()() {
+    void work() {
         const Scratch scratch(schedule);
-        if (!schedule.few_rows && !scratch.memory) return; /* another thread may have had more luck */
+        if (!scratch.memory) return; /* another thread may have had more luck */
         const Tiles tiles;
         (void)tiles;
         for (;;) {
@@ -175,64 +118,90 @@ struct Forward {
 
     void run(int64_t unit, const Scratch &scratch) const {
         /* Later rows see more keys under a causal mask: the longest units come first. */
-        const int64_t split = unit % schedule.splits, head_index = unit / schedule.splits % schedule.heads;
-        const int64_t tile = schedule.tiles - 1 - unit / (schedule.splits * schedule.heads);
-        const int64_t b = head_index / problem.heads_kv, head = head_index % problem.heads_kv;
+        const int64_t split = unit % schedule.splits, whole = unit / schedule.splits;
+        const int64_t set = whole % schedule.sets, b = whole / schedule.sets % problem.batch;
+        const int64_t tile = schedule.tiles - 1 - whole / (schedule.sets * problem.batch);
+        const int64_t first_head = set * schedule.set_heads;
+        const int64_t end_head = minimum(first_head + schedule.set_heads, problem.heads_kv);
         const Sequence seq = sequence(b);
-        const QueryRows queries(problem, tensors, seq, b, head);
-        const KeyRows keys(problem, tensors, seq, b, head);
         const int64_t first = tile * schedule.tile_rows, limit = minimum(first + schedule.tile_rows, schedule.rows);
         const int64_t end = clamp(seq.tokens_q * schedule.group, first, limit);
         if (!problem.packed_q && split == 0)
-            for (int64_t row = end; row < limit; row++) { /* padding */
-                memset(queries.output_row(row), 0, HEAD_DIM * sizeof(Element));
-                queries.store_lse(row, -INFINITE);
-            }
+            for (int64_t head = first_head; head < end_head; head++) clear_padding(QueryRows(problem, tensors, seq, b, head), end, limit);
         if (first == end) return;
         const int64_t chunk = ceil_div(ceil_div(seq.tokens_k, schedule.splits), BLOCK_KEYS) * BLOCK_KEYS;
-        const int64_t last_seen = visible_keys(seq, queries.token(end - 1));
+        const int64_t last_seen = visible_keys(seq, (end - 1) / schedule.group);
         const int64_t first_key = minimum(split * chunk, last_seen), end_key = minimum(first_key + chunk, last_seen);
-        auto deliver = [&](int64_t row, RowState &state) {
+        auto deliver = [&](const QueryRows &queries, const KeyRows &keys, int64_t head, int64_t row, RowState &state) {
             if (schedule.splits == 1)
                 finish_row(queries, keys, seq, row, state);
             else
-                partials[(head_index * schedule.rows + row) * schedule.splits + split] = state;
+                partials_of(b, head, row)[split] = state;
         };
         if (schedule.few_rows)
-            few_rows(queries, keys, seq, end, first_key, end_key, deliver);
+            few_rows(seq, b, first_head, end_head, end, first_key, end_key, scratch, deliver);
         else
-            many_rows(queries, keys, seq, first, end, first_key, end_key, scratch, deliver);
-        if (schedule.splits > 1
-            && __atomic_sub_fetch(&unfinished[head_index * schedule.tiles + tile], 1, __ATOMIC_ACQ_REL) == 0)
-            for (int64_t row = first; row < end; row++) {
-                RowState merged;
-                merge(partials + (head_index * schedule.rows + row) * schedule.splits, merged);
-                finish_row(queries, keys, seq, row, merged);
+            many_rows(seq, b, first_head, first, end, first_key, end_key, scratch, deliver);
+        if (schedule.splits > 1 && __atomic_sub_fetch(&unfinished[whole], 1, __ATOMIC_ACQ_REL) == 0)
+            for (int64_t head = first_head; head < end_head; head++) {
+                const QueryRows queries(problem, tensors, seq, b, head);
+                const KeyRows keys(problem, tensors, seq, b, head);
+                for (int64_t row = first; row < end; row++) {
+                    RowState merged;
+                    merge(partials_of(b, head, row), merged);
+                    finish_row(queries, keys, seq, row, merged);
+                }
             }
     }
 
-    template <class Deliver>
-    void few_rows(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t rows, int64_t first_key,
-                  int64_t end_key, const Deliver &deliver) const {
-        alignas(64) float query[MAX_ROWS][PADDED_DIM];
-        RowState states[MAX_ROWS];
-        int64_t visible[MAX_ROWS];
-        for (int64_t r = 0; r < rows; r++) {
-            load_query(query[r], queries.query_row(r), sign);
-            visible[r] = visible_keys(seq, queries.token(r));
+    RowState *partials_of(int64_t b, int64_t head, int64_t row) const {
+        return partials + ((b * problem.heads_kv + head) * schedule.rows + row) * schedule.splits;
+    }
+
+    static void clear_padding(const QueryRows &queries, int64_t first, int64_t end) {
+        for (int64_t row = first; row < end; row++) {
+            memset(queries.output_row(row), 0, HEAD_DIM * sizeof(Element));
+            queries.store_lse(row, -INFINITE);
         }
-        switch (rows) {
-        case 1: attend_rows<1>(query, keys, first_key, end_key, visible, scale_log2, states); break;
-        case 2: attend_rows<2>(query, keys, first_key, end_key, visible, scale_log2, states); break;
-        case 3: attend_rows<3>(query, keys, first_key, end_key, visible, scale_log2, states); break;
-        default: attend_rows<4>(query, keys, first_key, end_key, visible, scale_log2, states); break;
-        }
-        for (int64_t r = 0; r < rows; r++) deliver(r, states[r]);
     }
 
     template <class Deliver>
-    void many_rows(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t first, int64_t end,
-                   int64_t first_key, int64_t end_key, const Scratch &scratch, const Deliver &deliver) const {
+    void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows, int64_t first_key,
+                  int64_t end_key, const Scratch &scratch, const Deliver &deliver) const {
+        int64_t visible[MAX_ROWS];
+        for (int64_t r = 0; r < rows; r++) visible[r] = visible_keys(seq, r / schedule.group);
+        for (int64_t head = first_head; head < end_head; head++) {
+            const QueryRows queries(problem, tensors, seq, b, head);
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t i = (head - first_head) * rows + r;
+                load_query(scratch.row_queries[i], queries.query_row(r), sign);
+                scratch.row_states[i].clear();
+            }
+        }
+        for (int64_t j = first_key; j < end_key; j += ROW_KEYS)
+            for (int64_t head = first_head; head < end_head; head++) {
+                const KeyRows keys(problem, tensors, seq, b, head);
+                const int count = static_cast<int>(minimum(ROW_KEYS, end_key - j));
+                const int64_t i = (head - first_head) * rows;
+                attend_rows(static_cast<int>(rows), scratch.row_queries + i, keys, j, count, visible, scale_log2, scratch.row_states + i);
+            }
+        for (int64_t head = first_head; head < end_head; head++) {
+            const QueryRows queries(problem, tensors, seq, b, head);
+            const KeyRows keys(problem, tensors, seq, b, head);
+            for (int64_t r = 0; r < rows; r++) {
+                RowState &state = scratch.row_states[(head - first_head) * rows + r];
+                restore_order(state.output);
+                deliver(queries, keys, head, r, state);
+            }
+        }
+    }
+
+    template <class Deliver>
+    void many_rows(const Sequence &seq, int64_t b, int64_t head, int64_t first, int64_t end, int64_t first_key,
+                   int64_t end_key, const Scratch &scratch, const Deliver &deliver_row) const {
+        const QueryRows queries(problem, tensors, seq, b, head);
+        const KeyRows keys(problem, tensors, seq, b, head);
+        auto deliver = [&](int64_t row, RowState &state) { deliver_row(queries, keys, head, row, state); };
         Strip strips[MAX_TILE_STRIPS];
         const int count = static_cast<int>(ceil_div(end - first, STRIP_ROWS));
         for (int i = 0; i < count; i++) {
@@ -241,16 +210,19 @@ struct Forward {
                          scratch.maxima + offset, scratch.sums + offset, scratch.visible + offset, 0, 0, 0, true};
             open_strip(strips[i], queries, seq, first + offset, end, end_key);
         }
-        const Element *key_rows[BLOCK_KEYS], *value_rows[BLOCK_KEYS];
+        StripWorker worker(scratch.scores, scratch.weights, scale_log2);
         for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
             const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
-            keys.find(j, block, key_rows, value_rows);
-            pack_keys(scratch.keys, key_rows, block);
-            pack_values(scratch.values, value_rows, block);
+            /* Two buffers: the worker may still be busy with the last strip of the block before. */
+            Step *packed = scratch.packed + (j - first_key) / BLOCK_KEYS % 2 * PACKED_BLOCK;
+            if (packed_ahead)
+                packed = packed_block(b, head, j / BLOCK_KEYS);
+            else
+                pack_block(packed, keys, j, block);
             for (int i = 0; i < count; i++)
-                attend_block(strips[i], scratch.keys, scratch.values, scratch.scores, scratch.weights,
-                             static_cast<int32_t>(j), block, scale_log2);
+                worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
         }
+        worker.finish();
         for (int i = 0; i < count; i++) close_strip(strips[i], first + i * STRIP_ROWS, end, deliver);
     }
 
@@ -281,7 +253,7 @@ struct Forward {
     void close_strip(const Strip &strip, int64_t first, int64_t end, const Deliver &deliver) const {
         for (int v = 0; v < strip.vectors; v++) {
             RowState states[LANES];
-            for (int d = 0; d < PADDED_DIM; d += LANES) {
+            for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES) {
                 Vec square[LANES];
                 for (int i = 0; i < LANES; i++)
                     square[i] = strip.empty || d + i >= HEAD_DIM ? Vec{} : load(strip.output + (d + i) * STRIP_ROWS + v * LANES);
@@ -305,7 +277,7 @@ struct Forward {
             const float old_weight = exp2f(merged.maximum - base), weight = exp2f(splits[s].maximum - base);
             merged.maximum = largest;
             merged.sum = merged.sum * old_weight + splits[s].sum * weight;
-            for (int d = 0; d < PADDED_DIM; d += LANES)
+            for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES)
                 store(merged.output + d, load(merged.output + d) * old_weight + load(splits[s].output + d) * weight);
         }
     }
@@ -319,7 +291,7 @@ struct Forward {
             return;
         }
         IntVec nan = IntVec{};
-        for (int d = 0; d < PADDED_DIM; d += LANES) {
+        for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES) {
             const Vec o = load(state.output + d);
             nan |= o != o;
         }
@@ -350,9 +322,12 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     if (!Tiles::permitted()) return NO_TILES;
     Forward forward(*problem, *tensors);
     const Schedule &schedule = forward.schedule;
-    const double flops = 4.0 * HEAD_DIM * schedule.heads * schedule.rows * problem->seqlen_k;
+    const double flops = 4.0 * HEAD_DIM * problem->batch * problem->heads_q * problem->seqlen_q * problem->seqlen_k;
     const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
-    run_parallel(cpu, static_cast<int>(threads), forward);
+    auto pack = [&] { forward.pack(); };
+    auto work = [&] { forward.work(); };
+    if (forward.packed_ahead) run_parallel(cpu, static_cast<int>(threads), pack);
+    run_parallel(cpu, static_cast<int>(threads), work);
     return forward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;
 }
 

@@ -67,14 +67,15 @@ struct Tiles {
     }
 };
 
-/* C[i][row] (+)= sum over s of a[i * a_row + s] * b[s][row], for i < count, a multiple of 32; steps of 16. */
-template <int VECTORS>
-static void multiply(float *c, const Step *a, int64_t a_row, int64_t, const Step *b, int count, int steps, bool accumulate) {
-    constexpr int64_t C_BYTES = STRIP_ROWS * sizeof(float), B_BYTES = STRIP_ROWS * sizeof(Step);
-    const int64_t a_bytes = a_row * sizeof(Step);
+/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of 32, and VECTORS of lanes; steps of
+ * 16. `meanwhile` is called after every few products, to do what the vector units can do at the same time. */
+template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW, class Meanwhile>
+static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, const Meanwhile &meanwhile) {
+    static_assert(A_STEP == 1, "tiles take rows of the left operand");
+    constexpr int64_t A_BYTES = A_ROW * sizeof(Step), B_BYTES = B_ROW * sizeof(Step), C_BYTES = C_ROW * sizeof(float);
     for (int first = 0; first < count; first += 2 * TILE_SIDE) {
-        float *upper = c + first * STRIP_ROWS, *lower = upper + TILE_SIDE * STRIP_ROWS;
-        const Step *left = a + first * a_row;
+        float *upper = c + first * C_ROW, *lower = upper + TILE_SIDE * C_ROW;
+        const Step *left = a + first * A_ROW;
         if (accumulate) {
             load_tile<0>(upper, C_BYTES);
             load_tile<2>(lower, C_BYTES);
@@ -87,22 +88,34 @@ static void multiply(float *c, const Step *a, int64_t a_row, int64_t, const Step
             if (VECTORS == 2) zero_tile<3>();
         }
         for (int s = 0; s < steps; s += TILE_SIDE) {
-            load_tile<4>(left + s, a_bytes);
-            load_tile<6>(b + s * STRIP_ROWS, B_BYTES);
+            load_tile<4>(left + s, A_BYTES);
+            load_tile<6>(b + s * B_ROW, B_BYTES);
             multiply_tiles<0, 4, 6>();
-            load_tile<5>(left + TILE_SIDE * a_row + s, a_bytes);
+            load_tile<5>(left + TILE_SIDE * A_ROW + s, A_BYTES);
             multiply_tiles<2, 5, 6>();
             if (VECTORS == 2) {
-                load_tile<7>(b + s * STRIP_ROWS + LANES, B_BYTES);
+                load_tile<7>(b + s * B_ROW + LANES, B_BYTES);
                 multiply_tiles<1, 4, 7>();
                 multiply_tiles<3, 5, 7>();
             }
+            meanwhile();
         }
         store_tile<0>(upper, C_BYTES);
         store_tile<2>(lower, C_BYTES);
         if (VECTORS == 2) store_tile<1>(upper + LANES, C_BYTES);
         if (VECTORS == 2) store_tile<3>(lower + LANES, C_BYTES);
     }
+}
+
+template <int VECTORS>
+static void multiply(float *c, const Step *a, int64_t a_row, int64_t a_step, const Step *b, int count, int steps,
+                     bool accumulate) {
+    multiply<VECTORS>(c, a, a_row, a_step, b, count, steps, accumulate, [] {});
+}
+
+template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW>
+static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
+    multiply<VECTORS, C_ROW, A_ROW, A_STEP, B_ROW>(c, a, b, count, steps, accumulate, [] {});
 }
 
 #endif

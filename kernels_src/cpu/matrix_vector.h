@@ -23,11 +23,11 @@ AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) {
 AITER_INLINE IntVec spread(int32_t step) { return broadcast(step); }
 #endif
 
-/* C[i][row] (+)= sum over s of a[i * a_row + s * a_step] * b[s][row], for i < count, a multiple of TILE_ROWS. */
-template <int VECTORS>
-static void multiply(float *c, const Step *a, int64_t a_row, int64_t a_step, const Step *b, int count, int steps,
-                     bool accumulate) {
-    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * a_row, c += TILE_ROWS * STRIP_ROWS) {
+/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of TILE_ROWS, and VECTORS of lanes.
+ * The strides are those from i to i + 1 and from s to s + 1. */
+template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW>
+static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
+    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * A_ROW, c += TILE_ROWS * C_ROW) {
         Vec total[TILE_ROWS][VECTORS];
         AITER_UNROLL
         for (int i = 0; i < TILE_ROWS; i++)
@@ -36,10 +36,10 @@ static void multiply(float *c, const Step *a, int64_t a_row, int64_t a_step, con
         for (int s = 0; s < steps; s++) {
             StepVec right[VECTORS];
             AITER_UNROLL
-            for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + s * STRIP_ROWS + v * LANES);
+            for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + s * B_ROW + v * LANES);
             AITER_UNROLL
             for (int i = 0; i < TILE_ROWS; i++) {
-                const StepVec left = spread(a[i * a_row + s * a_step]);
+                const StepVec left = spread(a[i * A_ROW + s * A_STEP]);
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
             }
@@ -48,7 +48,7 @@ static void multiply(float *c, const Step *a, int64_t a_row, int64_t a_step, con
         for (int i = 0; i < TILE_ROWS; i++)
             AITER_UNROLL
             for (int v = 0; v < VECTORS; v++) {
-                float *p = c + i * STRIP_ROWS + v * LANES;
+                float *p = c + i * C_ROW + v * LANES;
                 store(p, accumulate ? load(p) + total[i][v] : total[i][v]);
             }
     }

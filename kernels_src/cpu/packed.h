@@ -41,6 +41,8 @@ constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 #if AITER_TILES
 constexpr int STRIP_VECTORS = 2;
 constexpr int BLOCK_KEYS = 128;
+constexpr int MIN_TILE_ROWS = 256;
+constexpr bool PACK_AHEAD = true;
 constexpr int KEY_MULTIPLE = 32;                 /* a tile of weights takes 32 keys */
 constexpr int DIM = round_up(HEAD_DIM, 32);      /* head_dim as the products see it: padded with zeros */
 #else
@@ -50,14 +52,19 @@ constexpr int STRIP_VECTORS = 3;
 constexpr int STRIP_VECTORS = 2;
 #endif
 constexpr int BLOCK_KEYS = 64;
+constexpr int MIN_TILE_ROWS = 96;
+constexpr bool PACK_AHEAD = false;
 constexpr int KEY_MULTIPLE = 8;
 constexpr int DIM = HEAD_DIM;
 #endif
 /* STRIP_VECTORS: vectors of query rows that are worked on together. BLOCK_KEYS: keys per step of the online softmax;
- * scores and weights of a strip fit L1, packed keys and values L2. KEY_MULTIPLE: blocks are padded with zero keys. */
+ * scores and weights of a strip fit L1, packed keys and values L2. KEY_MULTIPLE: blocks are padded with zero keys.
+ * MIN_TILE_ROWS: for fewer rows than this, packing keys and values costs too much of the time. */
 constexpr int STRIP_ROWS = STRIP_VECTORS * LANES;
 constexpr int DIM_STEPS = DIM / STEP_ELEMENTS;
 constexpr int BLOCK_STEPS = BLOCK_KEYS / STEP_ELEMENTS;
+constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;                    /* where the values of a packed block begin */
+constexpr int PACKED_BLOCK = PACKED_VALUES + BLOCK_STEPS * DIM; /* steps in a packed block */
 #if AITER_TILES
 constexpr int VALUE_ROW = BLOCK_STEPS, VALUE_STEP = 1; /* V^T[d][step] */
 #else
@@ -66,15 +73,25 @@ constexpr int VALUE_ROW = 1, VALUE_STEP = DIM;         /* V[step][d] */
 
 AITER_INLINE StepVec load_steps(const Step *p) { return load(p); }
 AITER_INLINE void store_steps(Step *p, StepVec v) { memcpy(p, &v, sizeof v); }
+AITER_INLINE void store_steps(Step *p, StepVec v, int count) {
+    if (count >= LANES)
+        store_steps(p, v);
+    else
+        memcpy(p, &v, count * sizeof(Step));
+}
 
 #if AITER_PAIRS
 /* Two rows, element by element: the first in the lower half of each lane. */
 AITER_INLINE StepVec interleave(const Element *low, const Element *high, int count) {
     HalfVec a = HalfVec{}, b = HalfVec{};
-    const size_t bytes = count >= LANES ? sizeof a : count * sizeof(Element);
-    memcpy(&a, low, bytes);
-    if (high) memcpy(&b, high, bytes);
-    return __builtin_convertvector(a, IntVec) | (__builtin_convertvector(b, IntVec) << 16);
+    if (count >= LANES) {
+        a = load(low);
+        if (high) b = load(high);
+    } else {
+        memcpy(&a, low, count * sizeof(Element));
+        if (high) memcpy(&b, high, count * sizeof(Element));
+    }
+    return widen(a) | (widen(b) << 16);
 }
 
 /* The weights of two keys. */
@@ -84,7 +101,7 @@ AITER_INLINE StepVec to_pairs(Vec low, Vec high) {
                                            23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (StepVec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 #else
-    return __builtin_convertvector(to_elements(low), IntVec) | (__builtin_convertvector(to_elements(high), IntVec) << 16);
+    return widen(to_elements(low)) | (widen(to_elements(high)) << 16);
 #endif
 }
 #endif
@@ -102,8 +119,11 @@ AITER_INLINE void store_weights(Step *weights, int key, Vec low, Vec high) {
 AITER_INLINE StepVec row_steps(const Element *row, int first) {
 #if AITER_PAIRS
     StepVec v = StepVec{};
-    const int left = (HEAD_DIM - first * 2) * static_cast<int>(sizeof(Element)), full = sizeof v;
-    memcpy(&v, row + first * 2, left >= full ? full : left > 0 ? left : 0);
+    const int left = HEAD_DIM / 2 - first;
+    if (left >= LANES)
+        memcpy(&v, row + first * 2, sizeof v);
+    else if (left > 0)
+        memcpy(&v, row + first * 2, left * sizeof(Step));
     return v;
 #else
     return to_floats(row + first, HEAD_DIM - first);
@@ -134,10 +154,27 @@ static void pack_keys(Step *keys, const Element *const *rows, int count) {
     for (int i = 0; i < count; i++, keys += DIM_STEPS)
         for (int s = 0; s < DIM_STEPS; s += LANES) {
             const StepVec steps = row_steps(rows[i], s);
-            memcpy(keys + s, &steps, DIM_STEPS - s >= LANES ? sizeof steps : (DIM_STEPS - s) * sizeof(Step));
+            store_steps(keys + s, steps, DIM_STEPS - s);
         }
     const int padding = round_up(count, KEY_MULTIPLE) - count;
     memset(keys, 0, padding * DIM_STEPS * sizeof(Step));
+}
+
+/* Rows as the right operand of a product that sums over them: [step][d], WIDTH values apart. Null rows and those from
+ * `count` to `padded` are zeros. */
+template <int WIDTH>
+static inline void pack_steps(Step *packed, const Element *const *rows, int count, int padded) {
+    for (int i = 0; i < padded; i += STEP_ELEMENTS, packed += WIDTH)
+        for (int d = 0; d < WIDTH; d += LANES) {
+            StepVec steps = StepVec{};
+            if (i < count && rows[i] && d < HEAD_DIM)
+#if AITER_PAIRS
+                steps = interleave(rows[i] + d, i + 1 < count && rows[i + 1] ? rows[i + 1] + d : nullptr, HEAD_DIM - d);
+#else
+                steps = to_floats(rows[i] + d, HEAD_DIM - d);
+#endif
+            store_steps(packed + d, steps, WIDTH - d);
+        }
 }
 
 #if AITER_TILES
@@ -160,16 +197,17 @@ static void pack_values(Step *values, const Element *const *rows, int count) {
 #elif AITER_PAIRS
 /* V[step][d] */
 static void pack_values(Step *values, const Element *const *rows, int count) {
-    for (int key = 0; key < round_up(count, KEY_MULTIPLE); key += 2, values += DIM)
-        for (int d = 0; d < DIM; d += LANES) {
-            StepVec steps = StepVec{};
-            if (key < count)
-                steps = interleave(rows[key] + d, key + 1 < count ? rows[key + 1] + d : nullptr, DIM - d);
-            memcpy(values + d, &steps, DIM - d >= LANES ? sizeof steps : (DIM - d) * sizeof(Step));
-        }
+    pack_steps<DIM>(values, rows, count, round_up(count, KEY_MULTIPLE));
 }
 #else
 static void pack_values(Step *values, const Element *const *rows, int count) { pack_keys(values, rows, count); }
 #endif
+
+static void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count) {
+    const Element *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
+    rows.find(first, count, keys, values);
+    pack_keys(packed, keys, count);
+    pack_values(packed + PACKED_VALUES, values, count);
+}
 
 #endif

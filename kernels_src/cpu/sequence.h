@@ -15,6 +15,7 @@ AITER_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 AITER_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 AITER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+
 /* Lengths of one sequence and, when packed, the token at which it begins. */
 struct Sequence {
     int64_t tokens_q, tokens_k;

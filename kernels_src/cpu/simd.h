@@ -46,6 +46,16 @@ AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
 
+AITER_INLINE IntVec widen(HalfVec v) {
+#if AITER_AVX512
+    return (IntVec)_mm512_maskz_cvtepu16_epi32(ALL_LANES, (__m256i)v);
+#elif AITER_AVX2
+    return (IntVec)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+    return __builtin_convertvector(v, IntVec);
+#endif
+}
+
 /* If one of the two is NaN, this is b. */
 AITER_INLINE Vec maximum(Vec a, Vec b) {
 #if AITER_AVX512
@@ -122,7 +132,7 @@ AITER_INLINE HalfVec load(const Element *p) { HalfVec v; memcpy(&v, p, sizeof v)
 #if AITER_DTYPE_BF16
 constexpr int EXP2_DEGREE = 3;
 
-AITER_INLINE Vec to_floats(HalfVec v) { return (Vec)(__builtin_convertvector(v, IntVec) << 16); }
+AITER_INLINE Vec to_floats(HalfVec v) { return (Vec)(widen(v) << 16); }
 
 AITER_INLINE HalfVec to_elements(Vec v) { /* to nearest even; NaN stays NaN */
     const IntVec bits = (IntVec)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
@@ -137,7 +147,7 @@ AITER_INLINE Vec to_floats(HalfVec v) {
 #elif AITER_AVX2
     return _mm256_cvtph_ps((__m128i)v);
 #else
-    const IntVec bits = __builtin_convertvector(v, IntVec), magnitude = (bits & 0x7fff) << 13;
+    const IntVec bits = widen(v), magnitude = (bits & 0x7fff) << 13;
     const Vec finite = (Vec)magnitude * 0x1p112f; /* moves the exponent; subnormals come out normal */
     const IntVec special = magnitude >= 0x0f800000;
     return (Vec)((special ? (magnitude | 0x7f800000) : (IntVec)finite) | ((bits & 0x8000) << 16));
@@ -205,6 +215,17 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
+}
+
+/* Lane i of the result is the sum of the lanes of rows[i]: a transpose that adds on its way. */
+AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
+    AITER_UNROLL
+    for (int half = LANES / 2; half > 0; half /= 2)
+        AITER_UNROLL
+        for (int i = 0; i < half; i++)
+            rows[i] = __builtin_shufflevector(rows[i], rows[i + half], AITER_ZIP_LOW)
+                      + __builtin_shufflevector(rows[i], rows[i + half], AITER_ZIP_HIGH);
+    return rows[0];
 }
 
 #endif

@@ -42,65 +42,114 @@ static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count
     }
 }
 
-/* From scores to weights (which may overlay them); updates maximum and sum, and rescales what was accumulated where the maximum moved. */
-template <int VECTORS>
-static void soften(const float *s, Step *weights, Strip &strip, int count, float scale_log2) {
-    Vec largest[VECTORS];
-    for (int v = 0; v < VECTORS; v++) largest[v] = broadcast(-INFINITE);
-    for (int j = 0; j < count; j++)
+/* From scores to weights, in pieces, so that it can be worked off while matrix tiles multiply. */
+struct Softening {
+    const float *scores;
+    Step *weights; /* may overlay the scores */
+    Strip *strip;
+    int count, done; /* keys */
+    float scale_log2;
+    Vec base[STRIP_VECTORS], added[STRIP_VECTORS];
+
+    /* Brings maximum and sum up to date, and rescales what was accumulated where the maximum moves. */
+    template <int VECTORS>
+    void begin() {
+        Vec largest[VECTORS];
+        for (int v = 0; v < VECTORS; v++) largest[v] = broadcast(-INFINITE);
+        for (int j = 0; j < count; j++)
+            AITER_UNROLL
+            for (int v = 0; v < VECTORS; v++) largest[v] = maximum(largest[v], load(scores + j * STRIP_ROWS + v * LANES));
+        for (int v = 0; v < VECTORS; v++) {
+            const Vec old = load(strip->maximum + v * LANES), candidate = largest[v] * scale_log2;
+            const IntVec moves = candidate > old + RESCALE_THRESHOLD;
+            base[v] = old == -INFINITE ? Vec{} : old; /* -inf - -inf would be NaN */
+            added[v] = Vec{}; /* a sum of its own for the block: rounding errors grow with the length of a sum */
+            if (any(moves)) {
+                base[v] = moves ? candidate : base[v];
+                store(strip->maximum + v * LANES, moves ? candidate : old);
+                rescale(v, moves ? exp2<EXP2_DEGREE>(old - base[v]) : broadcast(1.0f));
+            }
+        }
+        done = 0;
+    }
+
+    void rescale(int v, Vec factor) {
+        store(strip->sum + v * LANES, load(strip->sum + v * LANES) * factor);
+        if (strip->empty) return;
+        for (int d = 0; d < HEAD_DIM; d++) {
+            float *p = strip->output + d * STRIP_ROWS + v * LANES;
+            store(p, load(p) * factor);
+        }
+    }
+
+    /* The next `keys` keys, an even number. */
+    template <int VECTORS>
+    void advance(int keys) {
+        const int end = static_cast<int>(minimum(done + keys, count));
+        Vec total[VECTORS];
         AITER_UNROLL
-        for (int v = 0; v < VECTORS; v++) largest[v] = maximum(largest[v], load(s + j * STRIP_ROWS + v * LANES));
-    for (int v = 0; v < VECTORS; v++) {
-        Vec maximum = load(strip.maximum + v * LANES), sum = load(strip.sum + v * LANES);
-        const Vec candidate = largest[v] * scale_log2;
-        const IntVec moves = candidate > maximum + RESCALE_THRESHOLD;
-        Vec base = maximum == -INFINITE ? Vec{} : maximum; /* -inf - -inf would be NaN */
-        if (any(moves)) {
-            base = moves ? candidate : base;
-            const Vec factor = moves ? exp2<EXP2_DEGREE>(maximum - base) : broadcast(1.0f);
-            maximum = moves ? candidate : maximum;
-            store(strip.maximum + v * LANES, maximum);
-            sum *= factor;
-            if (!strip.empty)
-                for (int d = 0; d < HEAD_DIM; d++) {
-                    float *p = strip.output + d * STRIP_ROWS + v * LANES;
-                    store(p, load(p) * factor);
-                }
-        }
-        Vec added = Vec{}; /* a sum of its own for the block: rounding errors grow with the length of a sum */
-        for (int j = 0; j < count; j += 2) {
-            const float *p = s + j * STRIP_ROWS + v * LANES;
-            const Vec low = exp2<EXP2_DEGREE>(load(p) * scale_log2 - base);
-            const Vec high = exp2<EXP2_DEGREE>(load(p + STRIP_ROWS) * scale_log2 - base);
-            added += low + high;
-            store_weights(weights + v * LANES, j, low, high);
-        }
-        store(strip.sum + v * LANES, sum + added);
+        for (int v = 0; v < VECTORS; v++) total[v] = added[v];
+        for (int j = done; j < end; j += 2)
+            AITER_UNROLL
+            for (int v = 0; v < VECTORS; v++) {
+                const float *p = scores + j * STRIP_ROWS + v * LANES;
+                const Vec low = exp2<EXP2_DEGREE>(load(p) * scale_log2 - base[v]);
+                const Vec high = exp2<EXP2_DEGREE>(load(p + STRIP_ROWS) * scale_log2 - base[v]);
+                total[v] += low + high;
+                store_weights(weights + v * LANES, j, low, high);
+            }
+        AITER_UNROLL
+        for (int v = 0; v < VECTORS; v++) added[v] = total[v];
+        done = end;
     }
-}
 
-/* Lets VECTORS of the strip see `count` packed keys, a multiple of KEY_MULTIPLE. */
-template <int VECTORS>
-static void attend_block(Strip &strip, const Step *keys, const Step *values, float *s, Step *weights, int32_t first_key,
-                         int count, float scale_log2) {
-    multiply<VECTORS>(s, keys, DIM_STEPS, 1, strip.queries, count, DIM_STEPS, false);
-    if (strip.fewest_visible < first_key + count) hide_keys<VECTORS>(s, strip, first_key, count);
-    soften<VECTORS>(s, weights, strip, count, scale_log2);
-    multiply<VECTORS>(strip.output, values, VALUE_ROW, VALUE_STEP, weights, DIM, count / STEP_ELEMENTS, !strip.empty);
-    strip.empty = false;
-}
-
-/* Lets the strip see the packed block of `count` keys that begins at `first_key`. */
-static void attend_block(Strip &strip, const Step *keys, const Step *values, float *s, Step *weights, int32_t first_key,
-                         int count, float scale_log2) {
-    const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
-    if (seen <= 0) return;
-    const int padded = round_up(seen, KEY_MULTIPLE);
-    switch (strip.vectors) {
-    case 1: return attend_block<1>(strip, keys, values, s, weights, first_key, padded, scale_log2);
-    case 2: return attend_block<2>(strip, keys, values, s, weights, first_key, padded, scale_log2);
-    default: return attend_block<STRIP_VECTORS>(strip, keys, values, s, weights, first_key, padded, scale_log2);
+    template <int VECTORS>
+    void finish() {
+        advance<VECTORS>(count - done);
+        for (int v = 0; v < VECTORS; v++) store(strip->sum + v * LANES, load(strip->sum + v * LANES) + added[v]);
     }
-}
+};
+
+#if AITER_TILES
+#include "strip_tiles.h"
+#else
+/* Works on one strip and one block of keys after the other. */
+class StripWorker {
+  public:
+    StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
+        : scores(scores_buffer), weights(weights_buffer), scale_log2(scale) {}
+
+    /* Lets the strip see the packed block of `count` keys that begins at `first_key`. */
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
+        const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
+        if (seen <= 0) return;
+        const int padded = round_up(seen, KEY_MULTIPLE);
+        switch (strip.vectors) {
+        case 1: return attend<1>(strip, keys, values, first_key, padded);
+        case 2: return attend<2>(strip, keys, values, first_key, padded);
+        default: return attend<STRIP_VECTORS>(strip, keys, values, first_key, padded);
+        }
+    }
+
+    void finish() {}
+
+  private:
+    template <int VECTORS>
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
+        multiply<VECTORS, STRIP_ROWS, DIM_STEPS, 1, STRIP_ROWS>(scores, keys, strip.queries, count, DIM_STEPS, false);
+        if (strip.fewest_visible < first_key + count) hide_keys<VECTORS>(scores, strip, first_key, count);
+        Softening softening{scores, weights, &strip, count, 0, scale_log2, {}, {}};
+        softening.begin<VECTORS>();
+        softening.finish<VECTORS>();
+        multiply<VECTORS, STRIP_ROWS, VALUE_ROW, VALUE_STEP, STRIP_ROWS>(strip.output, values, weights, DIM,
+                                                                         count / STEP_ELEMENTS, !strip.empty);
+        strip.empty = false;
+    }
+
+    float *scores;
+    Step *weights;
+    float scale_log2;
+};
+#endif
 
 #endif

@@ -1,0 +1,116 @@
+/* How a forward problem is cut into units of work, and the memory that units need. */
+#ifndef AITER_CPU_SCHEDULE_H
+#define AITER_CPU_SCHEDULE_H
+
+#include <stdlib.h>
+
+#include "row_attention.h"
+#include "strip.h"
+
+constexpr int64_t TARGET_UNITS = 64;                       /* enough to keep the cores of a large socket busy */
+constexpr int64_t MIN_SPLIT_KEYS = 512;                    /* a shorter split costs more in merging than it gains */
+constexpr int64_t MAX_TILE_STRIPS = 256 / STRIP_ROWS;      /* Q^T and O^T of a tile share L2 with a block of keys */
+constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and V for fewer rows costs too much */
+constexpr int64_t ALIGNMENT = 64;
+
+AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
+
+/* unit = (tile of rows, sequence, set of KV heads, split of the keys); depends on the problem alone. */
+struct Schedule {
+    int64_t group, rows; /* query heads per KV head; rows of one KV head in the longest sequence */
+    bool few_rows;
+    int64_t tile_rows, tiles;
+    int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
+    int64_t splits, units;
+    int64_t packed_blocks; /* blocks of keys per KV head that are packed ahead for all tiles; 0: each tile packs its own */
+    int64_t starts_bytes, counters_bytes, partials_bytes, packed_bytes; /* parts of the workspace */
+
+    explicit Schedule(const aiter_attention_problem &p) {
+        group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
+        rows = p.seqlen_q * group;
+        few_rows = rows <= MAX_ROWS;
+        const int64_t most_splits = clamp(p.seqlen_k / MIN_SPLIT_KEYS, 1, TARGET_UNITS);
+        if (few_rows) {
+            /* Memory bounds these: all heads of a token lie side by side, so one unit reads them all. */
+            tile_rows = rows;
+            tiles = rows > 0;
+            splits = clamp(ceil_div(TARGET_UNITS, p.batch + !p.batch), 1, most_splits);
+            set_heads = p.heads_kv;
+            while (set_heads > 1 && p.batch * splits * ceil_div(p.heads_kv, set_heads) < TARGET_UNITS / 4)
+                set_heads = ceil_div(set_heads, 2);
+            sets = set_heads > 0 ? ceil_div(p.heads_kv, set_heads) : 0;
+        } else {
+            set_heads = 1;
+            sets = p.heads_kv;
+            tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
+            while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && p.batch * sets * ceil_div(rows, tile_rows) < TARGET_UNITS / 2)
+                tile_rows -= STRIP_ROWS;
+            tiles = ceil_div(rows, tile_rows);
+            const int64_t whole = p.batch * sets * tiles;
+            splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
+        }
+        units = tiles * p.batch * sets * splits;
+        /* Matrix tiles multiply so fast that packing the same keys again for every tile of rows would cost a quarter. */
+        packed_blocks = PACK_AHEAD && !few_rows && tiles > 1 ? ceil_div(p.seqlen_k, BLOCK_KEYS) : 0;
+        packed_bytes = p.batch * p.heads_kv * packed_blocks * PACKED_BLOCK * static_cast<int64_t>(sizeof(Step));
+        starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
+        counters_bytes = splits > 1 ? units / splits * static_cast<int64_t>(sizeof(int32_t)) : 0;
+        partials_bytes = splits > 1 ? p.batch * p.heads_kv * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
+    }
+
+    int64_t counters_at() const { return aligned(starts_bytes); }
+    int64_t partials_at() const { return counters_at() + aligned(counters_bytes); }
+    int64_t packed_at() const { return partials_at() + aligned(partials_bytes); }
+    int64_t workspace_bytes() const { return packed_at() + packed_bytes; }
+};
+
+/* One thread's buffers. */
+struct Scratch {
+    Step *queries, *packed, *weights;
+    float *outputs, *maxima, *sums, *scores;
+    int32_t *visible;
+    float (*row_queries)[PADDED_DIM];
+    RowState *row_states;
+    char *memory;
+
+    explicit Scratch(const Schedule &schedule) : memory(nullptr) {
+        const int64_t bytes = lay_out(schedule);
+        memory = static_cast<char *>(aligned_alloc(ALIGNMENT, aligned(bytes)));
+        if (memory) lay_out(schedule);
+    }
+    ~Scratch() { free(memory); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+
+  private:
+    template <class T>
+    void take(T *&buffer, int64_t count, int64_t &offset) {
+        buffer = reinterpret_cast<T *>(memory + offset);
+        offset += aligned(count * static_cast<int64_t>(sizeof(T)));
+    }
+
+    /* Points every buffer to its place and returns how many bytes they take. */
+    int64_t lay_out(const Schedule &schedule) {
+        int64_t end = 0;
+        if (schedule.few_rows) {
+            take(row_queries, schedule.set_heads * schedule.rows, end);
+            take(row_states, schedule.set_heads * schedule.rows, end);
+            return end;
+        }
+        const int64_t rows = ceil_div(minimum(schedule.tile_rows, schedule.rows), STRIP_ROWS) * STRIP_ROWS;
+        take(outputs, rows * DIM, end);
+        take(queries, rows * DIM_STEPS, end);
+        take(maxima, rows, end);
+        take(sums, rows, end);
+        take(visible, rows, end);
+        take(packed, 2 * PACKED_BLOCK, end);
+        take(scores, 2 * BLOCK_KEYS * STRIP_ROWS, end);
+        if (STEP_ELEMENTS > 1)
+            take(weights, BLOCK_STEPS * STRIP_ROWS, end);
+        else
+            weights = reinterpret_cast<Step *>(scores); /* float weights overlay the scores */
+        return end;
+    }
+};
+
+#endif
