@@ -60,8 +60,8 @@
  * Shapes: Shape<HEAD_DIM> proposes, for many query rows, ROW_TILES, KEYS, WAVES and BLOCKS (blocks that should fit
  * into one CU/SM at once; for __launch_bounds__).
  *
- * An arch that has its own main loop (wgmma on sm_90a, two alternating wave groups on gfx942) defines
- * AITER_ARCH_MAIN_LOOP and provides attend(...) as declared in attention_forward.hip, which then uses that one. */
+ * An arch may go through the tiles in a way of its own (wgmma in arch/sm90_forward.h; two alternating groups of waves
+ * would be another): tile_loop.h says what such a loop provides. */
 #ifndef AITER_GPU_ARCH_H
 #define AITER_GPU_ARCH_H
 
@@ -76,7 +76,7 @@ __host__ __device__ constexpr int round_up(int value, int multiple) { return (va
 } // namespace aiter
 
 #if defined(__HIP__)
-#include "gpu/arch/gfx9.h"
+#include "gpu/arch/gfx9_tiles.h"
 #else
 #include "gpu/arch/sm80.h"
 #endif

@@ -10,19 +10,19 @@
  *   where it lives   registers: Q (or shared memory, see the arch), S/P of one tile, O, maximum and sum of each row
  *                    shared memory: K and V of one tile, for all waves; the next tile is on its way there
  *
- *   each tile        publish     the tile that was on its way is the current one (block barrier)
- *                    issue       the tile after it sets off: its copy runs during what follows
- *                    scores      S = Q K^T          matrix unit
- *                    mask        only where the diagonal or the end of the sequence cuts the tile
- *                    update      P = exp2(S - max)  vector unit, while other waves use the matrix unit
- *                    accumulate  O += P V           matrix unit
+ *   each tile        S = Q K^T, mask where the diagonal or the end of the sequence cuts the tile, P = exp2(S - max),
+ *                    O += P V: see tile_loop.h, or the loop that an arch has of its own (arch/sm90_forward.h)
  *
  *   at the end       O / sum and the log-sum-exp go to memory. Causal only: a NaN that a masked value has left in a row
  *                    (0 * inf within a matrix product) is found there, and that row is computed again key by key.
  *
  * Blocks of one KV head stand together in the grid, and of these the ones with most keys come first, so that the short
  * ones fill the gaps at the end. Built for one dtype, AITER_HEAD_DIM, AITER_CAUSAL and AITER_PAGED. */
-#include "gpu/softmax.h"
+#include "gpu/tile_loop.h"
+
+#if !defined(__HIP__)
+#include "gpu/arch/sm90_forward.h"
+#endif
 
 #ifndef AITER_PAGED
 #define AITER_PAGED 0
@@ -32,59 +32,19 @@ namespace aiter {
 
 constexpr int HEAD_DIM = AITER_HEAD_DIM;
 constexpr bool CAUSAL = AITER_CAUSAL, PAGED = AITER_PAGED;
-using Tile = Shape<HEAD_DIM>;
-constexpr int THREADS = Tile::WAVES * WAVE;
-constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE, BLOCK_ROWS = Tile::WAVES * WAVE_ROWS;
-
 using Problem = Sequence<CAUSAL, PAGED>;
-using Queries = Query<HEAD_DIM, Tile::ROW_TILES>;
-using KeysAndValues = KeyValueTile<HEAD_DIM, Tile::KEYS, THREADS>;
-using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
-using Output = Accumulator<Tile::ROW_TILES, HEAD_DIM>;
-constexpr int SLOTS = Output::SLOTS;
-constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries::SHARED_BYTES;
-
-__device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) { /* of this wave */
-    return shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES;
-}
-
-/* The loop over the keys: leaves in `o` the sums of P V, and in `softmax` what they must be divided by. */
-#if !defined(AITER_ARCH_MAIN_LOOP)
-__device__ __forceinline__ void attend(const Problem &sequence, SharedAddress shared, int block_row, bool negate,
-                                       OnlineSoftmax<SLOTS> &softmax, Output &o) {
-    const int wave_row = block_row + wave() * WAVE_ROWS;
-    const int rows_end = lesser(block_row + BLOCK_ROWS, sequence.rows);
-    const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
-    const int wave_keys = sequence.visible(lesser(wave_row + WAVE_ROWS, sequence.rows) - 1);
-    const int unmasked_keys = sequence.visible(wave_row);
-
-    o.clear();
-    if (keys_end == 0) return;
-    KeysAndValues tile(shared, thread_in_block());
-    tile.issue(sequence.keys, 0);
-    Queries queries;
-    queries.load(query_memory(shared),
-                 [&](int row) {
-                     row += wave_row;
-                     return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
-                 },
-                 negate);
-
-    for (int first = 0; first < keys_end; first += Tile::KEYS) {
-        tile.publish(barrier);
-        if (first + Tile::KEYS < keys_end) tile.issue(sequence.keys, first + Tile::KEYS);
-        if (first >= wave_keys) continue; /* causal: the tile is the other waves' */
-        Scores s;
-        tile.scores(queries, s);
-        if (first + Tile::KEYS > unmasked_keys) mask(s, sequence, wave_row, first);
-        softmax.update(s, o);
-        tile.accumulate(s, o);
-    }
-}
+#if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 128 /* beyond, Q would not fit into the registers */
+using Loop = WarpgroupLoop<HEAD_DIM, Problem>;
+#else
+using Loop = TileLoop<HEAD_DIM, Problem>;
 #endif
+using Output = Loop::Output;
+constexpr int SLOTS = Output::SLOTS;
+constexpr int THREADS = Loop::WAVES * WAVE, WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
 
-__device__ __forceinline__ void store(const Problem &sequence, SharedAddress shared, int wave_row, float signed_scale,
+__device__ __forceinline__ void store(const Problem &sequence, SharedAddress shared, int block_row, float signed_scale,
                                       OnlineSoftmax<SLOTS> &softmax, Output &o) {
+    const int wave_row = block_row + wave() * WAVE_ROWS;
     float log_sum[SLOTS];
     softmax.finish(log_sum);
     bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
@@ -109,8 +69,8 @@ __device__ __forceinline__ void store(const Problem &sequence, SharedAddress sha
         }
     }
     if (CAUSAL && wave_any(any_spoiled)) { /* is it a masked value that did it? */
-        const int last_row = lesser(wave_row + WAVE_ROWS, sequence.rows) - 1;
-        const int end = lesser(round_up(sequence.visible(last_row), Tile::KEYS), sequence.keys.count);
+        const int last_row = lesser(block_row + BLOCK_ROWS, sequence.rows) - 1;
+        const int end = lesser(round_up(sequence.visible(last_row), Loop::KEYS), sequence.keys.count);
         if (!values_not_finite<HEAD_DIM>(sequence, sequence.visible(wave_row), end))
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
@@ -138,8 +98,8 @@ __device__ __forceinline__ void store(const Problem &sequence, SharedAddress sha
     }
 }
 
-__global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_forward(const Arguments arguments) {
-    AITER_SHARED(shared, SHARED_BYTES);
+__global__ void __launch_bounds__(THREADS, Loop::BLOCKS) attention_forward(const Arguments arguments) {
+    AITER_SHARED(shared, Loop::SHARED_BYTES);
     const aiter_attention_problem &problem = arguments.problem;
     const int row_blocks = (problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
     const int group = problem.heads_q / problem.heads_kv;
@@ -153,8 +113,8 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_forward(const
     const Scale scale(problem.softmax_scale);
     OnlineSoftmax<SLOTS> softmax(scale.positive);
     Output o;
-    attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o);
-    store(sequence, query_memory(shared_address(shared)), block_row + wave() * WAVE_ROWS, problem.softmax_scale * LOG2_E, softmax, o);
+    Loop::attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o);
+    store(sequence, Loop::query_memory(shared_address(shared)), block_row, problem.softmax_scale * LOG2_E, softmax, o);
 }
 
 } // namespace aiter
@@ -172,7 +132,7 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     if (const int error = aiter::check_problem(*problem)) return error;
     const int64_t row_blocks = (problem->seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
     return aiter::launch(aiter::attention_forward, row_blocks * problem->heads_q * problem->batch, aiter::THREADS,
-                         aiter::SHARED_BYTES, stream, aiter::Arguments{*problem, *tensors});
+                         aiter::Loop::SHARED_BYTES, stream, aiter::Arguments{*problem, *tensors});
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

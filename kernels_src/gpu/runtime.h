@@ -30,7 +30,7 @@ inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, in
 #if defined(__HIP__)
 #define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(256))) char name[bytes]
 #else
-#define AITER_SHARED(name, bytes) extern __shared__ __align__(128) char name[]
+#define AITER_SHARED(name, bytes) extern __shared__ __align__(1024) char name[]
 #endif
 
 namespace aiter {
@@ -40,6 +40,7 @@ enum LaunchError : int {
     LAUNCH_GRID_TOO_LARGE = 100001,
     LAUNCH_STRIDE_TOO_LARGE = 100002,
     LAUNCH_BAD_PROBLEM = 100003,
+    LAUNCH_TOO_MANY_STEPS = 100004,
 };
 
 inline const char *error_text(int code) {
@@ -47,6 +48,7 @@ inline const char *error_text(int code) {
     case 0: return "success";
     case LAUNCH_GRID_TOO_LARGE: return "more blocks than one launch can have (2^31 - 1)";
     case LAUNCH_STRIDE_TOO_LARGE: return "the stride from token to token of key or value is 2^24 elements or more";
+    case LAUNCH_TOO_MANY_STEPS: return "too many keys in all: the decoding kernel counts its steps in 32 bits";
     case LAUNCH_BAD_PROBLEM: return "the problem contradicts itself or the options this kernel was built with";
     default: return hipGetErrorString(static_cast<hipError_t>(code));
     }
@@ -70,6 +72,30 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int share
     kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, static_cast<hipStream_t>(stream)>>>(arguments...);
 #endif
     return static_cast<int>(hipGetLastError());
+}
+
+/* Starts a kernel that continues the work of the one launched just before it. Where the GPU can (NVIDIA, sm_90 on), it
+ * comes up while that one still runs, and waits for its results at wait_for_previous(). Without AITER_SHARED. */
+template <class... Parameters, class... Arguments>
+int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, void *stream,
+                const Arguments &...arguments) {
+#if defined(__CUDA_ARCH_LIST__)
+    constexpr int archs[] = {__CUDA_ARCH_LIST__};
+    if (archs[0] >= 900) {
+        if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        cudaLaunchAttribute early = {};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(static_cast<unsigned>(blocks));
+        config.blockDim = dim3(threads);
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &early;
+        config.numAttrs = 1;
+        return cudaLaunchKernelEx(&config, kernel, arguments...);
+    }
+#endif
+    return launch(kernel, blocks, threads, 0, stream, arguments...);
 }
 
 } // namespace aiter

@@ -36,26 +36,24 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         for (int slot = 0; slot < SLOTS; ++slot) maximum[slot] = -INFINITE, sum[slot] = 0.0f;
     }
 
-    /* Scores, -inf where masked, become probabilities relative to `maximum`; output so far is rescaled to match. */
-    template <class Scores, class Output> __device__ __forceinline__ void update(Scores &s, Output &o) {
+    /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row of
+     * the wave; then the output so far must be multiplied by `shrink`. */
+    template <class Scores> __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS]) {
         float top[SLOTS];
         bool grown = false;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            float best = s.get(slot, 0);
-#pragma unroll
-            for (int i = 1; i < Scores::VALUES; ++i) best = __builtin_fmaxf(best, s.get(slot, i));
-            top[slot] = row_max<LANES>(best) * scale;
+            top[slot] = row_max<LANES>(s.largest(slot)) * scale;
             grown |= top[slot] > maximum[slot] + THRESHOLD;
         }
-        if (wave_any(grown)) {
+        grown = wave_any(grown);
+        if (grown) {
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
                 const float next = __builtin_fmaxf(maximum[slot], top[slot]);
-                const float shrink = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
+                shrink[slot] = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
                 maximum[slot] = next;
-                sum[slot] *= shrink;
-                o.multiply(slot, shrink);
+                sum[slot] *= shrink[slot];
             }
         }
 #pragma unroll
@@ -63,6 +61,18 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
             const float reference = maximum[slot] == -INFINITE ? 0.0f : maximum[slot];
             sum[slot] += s.exponentiate(slot, scale, reference);
         }
+        return grown;
+    }
+
+    template <class Output> static __device__ __forceinline__ void rescale(Output &o, const float (&shrink)[SLOTS]) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, shrink[slot]);
+    }
+
+    /* Both at once, for an output that is not in use meanwhile. */
+    template <class Scores, class Output> __device__ __forceinline__ void update(Scores &s, Output &o) {
+        float shrink[SLOTS];
+        if (advance(s, shrink)) rescale(o, shrink);
     }
 
     /* Sum over the whole row, and the logarithm (base 2) of the sum of exponentials: after the last tile. */

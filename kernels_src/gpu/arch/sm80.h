@@ -121,7 +121,9 @@ template <int HEAD_DIM> struct RowLayout {
 
 /* ---- global memory ---- */
 
-template <class T> __device__ __forceinline__ T global_load(const void *pointer) { return *static_cast<const T *>(pointer); }
+template <class T> __device__ __forceinline__ T global_load(const void *pointer) {
+    return *static_cast<const T *>(pointer);
+}
 template <class T> __device__ __forceinline__ void global_store(void *pointer, T value) {
     *static_cast<T *>(pointer) = value;
 }
@@ -253,8 +255,8 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
 
 /* By way of the wave's query rows in shared memory, which it needs no more: from there whole rows go out, 16 bytes a lane
  * and lanes side by side. */
-template <int HEAD_DIM, int ROW_TILES, class RowPointer>
-__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, HEAD_DIM> &o, SharedAddress shared,
+template <int HEAD_DIM, int ROW_TILES, int COLUMNS, class RowPointer>
+__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress shared,
                                              RowPointer row) {
     constexpr int CHUNKS = HEAD_DIM / 8, ROWS = ROW_TILES * 16;
     __syncwarp();

@@ -58,6 +58,14 @@ __device__ __forceinline__ void multiply(float (*c)[4], uint64_t a, uint64_t b, 
                  : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
+/* The same with A in registers. */
+__device__ __forceinline__ void multiply(float (*c)[4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" AITER_WGMMA_64X64X16 AITER_WGMMA_RESULT
+                 ", {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
+                 : AITER_WGMMA_TILES
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
+}
+
 /* c (64 x 64) += A (64 x 16, in registers) B, with B (16 x 64) in shared memory by rows. */
 __device__ __forceinline__ void multiply_transposed(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
     asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n" AITER_WGMMA_64X64X16 AITER_WGMMA_RESULT

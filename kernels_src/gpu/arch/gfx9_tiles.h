@@ -1,0 +1,293 @@
+/* Matrices on AMD CDNA: the second half of arch/gfx9.h.
+ *
+ * Everything is computed transposed. Scores: S^T = K Q^T, output: O^T = V^T P^T, both in 32x32 tiles of MFMA. A lane of
+ * the 64 then holds one query row (lane % 32), and 16 of 32 keys or dimensions (half = lane / 32 picks which):
+ *
+ *     accumulator register r  <->  column 8 * (r / 4) + 4 * half + r % 4
+ *
+ * The B operand P^T of the second product wants, per lane, one query row and a run of keys: the registers that the first
+ * product left behind, once converted to 16 bit. P never leaves its registers. All operands follow one rule, "a lane
+ * holds 8 consecutive places of the contraction, of its half":
+ *   K, Q   places are dimensions: chunk 2 J + half of 16 bytes, for each 16 dimensions J
+ *   P      places are keys in accumulator order, so registers 8 J ... 8 J + 7
+ *   V^T    stored in shared memory transposed, [dimension][key], with keys in the order P has them: the groups of four
+ *          keys numbered (J, a, half) are stored at (J, half, a)
+ * which is one operand of gfx950's 32x32x16 MFMA, or two of the 32x32x8 one. (Layouts: AMD's matrix instruction
+ * calculator; they are tested against the emulator in tests/emulator.)
+ *
+ * A thread copies 16 bytes (8 dimensions) of four neighbouring keys: global loads to registers while the tile before is
+ * in use, then to shared memory; the 4 x 8 block of V is transposed in registers by byte permutes on the way. */
+#ifndef AITER_GPU_ARCH_GFX9_TILES_H
+#define AITER_GPU_ARCH_GFX9_TILES_H
+
+#include "gpu/arch/gfx9.h"
+
+namespace aiter {
+
+#if defined(AITER_DTYPE_BF16)
+typedef bf16x8 Operand8;
+typedef i16x4 Operand4;
+#else
+typedef f16x8 Operand8;
+typedef f16x4 Operand4;
+#endif
+
+/* tile += A * B over 16 places of the contraction: a lane's eight of A and its eight of B. */
+__device__ __forceinline__ f32x16 multiply_add(u32x4 a, u32x4 b, f32x16 tile) {
+#if defined(__gfx950__)
+    const Operand8 a8 = __builtin_bit_cast(Operand8, a), b8 = __builtin_bit_cast(Operand8, b);
+#if defined(AITER_DTYPE_BF16)
+    return __builtin_amdgcn_mfma_f32_32x32x16_bf16(a8, b8, tile, 0, 0, 0);
+#else
+    return __builtin_amdgcn_mfma_f32_32x32x16_f16(a8, b8, tile, 0, 0, 0);
+#endif
+#else
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        /* Named vectors: clang's bit_cast of a swizzle (a.zw) takes the vector's first elements, whichever are named. */
+        const u32x2 a2 = {a[2 * half], a[2 * half + 1]}, b2 = {b[2 * half], b[2 * half + 1]};
+        const Operand4 a4 = __builtin_bit_cast(Operand4, a2), b4 = __builtin_bit_cast(Operand4, b2);
+#if defined(AITER_DTYPE_BF16)
+        tile = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(a4, b4, tile, 0, 0, 0);
+#else
+        tile = __builtin_amdgcn_mfma_f32_32x32x8f16(a4, b4, tile, 0, 0, 0);
+#endif
+    }
+    return tile;
+#endif
+}
+
+template <int ROW_TILES, int COLUMNS> struct Accumulator {
+    static constexpr int SLOTS = ROW_TILES;
+    static constexpr int TILES = round_up(COLUMNS, 32) / 32;
+    static constexpr int VALUES = TILES * 16;
+    f32x16 tile[ROW_TILES][TILES];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) tile[m][n] = f32x16(0.0f);
+    }
+    __device__ __forceinline__ float get(int slot, int i) const { return tile[slot][i / 16][i % 16]; }
+    __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot][i / 16][i % 16] = x; }
+    /* In pairs: multiplication, addition and both together take two values an instruction (v_pk_fma_f32). */
+    __device__ __forceinline__ f32x2 pair(int slot, int i) const { return {get(slot, i), get(slot, i + 1)}; }
+    __device__ __forceinline__ void set_pair(int slot, int i, f32x2 x) { set(slot, i, x.x), set(slot, i + 1, x.y); }
+
+    __device__ __forceinline__ float largest(int slot) const {
+        float x = get(slot, 0);
+#pragma unroll
+        for (int i = 1; i < VALUES; ++i) x = __builtin_fmaxf(x, get(slot, i));
+        return x;
+    }
+    __device__ __forceinline__ void multiply(int slot, float factor) {
+#pragma unroll
+        for (int i = 0; i < VALUES; i += 2) set_pair(slot, i, pair(slot, i) * factor);
+    }
+    __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
+        f32x2 sum = {0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < VALUES; i += 2) {
+            const f32x2 x = __builtin_elementwise_fma(pair(slot, i), f32x2(scale), f32x2(-reference));
+            const f32x2 p = {exp2(x.x), exp2(x.y)};
+            set_pair(slot, i, p);
+            sum += p;
+        }
+        return sum.x + sum.y;
+    }
+    static __device__ __forceinline__ int row(int slot) { return slot * 32 + (lane() & 31); }
+    static __device__ constexpr int column(int i) { return i / 16 * 32 + i % 16 / 4 * 8 + i % 4; }
+    static __device__ __forceinline__ int lane_column() { return lane() / 32 * 4; }
+};
+
+template <int HEAD_DIM, int ROW_TILES> struct Query {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
+    static constexpr int SHARED_BYTES = 0;
+    u32x4 operand[ROW_TILES][STEPS];
+
+    template <class RowPointer>
+    __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
+        const uint32_t sign = negate ? 0x80008000u : 0u;
+        const int half = lane() / 32;
+#pragma unroll
+        for (int m = 0; m < ROW_TILES; ++m) {
+            const Element *source = row(m * 32 + (lane() & 31));
+            u32x4 chunk[STEPS] = {};
+            if (source != nullptr) {
+#pragma unroll
+                for (int j = 0; j < STEPS; ++j)
+                    if (16 * j + 8 < HEAD_DIM || half == 0) chunk[j] = global_load<u32x4>(source + 16 * j + 8 * half);
+            }
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) operand[m][j] = chunk[j] ^ sign;
+        }
+    }
+};
+
+/* Straight from the registers, four dimensions (8 bytes) at a time: the two lanes of a row fill 16 bytes together, and the
+ * L2 cache puts lines together. */
+template <int HEAD_DIM, int ROW_TILES, int COLUMNS, class RowPointer>
+__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress, RowPointer row) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m) {
+        Element *to = row(o.row(m));
+        if (to != nullptr)
+#pragma unroll
+            for (int i = 0; i < HEAD_DIM / 2; i += 4)
+                global_store(to + o.lane_column() + o.column(i), u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
+                                                                       to_elements(o.get(m, i + 2), o.get(m, i + 3))});
+    }
+}
+
+template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
+    static constexpr int CHUNKS = round_up(HEAD_DIM, 32) / 8; /* of 16 bytes in a row that V^T needs */
+    static constexpr int LANE_CHUNKS = 8;                     /* neighbouring chunks copied by neighbouring lanes */
+    static constexpr int GROUPS = KEYS / 4;
+    static constexpr int UNITS = round_up(CHUNKS, LANE_CHUNKS) * GROUPS; /* 16 bytes of 4 keys each */
+    static constexpr int COPIES = round_up(UNITS, THREADS) / THREADS;
+    static constexpr bool EVEN = UNITS % THREADS == 0;
+    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
+    static constexpr int VALUE_BYTES = CHUNKS * 8 * KEYS * 2;
+    static constexpr int SHARED_BYTES = KEY_BYTES + VALUE_BYTES;
+    static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+
+    SharedAddress key_tile, value_tile;
+    int thread;
+    int current_valid = 0, coming_valid = 0; /* tokens of the tile that exist */
+    u32x4 key[COPIES][4], value[COPIES][4];  /* on their way */
+
+    __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
+        : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
+
+    /* The unit copied: chunk (8 dimensions) and place of the group of four keys in V^T. Eight lanes take one line of a
+     * row, so that global loads are whole 128-byte lines; the next eight the group in the other half of the same 16
+     * bytes of V^T, so that the transposed 8-byte stores of 16 lanes fill all banks. */
+    static __device__ __forceinline__ int unit_chunk(int unit) {
+        return unit % LANE_CHUNKS + unit / (LANE_CHUNKS * GROUPS) * LANE_CHUNKS;
+    }
+    static __device__ __forceinline__ int unit_place(int unit) { return unit / LANE_CHUNKS % GROUPS; }
+    static __device__ __forceinline__ int unit_key(int unit) { /* (J, half, a) -> first key of (J, a, half) */
+        const int place = unit_place(unit);
+        return (place & ~3) * 4 + (place & 1) * 8 + (place & 2) * 2;
+    }
+
+    /* V^T: a row of KEYS elements for each dimension, permuted so that neither neighbouring dimensions (reads) nor those 8
+     * apart (the transposed stores) meet in a bank. Of two terms the first tells the former apart, the second the latter. */
+    static __host__ __device__ constexpr uint32_t value_offset(int dimension, int chunk) {
+        const int d = dimension;
+#if defined(__gfx950__)
+        const int turn = KEYS >= 128  ? d % 16 ^ d / 16 % 4 * 2
+                         : KEYS == 64 ? d / 2 % 8 ^ (d / 8 % 4 * 2 + d / 32 % 2 * 8)
+                                      : d / 4 % 4 ^ d / 16 % 4 * 4;
+#else
+        const int turn = (KEYS >= 64 ? d % 8 : d / 2 % 4) ^ d / 8 % 8;
+#endif
+        return static_cast<uint32_t>(((d * (KEYS / 8) + chunk) ^ turn) << 4);
+    }
+
+    template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
+        coming_valid = rows.count - first;
+        const auto tile = rows.tile(first);
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
+            const bool exists = (HEAD_DIM % 64 == 0 || chunk < HEAD_DIM / 8) && (EVEN || unit < UNITS);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
+                if (exists) {
+                    const auto place = tile.place(unit_key(unit), k);
+                    key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
+                    value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
+                }
+            }
+        }
+    }
+
+    /* Addresses in shared memory are one register for each place of a thread; the rest of them are constants that are
+     * added or, in the bits that the layouts permute, exclusive-ored. Opaque, for else the compiler keeps every sum. */
+    template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
+        sync();
+        current_valid = coming_valid;
+        if (current_valid < KEYS) { /* the sequence ends within this tile: its last token was read in place of others */
+#pragma unroll
+            for (int copy = 0; copy < COPIES; ++copy)
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    if (unit_key(thread + copy * THREADS) + k >= current_valid) value[copy][k] = u32x4{0, 0, 0, 0};
+        }
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
+            if (!EVEN && unit >= UNITS) continue;
+            if (CHUNKS % LANE_CHUNKS == 0 && CHUNKS == STEPS * 2 || chunk < STEPS * 2) {
+                const SharedAddress to = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(unit_key(unit), chunk));
+#pragma unroll
+                for (int k = 0; k < 4; ++k)
+                    shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), key[copy][k]);
+            }
+            if (CHUNKS % LANE_CHUNKS == 0 || chunk < CHUNKS) {
+                const int place = unit_place(unit);
+                const SharedAddress to = opaque(value_tile + value_offset(chunk * 8, place / 2) + place % 2 * 8);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
+                    const u32x2 four = {__builtin_amdgcn_perm(value[copy][1][i / 2], value[copy][0][i / 2], half),
+                                        __builtin_amdgcn_perm(value[copy][3][i / 2], value[copy][2][i / 2], half)};
+                    shared_store(further(to, value_offset(i, 0)), four);
+                }
+            }
+        }
+        sync();
+    }
+
+    template <int ROW_TILES>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
+                                           Accumulator<ROW_TILES, KEYS> &s) const {
+        const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
+        s.clear();
+#pragma unroll
+        for (int n = 0; n < KEYS / 32; ++n)
+#pragma unroll
+            for (int j = 0; j < STEPS; ++j) {
+                const u32x4 k = shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
+            }
+    }
+
+    template <int ROW_TILES>
+    __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
+                                               Accumulator<ROW_TILES, HEAD_DIM> &o) const {
+        const SharedAddress from = opaque(value_tile + value_offset(lane() & 31, lane() / 32));
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; ++j) {
+            u32x4 p[ROW_TILES];
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) p[m][i] = to_elements(s.get(m, 8 * j + 2 * i), s.get(m, 8 * j + 2 * i + 1));
+#pragma unroll
+            for (int n = 0; n < Accumulator<ROW_TILES, HEAD_DIM>::TILES; ++n) {
+                const u32x4 v = shared_load<u32x4>(further(from, value_offset(n * 32, 2 * j)));
+#pragma unroll
+                for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
+            }
+        }
+    }
+};
+
+/* Four waves of 32 query rows. 64 KB LDS of a CU hold the tiles of two blocks, so that one computes while the other
+ * copies or waits. */
+template <int HEAD_DIM> struct Shape {
+    static constexpr int ROW_TILES = 1;
+    static constexpr int KEYS = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;
+    static constexpr int WAVES = 4;
+    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+};
+
+} // namespace aiter
+
+#endif
