@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from aiter.jit.settings import VARIABLES
+
 HIPCC = os.environ.get("AITER_HIPCC")
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(
+needs_root = pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("setpriv"), reason="becoming another user takes root and setpriv"
 )
 
@@ -39,6 +41,12 @@ for spec in specs:
     get_kernel(spec)
 print(len(specs), "loaded")
 """
+
+
+def test_the_page_lists_every_setting_in_the_packages_words():
+    page = (ROOT / "docs" / "deployment.md").read_text()
+    for name, meaning in VARIABLES.items():
+        assert f"| `{name}` | {meaning} |" in page
 
 
 def build_stage(folder: Path, options: str) -> None:
@@ -89,12 +97,14 @@ def image(tmp_path):
         subprocess.run(["umount", "-l", image.folder], check=True)
 
 
+@needs_root
 def test_cpu_kernels(image):
     build_stage(image.folder, "--arch cpu --ops flash_attn_func --dtypes fp32 --head-dims 64 --causal yes")
     image.seal()
     assert runtime_stage(image.folder, CPU_CALL) == "right\n"
 
 
+@needs_root
 @pytest.mark.skipif(not HIPCC, reason="AITER_HIPCC names no hipcc that builds gfx942")
 def test_gpu_kernels(image, tmp_path):
     build_stage(image.folder, "--arch gfx942 --ops flash_attn_func --dtypes fp16 --head-dims 64 --causal yes")
@@ -113,6 +123,7 @@ def test_gpu_kernels(image, tmp_path):
     assert runtime_stage(image.folder, GPU_LOAD, str(runtime)) == f"{len(libraries)} loaded\n"
 
 
+@needs_root
 def test_a_kernel_that_is_missing_is_a_clear_error(image):
     script = CPU_CALL.replace("error =", "import os; os.environ['AITER_NO_COMPILE'] = '1'\nerror =")
     image.seal()
