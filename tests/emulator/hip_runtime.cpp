@@ -331,7 +331,7 @@ const char *emulator_statistics() {
         s.statistics += line;
         for (size_t i = 0; i < r.costs.size(); ++i) {
             const Cost &c = r.costs[i];
-            if (!c.count) continue;
+            if (!c.count || !r.code->instructions[i].operation) continue;
             const Instruction &in = r.code->instructions[i];
             const bool jumps = in.format == Format::sopp && in.operation->name[2] != 'n' &&
                                (!strncmp(in.operation->name, "s_branch", 8) || !strncmp(in.operation->name, "s_cbranch", 9));

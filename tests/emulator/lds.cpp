@@ -2,7 +2,8 @@
 //
 // Races. Each word remembers who wrote it last and with which operation. Another wave may touch it only when, at the
 // last barrier that both passed, the writer already knew that operation to be complete (s_waitcnt before s_barrier).
-// A word that was read since the last barrier must not be written by another wave.
+// A word that was read since the last barrier, or by a read that was not complete at it, must not be written by another
+// wave.
 //
 // Cycles. LDS serves 128 bytes a cycle from 32 banks of 4 bytes (gfx950: 64 banks). A wave's access is split into
 // phases: 32 lanes for 4 bytes, 16 for 8, 8 for 16 (twice as many on gfx950). A phase takes as many cycles as the
@@ -63,6 +64,22 @@ bool touch_lds(Wave &w, uint32_t address, uint32_t bytes, Access access, uint32_
         }
     }
     return all_defined;
+}
+
+void carry_reads_over_barrier(Wave &w) {
+    if (w.lds_done == w.lds_issued) return;
+    for (const Wave::LdsRead &read : w.lds_reads) {
+        if (read.number <= w.lds_done) continue;
+        for (int lane = 0; lane < lanes; ++lane) {
+            if (!(read.mask >> lane & 1)) continue;
+            for (uint32_t at = read.addresses[lane] / 4; at <= (read.addresses[lane] + read.bytes - 1) / 4; ++at) {
+                LdsWord &word = w.group->lds_words[at];
+                if (word.read_epoch != w.group->epoch) word.readers = 0;
+                word.read_epoch = w.group->epoch;
+                word.readers |= 1u << w.number;
+            }
+        }
+    }
 }
 
 void count_lds(Wave &w, const Instruction &in, const uint32_t *addresses, uint64_t mask, uint32_t bytes, bool write) {
@@ -243,6 +260,11 @@ void execute_access(Wave &w, const Instruction &in) {
                     values[word].value[lane] = op.into == Into::words ? raw : part_of(op, raw, w.v[r][lane]);
                 }
             }
+            Wave::LdsRead &read = w.lds_reads[(number * 2 + access) % 32];
+            read.number = number;
+            read.bytes = op.bytes;
+            read.mask = exec;
+            memcpy(read.addresses, at.value, sizeof read.addresses);
             if (access == 0) w.lds_issued = number;
             for (uint32_t word = 0; word < words; ++word) set_register(w, r + word, values[word].value, exec, defined[word]);
             if (access + 1 < op.accesses) w.lds_issued = number - 1;   // both accesses are one operation

@@ -142,6 +142,7 @@ void run_workgroup(Workgroup &group, std::vector<std::unique_ptr<Wave>> &storage
             w->vm_released = w->vm_done;
             w->lds_released = w->lds_done;
             w->state = WaveState::running;
+            carry_reads_over_barrier(*w);
         }
     }
 }

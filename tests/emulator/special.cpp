@@ -268,6 +268,8 @@ template <class T> void divide_fixup(Wave &w, const Instruction &in) {
         bool special = d != d || n != n || d == 0 || n == 0 || std::isinf(d) || std::isinf(n);
         bool sign = std::signbit(d) != std::signbit(n);
         // Every special case is what IEEE division gives; a quotient that has become NaN on the way has overflowed.
+        constexpr int underflow = sizeof(T) == 8 ? -1075 : -150;
+        if (!special && std::ilogb(n) - std::ilogb(d) < underflow) q = 0;
         if (q != q) q = std::numeric_limits<double>::infinity();
         result.value[lane] = special ? T(n / d) : T(sign ? -std::fabs(q) : std::fabs(q));
     }

@@ -78,6 +78,13 @@ struct Wave {
 
     Hazards hazards;
 
+    // LDS reads that may still be under way at a barrier: at most 16 operations of two accesses.
+    struct LdsRead {
+        uint32_t number, bytes;
+        uint64_t mask;
+        uint32_t addresses[lanes];
+    } lds_reads[32];
+
     uint64_t exec() const { return s64(exec_mask); }
     uint64_t s64(unsigned r) const { uint64_t x; memcpy(&x, &s[r], 8); return x; }
 
@@ -147,6 +154,9 @@ struct Launch {
 
 // Reads or writes of global memory by one lane or by the scalar unit must lie in one range.
 bool allowed(const Launch &launch, uintptr_t address, uint32_t bytes, bool write);
+
+// Reads of LDS that a wave has not waited for when a barrier lets it pass count for the time after it, too.
+void carry_reads_over_barrier(Wave &w);
 
 // Runs every workgroup; throws Fault. Costs has an entry for each word of the text.
 void run(Launch &launch, std::vector<Cost> &costs, int threads);
