@@ -86,14 +86,17 @@ def image(tmp_path):
     class Image:
         folder = tmp_path / "image"
 
+        sealed = False
+
         def seal(self):
             subprocess.run(["mount", "--bind", self.folder, self.folder], check=True)
+            self.sealed = True
             subprocess.run(["mount", "-o", "remount,ro,bind", self.folder], check=True)
 
     image = Image()
     image.folder.mkdir()
     yield image
-    while os.path.ismount(image.folder):
+    if image.sealed:
         subprocess.run(["umount", "-l", image.folder], check=True)
 
 
