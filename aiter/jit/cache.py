@@ -7,7 +7,10 @@ that goes as soon as the kernel is loaded.
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from aiter.jit import settings
 from aiter.jit.entry import DamagedEntry, Entry, read
 from aiter.jit.log import logger
 from aiter.jit.recipe import Recipe
-from aiter.jit.store import Stale, Store, Unwritable
+from aiter.jit.store import Stale, Store, Unwritable, is_alive, remove
 from aiter.jit.trust import check_chain
 
 
@@ -89,7 +92,13 @@ class Cache:
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
     try:
-        temporary = tempfile.TemporaryDirectory(prefix="aiter-", ignore_cleanup_errors=True)
+        owner = f"aiter-{os.geteuid()}-{socket.gethostname()}-"
+        # What killed processes have left, unless it may be of a process that we cannot see, in another container.
+        for path in Path(tempfile.gettempdir()).glob(owner + "*"):
+            old = time.time() - path.stat().st_mtime > 2 * settings.compile_timeout()
+            if old and path.stat().st_uid == os.geteuid() and not is_alive(path.name[len(owner) :].split("-")[0]):
+                remove(path)
+        temporary = tempfile.TemporaryDirectory(prefix=f"{owner}{os.getpid()}-", ignore_cleanup_errors=True)
     except OSError as error:
         raise CacheError(f"no temporary folder can be made ({error}); set AITER_CACHE_DIR or TMPDIR") from None
     with temporary as folder:

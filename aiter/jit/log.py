@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import sys
 
-from aiter.errors import SettingError
 from aiter.jit import settings
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
@@ -26,15 +25,11 @@ class _Stderr(logging.Handler):
             pass  # stderr is closed: nobody to tell
 
 
-def _level() -> int:
-    name = settings.text("AITER_LOG").lower() or "info"
-    if name not in _LEVELS:
-        raise SettingError(f"AITER_LOG={name!r}: expected one of {', '.join(_LEVELS)}")
-    return _LEVELS[name]
-
-
 logger = logging.getLogger("aiter")
 if not logger.handlers:
     logger.addHandler(_Stderr())
     if logger.level == logging.NOTSET:
-        logger.setLevel(_level())
+        _chosen = settings.text("AITER_LOG").lower() or "info"
+        logger.setLevel(_LEVELS.get(_chosen, logging.INFO))
+        if _chosen not in _LEVELS:  # a warning, because an import should not fail for this
+            logger.warning("AITER_LOG=%r: expected one of %s", _chosen, ", ".join(_LEVELS))

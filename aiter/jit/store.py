@@ -297,7 +297,7 @@ class Store:
         with contextlib.suppress(OSError):
             for path in (self.folder / BUILDING).iterdir():
                 name, host, process, *_ = [*path.name.split("~"), "", ""]
-                if host != socket.gethostname() or _is_alive(process):
+                if host != socket.gethostname() or is_alive(process):
                     if time.time() - path.stat().st_mtime > ABANDONED_S:
                         remove(path)
                 elif name == locked:
@@ -312,7 +312,8 @@ class Store:
                         pass  # it goes when it is released
 
 
-def _is_alive(process: str) -> bool:
+def is_alive(process: str) -> bool:
+    """Whether the process of this number runs on this host."""
     try:
         state = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -122,6 +122,19 @@ def test_a_read_only_cache_is_warned_of_once_and_done_without(spec, cache_dir, t
     assert list(temporary.iterdir()) == []
 
 
+def test_what_a_killed_process_left_in_the_temporary_folder_is_cleared(spec, temporary, monkeypatch):
+    monkeypatch.setenv("AITER_CACHE_DIR", "/proc/nowhere")
+    owner = f"aiter-{os.geteuid()}-{os.uname().nodename}-"
+    left, young = (temporary / f"{owner}999999999-{name}" for name in ("left", "young"))
+    mine = temporary / f"{owner}{os.getpid()}-live"
+    for folder in (left, young, mine):
+        folder.mkdir()
+    for folder in (left, mine):
+        os.utime(folder, (1, 1))
+    jit.get_kernel(spec)
+    assert set(temporary.iterdir()) == {young, mine}
+
+
 @pytest.mark.parametrize("room", [0, 8192, 24576])
 def test_a_full_disk_is_warned_of_and_done_without(room, spec, small_disk, temporary, caplog):
     disk = small_disk(1 << 20)
