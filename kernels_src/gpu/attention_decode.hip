@@ -32,167 +32,20 @@
  *   KeyValueStream<HEAD_DIM, Rows>    (shared, rows, first, group, groups): the tiles group, group + groups, ... from
  *                                     token `first` to the end of rows; advance, scores and accumulate as above
  */
-#if defined(__HIP__)
-#include "gpu/arch/gfx9_decode.h"
-#else
-#include "gpu/arch/sm80_decode.h"
-#endif
-#include "gpu/softmax.h"
-
-#ifndef AITER_PAGED
-#define AITER_PAGED 0
-#endif
+#include "gpu/decode_schedule.h"
 
 namespace aiter {
 
-constexpr int HEAD_DIM = AITER_HEAD_DIM;
-constexpr bool CAUSAL = AITER_CAUSAL, PAGED = AITER_PAGED;
-using Shape_ = Decode<HEAD_DIM>;
-using Problem = Sequence<CAUSAL, PAGED>;
 using Rows = KeyValueRows<PAGED>;
 using Stream = KeyValueStream<HEAD_DIM, Rows>;
 using Scores = Shape_::Scores;
 using Output = Shape_::Output;
 using Softmax = OnlineSoftmax<Output::SLOTS, Shape_::LANES>;
-constexpr int KEYS = Shape_::KEYS, WAVES = Shape_::WAVES, THREADS = WAVES * WAVE;
-constexpr int STEP_KEYS = WAVES * KEYS, PART_ROWS = WAVES * Shape_::ROWS;
 constexpr int SLOTS = Output::SLOTS, RUN = Shape_::RUN;
 
 constexpr int EXCHANGED = SLOTS * (Output::VALUES + 2); /* floats of a lane: O, maximum, sum */
 constexpr int EXCHANGE_BYTES = WAVES / 2 * EXCHANGED * WAVE * 4;
 constexpr int SHARED_BYTES = Stream::SHARED_BYTES > EXCHANGE_BYTES ? Stream::SHARED_BYTES : EXCHANGE_BYTES;
-
-/* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */
-constexpr int LEAST_STEPS = 4;
-
-/* ---- who reads what ---- */
-
-__host__ __device__ inline int row_parts(const aiter_attention_problem &p) { /* of a unit: units of their own */
-    const int64_t rows = static_cast<int64_t>(p.seqlen_q) * (p.heads_q / p.heads_kv);
-    return static_cast<int>((rows + PART_ROWS - 1) / PART_ROWS);
-}
-__host__ __device__ inline int part_rows(const aiter_attention_problem &p) {
-    const int64_t rows = static_cast<int64_t>(p.seqlen_q) * (p.heads_q / p.heads_kv);
-    return static_cast<int>(rows < PART_ROWS ? rows : PART_ROWS);
-}
-/* Steps of a unit with this many keys: at least one, which writes the output where there is nothing to read. */
-__host__ __device__ inline int steps_of(int keys) { return keys > STEP_KEYS ? (keys - 1) / STEP_KEYS + 1 : 1; }
-
-/* How many blocks share the steps. */
-__host__ __device__ inline int64_t blocks_for(int64_t units, int64_t steps, int64_t most) {
-    const int64_t useful = steps / LEAST_STEPS > units ? steps / LEAST_STEPS : units;
-    return useful < most ? useful : most;
-}
-
-struct Schedule {
-    const aiter_attention_problem &problem;
-    const int32_t *lengths; /* null: all alike */
-    int units;              /* of a sequence */
-    int64_t steps, blocks;  /* of all sequences; that have a range of them */
-
-    struct Place {          /* of a step */
-        int batch;
-        int64_t begin;      /* first step of this sequence */
-        int steps;          /* of each of its units */
-    };
-
-    __device__ __forceinline__ Schedule(const Arguments &a, int grid)
-        : problem(a.problem), lengths(a.tensors.seqlens_k), units(problem.heads_kv * row_parts(problem)) {
-        steps = find(INT64_MAX).begin;
-        blocks = blocks_for(static_cast<int64_t>(problem.batch) * units, steps, grid);
-    }
-    __device__ __forceinline__ int64_t range_begin(int block) const { return steps * block / blocks; }
-    __device__ __forceinline__ int block_of(int64_t step) const { /* the last whose range begins no later */
-        return static_cast<int>(((step + 1) * blocks - 1) / steps);
-    }
-    __device__ __forceinline__ int steps_in(int batch) const {
-        return steps_of(lengths == nullptr ? problem.seqlen_k : clamp(lengths[batch], 0, problem.seqlen_k));
-    }
-    /* By a whole wave. Past the last step: one sequence further, which begins where all end. */
-    __device__ __forceinline__ Place find(int64_t step) const {
-        if (lengths == nullptr) {
-            const int alike = steps_of(problem.seqlen_k);
-            const int64_t batch = lesser(step / (static_cast<int64_t>(alike) * units), int64_t(problem.batch));
-            return {static_cast<int>(batch), batch * alike * units, alike};
-        }
-        int64_t begin = 0;
-        for (int base = 0; base < problem.batch; base += WAVE) {
-            const int batch = base + lane();
-            const int own = batch < problem.batch ? steps_in(batch) : 0;
-            int sum = own; /* of the sequences base ... batch: no more than 2^31 / STEP_KEYS for each lane */
-#pragma unroll
-            for (int distance = 1; distance < WAVE; distance *= 2) {
-                const int other = from_lane(sum, (lane() - distance) & (WAVE - 1));
-                if (lane() >= distance) sum += other;
-            }
-            const uint64_t beyond = ballot(step < begin + static_cast<int64_t>(sum) * units);
-            if (beyond != 0) {
-                const int found = first_lane(beyond), found_steps = uniform(from_lane(own, found));
-                begin += static_cast<int64_t>(uniform(from_lane(sum, found)) - found_steps) * units;
-                return {base + found, begin, found_steps};
-            }
-            begin += static_cast<int64_t>(uniform(from_lane(sum, WAVE - 1))) * units;
-        }
-        return {problem.batch, begin, 1};
-    }
-};
-
-/* Parts of units in the workspace: block b has two places, 0 for a unit that began before its range and 1 for one that
- * goes on after it. Output not yet divided by the sum, in fp32; maximum and sum of each row. */
-struct Parts {
-    float *output, *softmax;
-    int rows;
-    __host__ __device__ static int64_t bytes(int64_t blocks, int rows) {
-        return blocks * 2 * rows * (HEAD_DIM + 2) * static_cast<int64_t>(sizeof(float));
-    }
-    __device__ __forceinline__ Parts(const Arguments &a, int grid) : rows(part_rows(a.problem)) {
-        output = static_cast<float *>(a.tensors.workspace);
-        softmax = output + static_cast<int64_t>(grid) * 2 * rows * HEAD_DIM;
-    }
-    __device__ __forceinline__ float *output_row(int block, int place, int row) const {
-        return output + ((block * int64_t(2) + place) * rows + row) * HEAD_DIM;
-    }
-    __device__ __forceinline__ float *softmax_row(int block, int place, int row) const {
-        return softmax + ((block * int64_t(2) + place) * rows + row) * 2;
-    }
-};
-
-/* A unit: rows of the query that share a KV head. Row r is query token r / group of head first_head + r % group. */
-struct Unit {
-    const Arguments &arguments;
-    int batch, group, first_head;
-    Problem sequence; /* of the first head */
-    int first_row, rows, padded_rows; /* of this part of the rows; padded_rows are written */
-
-    __device__ __forceinline__ Unit(const Arguments &a, int batch, int index, int parts)
-        : arguments(a), batch(batch), group(a.problem.heads_q / a.problem.heads_kv), first_head(index / parts * group),
-          sequence(a, batch, first_head), first_row(index % parts * PART_ROWS),
-          rows(clamp(sequence.rows * group - first_row, 0, PART_ROWS)),
-          padded_rows(clamp(sequence.padded_rows * group - first_row, 0, PART_ROWS)) {}
-
-    /* Here rows count from the first of this part. */
-    __device__ __forceinline__ int token(int row) const { return (first_row + row) / group; }
-    __device__ __forceinline__ int head(int row) const { return (first_row + row) % group; }
-    __device__ __forceinline__ int visible(int row) const { return sequence.visible(token(row)); }
-    __device__ __forceinline__ const Element *query(int row) const {
-        return sequence.query + token(row) * sequence.query_stride + head(row) * arguments.problem.query_strides[2];
-    }
-    __device__ __forceinline__ Element *output(int row) const {
-        return sequence.output + token(row) * sequence.output_stride + head(row) * arguments.problem.output_strides[2];
-    }
-    __device__ __forceinline__ void store_lse(int row, float log_sum) const {
-        if (sequence.lse != nullptr)
-            sequence.lse[head(row) * arguments.problem.lse_strides[1] + token(row)] = log_sum * LN_2;
-    }
-    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a whole
-     * wave, for one row; true if the row was then computed again and stored. */
-    __device__ __forceinline__ bool repair(int row, float log_sum) const {
-        const Problem own(arguments, batch, first_head + head(row));
-        const bool masked = values_not_finite<HEAD_DIM>(own, own.visible(token(row)), own.keys.count);
-        if (masked) exact_row<HEAD_DIM>(own, token(row), arguments.problem.softmax_scale * LOG2_E, log_sum);
-        return masked;
-    }
-};
 
 /* ---- one unit, or a part of it ---- */
 
@@ -337,20 +190,19 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
 
 __global__ void __launch_bounds__(THREADS, Shape_::BLOCKS) attention_decode(const Arguments arguments, int grid) {
     AITER_SHARED(shared, SHARED_BYTES);
+    let_next_start();
     const Schedule schedule(arguments, grid);
     if (block() >= schedule.blocks) return;
     const Parts parts(arguments, grid);
     const Scale scale(arguments.problem.softmax_scale);
-    const int64_t end = schedule.range_begin(block() + 1);
-    int64_t step = schedule.range_begin(block());
-    Schedule::Place place = schedule.find(step);
+    const int end = schedule.range_begin(block() + 1);
+    int step = schedule.range_begin(block());
+    Schedule::Place place = schedule.find(INT32_MAX, step);
 
     for (bool again = false; step < end; again = true) {
-        const int index = static_cast<int>((step - place.begin) / place.steps);
-        const int64_t unit_begin = place.begin + static_cast<int64_t>(index) * place.steps;
-        const int first = static_cast<int>(step - unit_begin);
-        const int last = static_cast<int>(lesser(end - unit_begin, int64_t(place.steps)));
-        const Unit unit(arguments, place.batch, index, row_parts(arguments.problem));
+        const int index = (step - place.begin) / place.steps, unit_begin = place.begin + index * place.steps;
+        const int first = step - unit_begin, last = lesser(end - unit_begin, place.steps);
+        const Unit unit(arguments, place.batch, index, schedule.parts);
 
         int row_tiles = 1; /* a power of two, as WAVES is */
         while (row_tiles * Shape_::ROWS < unit.padded_rows) row_tiles *= 2;
@@ -372,54 +224,56 @@ __global__ void __launch_bounds__(THREADS, Shape_::BLOCKS) attention_decode(cons
         }
 
         step = unit_begin + last;
-        if (step == place.begin + static_cast<int64_t>(place.steps) * schedule.units && step < end)
+        if (step == place.begin + place.steps * schedule.units && step < end)
             place = {place.batch + 1, step, schedule.steps_in(place.batch + 1)};
     }
 }
 
 /* ---- units that were cut ---- */
 
-/* Block (cut, row): the cut before range `cut`, if it is the first through its unit, and one row of that unit. Waves take
- * parts in turn, their lanes dimensions. */
-__global__ void __launch_bounds__(THREADS) merge(const Arguments arguments, int grid) {
+constexpr int MERGE_ROWS = 2, MERGE_SLICES = 4, MERGE_WAVES = MERGE_ROWS * MERGE_SLICES;
+
+/* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units, or
+ * over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
+__global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments arguments, int grid, int over_units) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
-    __shared__ float sums[WAVES][DIMENSIONS * WAVE];
+    __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE];
     const Schedule schedule(arguments, grid);
     const Parts parts(arguments, grid);
-    const int cut = block() / parts.rows + 1, row = block() % parts.rows;
-    if (cut >= schedule.blocks) return;
-    const int64_t step = schedule.range_begin(cut);
-    const Schedule::Place place = schedule.find(step);
-    const int index = static_cast<int>((step - place.begin) / place.steps);
-    const int64_t unit_begin = place.begin + static_cast<int64_t>(index) * place.steps;
-    if (step == unit_begin || schedule.range_begin(cut - 1) > unit_begin) return;
-    const Unit unit(arguments, place.batch, index, row_parts(arguments.problem));
-    if (row >= unit.padded_rows) return;
+    const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
+    if (!over_units && item + 1 >= schedule.blocks) return;
+    const int step = over_units ? INT32_MAX : schedule.range_begin(item + 1);
+    const Schedule::Place place = schedule.find(over_units ? item / schedule.units : schedule.problem.batch, step);
+    const int index = over_units ? item % schedule.units : (step - place.begin) / place.steps;
+    const int begin = place.begin + index * place.steps;
+    const int first = schedule.block_of(begin), last = schedule.block_of(begin + place.steps - 1);
+    if (over_units ? first == last : first != item) return;
 
-    int count = 0; /* parts: place 1 of the block before the cut, place 0 of those after it */
-    float log_sum = -INFINITE, maximum = -INFINITE, total = 0.0f;
-    if (row < unit.rows && unit.visible(row) > 0) {
-        count = schedule.block_of(unit_begin + place.steps - 1) - cut + 2;
-        for (int i = lane(); i < count; i += WAVE)
-            maximum = __builtin_fmaxf(maximum, parts.softmax_row(cut - 1 + i, i == 0, row)[0]);
+    const Unit unit(arguments, place.batch, index, schedule.parts);
+    const int row = block() % row_blocks * MERGE_ROWS + wave() / MERGE_SLICES, slice = wave() % MERGE_SLICES;
+    const bool sees_keys = row < unit.rows && unit.visible(row) > 0;
+    const int count = sees_keys ? last - first + 1 : 0; /* parts: place 1 of the first block, place 0 of the others */
+    wait_for_previous();
+
+    float maximum = -INFINITE, total = 0.0f;
+    for (int i = lane(); i < count; i += WAVE)
+        maximum = __builtin_fmaxf(maximum, parts.softmax_row(first + i, i == 0, row)[0]);
 #pragma unroll
-        for (int distance = 1; distance < WAVE; distance *= 2)
-            maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
-        const float reference = maximum == -INFINITE ? 0.0f : maximum;
-        for (int i = lane(); i < count; i += WAVE) {
-            const float *part = parts.softmax_row(cut - 1 + i, i == 0, row);
-            total += part[1] * exp2(part[0] - reference);
-        }
-        total = wave_sum(total);
-        log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
-    }
-
+    for (int distance = 1; distance < WAVE; distance *= 2)
+        maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
     const float reference = maximum == -INFINITE ? 0.0f : maximum;
+    for (int i = lane(); i < count; i += WAVE) {
+        const float *part = parts.softmax_row(first + i, i == 0, row);
+        total += part[1] * exp2(part[0] - reference);
+    }
+    total = wave_sum(total);
+    const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
+
     float sum[DIMENSIONS] = {};
 #pragma unroll 4
-    for (int i = wave(); i < count; i += WAVES) {
-        const float weight = exp2(parts.softmax_row(cut - 1 + i, i == 0, row)[0] - reference);
-        const float *part = parts.output_row(cut - 1 + i, i == 0, row);
+    for (int i = slice; i < count; i += MERGE_SLICES) {
+        const float weight = exp2(parts.softmax_row(first + i, i == 0, row)[0] - reference);
+        const float *part = parts.output_row(first + i, i == 0, row);
 #pragma unroll
         for (int d = 0; d < DIMENSIONS; ++d)
             if (lane() + d * WAVE < HEAD_DIM) sum[d] += weight * part[lane() + d * WAVE];
@@ -427,14 +281,14 @@ __global__ void __launch_bounds__(THREADS) merge(const Arguments arguments, int 
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) sums[wave()][lane() + d * WAVE] = sum[d];
     barrier();
-    if (wave() != 0) return;
+    if (slice != 0 || row >= unit.padded_rows) return;
     bool spoiled = false;
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) {
         sum[d] = 0.0f;
 #pragma unroll
-        for (int w = 0; w < WAVES; ++w) sum[d] += sums[w][lane() + d * WAVE];
-        if (count != 0) sum[d] *= reciprocal(total);
+        for (int w = 0; w < MERGE_SLICES; ++w) sum[d] += sums[wave() + w][lane() + d * WAVE];
+        if (sees_keys) sum[d] *= reciprocal(total);
         spoiled |= sum[d] != sum[d];
     }
     if (lane() == 0) unit.store_lse(row, log_sum);
@@ -446,11 +300,16 @@ __global__ void __launch_bounds__(THREADS) merge(const Arguments arguments, int 
 
 /* ---- the host's side ---- */
 
-/* Blocks of a launch on a GPU with that many compute units. */
-inline int64_t grid_of(const aiter_attention_problem &p, int compute_units) {
-    const int64_t units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
-    return blocks_for(units, units * steps_of(p.seqlen_k), static_cast<int64_t>(compute_units) * Shape_::BLOCKS);
-}
+/* What one launch consists of, on a GPU with that many compute units. */
+struct Plan {
+    int64_t units, steps, grid;
+    Plan(const aiter_attention_problem &p, int compute_units) {
+        units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
+        steps = units * steps_of(p.seqlen_k);
+        grid = blocks_for(units, steps, static_cast<int64_t>(compute_units) * Shape_::BLOCKS);
+    }
+    bool cuts() const { return grid > 1 && steps > units; } /* may they go through a unit? */
+};
 inline int compute_units(int device) {
     int count = 0;
     return hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device) == hipSuccess ? count : 0;
@@ -472,8 +331,8 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *proble
         const int count = aiter::compute_units(device);
         if (count > most) most = count;
     }
-    const int64_t grid = aiter::grid_of(*problem, most);
-    return grid < 2 || aiter::steps_of(problem->seqlen_k) == 1 ? 0 : aiter::Parts::bytes(grid, aiter::part_rows(*problem));
+    const aiter::Plan plan(*problem, most);
+    return plan.cuts() ? aiter::Parts::bytes(plan.grid, aiter::rows_of_unit(*problem)) : 0;
 }
 
 AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
@@ -481,13 +340,18 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     if (const int error = aiter::check_problem(*problem)) return error;
     int device = 0;
     if (const int error = hipGetDevice(&device)) return error;
-    const int grid = static_cast<int>(aiter::grid_of(*problem, aiter::compute_units(device)));
+    const aiter::Plan plan(*problem, aiter::compute_units(device));
+    if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
+    const int grid = static_cast<int>(plan.grid);
     const aiter::Arguments arguments = {*problem, *tensors};
     if (const int error =
             aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::SHARED_BYTES, stream, arguments, grid))
         return error;
-    const int64_t cuts = aiter::steps_of(problem->seqlen_k) == 1 ? 0 : grid - 1; /* that may go through a unit */
-    return aiter::launch(aiter::merge, cuts * aiter::part_rows(*problem), aiter::THREADS, 0, stream, arguments, grid);
+    if (!plan.cuts()) return 0;
+    const int over_units = plan.units < grid - 1;
+    const int64_t row_blocks = (aiter::rows_of_unit(*problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
+    return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
+                              aiter::MERGE_WAVES * aiter::WAVE, stream, arguments, grid, over_units);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

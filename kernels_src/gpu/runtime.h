@@ -47,7 +47,7 @@ inline const char *error_text(int code) {
     switch (code) {
     case 0: return "success";
     case LAUNCH_GRID_TOO_LARGE: return "more blocks than one launch can have (2^31 - 1)";
-    case LAUNCH_STRIDE_TOO_LARGE: return "the stride from token to token of key or value is 2^24 elements or more";
+    case LAUNCH_STRIDE_TOO_LARGE: return "the stride from token to token is 2^24 elements or more";
     case LAUNCH_TOO_MANY_STEPS: return "too many keys in all: the decoding kernel counts its steps in 32 bits";
     case LAUNCH_BAD_PROBLEM: return "the problem contradicts itself or the options this kernel was built with";
     default: return hipGetErrorString(static_cast<hipError_t>(code));
