@@ -28,18 +28,25 @@
  * The price is that S and dP are computed in both passes, seven products of matrices where five would do.
  *
  * The interface of an arch, Backward<HEAD_DIM, PASS>, implemented by arch/<arch>_backward.h:
- *   WAVES, THREADS, ROWS       of a block; ROWS are its own rows, ROW_TILE for each wave
+ *   WAVES, THREADS, ROWS       of a block; ROWS are its own rows, ROW_TILE for each of WAVES waves
  *   TEAM                       waves that multiply together and so must do the same
- *   TOKENS                     passing rows of a tile
- *   STAGES                     tiles that are on their way or in use
+ *   TOKENS, STAGES             passing rows of a tile; tiles that are on their way or in use
  *   COLUMN_RUN                 adjacent columns of an accumulator in a lane
+ *   BOTH_IN_ONE_PASS           whether GRAD_KEY_VALUE fits into the registers
+ *   CARRIERS                   whether other waves than the owning ones carry the tiles: carries(), begin_to_carry(),
+ *                              begin_to_own()
  *   Scores, Output             accumulators: own rows x passing rows, own rows x head_dim (or more)
  *   load_own(pair, first)      the own rows, zeros past the last; they are there after the first publish
  *   issue(pair, first)         start to fetch passing rows; skip() takes the place of an issue where none is left
  *   publish, scores, grad_probabilities, add_to_x, add_to_y
  *   term(which, column, run)   log_sum (0) or delta (1) of a run of passing rows
- *   finish<N>(result)          products may run on: wait for all but the latest N groups; `result` can be read then
+ *   exponentiate, weigh        of two scores, or two gradients of probabilities, at a time
+ *   wait<N>(), finish<N>(m)    products may run on: wait for all but the latest N groups of them; `m` can be read then
+ *   release<N>()               the same; and the tile before this one may be overwritten
+ *   RUN_ON                     groups that may run on into the next tile
+ *   end()                      the block is done with its shared memory; store may use it
  *   store(gradient, row)       row(r): pointer to row r of this wave's in memory, or null
+ *   forget(x)                  x, in a way that nothing worked out from it before is kept for later
  *
  * Built for one dtype, AITER_HEAD_DIM and AITER_CAUSAL. */
 #define AITER_BACKWARD
@@ -111,8 +118,8 @@ template <int PASS> struct Share {
     using Tile = TileOf<PASS>;
     GradSequence sequence;
     int kv_head, first_head, query_head, heads_passing;
-    int block_row, own_rows, padded_rows; /* of the own side: the first of the block, all that exist, all to be written */
-    int first, tiles;                     /* the first passing row, and how many tiles of them; the same for each head */
+    int block_row, own_rows, padded_rows; /* own side: the first of the block, all that exist, all to be written */
+    int first, tiles;                     /* the first passing row, and how many tiles; the same for each head */
 
     static __device__ __forceinline__ Work work(const aiter_attention_problem &problem, int block) {
         return work_of_block(block, problem.batch * problem.heads_kv, heads(problem) * row_blocks(problem));
@@ -153,7 +160,7 @@ template <int PASS> struct Issue {
     const Share<PASS> &share;
     TileOf<PASS> &tile;
     int head = 0, count = 0; /* of the next one: which of the passing heads, which of its tiles */
-    RowPair passing; /* of that head */
+    RowPair passing;         /* of that head */
 
     __device__ __forceinline__ Issue(const Share<PASS> &share, TileOf<PASS> &tile)
         : share(share), tile(tile), passing(share.passing()) {}
@@ -187,16 +194,18 @@ __device__ __forceinline__ void multiply(const Share<PASS> &share, TileOf<PASS> 
 #pragma unroll
         for (int stage = 0; stage < Tile::STAGES - 1; ++stage) issue();
     }
-    /* The passing rows that the team takes part with are first.low ... last.high - 1; all of its rows do with those from
-     * last.low to first.high - 1. */
+    /* The passing rows that any row of the team takes part with are first.low ... last.high - 1; those that all of its
+     * rows do, last.low ... first.high - 1. */
     const int team_row = share.block_row + wave() / Tile::TEAM * TEAM_ROWS;
-    const Window team_first = share.see(team_row), team_last = share.see(lesser(team_row + TEAM_ROWS, share.own_rows) - 1);
-    float log_sum[SLOTS], delta[SLOTS];
+    const Window team_first = share.see(team_row);
+    const Window team_last = share.see(lesser(team_row + TEAM_ROWS, share.own_rows) - 1);
+    float log_sum[SLOTS], delta[SLOTS]; /* of own query rows */
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Scores::row(slot);
         if (owns_queries(PASS)) {
-            const Terms terms = row < share.own_rows ? share.sequence.terms(share.query_head)[row] : Terms{INFINITE, 0.0f};
+            const Terms *rows = share.sequence.terms(share.query_head);
+            const Terms terms = row < share.own_rows ? rows[row] : Terms{INFINITE, 0.0f};
             log_sum[slot] = terms.log_sum, delta[slot] = terms.delta;
         }
     }
@@ -222,11 +231,14 @@ __device__ __forceinline__ void multiply(const Share<PASS> &share, TileOf<PASS> 
                 float run[COLUMN_RUN];
                 if (!owns_queries(PASS)) tile.term(0, Scores::column(i) + Scores::lane_column(), run);
 #pragma unroll
-                for (int j = 0; j < COLUMN_RUN; ++j)
+                for (int j = 0; j < COLUMN_RUN; j += 2)
 #pragma unroll
-                    for (int slot = 0; slot < SLOTS; ++slot)
-                        p.set(slot, i + j, exp2(__builtin_fmaf(p.get(slot, i + j), scale,
-                                                               -(owns_queries(PASS) ? log_sum[slot] : run[j]))));
+                    for (int slot = 0; slot < SLOTS; ++slot) {
+                        float x = p.get(slot, i + j), y = p.get(slot, i + j + 1);
+                        if (owns_queries(PASS)) run[j] = run[j + 1] = log_sum[slot];
+                        Tile::exponentiate(x, y, scale, run[j], run[j + 1]);
+                        p.set(slot, i + j, x), p.set(slot, i + j + 1, y);
+                    }
             }
             if (masked) hide(p, share, wave_row, first);
             if (gives_y(PASS)) tile.add_to_y(p, grad_y);
@@ -237,11 +249,14 @@ __device__ __forceinline__ void multiply(const Share<PASS> &share, TileOf<PASS> 
                 float run[COLUMN_RUN];
                 if (!owns_queries(PASS)) tile.term(1, Scores::column(i) + Scores::lane_column(), run);
 #pragma unroll
-                for (int j = 0; j < COLUMN_RUN; ++j)
+                for (int j = 0; j < COLUMN_RUN; j += 2)
 #pragma unroll
-                    for (int slot = 0; slot < SLOTS; ++slot)
-                        ds.set(slot, i + j,
-                               p.get(slot, i + j) * (ds.get(slot, i + j) - (owns_queries(PASS) ? delta[slot] : run[j])));
+                    for (int slot = 0; slot < SLOTS; ++slot) {
+                        float x = ds.get(slot, i + j), y = ds.get(slot, i + j + 1);
+                        if (owns_queries(PASS)) run[j] = run[j + 1] = delta[slot];
+                        Tile::weigh(x, y, p.get(slot, i + j), p.get(slot, i + j + 1), run[j], run[j + 1]);
+                        ds.set(slot, i + j, x), ds.set(slot, i + j + 1, y);
+                    }
             }
             if (masked) hide(ds, share, wave_row, first); /* 0 * inf or 0 * NaN */
             tile.add_to_x(ds, grad_x);
@@ -306,7 +321,8 @@ __global__ void __launch_bounds__(TileOf<PASS>::THREADS, TileOf<PASS>::BLOCKS)
 template <int PASS> int launch_pass(const GradArguments &arguments, void *stream) {
     using Tile = TileOf<PASS>;
     const aiter_attention_problem &p = arguments.problem.forward;
-    const int64_t rows = owns_queries(PASS) ? p.seqlen_q : p.seqlen_k, heads = owns_queries(PASS) ? p.heads_q : p.heads_kv;
+    const int64_t rows = owns_queries(PASS) ? p.seqlen_q : p.seqlen_k;
+    const int64_t heads = owns_queries(PASS) ? p.heads_q : p.heads_kv;
     return launch(attention_backward<PASS>, (rows + Tile::ROWS - 1) / Tile::ROWS * heads * p.batch, Tile::THREADS,
                   Tile::SHARED_BYTES, stream, arguments);
 }
@@ -327,9 +343,12 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_problem *problem) {
 AITER_EXPORT int aiter_launch(const aiter_problem *problem, const aiter_tensors *tensors, void *stream) {
     const aiter_attention_problem &p = problem->forward;
     if (const int error = aiter::check_problem(p)) return error;
+    const int64_t limit = int64_t(1) << 24; /* for queries as for keys: either may pass by */
+    if (p.query_strides[1] >= limit || problem->grad_output_strides[1] >= limit) return aiter::LAUNCH_STRIDE_TOO_LARGE;
     const aiter::GradArguments arguments = {*problem, *tensors};
     const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::TERM_ROWS) - 1) / aiter::TERM_ROWS;
-    int error = aiter::launch(aiter::row_terms, row_blocks * p.heads_q * p.batch, aiter::TERM_THREADS, 0, stream, arguments);
+    const int64_t blocks = row_blocks * p.heads_q * p.batch;
+    int error = aiter::launch(aiter::row_terms, blocks, aiter::TERM_THREADS, 0, stream, arguments);
     if (error == 0) error = aiter::launch_pass<aiter::GRAD_QUERY>(arguments, stream);
     if constexpr (aiter::TileOf<aiter::GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
         if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY_VALUE>(arguments, stream);

@@ -1,12 +1,12 @@
 /* The backward pass on AMD CDNA. Implements the interface that attention_backward.hip describes; everything is computed
- * transposed, in tiles of 32x32, and operands have the layouts that arch/gfx9.h explains, where the own rows stand for its
- * queries and the passing rows for its keys:
+ * transposed, in tiles of 32x32, and operands have the layouts that arch/gfx9.h explains, where the own rows stand for
+ * its queries and the passing rows for its keys:
  *
  *   scores, grad_probabilities   S^T = x_passing x_own^T: own rows in registers, passing rows in shared memory by rows
  *   add_to_x, add_to_y           dx^T += x_passing^T dS^T: dS as the matrix unit left it, passing rows transposed
  *
- * so passing rows are stored in both ways, where a pass needs both. A thread carries 16 bytes of four neighbouring tokens of
- * one of the two tensors: global loads to registers while the tile before is in use, then to shared memory. */
+ * so passing rows are stored in both ways, where a pass needs both. A thread carries 16 bytes of four neighbouring tokens
+ * of one of the two tensors: global loads to registers while the tile before is in use, then to shared memory. */
 #ifndef AITER_GPU_ARCH_GFX9_BACKWARD_H
 #define AITER_GPU_ARCH_GFX9_BACKWARD_H
 
@@ -137,7 +137,9 @@ template <int HEAD_DIM, int PASS> struct Backward {
     __device__ __forceinline__ void grad_probabilities(Scores &dp) const {
         multiply_rows(BY_ROWS[0] * ROW_BYTES, own_y, dp);
     }
-    __device__ __forceinline__ void add_to_x(const Scores &ds, Output &dx) const { multiply_columns(ds, TRANSPOSED_AT, dx); }
+    __device__ __forceinline__ void add_to_x(const Scores &ds, Output &dx) const {
+        multiply_columns(ds, TRANSPOSED_AT, dx);
+    }
     __device__ __forceinline__ void add_to_y(const Scores &p, Output &dy) const {
         multiply_columns(p, TRANSPOSED_AT + TRANSPOSED[0] * TRANSPOSED_BYTES, dy);
     }
@@ -173,6 +175,16 @@ template <int HEAD_DIM, int PASS> struct Backward {
         const auto four = shared_load<f32x4_run>(shared + TERMS_AT + which * TOKENS * 4 + column * 4);
 #pragma unroll
         for (int i = 0; i < COLUMN_RUN; ++i) run[i] = four[i];
+    }
+
+    /* In pairs: multiplication, addition and both together take two values an instruction. */
+    static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {
+        const f32x2 s = __builtin_elementwise_fma(f32x2{x, y}, f32x2(scale), f32x2{-log_x, -log_y});
+        x = exp2(s.x), y = exp2(s.y);
+    }
+    static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
+        const f32x2 s = f32x2{p_x, p_y} * (f32x2{x, y} - f32x2{d_x, d_y});
+        x = s.x, y = s.y;
     }
 
     template <int> __device__ __forceinline__ void release() {}

@@ -1,6 +1,6 @@
 /* The backward pass on NVIDIA with mma.sync: own and passing rows in shared memory, all waves copy and all multiply.
- * Implements the interface that attention_backward.hip describes. sm_90a has its own in arch/sm90_backward.h, on the same
- * tiles:
+ * Implements the interface that attention_backward.hip describes. sm_90a has its own in arch/sm90_backward.h, on the
+ * same tiles:
  *
  *   shared memory   own x | own y | stage 0 | stage 1 | ...      a stage: passing x | passing y | log_sum | delta
  *
@@ -55,7 +55,8 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
     /* Rows first ... first + COUNT - 1; those past `count` and columns past HEAD_DIM become zeros. Eight lanes copy one
      * line of a row. */
     template <int COUNT>
-    static __device__ __forceinline__ void copy(SharedAddress tile, const Rows &rows, int first, int count, int thread) {
+    static __device__ __forceinline__ void copy(SharedAddress tile, const Rows &rows, int first, int count,
+                                                int thread) {
         using Layout = BlockLayout<COUNT, HEAD_DIM>;
         constexpr int STEP = THREADS / 8;
         static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "whole steps");
@@ -79,14 +80,23 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
         copy<TOKENS>(to + Layout::BYTES, rows.y, first, rows.count, thread);
         if (!owns_queries(PASS) && thread < 2 * TOKENS) { /* taken apart on the way */
             const int i = first + thread / 2;
-            copy_word_async(to + TERMS_AT + (thread % 2 * TOKENS + thread / 2) * 4, &rows.terms->log_sum + i * int64_t(2) + thread % 2,
-                            i < rows.count);
+            const float *terms = reinterpret_cast<const float *>(rows.terms + i);
+            copy_word_async(to + TERMS_AT + (thread % 2 * TOKENS + thread / 2) * 4, terms + thread % 2, i < rows.count);
         }
     }
 
-    static __device__ __forceinline__ void term_at(SharedAddress stage, int which, int column, float (&run)[COLUMN_RUN]) {
+    static __device__ __forceinline__ void term_at(SharedAddress stage, int which, int column,
+                                                   float (&run)[COLUMN_RUN]) {
         const float2 pair = shared_load<float2>(stage + TERMS_AT + which * TOKENS * 4 + column * 4);
         run[0] = pair.x, run[1] = pair.y;
+    }
+
+    /* Two scores become probabilities; two gradients of probabilities become those of scores. */
+    static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {
+        x = exp2(__builtin_fmaf(x, scale, -log_x)), y = exp2(__builtin_fmaf(y, scale, -log_y));
+    }
+    static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
+        x = p_x * (x - d_x), y = p_y * (y - d_y);
     }
 
     /* By way of the own rows in shared memory, needed no more. */
@@ -131,7 +141,9 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, backward_waves(HEAD_DIM) * ROW_T
 
     __device__ __forceinline__ explicit Backward(SharedAddress shared) : Tiles(shared) {}
 
-    __device__ __forceinline__ void load_own(const RowPair &rows, int first) { this->copy_own(rows, first, thread_in_block()); }
+    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
+        this->copy_own(rows, first, thread_in_block());
+    }
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
         this->copy_passing(this->stage(coming), rows, first, thread_in_block());
         skip();

@@ -99,7 +99,9 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
     }
     __device__ __forceinline__ void end() { asm volatile("bar.sync 1, %0;" ::"n"(WAVES * WAVE) : "memory"); }
 
-    __device__ __forceinline__ SharedAddress team_rows() const { return this->own + wave() / TEAM * TEAM * ROW_TILE * 128; }
+    __device__ __forceinline__ SharedAddress team_rows() const {
+        return this->own + wave() / TEAM * TEAM * ROW_TILE * 128;
+    }
     __device__ __forceinline__ void scores(Scores &s) const { multiply_rows(team_rows(), tile, s); }
     __device__ __forceinline__ void grad_probabilities(Scores &dp) const {
         multiply_rows(team_rows() + OwnLayout::BYTES, tile + Layout::BYTES, dp);
