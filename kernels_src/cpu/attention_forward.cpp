@@ -72,15 +72,7 @@ struct Forward {
     }
 
     Sequence sequence(int64_t b) const {
-        Sequence s{length_of(tensors.seqlens_q, b, problem.seqlen_q), length_of(tensors.seqlens_k, b, problem.seqlen_k), 0, 0};
-        if (starts_q) {
-            s.first_q = starts_q[b];
-            s.tokens_q = starts_q[b + 1] - starts_q[b];
-        }
-        if (starts_k) {
-            s.first_k = starts_k[b];
-            s.tokens_k = starts_k[b + 1] - starts_k[b];
-        }
+        Sequence s = find_sequence(starts_q, tensors.seqlens_q, problem.seqlen_q, starts_k, tensors.seqlens_k, problem.seqlen_k, b);
         if (problem.page_size > 0 && problem.num_pages == 0) s.tokens_k = 0;
         return s;
     }

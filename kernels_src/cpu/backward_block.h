@@ -22,7 +22,7 @@
 #endif
 
 constexpr int BLOCK_ROWS = BLOCK_KEYS; /* query rows are packed as keys are in the forward pass */
-constexpr int PANELS = (DIM + STRIP_ROWS - 1) / STRIP_ROWS; /* K and dQ have head_dim along the lanes, in panels */
+constexpr int WIDTH = round_up(DIM, LANES); /* K and dQ have head_dim along the lanes */
 #if AITER_TILES
 constexpr int STRIP_MULTIPLE = STRIP_VECTORS; /* tiles come in pairs: a narrower strip is filled with zeros */
 #else
@@ -53,7 +53,7 @@ struct Rows {
 /* A tile of keys and the gradients that it gathers. */
 struct KeyTile {
     Step *keys_t, *values_t;            /* K^T, V^T [strip][DIM_STEPS][STRIP_ROWS] */
-    Step *keys;                         /* K [panel][TILE_STEPS][STRIP_ROWS] */
+    Step *keys;                         /* K [key step][WIDTH] */
     float *grad_keys_t, *grad_values_t; /* [strip][DIM][STRIP_ROWS] */
     int64_t first;                      /* of its keys */
     int count, vectors;                 /* keys, and the vectors that hold them */
@@ -76,21 +76,19 @@ struct Weights {
     Step *grad_left;             /* dS [row][LEFT_ROW] */
 };
 
-static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, int64_t a_row, int64_t a_step,
-                                              const Step *b, int count, int steps, bool accumulate) {
+/* A product with a strip of keys along the lanes. */
+template <int A_ROW, int A_STEP>
+static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, const Step *b, int count, int steps,
+                                              bool accumulate) {
     switch (vectors) {
 #if !AITER_TILES
-    case 1: return multiply<1>(c, a, a_row, a_step, b, count, steps, accumulate);
+    case 1: return multiply<1, STRIP_ROWS, A_ROW, A_STEP, STRIP_ROWS>(c, a, b, count, steps, accumulate);
 #endif
 #if AITER_AVX512 && !AITER_TILES || AITER_AVX2
-    case 2: return multiply<2>(c, a, a_row, a_step, b, count, steps, accumulate);
+    case 2: return multiply<2, STRIP_ROWS, A_ROW, A_STEP, STRIP_ROWS>(c, a, b, count, steps, accumulate);
 #endif
-    default: return multiply<STRIP_VECTORS>(c, a, a_row, a_step, b, count, steps, accumulate);
+    default: return multiply<STRIP_VECTORS, STRIP_ROWS, A_ROW, A_STEP, STRIP_ROWS>(c, a, b, count, steps, accumulate);
     }
-}
-
-AITER_INLINE int vectors_of_panel(int panel) {
-    return static_cast<int>(minimum(STRIP_VECTORS, (DIM + LANES - 1) / LANES - panel * STRIP_VECTORS));
 }
 
 /* K^T or V^T of a tile. */
@@ -102,23 +100,21 @@ static void pack_columns(Step *columns, const Rows &rows, const KeyTile &tile) {
     }
 }
 
-/* K of a tile, in panels. */
-static void pack_panels(Step *panels, const Rows &rows, const KeyTile &tile) {
-    for (int s = 0; s < tile.vectors * LANES / STEP_ELEMENTS; s++) {
-        const int key = s * STEP_ELEMENTS;
-        for (int d = 0; d < round_up(DIM, LANES); d += LANES) {
-            StepVec steps = StepVec{};
+/* K of a tile, for dQ. */
+static void pack_rows(Step *steps, const Rows &rows, const KeyTile &tile) {
+    for (int key = 0; key < tile.vectors * LANES; key += STEP_ELEMENTS, steps += WIDTH)
+        for (int d = 0; d < WIDTH; d += LANES) {
+            StepVec v = StepVec{};
             if (key < tile.count && d < HEAD_DIM) {
-                const Element *low = rows[tile.first + key] + d;
+                const Element *row = rows[tile.first + key] + d;
 #if AITER_PAIRS
-                steps = interleave(low, key + 1 < tile.count ? rows[tile.first + key + 1] + d : nullptr, HEAD_DIM - d);
+                v = interleave(row, key + 1 < tile.count ? rows[tile.first + key + 1] + d : nullptr, HEAD_DIM - d);
 #else
-                steps = to_floats(low, HEAD_DIM - d);
+                v = to_floats(row, HEAD_DIM - d);
 #endif
             }
-            store_steps(panels + (d / STRIP_ROWS * TILE_STEPS + s) * STRIP_ROWS + d % STRIP_ROWS, steps);
+            store_steps(steps + d, v);
         }
-    }
 }
 
 /* Stores values of two rows as a right operand and, where `left` is not null, also as rows of a left one. */
@@ -183,36 +179,35 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
     for (int v = 0; v < vectors; v += STRIP_VECTORS) {
         const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
         const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
-        product(width, w.scores, block.queries, DIM_STEPS, 1, tile.keys_t + columns, block.rows, DIM_STEPS, false);
-        product(width, w.grads, block.grads, DIM_STEPS, 1, tile.values_t + columns, block.rows, DIM_STEPS, false);
+        product<DIM_STEPS, 1>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false);
+        product<DIM_STEPS, 1>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false);
         if (block.fewest_visible < tile.first + first_key + width * LANES)
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
         else
             differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
-        product(width, tile.grad_values_t + sums, block.grads_t, VALUE_ROW, VALUE_STEP, w.right, DIM, row_steps, true);
-        product(width, tile.grad_keys_t + sums, block.queries_t, VALUE_ROW, VALUE_STEP, w.grad_right, DIM, row_steps, true);
+        product<VALUE_ROW, VALUE_STEP>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true);
+        product<VALUE_ROW, VALUE_STEP>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true);
     }
     return vectors * LANES;
 }
 
-/* dQ [panel][row][STRIP_ROWS] (+)= dS K */
-static void add_grad_queries(float *grad_queries, const KeyTile &tile, const RowBlock &block, const Weights &w, int keys,
-                             bool accumulate) {
-    for (int panel = 0; panel < PANELS; panel++)
-        product(vectors_of_panel(panel), grad_queries + panel * block.rows * STRIP_ROWS, w.grad_left, LEFT_ROW, 1,
-                tile.keys + panel * TILE_STEPS * STRIP_ROWS, block.rows, keys / STEP_ELEMENTS, accumulate);
+/* dQ [row][WIDTH] (+)= dS K */
+static __attribute__((noinline)) void add_grad_queries(float *grad_queries, const KeyTile &tile, const RowBlock &block,
+                                                       const Weights &w, int keys, bool accumulate) {
+    constexpr int REST = WIDTH % STRIP_ROWS / LANES, WHOLE = WIDTH - REST * LANES;
+    const int steps = keys / STEP_ELEMENTS;
+    for (int d = 0; d < WHOLE; d += STRIP_ROWS)
+        multiply<STRIP_VECTORS, WIDTH, LEFT_ROW, 1, WIDTH>(grad_queries + d, w.grad_left, tile.keys + d, block.rows, steps,
+                                                           accumulate);
+    if constexpr (REST > 0)
+        multiply<REST, WIDTH, LEFT_ROW, 1, WIDTH>(grad_queries + WHOLE, w.grad_left, tile.keys + WHOLE, block.rows, steps,
+                                                  accumulate);
 }
 
-/* Writes rows of dQ. */
-static void write_grad_queries(const Rows &rows, int64_t first, int count, const float *grad_queries, int padded,
-                               float scale) {
-    for (int r = 0; r < count; r++) {
-        Element *row = rows[first + r];
-        for (int d = 0; d < HEAD_DIM; d += LANES) {
-            const float *from = grad_queries + (d / STRIP_ROWS * padded + r) * STRIP_ROWS + d % STRIP_ROWS;
-            store_elements(row + d, load(from) * scale, HEAD_DIM - d);
-        }
-    }
+static void write_grad_queries(const Rows &rows, int64_t first, int count, const float *grad_queries, float scale) {
+    for (int r = 0; r < count; r++, grad_queries += WIDTH)
+        for (int d = 0; d < HEAD_DIM; d += LANES)
+            store_elements(rows[first + r] + d, load(grad_queries + d) * scale, HEAD_DIM - d);
 }
 
 /* Writes rows of dK or dV, which lie along the lanes until now. */

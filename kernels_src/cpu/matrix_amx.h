@@ -107,12 +107,6 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
     }
 }
 
-template <int VECTORS>
-static void multiply(float *c, const Step *a, int64_t a_row, int64_t a_step, const Step *b, int count, int steps,
-                     bool accumulate) {
-    multiply<VECTORS>(c, a, a_row, a_step, b, count, steps, accumulate, [] {});
-}
-
 template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW>
 static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
     multiply<VECTORS, C_ROW, A_ROW, A_STEP, B_ROW>(c, a, b, count, steps, accumulate, [] {});

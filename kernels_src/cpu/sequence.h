@@ -32,7 +32,21 @@ static inline void find_starts(const int32_t *lengths, int64_t batch, int64_t mo
     for (int64_t b = 0; b < batch; b++) starts[b + 1] = minimum(starts[b] + length_of(lengths, b, most), total);
 }
 
-/* The keys that row `row` sees are those below this. */
+static inline Sequence find_sequence(const int64_t *starts_q, const int32_t *seqlens_q, int64_t most_q, const int64_t *starts_k,
+                                     const int32_t *seqlens_k, int64_t most_k, int64_t b) {
+    Sequence s{length_of(seqlens_q, b, most_q), length_of(seqlens_k, b, most_k), 0, 0};
+    if (starts_q) {
+        s.first_q = starts_q[b];
+        s.tokens_q = starts_q[b + 1] - starts_q[b];
+    }
+    if (starts_k) {
+        s.first_k = starts_k[b];
+        s.tokens_k = starts_k[b + 1] - starts_k[b];
+    }
+    return s;
+}
+
+/* The keys that this query token sees are those below this. */
 AITER_INLINE int64_t visible_keys(const Sequence &sequence, int64_t token) {
 #if AITER_CAUSAL
     return clamp(token + 1 + sequence.tokens_k - sequence.tokens_q, 0, sequence.tokens_k);

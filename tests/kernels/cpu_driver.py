@@ -99,3 +99,60 @@ def attend(
         ctypes.addressof(executor),
     )
     return output, lse
+
+
+def gradients(
+    arch: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
+    max_seqlen: tuple[int, int] | None = None,
+    threads: int = 2,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK and dV, from what `attend` returned. Tensors are dense, or packed with `max_seqlen`."""
+    packed = query.dim() == 3
+    heads_q, head_dim = query.shape[-2:]
+    results = [torch.full(tensor.shape, math.nan, dtype=tensor.dtype) for tensor in (query, key, value)]
+
+    def strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+        return (0, *tensor.stride()[:2]) if packed else tensor.stride()[:3]
+
+    forward = abi.AttentionProblem(
+        batch=len(seqlens_q) if packed else query.shape[0],
+        heads_q=heads_q,
+        heads_kv=key.shape[-2],
+        seqlen_q=max_seqlen[0] if packed else query.shape[1],
+        seqlen_k=max_seqlen[1] if packed else key.shape[1],
+        packed_q=packed,
+        packed_k=packed,
+        total_q=query.shape[0] if packed else 0,
+        total_k=key.shape[0] if packed else 0,
+        query_strides=strides(query),
+        key_strides=strides(key),
+        value_strides=strides(value),
+        output_strides=strides(output),
+        lse_strides=(0, query.shape[0]) if packed else lse.stride()[:2],
+        softmax_scale=1 / math.sqrt(head_dim) if scale is None else scale,
+    )
+    names = ("grad_output_strides", "grad_query_strides", "grad_key_strides", "grad_value_strides")
+    grads = {name: strides(tensor) for name, tensor in zip(names, (grad_output, *results), strict=True)}
+    problem = abi.AttentionGradProblem(forward=forward, **grads)
+    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    built = kernel(dtype_names[query.dtype], head_dim, causal, arch, "attention_backward")
+    workspace = torch.full((built.workspace_bytes(problem),), 0x7F, dtype=torch.uint8)
+    tensors = (query, key, value, output, lse, grad_output, grad_lse, *results, seqlens_q, seqlens_k, workspace)
+    executor = abi.CpuExecutor(GOMP_PARALLEL, threads, 0)
+    built.launch(
+        problem,
+        abi.pack_grad_tensors(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors)),
+        ctypes.addressof(executor),
+    )
+    return tuple(results)

@@ -21,6 +21,11 @@ def randn(*shape, dtype):
     return torch.randn(shape).to(DTYPES[dtype])
 
 
+def enough_sequences(seq_q):
+    """A batch with some rows in it: the largest error of a handful of values says little about either operator."""
+    return max(1, 64 // seq_q)
+
+
 def dense_sequences(query, key, value, seqlens_q=None, seqlens_k=None):
     for b in range(query.shape[0]):
         rows = slice(0, query.shape[1] if seqlens_q is None else int(seqlens_q[b]))
@@ -33,9 +38,9 @@ def dense_sequences(query, key, value, seqlens_q=None, seqlens_k=None):
 @given(data=st.data())
 def test_dense(dtype, arch, causal, data):
     torch.manual_seed(data.draw(SEEDS))
-    batch = data.draw(st.integers(1, 2))
     heads_kv, group = data.draw(st.integers(1, 2)), data.draw(st.sampled_from((1, 2, 3, 5)))
     seq_q, seq_k = data.draw(LENGTHS), data.draw(LENGTHS)
+    batch = enough_sequences(seq_q)
     query = randn(batch, seq_q, heads_kv * group, HEAD_DIM, dtype=dtype)
     key, value = (randn(batch, seq_k, heads_kv, HEAD_DIM, dtype=dtype) for _ in "kv")
     output, lse = attend(arch, query, key, value, causal)

@@ -1,0 +1,119 @@
+"""The CPU backward kernel against float64 autograd, by the rule for accuracy: PyTorch's own backward is the measure."""
+
+import pytest
+import torch
+from accuracy import assert_as_accurate, pytorch_attend_one
+from cpu_driver import ARCHS, DTYPES, attend, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cpu_kernels import HEAD_DIM, LENGTHS, SEEDS, archs, dense_sequences, enough_sequences, randn
+
+from aiter import reference
+
+
+def leaves(*tensors):
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+def expected(tensors, grad_output, grad_lse, causal, scale):
+    """Gradients in float64, and in PyTorch's own operator; what flows through the log-sum-exp is added to the latter
+    in float64, as PyTorch's operator has no such gradient."""
+    exact = leaves(*(tensor.double() for tensor in tensors))
+    output, lse = reference.attend_one(*exact, causal, scale)
+    own = leaves(*tensors)
+    pytorch = torch.autograd.grad(pytorch_attend_one(*own, causal, scale), own, grad_output)
+    if grad_lse is None:
+        return torch.autograd.grad(output, exact, grad_output.double()), pytorch
+    seen = lse.isfinite()
+    through_lse = torch.autograd.grad(lse[seen], exact, grad_lse[seen].double(), retain_graph=True, allow_unused=True)
+    both = torch.autograd.grad((output, lse[seen]), exact, (grad_output.double(), grad_lse[seen].double()))
+    return both, [p if t is None else (p.double() + t).to(p.dtype) for p, t in zip(pytorch, through_lse, strict=True)]
+
+
+def check(arch, sequences, results, grad_output, grad_lse, causal, scale=None):
+    references, pytorch, got = ([], [], []), ([], [], []), ([], [], [])
+    for sequence, keys in sequences:
+        tensors = sequence.query, sequence.key, sequence.value
+        lse_grad = None if grad_lse is None else grad_lse[sequence.lse_rows]
+        exact, own = expected(tensors, grad_output[sequence.rows], lse_grad, causal, scale)
+        for i, rows in enumerate((sequence.rows, keys, keys)):
+            references[i].append(exact[i].flatten())
+            pytorch[i].append(own[i].flatten())
+            got[i].append(results[i][rows].flatten())
+    for i in range(3):
+        assert_as_accurate(torch.cat(got[i]), torch.cat(references[i]), torch.cat(pytorch[i]))
+
+
+@archs
+@pytest.mark.parametrize("causal", (False, True))
+@settings(max_examples=12)
+@given(data=st.data())
+def test_dense(dtype, arch, causal, data):
+    torch.manual_seed(data.draw(SEEDS))
+    heads_kv, group = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    seq_q, seq_k = data.draw(LENGTHS), data.draw(LENGTHS)
+    batch = enough_sequences(seq_q)
+    query, grad_output = (randn(batch, seq_q, heads_kv * group, HEAD_DIM, dtype=dtype) for _ in "qo")
+    key, value = (randn(batch, seq_k, heads_kv, HEAD_DIM, dtype=dtype) for _ in "kv")
+    grad_lse = torch.randn(batch, heads_kv * group, seq_q) if data.draw(st.booleans()) else None
+    output, lse = attend(arch, query, key, value, causal)
+    results = gradients(arch, query, key, value, output, lse, grad_output, grad_lse, causal)
+    sequences = [(s, (b, slice(None))) for b, s in enumerate(dense_sequences(query, key, value))]
+    check(arch, sequences, results, grad_output, grad_lse, causal)
+    for again in (1, 3):
+        same = gradients(arch, query, key, value, output, lse, grad_output, grad_lse, causal, threads=again)
+        assert all(torch.equal(a, b) for a, b in zip(results, same, strict=True))
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_padded(causal):
+    dtype, arch = ARCHS[-1]
+    lengths_q, lengths_k = (torch.tensor(lengths, dtype=torch.int32) for lengths in ((70, 0, 3, 100), (90, 20, 0, 1)))
+    query, grad_output = (randn(4, 100, 4, HEAD_DIM, dtype=dtype) for _ in "qo")
+    key, value = (randn(4, 90, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
+    for b in range(4):
+        query[b, lengths_q[b] :] = grad_output[b, lengths_q[b] :] = float("nan")
+        key[b, lengths_k[b] :] = value[b, lengths_k[b] :] = float("nan")
+    lengths = {"seqlens_q": lengths_q, "seqlens_k": lengths_k}
+    output, lse = attend(arch, query, key, value, causal, **lengths)
+    results = gradients(arch, query, key, value, output, lse, grad_output, None, causal, **lengths)
+    sequences = [
+        (s, (b, slice(0, int(lengths_k[b])))) for b, s in enumerate(dense_sequences(query, key, value, *lengths.values()))
+    ]
+    check(arch, [(s, k) for s, k in sequences if s.key.shape[0] and s.query.shape[0]], results, grad_output, None, causal)
+    for b in range(4):
+        assert not results[0][b, lengths_q[b] :].any()
+        assert not results[1][b, lengths_k[b] :].any() and not results[2][b, lengths_k[b] :].any()
+
+
+@pytest.mark.parametrize("causal", (False, True))
+def test_packed(causal):
+    dtype, arch = ARCHS[-1]
+    lengths = torch.tensor((70, 0, 1, 129), dtype=torch.int32)
+    total = int(lengths.sum())
+    query, grad_output = (randn(total, 4, HEAD_DIM, dtype=dtype) for _ in "qo")
+    key, value = (randn(total, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
+    options = {"seqlens_q": lengths, "seqlens_k": lengths, "max_seqlen": (150, 150)}
+    output, lse = attend(arch, query, key, value, causal, **options)
+    results = gradients(arch, query, key, value, output, lse, grad_output, None, causal, **options)
+    for rows in reference.split_packed(lengths.tolist()):
+        if rows.stop > rows.start:
+            tensors = query[rows], key[rows], value[rows]
+            exact, own = expected(tensors, grad_output[rows], None, causal, None)
+            for got, want, pytorch in zip(results, exact, own, strict=True):
+                assert_as_accurate(got[rows], want, pytorch)
+
+
+def test_long_sequence_in_chunks():
+    """Few heads and many keys: dQ is a sum of parts, and scale may be negative."""
+    dtype, arch = ARCHS[-1]
+    query, grad_output = (randn(1, 150, 1, HEAD_DIM, dtype=dtype) for _ in "qo")
+    key, value = (randn(1, 2100, 1, HEAD_DIM, dtype=dtype) for _ in "kv")
+    output, lse = attend(arch, query, key, value, True, -0.2)
+    results = gradients(arch, query, key, value, output, lse, grad_output, None, True, -0.2)
+    sequences = [(s, (b, slice(None))) for b, s in enumerate(dense_sequences(query, key, value))]
+    check(arch, sequences, results, grad_output, None, True, -0.2)
+
+
+def test_dtypes_are_covered():
+    assert {dtype for dtype, _ in ARCHS} == set(DTYPES)
