@@ -11,6 +11,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
+
 _HERE = Path(__file__).parent
 _FLAGS = ["-std=c++17", "-O2", "-ftree-vectorize", "-fPIC", "-march=native", "-Wall", "-Wextra",
           # Instructions round one by one, as they are written; registers are viewed as several types.
@@ -47,6 +49,14 @@ def build() -> Path:
     if compiler() is None:
         raise RuntimeError("the emulator needs a C++ compiler: g++ or clang++")
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not library.exists():
+            _compile(sources, library)
+    return library
+
+
+def _compile(sources: list[Path], library: Path) -> None:
+    folder = library.parent.parent
     with tempfile.TemporaryDirectory(dir=folder) as work:
         finished = Path(work) / "finished"
         finished.mkdir()
@@ -59,10 +69,4 @@ def build() -> Path:
         with ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, sources))
         subprocess.run([compiler(), "-shared", "-pthread", "-o", str(finished / library.name), *objects], check=True)
-        # Another process may have been faster: its library is as good.
-        try:
-            finished.rename(library.parent)
-        except OSError:
-            if not library.exists():
-                raise
-    return library
+        finished.rename(library.parent)

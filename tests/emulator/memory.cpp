@@ -49,7 +49,7 @@ struct Access {
     uint64_t mask;                 // lanes that take part
     uint64_t in_range;             // of these, the lanes that a buffer's range check lets through (in whole)
     uint8_t words_in_range[lanes]; // MUBUF checks each word
-    bool scratch = false;
+    uint64_t scratch = 0, lds = 0; // lanes whose address is one of these, counted from its beginning
 };
 
 // VGPR count words hold an address or offset; every active lane must have written it.
@@ -68,7 +68,7 @@ uint64_t scalar_pair(Wave &w, Operand operand, const char *what) {
 
 void flat_addresses(Wave &w, const Instruction &in, Access &a) {
     if (in.format == Format::scratch) {
-        a.scratch = true;
+        a.scratch = all_lanes;
         uint32_t base = in.offset;
         if (in.has_scalar_offset) base += w.read_address(in.scalar_address, "the scratch address");
         const bool has_vector = in.offset_enabled;
@@ -85,6 +85,13 @@ void flat_addresses(Wave &w, const Instruction &in, Access &a) {
     unsigned r = address_register(w, in.source[0], 2, a.mask);
     for (int lane = 0; lane < lanes; ++lane)
         a.address[lane] = (w.v[r][lane] | uint64_t(w.v[r + 1][lane]) << 32) + int64_t(in.offset);
+    if (in.format != Format::flat) return;
+    for (int lane = 0; lane < lanes; ++lane) {
+        const uint32_t high = uint32_t(a.address[lane] >> 32);
+        if (high != shared_aperture && high != private_aperture) continue;
+        (high == shared_aperture ? a.lds : a.scratch) |= bit(lane);
+        a.address[lane] = uint32_t(a.address[lane]);
+    }
 }
 
 void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes) {
@@ -96,7 +103,7 @@ void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes)
     const uint32_t scalar = w.read_address(in.scalar_offset, "the buffer offset");
     unsigned r = 0;
     if (in.index_enabled || in.offset_enabled) r = address_register(w, in.source[0], in.index_enabled + in.offset_enabled, a.mask);
-    a.scratch = swizzled && adds_lane;                        // the resource that scratch is reached through
+    a.scratch = swizzled && adds_lane ? all_lanes : 0;        // the resource that scratch is reached through
     for (int lane = 0; lane < lanes; ++lane) {
         uint32_t index = in.index_enabled ? w.v[r][lane] : 0;
         uint32_t offset = in.offset + (in.offset_enabled ? w.v[r + in.index_enabled][lane] : 0);
@@ -121,7 +128,7 @@ void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes)
 void count_lines(Wave &w, const Instruction &in, const Access &a, uint32_t bytes) {
     uint64_t lines[2 * lanes];
     int count = 0;
-    const uint64_t mask = a.mask & a.in_range;
+    const uint64_t mask = a.mask & a.in_range & ~a.scratch & ~a.lds;
     for (int lane = 0; lane < lanes; ++lane) {
         if (!(mask >> lane & 1)) continue;
         for (uint64_t line = a.address[lane] / 128; line <= (a.address[lane] + bytes - 1) / 128; ++line)
@@ -137,15 +144,12 @@ void count_lines(Wave &w, const Instruction &in, const Access &a, uint32_t bytes
 
 // Every byte of every lane must lie in memory that the launch may touch.
 void check_access(Wave &w, const Access &a, uint32_t bytes, bool write) {
-    const uint64_t mask = a.mask & a.in_range;
+    const uint32_t scratch_bytes = w.group->launch->scratch_bytes;
+    for (int lane = 0; a.scratch && lane < lanes; ++lane)
+        if ((a.mask & a.scratch & bit(lane)) && a.address[lane] + bytes > scratch_bytes)
+            w.fail("scratch access at byte " + std::to_string(a.address[lane]) + "; the kernel has " + std::to_string(scratch_bytes), lane);
+    const uint64_t mask = a.mask & a.in_range & ~a.scratch & ~a.lds;
     if (!mask) return;
-    if (a.scratch) {
-        const uint32_t size = w.group->launch->scratch_bytes;
-        for (int lane = 0; lane < lanes; ++lane)
-            if ((mask >> lane & 1) && a.address[lane] + bytes > size)
-                w.fail("scratch access at byte " + std::to_string(a.address[lane]) + "; the kernel has " + std::to_string(size), lane);
-        return;
-    }
     uint64_t low = ~uint64_t{0}, high = 0;
     for (int lane = 0; lane < lanes; ++lane)
         if (mask >> lane & 1) {
@@ -166,7 +170,8 @@ void check_access(Wave &w, const Access &a, uint32_t bytes, bool write) {
 }
 
 uint8_t *host_address(Wave &w, const Access &a, int lane) {
-    if (a.scratch) return &w.group->scratch[w.number][uint64_t(lane) * w.group->launch->scratch_bytes + a.address[lane]];
+    if (a.lds >> lane & 1) return &w.group->lds[a.address[lane]];
+    if (a.scratch >> lane & 1) return &w.group->scratch[w.number][uint64_t(lane) * w.group->launch->scratch_bytes + a.address[lane]];
     return reinterpret_cast<uint8_t *>(a.address[lane]);
 }
 
@@ -225,14 +230,21 @@ void execute_memory(Wave &w, const Instruction &in) {
     Access a;
     locate(w, in, a, op.bytes);
     check_access(w, a, op.bytes, op.kind == Kind::store);
-    if (!a.scratch) count_lines(w, in, a, op.bytes);
+    count_lines(w, in, a, op.bytes);
+    // Generic addresses of LDS: the same checks as for LDS instructions.
+    uint64_t unwritten = 0;
+    for (int lane = 0; a.lds && lane < lanes; ++lane)
+        if (a.mask & a.lds & bit(lane))
+            if (!touch_lds(w, uint32_t(a.address[lane]), op.bytes, op.kind == Kind::store ? emulator::Access::write : emulator::Access::read,
+                           w.lds_issued + 1, false, true, lane))
+                unwritten |= bit(lane);
     if (op.kind == Kind::load_to_lds) return load_to_lds(w, in, a, op);
     if (op.kind == Kind::store) {
         unsigned r = w.vector_register(in.source[1], words);
         for (uint32_t word = 0; word < words; ++word) {
             w.check_read(r + word);
-            uint64_t unknown = a.mask & a.in_range & ~w.defined[r + word];
-            if (unknown && !a.scratch) w.fail_lanes("a value nobody wrote is stored to global memory", unknown);
+            uint64_t unknown = a.mask & a.in_range & ~a.scratch & ~w.defined[r + word];
+            if (unknown) w.fail_lanes("a value nobody wrote is stored to global memory", unknown);
             if (words > 2) w.hazards.vector[r + word].stored = w.hazards.slot;
         }
         for (int lane = 0; lane < lanes; ++lane) {
@@ -255,7 +267,10 @@ void execute_memory(Wave &w, const Instruction &in) {
         for (uint32_t word = 0; word < words; ++word) values[word].value[lane] = data[word];
     }
     issue(w, in);
-    for (uint32_t word = 0; word < words; ++word) set_register(w, in, r + word, values[word].value, a.mask);
+    for (uint32_t word = 0; word < words; ++word) {
+        set_register(w, in, r + word, values[word].value, a.mask);
+        w.defined[r + word] &= ~unwritten;
+    }
 }
 
 // --- atomics: detail = bytes ------------------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ uint32_t Wave::read_scalar(Operand operand, uint32_t &defined_bits) const {
     if (constant(operand, value)) return value;
     switch (operand) {
         case literal: return current->literal_value;
+        case 235: return shared_aperture;                     // SRC_SHARED_BASE: where generic addresses mean LDS,
+        case 237: return private_aperture;                    // SRC_PRIVATE_BASE: or scratch
         case 251: defined_bits = s_defined[vcc] & s_defined[vcc + 1]; return s64(vcc) == 0;
         case 252: return exec() == 0;
         case 253: defined_bits = scc_defined ? ~0u : 0; return scc;
@@ -103,6 +105,7 @@ uint64_t Wave::read_scalar64(Operand operand, uint64_t &defined_bits) const {
     uint32_t d;
     uint32_t value = read_scalar(operand, d);
     defined_bits = d ? all_lanes : 0;
+    if (operand == 235 || operand == 237) return uint64_t(value) << 32;
     if (operand >= 240 && operand <= 248) {                   // the double of that constant
         float single;
         memcpy(&single, &value, 4);

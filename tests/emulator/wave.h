@@ -20,6 +20,9 @@ namespace emulator {
 constexpr int lanes = 64;
 constexpr uint64_t all_lanes = ~uint64_t{0};
 
+// The high words of generic addresses that mean LDS and scratch.
+constexpr uint32_t shared_aperture = 0xffff0001, private_aperture = 0xffff0002;
+
 // What a kernel did wrong. Thrown by handlers, caught by the launch.
 struct Fault : std::runtime_error {
     explicit Fault(const std::string &what) : std::runtime_error(what) {}
