@@ -138,20 +138,24 @@ def variable() -> Iterator[dict]:
 
 
 def backward() -> Iterator[dict]:
+    """Counted as 2.5 times the forward's work, the five products of matrices that the mathematics needs."""
     for head_dim in (64, 128):
-        heads, batch, length = 2048 // head_dim, 4, 4096
-        for causal in (False, True):
-            q, k, v = (randn(batch, length, heads, head_dim).requires_grad_() for _ in "qkv")
+        heads = 2048 // head_dim
+        for length in (4096, 16384):
+            batch = 16384 // length
             grad = randn(batch, length, heads, head_dim)
-            work = 10 * batch * heads * length * length * head_dim / (2 if causal else 1) / 1e12
+            leaves = [randn(batch, length, heads, head_dim).requires_grad_() for _ in "qkv"]
+            for causal in (False, True):
+                work = 10 * batch * heads * length * length * head_dim / (2 if causal else 1) / 1e12
 
-            def time_of(operator: Callable[..., torch.Tensor], q=q, k=k, v=v, grad=grad, work=work) -> float:
-                output = operator(q, k, v)
-                return work / seconds([lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True)])
+                def time_of(operator: Callable[..., torch.Tensor], leaves=leaves, grad=grad, work=work) -> float:
+                    output = operator(*leaves)
+                    return work / seconds([lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)])
 
-            ours = time_of(lambda q, k, v, c=causal: aiter.flash_attn_func(q, k, v, causal=c))
-            run = lambda t=time_of, c=causal: t(lambda q, k, v: pytorch(q, k, v, is_causal=c))  # noqa: E731
-            yield row(f"backward D{head_dim} {length}{' causal' * causal}", "TFLOP/s", ours, backends("FA2 cuDNN", run))
+                ours = time_of(lambda q, k, v, c=causal: aiter.flash_attn_func(q, k, v, causal=c))
+                run = lambda t=time_of, c=causal: t(lambda q, k, v: pytorch(q, k, v, is_causal=c))  # noqa: E731
+                case = f"backward D{head_dim} {length}{' causal' * causal}"
+                yield row(case, "TFLOP/s", ours, backends("FA2 cuDNN", run))
 
 
 def host() -> Iterator[dict]:
