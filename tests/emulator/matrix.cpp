@@ -7,7 +7,8 @@
 //
 // Cycles: same source; gfx950's from its peak rate (2.5 PFLOP/s in 16 bit on 256 CUs at 2.4 GHz: 1024 FLOP a cycle and
 // SIMD). A pass is four cycles.
-#include <cstdlib>
+#include <algorithm>
+#include <cstdio>
 
 #include "lanes.h"
 
@@ -37,21 +38,49 @@ int passes_of(const Shape &s, bool is_gfx950, bool is_gfx90a) {
 
 float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
 
-// One value of A or B. CDNA2 flushes denormal 16-bit inputs to zero (PyTorch's notes on numerical accuracy on MI200).
-float value_of(Element element, uint32_t word, int i, bool flush_denormals) {
+// Value `position` of every lane's operand as floats. CDNA2 flushes denormal 16-bit inputs to zero (PyTorch's notes on
+// numerical accuracy on MI200).
+void values_of(Element element, const uint32_t *words, int position, bool flush_denormals, float *out) {
+    const int shift = element == Element::i8 ? 8 * (position & 3) : 16 * (position & 1);
     switch (element) {
-        case Element::f32: return bit_cast<float>(word);
-        case Element::f16: {
-            uint16_t bits = uint16_t(word >> (16 * (i & 1)));
-            if (flush_denormals && !(bits & 0x7c00)) bits &= 0x8000;
-            return float(bit_cast<half>(bits));
-        }
-        case Element::bf16: {
-            float x = bfloat16{uint16_t(word >> (16 * (i & 1)))};
-            return flush_denormals ? flushed(x) : x;
-        }
-        default: return float(int8_t(word >> (8 * (i & 3))));
+        case Element::f32: memcpy(out, words, lanes * sizeof(float)); break;
+        case Element::f16:
+            for (int lane = 0; lane < lanes; ++lane) out[lane] = float(bit_cast<half>(uint16_t(words[lane] >> shift)));
+            break;
+        case Element::bf16:
+            for (int lane = 0; lane < lanes; ++lane) out[lane] = bit_cast<float>(words[lane] >> shift << 16);
+            break;
+        default:
+            for (int lane = 0; lane < lanes; ++lane) out[lane] = float(int8_t(words[lane] >> shift));
     }
+    if (!flush_denormals) return;
+    const float least = element == Element::f16 ? 6.1035156e-5f : 1.17549435e-38f;
+    for (int lane = 0; lane < lanes; ++lane) out[lane] = std::fabs(out[lane]) < least ? std::copysign(0.f, out[lane]) : out[lane];
+}
+
+// Operands and accumulators as matrices: A is kept transposed, so that both operands' groups of lanes are rows.
+struct Matrices {
+    alignas(64) float a[16][64][32], b[16][64][32], c[16][32][32];   // [block][k][row], [block][k][column], [block][row][column]
+};
+
+template <int columns> void multiply(const Shape &s, Matrices &matrices, int block) {
+    for (int i = 0; i < s.m; ++i) {
+        float *to = matrices.c[block][i];
+        for (int k = 0; k < s.k; ++k) {
+            const float factor = matrices.a[block][k][i];
+            const float *row = matrices.b[block][k];
+            for (int j = 0; j < columns; ++j) to[j] = __builtin_fmaf(factor, row[j], to[j]);
+        }
+    }
+}
+
+void multiply_integers(const Shape &s, Matrices &matrices, int block) {
+    for (int i = 0; i < s.m; ++i)
+        for (int j = 0; j < s.n; ++j) {
+            int32_t sum = bit_cast<int32_t>(matrices.c[block][i][j]);
+            for (int k = 0; k < s.k; ++k) sum += int32_t(matrices.a[block][k][i]) * int32_t(matrices.b[block][k][j]);
+            matrices.c[block][i][j] = bit_cast<float>(sum);
+        }
 }
 
 // Reading registers for a matrix instruction: waits, wait states, and every lane must hold a value.
@@ -100,17 +129,17 @@ void execute_matrix(Wave &w, const Instruction &in) {
     if (w.hazards.missing_scalar(exec_mask, 4)) w.fail("four wait states are needed between v_cmpx and a matrix instruction");
     for (int i = 0; i < 3; ++i) check_operand(w, in, i, i == 2 ? s.accumulators : words, full_rate);
 
+    static thread_local Matrices storage;
+    Matrices &matrices = storage;
     const int groups = lanes / s.m, rows = s.m, columns = s.n;
-    alignas(64) static thread_local float a[16][32][64], b[16][64][32], c[16][32][32];   // [block][row][column]
     for (int side = 0; side < 2; ++side) {
-        unsigned r = w.vector_register(in.source[side], words);
-        for (int lane = 0; lane < lanes; ++lane) {
-            const int at = lane % s.m, group = lane / s.m;
-            const int block = s.blocks > 1 ? group : 0, first = s.blocks > 1 ? 0 : group * s.values;
-            for (int i = 0; i < s.values; ++i) {
-                float x = value_of(s.element, w.v[r + i / per_word][lane], i, flush_denormals);
-                if (side == 0) a[block][at][first + i] = x;
-                else b[block][first + i][at] = x;
+        const unsigned r = w.vector_register(in.source[side], words);
+        for (int i = 0; i < s.values; ++i) {
+            Lanes<float> values;
+            values_of(s.element, w.v[r + i / per_word], i, flush_denormals, values.value);
+            for (int group = 0; group < groups; ++group) {
+                const int block = s.blocks > 1 ? group : 0, k = s.blocks > 1 ? i : group * s.values + i;
+                memcpy(side ? matrices.b[block][k] : matrices.a[block][k], &values.value[group * rows], rows * sizeof(float));
             }
         }
     }
@@ -119,46 +148,36 @@ void execute_matrix(Wave &w, const Instruction &in) {
     auto place = [&](int r, int group, int &block, int &row) {
         if (s.m == 4) { block = group; row = r; return; }
         block = r / per_block;
-        int within = r % per_block;
+        const int within = r % per_block;
         row = within / 4 * 4 * groups + 4 * group + within % 4;
     };
     for (int r = 0; r < s.accumulators; ++r)
         for (int group = 0; group < groups; ++group) {
             int block, row;
             place(r, group, block, row);
-            float *to = c[block][row];
+            float *to = matrices.c[block][row];
             if (in.source[2] >= first_vgpr) {
-                memcpy(to, &w.v[w.vector_register(in.source[2]) + r][group * columns], columns * 4);
+                memcpy(to, &w.v[w.register_number(in.source[2], 1) + r][group * columns], columns * sizeof(float));
             } else {
-                uint32_t d, value = w.read_scalar(in.source[2], d);
-                for (int j = 0; j < columns; ++j) memcpy(&to[j], &value, 4);
+                uint32_t d;
+                std::fill(to, to + columns, bit_cast<float>(w.read_scalar(in.source[2], d)));
             }
         }
-    for (int block = 0; block < s.blocks; ++block)
-        for (int i = 0; i < rows; ++i) {
-            float *to = c[block][i];
-            if (integer) {
-                for (int j = 0; j < columns; ++j) {
-                    int32_t sum = bit_cast<int32_t>(to[j]);
-                    for (int k = 0; k < s.k; ++k) sum += int32_t(a[block][i][k]) * int32_t(b[block][k][j]);
-                    to[j] = bit_cast<float>(sum);
-                }
-            } else if (columns == 32) {
-                for (int k = 0; k < s.k; ++k)
-                    for (int j = 0; j < 32; ++j) to[j] = __builtin_fmaf(a[block][i][k], b[block][k][j], to[j]);
-            } else {
-                for (int k = 0; k < s.k; ++k)
-                    for (int j = 0; j < columns; ++j) to[j] = __builtin_fmaf(a[block][i][k], b[block][k][j], to[j]);
-            }
-            if (flush_denormals)
-                for (int j = 0; j < columns; ++j) to[j] = flushed(to[j]);
-        }
+    for (int block = 0; block < s.blocks; ++block) {
+        if (integer) multiply_integers(s, matrices, block);
+        else if (columns == 32) multiply<32>(s, matrices, block);
+        else if (columns == 16) multiply<16>(s, matrices, block);
+        else multiply<4>(s, matrices, block);
+        if (flush_denormals)
+            for (int i = 0; i < rows; ++i)
+                for (int j = 0; j < columns; ++j) matrices.c[block][i][j] = flushed(matrices.c[block][i][j]);
+    }
     unsigned d = w.vector_register(in.destination, s.accumulators);
     for (int r = 0; r < s.accumulators; ++r)
         for (int group = 0; group < groups; ++group) {
             int block, row;
             place(r, group, block, row);
-            memcpy(&w.v[d + r][group * columns], c[block][row], columns * 4);
+            memcpy(&w.v[d + r][group * columns], matrices.c[block][row], columns * sizeof(float));
         }
     finish(w, in, s.accumulators, full_rate);
 }
