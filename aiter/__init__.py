@@ -6,14 +6,17 @@
 The first call of a kind compiles its kernel and keeps it on disk; every later call, in any process, dispatches to it.
 """
 
-import aiter.library  # noqa: F401, registers the operators
-from aiter.operations import (
-    flash_attn_func,
-    flash_attn_with_kvcache,
-    grouped_query_attention,
-    multi_query_attention,
-    variable_length_attention,
-)
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aiter.operations import (
+        flash_attn_func,
+        flash_attn_with_kvcache,
+        grouped_query_attention,
+        multi_query_attention,
+        variable_length_attention,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,3 +27,23 @@ __all__ = [
     "multi_query_attention",
     "variable_length_attention",
 ]
+
+
+def _load() -> None:
+    import aiter.library  # noqa: F401, registers the operators
+    from aiter import operations
+
+    globals().update({name: getattr(operations, name) for name in __all__})
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'aiter' has no attribute {name!r}")
+    _load()
+    return globals()[name]
+
+
+# The command line looks after kernels without PyTorch, whose import takes a second. Whoever has imported PyTorch, or
+# uses an operation, gets everything.
+if "torch" in sys.modules:
+    _load()

@@ -19,6 +19,7 @@ from aiter.jit.prewarm import BUILT, FAILED, MISSING, PRESENT, Outcome, prewarm
 from aiter.jit.record import read_record
 from aiter.jit.spec import DTYPES, Spec
 from aiter.jit.trust import check_chain
+from aiter.kernels import OPERATIONS, specs_for
 
 STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAILED: "failed"}
 
@@ -51,8 +52,7 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         print(_summary(outcomes, seconds, cache.store.folder))
-        for outcome in failed:
-            print(f"\nfailed: {outcome.spec.name}\n{outcome.error}", file=sys.stderr)
+        _print_failures(failed)
     return 1 if failed else 0
 
 
@@ -66,7 +66,6 @@ def choose(options: argparse.Namespace) -> list[Spec]:
             return read_record(options.replay)
         except ValueError as error:
             raise UsageError(str(error)) from None
-    from aiter.kernels import OPERATIONS, specs_for  # here, because it loads PyTorch
 
     model = read_model(Path(options.model)) if options.model else {}
     operations = _list(options.ops, OPERATIONS, "operation") or list(OPERATIONS)
@@ -149,6 +148,19 @@ def _summary(outcomes: list[Outcome], seconds: float, folder: Path) -> str:
         rows.append((name, *numbers))
     head = ("arch", *STATES.values(), "compiling", "size")
     return f"{table(head, rows)}\n\n{len(outcomes)} kernels in {seconds:.1f} s; cache: {folder}"
+
+
+def _print_failures(failed: list[Outcome]) -> None:
+    """Each failure's own words; those that differ in nothing but names and paths are named and not repeated."""
+    seen: dict[tuple[str, ...], str] = {}
+    for outcome in failed:
+        lines = outcome.error.splitlines()
+        words = tuple(line for line in lines[1:] if not line.startswith(("$ ", "Log: "))) or tuple(lines)
+        if words in seen:
+            print(f"failed likewise: {outcome.spec.name}", file=sys.stderr)
+        else:
+            seen[words] = outcome.spec.name
+            print(f"\nfailed: {outcome.spec.name}\n{outcome.error}", file=sys.stderr)
 
 
 def _archs(text: str) -> list[str]:

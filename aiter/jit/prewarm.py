@@ -71,7 +71,7 @@ def _one(spec: Spec, cache: Cache, dry_run: bool) -> Outcome:
             cache.build(recipe, reason)
             entry, reason = cache.find(recipe)
         if entry is None:
-            return Outcome(spec, FAILED, name, error=f"it was built, but is not found: {reason}")
+            return Outcome(spec, FAILED, name, error=f"a call would not take what is there: {reason}")
         return Outcome(spec, state, name, entry.manifest.get("seconds", 0.0), entry.bytes)
     except Unwritable as error:
         words = f"the cache {cache.store.folder} cannot be written: {error}"

@@ -41,11 +41,11 @@ SCARCE_BYTES = 4 << 20
 
 
 class Stale(Exception):
-    """An entry that is there must be built again; says why, and whether it is damaged."""
+    """An entry that is there must be built again; says why. `entry` is that entry where it is sound all the same."""
 
-    def __init__(self, reason: str, damaged: bool = False) -> None:
+    def __init__(self, reason: str, entry: Entry | None = None) -> None:
         super().__init__(reason)
-        self.damaged = damaged
+        self.entry = entry
 
 
 class Unwritable(Exception):
@@ -70,9 +70,9 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except DamagedEntry as damage:
-            raise Stale(f"the entry in the cache is damaged: {damage}", damaged=True) from None
+            raise Stale(f"the entry in the cache is damaged: {damage}") from None
         except OSError as error:
-            raise Stale(f"the entry in the cache cannot be read: {error}", damaged=True) from None
+            raise Stale(f"the entry in the cache cannot be read: {error}") from None
         self._check_compiler(entry, recipe)
         return entry
 
@@ -93,12 +93,20 @@ class Store:
                 if entry is not None:
                     return entry
             except Stale as stale:
-                reason = str(stale)
-                if stale.damaged:
+                reason, entry = str(stale), stale.entry
+                if entry is None:
                     self._set_aside(recipe.name, reason)
                     reason = "the one there was damaged"
             begin = time.monotonic()
-            entry = self._build_now(recipe, compiler)
+            try:
+                entry = self._build_now(recipe, compiler)
+            except CompilationError as error:
+                if entry is None:
+                    raise
+                logger.warning(
+                    "%s, which failed to build %s anew; using the one there. %s", reason, entry.folder, error
+                )
+                return entry
             logger.info(
                 "compiled %s with %s in %.1f s (%s)",
                 recipe.spec.name,
@@ -232,9 +240,8 @@ class Store:
         if version != recorded.get("version"):
             was = str(recorded.get("version", "")).splitlines()
             lines = itertools.zip_longest(was, version.splitlines(), fillvalue="nothing")
-            raise Stale(
-                "the compiler changed from {} to {}".format(*next(pair for pair in lines if pair[0] != pair[1]))
-            )
+            differing = next(pair for pair in lines if pair[0] != pair[1])
+            raise Stale("the compiler changed from {} to {}".format(*differing), entry)
 
     def _prepare(self) -> None:
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -205,6 +205,16 @@ def test_as_a_program_without_a_terminal():
         assert process.stderr.read() == ""
 
 
+def test_kernels_are_looked_after_without_pytorch():
+    script = """
+import sys
+from aiter.cli import main
+status = main(["prewarm", "--arch", "gfx942", "--dry-run", "--json"]) or main(["cache", "verify"])
+sys.exit(status or "torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script], stdout=subprocess.DEVNULL).returncode == 0
+
+
 def test_help_is_quick_and_names_every_command(capsys):
     status, text, _ = run(capsys, "--help")
     assert status == 0

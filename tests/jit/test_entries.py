@@ -175,6 +175,14 @@ def test_another_compiler_builds_anew_and_none_takes_what_is_there(entry, spec, 
     use(spec)
 
 
+def test_a_sound_entry_is_used_where_another_compiler_cannot_build_it(entry, spec, compiler, caplog):
+    calls = compiler("echo cannot; exit 1")
+    script = (calls.parent / "c++").read_text()
+    (calls.parent / "c++").write_text(script.replace('exec "$REAL" --version', "echo older 4.2; exit"))
+    assert use(spec).workspace_raw(bytes(512)) == 64
+    assert "older 4.2" in caplog.text and "using the one there" in caplog.text and "cannot" in caplog.text
+
+
 def test_prebuilt_layers_come_first_and_are_used_as_they_are(
     entry, spec, tmp_path, cache_dir, compiler, monkeypatch, caplog
 ):
