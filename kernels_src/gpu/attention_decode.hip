@@ -231,16 +231,16 @@ __global__ void __launch_bounds__(THREADS, Shape_::BLOCKS) attention_decode(cons
 
 /* ---- units that were cut ---- */
 
-constexpr int MERGE_ROWS = 2, MERGE_SLICES = 4, MERGE_WAVES = MERGE_ROWS * MERGE_SLICES;
+constexpr int MERGE_WAVES = 8;
 
-/* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units, or
- * over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
+/* One row of one unit; waves take its parts in turn, their lanes dimensions. The grid goes over all units, or over all
+ * cuts where those are fewer: then the unit is the one that the cut is the first to go through. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments arguments, int grid, int over_units) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
-    __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE];
+    __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE], maxima[MERGE_WAVES], totals[MERGE_WAVES];
     const Schedule schedule(arguments, grid);
     const Parts parts(arguments, grid);
-    const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
+    const int item = block() / parts.rows, row = block() % parts.rows;
     if (!over_units && item + 1 >= schedule.blocks) return;
     const int step = over_units ? INT32_MAX : schedule.range_begin(item + 1);
     const Schedule::Place place = schedule.find(over_units ? item / schedule.units : schedule.problem.batch, step);
@@ -248,46 +248,39 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments argum
     const int begin = place.begin + index * place.steps;
     const int first = schedule.block_of(begin), last = schedule.block_of(begin + place.steps - 1);
     if (over_units ? first == last : first != item) return;
-
     const Unit unit(arguments, place.batch, index, schedule.parts);
-    const int row = block() % row_blocks * MERGE_ROWS + wave() / MERGE_SLICES, slice = wave() % MERGE_SLICES;
+    if (row >= unit.padded_rows) return;
     const bool sees_keys = row < unit.rows && unit.visible(row) > 0;
     const int count = sees_keys ? last - first + 1 : 0; /* parts: place 1 of the first block, place 0 of the others */
+
     wait_for_previous();
-
-    float maximum = -INFINITE, total = 0.0f;
-    for (int i = lane(); i < count; i += WAVE)
-        maximum = __builtin_fmaxf(maximum, parts.softmax_row(first + i, i == 0, row)[0]);
-#pragma unroll
-    for (int distance = 1; distance < WAVE; distance *= 2)
-        maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
-    const float reference = maximum == -INFINITE ? 0.0f : maximum;
-    for (int i = lane(); i < count; i += WAVE) {
-        const float *part = parts.softmax_row(first + i, i == 0, row);
-        total += part[1] * exp2(part[0] - reference);
-    }
-    total = wave_sum(total);
-    const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
-
-    float sum[DIMENSIONS] = {};
-#pragma unroll 4
-    for (int i = slice; i < count; i += MERGE_SLICES) {
-        const float weight = exp2(parts.softmax_row(first + i, i == 0, row)[0] - reference);
-        const float *part = parts.output_row(first + i, i == 0, row);
+    float maximum = -INFINITE, total = 0.0f, sum[DIMENSIONS] = {};
+    const auto add = [&](float their_maximum, float their_total, const float *theirs) {
+        const float next = __builtin_fmaxf(maximum, their_maximum), reference = next == -INFINITE ? 0.0f : next;
+        const float a = exp2(maximum - reference), b = exp2(their_maximum - reference);
+        maximum = next;
+        total = total * a + their_total * b;
 #pragma unroll
         for (int d = 0; d < DIMENSIONS; ++d)
-            if (lane() + d * WAVE < HEAD_DIM) sum[d] += weight * part[lane() + d * WAVE];
+            if (lane() + d * WAVE < HEAD_DIM) sum[d] = sum[d] * a + theirs[lane() + d * WAVE] * b;
+    };
+#pragma unroll 4
+    for (int i = wave(); i < count; i += MERGE_WAVES) {
+        const float *softmax = parts.softmax_row(first + i, i == 0, row);
+        add(softmax[0], softmax[1], parts.output_row(first + i, i == 0, row));
     }
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) sums[wave()][lane() + d * WAVE] = sum[d];
+    if (lane() == 0) maxima[wave()] = maximum, totals[wave()] = total;
     barrier();
-    if (slice != 0 || row >= unit.padded_rows) return;
+    if (wave() != 0) return;
+#pragma unroll
+    for (int w = 1; w < MERGE_WAVES; ++w) add(maxima[w], totals[w], sums[w]);
+
+    const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
     bool spoiled = false;
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) {
-        sum[d] = 0.0f;
-#pragma unroll
-        for (int w = 0; w < MERGE_SLICES; ++w) sum[d] += sums[wave() + w][lane() + d * WAVE];
         if (sees_keys) sum[d] *= reciprocal(total);
         spoiled |= sum[d] != sum[d];
     }
@@ -349,8 +342,7 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
         return error;
     if (!plan.cuts()) return 0;
     const int over_units = plan.units < grid - 1;
-    const int64_t row_blocks = (aiter::rows_of_unit(*problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
-    return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
+    return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * aiter::rows_of_unit(*problem),
                               aiter::MERGE_WAVES * aiter::WAVE, stream, arguments, grid, over_units);
 }
 

@@ -165,6 +165,17 @@ def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
         assert_sequences(output, None, [Sequence(query[0], key[0], value[0], (0,), (0,))], causal)
 
 
+@parametrize([p for p in CONTIGUOUS if p[2] == 128 and p[0] in ("gfx90a", "cuda")])
+def test_more_units_than_blocks(target, dtype, head_dim, causal, paged):
+    """More sequences than the GPU holds blocks: ranges span many of them, and cuts are fewer than sequences."""
+    lengths = [*range(0, 300), 1500]
+    query = randn(len(lengths), 1, 2, head_dim, dtype=dtype)
+    key, value = (randn(len(lengths), max(lengths), 1, head_dim, dtype=dtype) for _ in "kv")
+    output, lse = attend(target, NAME, query, key, value, causal, seqlens_k=ints(lengths))
+    sequences = [Sequence(query[b], key[b, :n], value[b, :n], (b,), (b,)) for b, n in enumerate(lengths)]
+    assert_sequences(output, lse, sequences, causal)
+
+
 @parametrize([p for p in CONTIGUOUS if p[2] == 128])
 def test_lengths_out_of_range(target, dtype, head_dim, causal, paged):
     """Lengths that the host cannot check are bounded: nothing beyond the tensors is read (or the emulator says so)."""
