@@ -52,7 +52,7 @@ def attend(
         check(query, key, value, *options)
         checks.flag("causal", causal)
         scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-        output, lse = torch.ops.aiter.attention(query, key, value, *indices, causal, scale, max_seqlen)
+        output, lse = _operator()(query, key, value, *indices, causal, scale, max_seqlen)
         return (output, lse) if return_lse else output
     try:
         signature = _signature(query, key, value, indices, causal, softmax_scale, max_seqlen, options)
@@ -70,6 +70,15 @@ def attend(
     _latest[check] = signature, plan
     output, lse = plan.run(query, key, value, indices, return_lse)
     return (output, lse) if return_lse else output
+
+
+def _operator() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Attention as PyTorch's dispatcher takes it at this moment."""
+    if _active_transform() is None or _is_compiling():
+        return torch.ops.aiter.attention
+    from aiter.library import TransformedAttention  # which imports this module
+
+    return TransformedAttention.apply
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -78,7 +78,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(query, key, value, *output, seqlens_q, seqlens_k)
 
 
-def _backward(ctx, grad_output, grad_lse):
+def _backward(ctx, grad_output, grad_lse, operator=torch.ops.aiter.attention_backward):
     if ctx.paged:
         raise NotImplementedError(
             "a paged cache takes no gradient: use contiguous key and value where one is needed, or torch.no_grad()"
@@ -86,9 +86,7 @@ def _backward(ctx, grad_output, grad_lse):
     if grad_output is None and grad_lse is None:
         return (None,) * 9
     query, key, value, output, lse, seqlens_q, seqlens_k = ctx.saved_tensors
-    grads = torch.ops.aiter.attention_backward(
-        grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, *ctx.options
-    )
+    grads = operator(grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, *ctx.options)
     return (*grads, *(None,) * 6)
 
 
@@ -117,15 +115,61 @@ _library.impl("attention", _autocast("cpu"), "AutocastCPU", with_keyset=False)
 _library.impl("attention", _autocast("cuda"), "AutocastCUDA", with_keyset=False)
 
 
-@torch.library.register_vmap("aiter::attention", lib=_library)
-def _(info, in_dims, query, key, value, seqlens_q, seqlens_k, page_table, *options):
-    """Folds the mapped dimension into the batch."""
-    if any(index is not None for index in (seqlens_q, seqlens_k, page_table)):
+def _fold(operator, count, info, in_dims, *inputs):
+    """Calls `operator` with the mapped dimension of its first `count` inputs, tensors, folded into the batch."""
+    tensors, rest = inputs[:count], inputs[count:]
+    if any(isinstance(other, torch.Tensor) for other in rest):
         raise NotImplementedError("torch.vmap over variable-length or paged attention is not supported; loop over it")
-    tensors = [
-        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((query, key, value), in_dims, strict=False)
+    folded = [
+        tensor
+        if tensor is None
+        else (tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+        for tensor, dim in zip(tensors, in_dims, strict=False)
     ]
-    outer = tensors[0].shape[:2]
-    output, lse = torch.ops.aiter.attention(*(t.flatten(0, 1) for t in tensors), None, None, None, *options)
-    return (output.unflatten(0, outer), lse.unflatten(0, outer)), (0, 0)
+    outputs = operator(*folded, *rest)
+    return tuple(output.unflatten(0, (info.batch_size, -1)) for output in outputs), (0,) * len(outputs)
+
+
+@torch.library.register_vmap("aiter::attention", lib=_library)
+def _(info, in_dims, *inputs):
+    return _fold(torch.ops.aiter.attention, 3, info, in_dims, *inputs)
+
+
+@torch.library.register_vmap("aiter::attention_backward", lib=_library)
+def _(info, in_dims, *inputs):
+    return _fold(torch.ops.aiter.attention_backward, 7, info, in_dims, *inputs)
+
+
+# torch.func.grad and its like take no gradient that is registered with an operator: they are given these.
+
+
+class TransformedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.aiter.attention(*inputs)
+
+    setup_context = staticmethod(_save_for_backward)
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse):
+        return _backward(ctx, grad_output, grad_lse, _TransformedBackward.apply)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _fold(TransformedAttention.apply, 3, info, in_dims, *inputs)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*inputs):
+        return torch.ops.aiter.attention_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return _fold(_TransformedBackward.apply, 7, info, in_dims, *inputs)
