@@ -364,6 +364,36 @@ def test_lds_instructions(arch, snippets):
         assert sorted(got[:, 0]) == list(range(64)) and set(got[:, 1]) == {64}
 
 
+def test_transposing_lds_read(snippets):
+    """gfx950: of each 16 lanes, four read a row of 16 values; lane i gets column i of the four rows."""
+    if assembly.missing("gfx950"):
+        pytest.skip(assembly.missing("gfx950"))
+    body = "v_lshlrev_b32 v24, 3, v0\n ds_write_b64 v24, v[8:9]\n ds_read_b64_tr_b16 v[16:17], v24\n s_waitcnt lgkmcnt(0)"
+    words = inputs("integer")
+    with emulator.session("gfx950") as gpu:
+        got = assembly.run(gpu, snippets("gfx950", "transpose", {"transpose": body}, lds=512), "transpose", words)
+    rows = words[:, :2].copy().view(np.uint16).reshape(4, 4, 16)  # 16 lanes, row, column
+    want = np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(64, 4).view(u32)
+    np.testing.assert_array_equal(got[:, :2], want)
+
+
+@pytest.mark.parametrize("arch", archs())
+def test_phases_of_wide_lds_accesses(arch, snippets):
+    """Cycles of 16-byte accesses whose 4 lanes of a group lie side by side, `row` bytes from the next group."""
+    cases = {}
+    for row in (64, 128, 256):
+        address = f"v_lshrrev_b32 v24, 2, v0\n v_mul_u32_u24 v24, {row}, v24\n v_and_b32 v25, 3, v0\n v_lshl_add_u32 v24, v25, 4, v24\n"
+        cases[f"row{row}"] = f"{address} ds_write_b128 v24, v[8:11]\n ds_read_b128 v[16:19], v24\n s_waitcnt lgkmcnt(0)"
+    code = snippets(arch, "phases", cases, lds=4096)
+    # Reads take groups (0, 5), (1, 4), ... together on 32 banks, four groups (0, 3, 5, 6) on 64; writes neighbours.
+    write = {64: 8, 128: 16, 256: 16}
+    read = {64: 4, 128: 8, 256: 16} if arch == "gfx950" else {64: 8, 128: 16, 256: 16}
+    with emulator.session(arch) as gpu:
+        for row in (64, 128, 256):
+            assembly.run(gpu, code, f"row{row}", inputs("integer"))
+            assert gpu.stats()[f"row{row}"]["total"]["cycles"]["lds"] == write[row] + read[row], row
+
+
 @pytest.mark.parametrize("arch", archs())
 def test_memory_instructions(arch, snippets):
     resource = "s_mov_b32 s12, s4\n s_and_b32 s13, s5, 0xffff\n s_movk_i32 s14, 0x404\n s_mov_b32 s15, 0x20000\n"

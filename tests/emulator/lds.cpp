@@ -5,10 +5,11 @@
 // A word that was read since the last barrier, or by a read that was not complete at it, must not be written by another
 // wave.
 //
-// Cycles. LDS serves 128 bytes a cycle from 32 banks of 4 bytes (gfx950: 64 banks). A wave's access is split into
-// phases: 32 lanes for 4 bytes, 16 for 8, 8 for 16 (twice as many on gfx950). A phase takes as many cycles as the
-// busiest bank has different words in it. Reads of 16 bytes group lanes as 0-3 12-15 20-27 and so on by pairs of phases
-// (public measurements, see README.md).
+// Cycles. A wave's access is split into phases of fixed lanes; a phase takes as many cycles as its busiest bank (4 bytes
+// wide) has different words in it. There are 32 banks, so that a phase is 32 lanes of 4 bytes, 16 of 8, 8 of 16; reads of
+// gfx950 find 64 banks and twice the lanes. Lanes of a phase are neighbours, except in reads of 12 and 16 bytes. Sources:
+// for gfx942 AMD's article "Avoiding LDS Bank Conflicts on AMD GPUs Using CK-Tile Framework" and the page on LDS of the
+// Composable Kernel documentation; for gfx950 the measurements in HazyResearch/HipKittens, analysis/paper_experiments.
 #include <algorithm>
 
 #include "shared_memory.h"
@@ -83,28 +84,19 @@ void carry_reads_over_barrier(Wave &w) {
 }
 
 void count_lds(Wave &w, const Instruction &in, const uint32_t *addresses, uint64_t mask, uint32_t bytes, bool write) {
-    const bool wide_banks = w.group->launch->arch == Arch::gfx950;
-    const uint32_t banks = wide_banks ? 64 : 32, words = std::max(bytes / 4, 1u);
-    uint32_t per_phase = std::min(64u, banks / words);
-    if (words == 3) per_phase = banks / 4;
-    // The lanes in the order in which phases take them.
-    static const auto grouped = [] {
-        std::vector<uint8_t> order;
-        const uint8_t first[] = {0, 1, 2, 3, 12, 13, 14, 15, 20, 21, 22, 23, 24, 25, 26, 27};
-        const uint8_t second[] = {4, 5, 6, 7, 8, 9, 10, 11, 16, 17, 18, 19, 28, 29, 30, 31};
-        for (int half = 0; half < 64; half += 32) {
-            for (uint8_t l : first) order.push_back(l + half);
-            for (uint8_t l : second) order.push_back(l + half);
-        }
-        return order;
-    }();
-    const bool regroup = !write && bytes == 16;
+    const uint32_t words = std::max(bytes / 4, 1u);
+    const bool doubled = w.group->launch->arch == Arch::gfx950 && !write && words != 3;
+    const uint32_t banks = doubled ? 64 : 32, per_phase = words == 3 ? 8 : banks / words;
+    // The first lanes of the groups of four, in the order of the phases, of half a wave.
+    static const uint8_t in_pairs[] = {0, 20, 4, 16, 8, 28, 12, 24}, in_fours[] = {0, 12, 20, 24, 4, 8, 16, 28};
+    const uint8_t *groups = write || words < 3 ? nullptr : doubled ? in_fours : in_pairs;
+    auto lane_at = [&](uint32_t i) { return groups ? (i & 32) + groups[(i & 31) / 4] + (i & 3) : i; };
     Cost &cost = w.group->cost(in);
     uint64_t cycles = 0, least = 0;
     for (uint32_t begin = 0; begin < lanes; begin += per_phase) {
         uint32_t seen[64][8], count[64] = {}, most = 0;       // the different words of each bank
         for (uint32_t i = begin; i < begin + per_phase; ++i) {
-            uint32_t lane = regroup ? grouped[i] : i;
+            const uint32_t lane = lane_at(i);
             if (!(mask >> lane & 1)) continue;
             for (uint32_t word = 0; word < words; ++word) {
                 uint32_t address = addresses[lane] / 4 + word, bank = address % banks;

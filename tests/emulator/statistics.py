@@ -39,8 +39,8 @@ def summarize(text: str) -> dict[str, dict]:
 
     registers, agprs, sgprs, lds_bytes, scratch_bytes, block, waves_per_simd: what it occupies;
     launches, workgroups, waves: how often it ran;
-    total, main_loop: dicts of costs. The main loop is the innermost loop that executes the most matrix instructions
-    (without any, the most instructions); its costs are for one iteration of one wave. main_loop is None without a loop.
+    total, main_loop: dicts of costs. The main loop is the innermost loop that executes most of the matrix instructions
+    (without any, of the instructions); its costs are for one iteration of one wave. main_loop is None without a loop.
 
     Costs: instructions (by mnemonic), cycles (by pipe: matrix, vector, scalar, lds), lds_conflicts (share of LDS cycles
     that conflicts cost), lines and lines_least (128-byte cache lines of global memory touched, and the fewest that hold
@@ -80,17 +80,18 @@ def _kernel(fields: list[str], rows: list[_Row]) -> dict:
 
 def _main_loop(rows: list[_Row]) -> tuple[list[_Row], int] | None:
     """The instructions of the main loop and how often all waves together went through it."""
-    best = None
+    loops = []
     for branch in rows:
-        if not 0 <= branch.target <= branch.index:
-            continue
-        body = [row for row in rows if branch.target <= row.index <= branch.index]
-        inner = any(0 <= row.target <= row.index and row.target >= branch.target and row is not branch for row in body)
-        matrix = sum(row.count for row in body if row.pipe == "matrix")
-        key = (matrix, not inner, -len(body)) if matrix else (0, not inner, sum(row.count for row in body))
-        if best is None or key > best[0]:
-            best = (key, body, max(branch.count, 1))
-    return best and (best[1], best[2])
+        if 0 <= branch.target <= branch.index:
+            body = [row for row in rows if branch.target <= row.index <= branch.index]
+            loops.append((sum(row.count for row in body if row.pipe == "matrix"), sum(row.count for row in body), body))
+    if not loops:
+        return None
+    # Outer loops execute a little more than the loop inside that does the work: the shortest with most of it is meant.
+    measure = 0 if any(matrix for matrix, _, _ in loops) else 1
+    most = max(loop[measure] for loop in loops)
+    body = min((loop[2] for loop in loops if 2 * loop[measure] >= most), key=len)
+    return body, max(body[0].count, 1)
 
 
 def _costs(rows: list[_Row], times: int) -> dict:
