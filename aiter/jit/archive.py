@@ -17,7 +17,8 @@ from typing import BinaryIO
 
 from aiter.errors import CacheError
 from aiter.jit import trust
-from aiter.jit.entry import FILES, MANIFEST, MAX_FILE_BYTES, MAX_MANIFEST_BYTES, DamagedEntry, read, seal, sync
+from aiter.jit.disk import sync
+from aiter.jit.entry import FILES, MANIFEST, MAX_FILE_BYTES, MAX_MANIFEST_BYTES, DamagedEntry, read, seal
 from aiter.jit.store import Store
 
 _MEMBER = re.compile(rf"([a-z0-9_+-]{{1,200}}-[0-9a-f]{{32}})/({'|'.join(map(re.escape, (*FILES, MANIFEST)))})")

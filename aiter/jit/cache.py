@@ -16,10 +16,11 @@ from pathlib import Path
 
 from aiter.errors import CacheError, CompilationDisabledError
 from aiter.jit import settings
+from aiter.jit.disk import is_alive, remove
 from aiter.jit.entry import DamagedEntry, Entry, read
 from aiter.jit.log import logger
 from aiter.jit.recipe import Recipe
-from aiter.jit.store import Stale, Store, Unwritable, is_alive, remove
+from aiter.jit.store import Stale, Store, Unwritable
 from aiter.jit.trust import check_chain
 
 
@@ -78,8 +79,10 @@ class Cache:
                     error,
                 )
                 with _private_folder() as folder:
+                    private = Cache(folder, [])
+                    private.store.keep_logs = False
                     try:
-                        yield Cache(folder, []).build(recipe, "the cache cannot be written")
+                        yield private.build(recipe, "the cache cannot be written")
                     except Unwritable as private:
                         raise CacheError(
                             f"no folder takes a kernel: {self.store.folder} ({error}), {folder} ({private}). "

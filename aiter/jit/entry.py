@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiter.jit import trust
+from aiter.jit.disk import sync
 from aiter.jit.spec import Spec
 
 MANIFEST = "manifest.json"
@@ -98,15 +99,6 @@ def read(folder: Path, name: str | None = None) -> Entry:
         if _sha256(path) != digest:
             raise DamagedEntry(f"{file} does not have the SHA-256 that its manifest says")
     return Entry(folder, manifest)
-
-
-def sync(path: Path) -> None:
-    """Returns when a file or a folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(folder: Path) -> dict:

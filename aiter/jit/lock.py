@@ -16,7 +16,7 @@ from pathlib import Path
 
 from aiter.jit.log import logger
 
-FIRST_NOTICE_S = 1.0
+FIRST_NOTICE_S = 2.0
 LATER_NOTICES_S = 30.0
 POLL_S = 0.05
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from aiter.errors import UntrustedCacheError
 from aiter.jit import trust
+from aiter.jit.disk import remove
 from aiter.jit.entry import DamagedEntry, read
-from aiter.jit.store import DAMAGED, FAILED, Store, remove
+from aiter.jit.store import DAMAGED, FAILED, Store
 
 
 @dataclass(frozen=True)

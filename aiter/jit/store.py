@@ -25,7 +25,8 @@ from pathlib import Path
 
 from aiter.errors import CacheError, CompilationError
 from aiter.jit import settings, trust
-from aiter.jit.entry import DamagedEntry, Entry, read, sync, write_manifest
+from aiter.jit.disk import is_alive, refuses_writes, remove, sync
+from aiter.jit.entry import DamagedEntry, Entry, read, write_manifest
 from aiter.jit.lock import build_lock, try_lock
 from aiter.jit.log import logger
 from aiter.jit.recipe import Recipe
@@ -36,8 +37,6 @@ BUILDING, LOCKS, DAMAGED, FAILED = ".building", ".locks", ".damaged", ".failed"
 ABANDONED_S = 24 * 3600.0
 # How much longer than a compilation a lock may be held.
 LOCK_MARGIN_S = 60.0
-# Less room than this, and a failed build is put down to the full disk.
-SCARCE_BYTES = 4 << 20
 
 
 class Stale(Exception):
@@ -59,8 +58,9 @@ class Unwritable(Exception):
 class Store:
     """A cache folder; it need not exist. Raises UntrustedCacheError where others could have written what it holds."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep_logs: bool = True) -> None:
         self.folder = folder
+        self.keep_logs = keep_logs  # of failed builds
 
     def find(self, recipe: Recipe) -> Entry | None:
         """The verified entry of a recipe, or None. Raises Stale where there is one that must not be used."""
@@ -139,7 +139,7 @@ class Store:
         except CompilationError as error:
             if not all(os.path.exists(folder / name) for name in (*recipe.files, TEMPORARY)):
                 raise Unwritable("it was deleted while a kernel was built", vanished=True) from None
-            refused = _refuses_writes(folder, error.output)
+            refused = refuses_writes(folder, error.output)
             if refused:
                 raise Unwritable(refused) from None
             raise self._report(recipe, error) from None
@@ -259,12 +259,13 @@ class Store:
 
     def _report(self, recipe: Recipe, error: CompilationError) -> CompilationError:
         """The error with its log kept, in the user's terms."""
-        log: Path | None = self.folder / FAILED / f"{recipe.name}.log"
-        try:
-            log.parent.mkdir(mode=0o755, exist_ok=True)
-            log.write_text(error.output)
-        except OSError:
-            log = None
+        log: Path | None = None
+        if self.keep_logs:
+            with contextlib.suppress(OSError):
+                (self.folder / FAILED).mkdir(mode=0o755, exist_ok=True)
+                path = self.folder / FAILED / f"{recipe.name}.log"
+                path.write_text(error.output)
+                log = path
         words = error.output if len(error.output) < 6000 else "…\n" + error.output[-6000:]
         return CompilationError(
             f"building {recipe.spec.name} failed: the compiler {error}\n{words.rstrip()}"
@@ -295,8 +296,8 @@ class Store:
         with contextlib.suppress(OSError):
             for path in (self.folder / BUILDING).glob(f"{name}~*"):
                 _, host, process, *_ = path.name.split("~")
-                return f"{name}, which process {process} on {host} builds"
-        return f"{name}, which another process builds"
+                return f"{name[:-33]}, which process {process} on {host} builds"
+        return f"{name[:-33]}, which another process builds"
 
     def _sweep(self, locked: str | None) -> None:
         """Removes what nobody makes any more: its maker is dead, and the key is the one that is `locked`, or its lock
@@ -319,42 +320,9 @@ class Store:
                         pass  # it goes when it is released
 
 
-def is_alive(process: str) -> bool:
-    """Whether the process of this number runs on this host."""
-    try:
-        state = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return False
-    return state not in "ZX"  # killed, and its parent has not asked yet
-
-
 def _lay_out(recipe: Recipe, folder: Path) -> None:
     """Writes the sources. Only these: an include that the key does not cover cannot be found."""
     for name, content in recipe.files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / TEMPORARY).mkdir()
-
-
-def _refuses_writes(folder: Path, output: str) -> str | None:
-    """Why a compiler that failed in `folder` may have failed for want of somewhere to write, or None."""
-    for code in (errno.ENOSPC, errno.EDQUOT):
-        if os.strerror(code) in output:
-            return os.strerror(code)
-    with contextlib.suppress(OSError):
-        room = os.statvfs(folder)
-        if room.f_bavail * room.f_frsize < SCARCE_BYTES or (room.f_files and not room.f_favail):
-            return os.strerror(errno.ENOSPC)
-    return None if os.access(folder, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, as far as it is there and can be removed."""
-    if path.is_dir() and not path.is_symlink():
-        for _ in range(5):  # the compiler of a killed process may still write there
-            shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
-                break
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()

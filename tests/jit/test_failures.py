@@ -122,6 +122,15 @@ def test_a_read_only_cache_is_warned_of_once_and_done_without(spec, cache_dir, t
     assert list(temporary.iterdir()) == []
 
 
+def test_a_failure_without_a_cache_names_no_log(spec, tree, temporary, monkeypatch):
+    monkeypatch.setenv("AITER_CACHE_DIR", "/proc/nowhere")
+    (tree / "cpu" / "tiny.cpp").write_text("#error this is wrong\n")
+    with pytest.raises(CompilationError, match="this is wrong") as error:
+        jit.get_kernel(spec)
+    assert error.value.log is None and "Log:" not in str(error.value)
+    assert list(temporary.iterdir()) == []
+
+
 def test_what_a_killed_process_left_in_the_temporary_folder_is_cleared(spec, temporary, monkeypatch):
     monkeypatch.setenv("AITER_CACHE_DIR", "/proc/nowhere")
     owner = f"aiter-{os.geteuid()}-{os.uname().nodename}-"
