@@ -71,7 +71,9 @@ namespace aiter {
 
 typedef uint16_t Element; /* bits of an fp16 or bf16 */
 
-__host__ __device__ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+__host__ __device__ constexpr int round_up(int value, int multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
 
 } // namespace aiter
 

@@ -40,7 +40,7 @@ using Loop = TileLoop<HEAD_DIM, Problem>;
 #endif
 using Output = Loop::Output;
 constexpr int SLOTS = Output::SLOTS;
-constexpr int THREADS = Loop::WAVES * WAVE, WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
+constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
 
 __device__ __forceinline__ void store(const Problem &sequence, SharedAddress shared, int block_row, float signed_scale,
                                       OnlineSoftmax<SLOTS> &softmax, Output &o) {
@@ -98,7 +98,7 @@ __device__ __forceinline__ void store(const Problem &sequence, SharedAddress sha
     }
 }
 
-__global__ void __launch_bounds__(THREADS, Loop::BLOCKS) attention_forward(const Arguments arguments) {
+__global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS) attention_forward(const Arguments arguments) {
     AITER_SHARED(shared, Loop::SHARED_BYTES);
     const aiter_attention_problem &problem = arguments.problem;
     const int row_blocks = (problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -113,8 +113,10 @@ __global__ void __launch_bounds__(THREADS, Loop::BLOCKS) attention_forward(const
     const Scale scale(problem.softmax_scale);
     OnlineSoftmax<SLOTS> softmax(scale.positive);
     Output o;
-    Loop::attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o);
-    store(sequence, Loop::query_memory(shared_address(shared)), block_row, problem.softmax_scale * LOG2_E, softmax, o);
+    Loop::attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o, [&] {
+        store(sequence, Loop::query_memory(shared_address(shared)), block_row, problem.softmax_scale * LOG2_E, softmax,
+              o);
+    });
 }
 
 } // namespace aiter
@@ -131,7 +133,7 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
                               void *stream) {
     if (const int error = aiter::check_problem(*problem)) return error;
     const int64_t row_blocks = (problem->seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
-    return aiter::launch(aiter::attention_forward, row_blocks * problem->heads_q * problem->batch, aiter::THREADS,
+    return aiter::launch(aiter::attention_forward, row_blocks * problem->heads_q * problem->batch, aiter::Loop::THREADS,
                          aiter::Loop::SHARED_BYTES, stream, aiter::Arguments{*problem, *tensors});
 }
 

@@ -40,10 +40,10 @@ __device__ __forceinline__ Extent extent(const int32_t *lengths, int batch, int 
     return result;
 }
 
-/* Tokens of K and V of one sequence and KV head. `tile(first)` is the view of the tokens from `first` on; place(row, step)
- * is token row + step of it, or the last token of the sequence where that is past it. `row` differs from lane to lane,
- * `step` is the same for all: it goes into the scalar part of the address. Callers ask only for tiles of up to 128 tokens
- * that begin before `count`. */
+/* Tokens of K and V of one sequence and KV head. `tile(first)` is the view of the tokens from `first` on; place(row,
+ * step) is token row + step of it, or the last token of the sequence where that is past it. `row` differs from lane to
+ * lane, `step` is the same for all: it goes into the scalar part of the address. Callers ask only for tiles of up to
+ * 128 tokens that begin before `count`. */
 template <bool PAGED> struct KeyValueRows;
 
 template <> struct KeyValueRows<false> {
@@ -167,9 +167,9 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
 };
 
 /* Which work a block has. Work comes in units: all that reads one KV head of one sequence. A unit's blocks are numbered
- * together, so that they run at one time and find their keys in the L2 cache. With several chiplets (XCDs), to which the
- * hardware deals consecutive blocks in turn, a unit's blocks all go to one of them; units that are left over when each
- * chiplet has got equally many are spread over all. */
+ * together, so that they run at one time and find their keys in the L2 cache. With several chiplets (XCDs), to which
+ * the hardware deals consecutive blocks in turn, a unit's blocks all go to one of them; units that are left over when
+ * each chiplet has got equally many are spread over all. */
 struct Work {
     int unit, part;
 };

@@ -36,8 +36,8 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         for (int slot = 0; slot < SLOTS; ++slot) maximum[slot] = -INFINITE, sum[slot] = 0.0f;
     }
 
-    /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row of
-     * the wave; then the output so far must be multiplied by `shrink`. */
+    /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row
+     * of the wave; then the output so far must be multiplied by `shrink`. */
     template <class Scores> __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS]) {
         float top[SLOTS];
         bool grown = false;

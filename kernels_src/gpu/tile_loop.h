@@ -7,8 +7,8 @@
  *   update      P = exp2(S - max)  vector unit, while other waves use the matrix unit
  *   accumulate  O += P V           matrix unit
  *
- * A loop is a struct with the members of this one; an arch with a better way to go through the tiles brings its own, and
- * attention_forward.hip picks it. */
+ * A loop is a struct with the members of this one; an arch with a better way to go through the tiles brings its own,
+ * and attention_forward.hip picks it. */
 #ifndef AITER_GPU_TILE_LOOP_H
 #define AITER_GPU_TILE_LOOP_H
 
@@ -23,6 +23,7 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
     using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
     using Output = Accumulator<Tile::ROW_TILES, HEAD_DIM>;
     using Softmax = OnlineSoftmax<Output::SLOTS>;
+    static constexpr int THREADS = Tile::WAVES * WAVE;
     static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE;
     static constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries::SHARED_BYTES;
 
@@ -31,9 +32,11 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
         return shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES;
     }
 
-    /* For the rows from block_row on: leaves in `o` the sums of P V, and in `softmax` what they must be divided by. */
+    /* For the rows from block_row on: leaves in `o` the sums of P V, and in `softmax` what they must be divided by.
+     * At its end, calls finish() in every wave that has rows: a loop may use more threads than its WAVES have. */
+    template <class Finish>
     static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int block_row,
-                                                  bool negate, Softmax &softmax, Output &o) {
+                                                  bool negate, Softmax &softmax, Output &o, Finish finish) {
         const int wave_row = block_row + wave() * WAVE_ROWS;
         const int rows_end = lesser(block_row + Tile::WAVES * WAVE_ROWS, sequence.rows);
         const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
@@ -41,7 +44,7 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
         const int unmasked_keys = sequence.visible(wave_row);
 
         o.clear();
-        if (keys_end == 0) return;
+        if (keys_end == 0) return finish();
         KeysAndValues tile(shared, thread_in_block());
         tile.issue(sequence.keys, 0);
         Queries queries;
@@ -62,6 +65,7 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
             softmax.update(s, o);
             tile.accumulate(s, o);
         }
+        finish();
     }
 };
 

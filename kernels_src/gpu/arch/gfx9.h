@@ -108,9 +108,9 @@ template <class T> __device__ __forceinline__ void global_store(void *pointer, T
     *(__attribute__((address_space(1))) T *)pointer = value;
 }
 
-/* Tiles in shared memory permute their 16-byte chunks by exclusive or, within lines that hold all banks once: 128 bytes of
- * 32 banks, on gfx950 256 bytes of 64. A read of 16 bytes a lane is served to 8 (16) lanes at a time, of which gfx950 takes
- * 0-3 12-15 20-27 together, so numbers that differ modulo 16 must be told apart, not just neighbours. */
+/* Tiles in shared memory permute their 16-byte chunks by exclusive or, within lines that hold all banks once: 128 bytes
+ * of 32 banks, on gfx950 256 bytes of 64. A read of 16 bytes a lane is served to 8 (16) lanes at a time, of which
+ * gfx950 takes 0-3 12-15 20-27 together, so numbers that differ modulo 16 must be told apart, not just neighbours. */
 #if defined(__gfx950__)
 constexpr int LINE_CHUNKS = 16;
 #else
@@ -146,8 +146,8 @@ __device__ __forceinline__ uint32_t to_elements(float x, float y) {
     return __builtin_bit_cast(uint32_t, pair);
 }
 #else
-/* To nearest, ties away from zero: one addition each and a byte permute. A NaN that came from 16-bit inputs has zeros in
- * its low half, as has the one that the hardware makes, so the addition never carries out of it. */
+/* To nearest, ties away from zero: one addition each and a byte permute. A NaN that came from 16-bit inputs has zeros
+ * in its low half, as has the one that the hardware makes, so the addition never carries out of it. */
 __device__ __forceinline__ uint32_t to_elements(float x, float y) {
     const uint32_t a = __builtin_bit_cast(uint32_t, x) + 0x8000u, b = __builtin_bit_cast(uint32_t, y) + 0x8000u;
     return __builtin_amdgcn_perm(b, a, 0x07060302u);

@@ -5,9 +5,9 @@
  *
  *     accumulator register r  <->  column 8 * (r / 4) + 4 * half + r % 4
  *
- * The B operand P^T of the second product wants, per lane, one query row and a run of keys: the registers that the first
- * product left behind, once converted to 16 bit. P never leaves its registers. All operands follow one rule, "a lane
- * holds 8 consecutive places of the contraction, of its half":
+ * The B operand P^T of the second product wants, per lane, one query row and a run of keys: the registers that the
+ * first product left behind, once converted to 16 bit. P never leaves its registers. All operands follow one rule, "a
+ * lane holds 8 consecutive places of the contraction, of its half":
  *   K, Q   places are dimensions: chunk 2 J + half of 16 bytes, for each 16 dimensions J
  *   P      places are keys in accumulator order, so registers 8 J ... 8 J + 7
  *   V^T    stored in shared memory transposed, [dimension][key], with keys in the order P has them: the groups of four
@@ -44,7 +44,7 @@ __device__ __forceinline__ f32x16 multiply_add(u32x4 a, u32x4 b, f32x16 tile) {
 #else
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        /* Named vectors: clang's bit_cast of a swizzle (a.zw) takes the vector's first elements, whichever are named. */
+        /* Named vectors: clang's bit_cast of a swizzle (a.zw) takes the first elements, whichever are named. */
         const u32x2 a2 = {a[2 * half], a[2 * half + 1]}, b2 = {b[2 * half], b[2 * half + 1]};
         const Operand4 a4 = __builtin_bit_cast(Operand4, a2), b4 = __builtin_bit_cast(Operand4, b2);
 #if defined(AITER_DTYPE_BF16)
@@ -125,8 +125,8 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
     }
 };
 
-/* Straight from the registers, four dimensions (8 bytes) at a time: the two lanes of a row fill 16 bytes together, and the
- * L2 cache puts lines together. */
+/* Straight from the registers, four dimensions (8 bytes) at a time: the two lanes of a row fill 16 bytes together, and
+ * the L2 cache puts lines together. */
 template <int HEAD_DIM, int ROW_TILES, int COLUMNS, class RowPointer>
 __device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress, RowPointer row) {
 #pragma unroll
@@ -173,8 +173,9 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         return (place & ~3) * 4 + (place & 1) * 8 + (place & 2) * 2;
     }
 
-    /* V^T: a row of KEYS elements for each dimension, permuted so that neither neighbouring dimensions (reads) nor those 8
-     * apart (the transposed stores) meet in a bank. Of two terms the first tells the former apart, the second the latter. */
+    /* V^T: a row of KEYS elements for each dimension, permuted so that neither neighbouring dimensions (reads) nor
+     * those 8 apart (the transposed stores) meet in a bank. Of two terms the first tells the former apart, the second
+     * the latter. */
     static __host__ __device__ constexpr uint32_t value_offset(int dimension, int chunk) {
         const int d = dimension;
 #if defined(__gfx950__)

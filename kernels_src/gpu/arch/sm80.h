@@ -6,12 +6,12 @@
  *     c0 c1 : row g,     columns 2 t, 2 t + 1
  *     c2 c3 : row g + 8, columns 2 t, 2 t + 1
  *
- * so a lane has two rows of each 16 (slots), a quad of lanes shares them, and two neighbouring tiles of S, rounded to 16
- * bit, are the A operand of the second product as they stand: P never leaves its registers.
+ * so a lane has two rows of each 16 (slots), a quad of lanes shares them, and two neighbouring tiles of S, rounded to
+ * 16 bit, are the A operand of the second product as they stand: P never leaves its registers.
  *
  * K and V go by cp.async into one of two stages of shared memory while the other is in use. K is read by ldmatrix, V by
- * ldmatrix.trans, both 16 x 16 elements at a time. With 32 rows a wave (two row tiles) each of those feeds four mma; with
- * 16 it would be two, and shared memory would be the bottleneck. */
+ * ldmatrix.trans, both 16 x 16 elements at a time. With 32 rows a wave (two row tiles) each of those feeds four mma;
+ * with 16 it would be two, and shared memory would be the bottleneck. */
 #ifndef AITER_GPU_ARCH_SM80_H
 #define AITER_GPU_ARCH_SM80_H
 
@@ -110,8 +110,8 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const char *from, b
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* Rows of 16-byte chunks, padded to whole 128-byte lines (all 32 banks). Chunk c
- * of row r stands at c ^ (r % 8) within its line, so that equal chunks of eight neighbouring rows, and all chunks of one
- * line of a row, lie in different banks. */
+ * of row r stands at c ^ (r % 8) within its line, so that equal chunks of eight neighbouring rows, and all chunks of
+ * one line of a row, lie in different banks. */
 template <int HEAD_DIM> struct RowLayout {
     static constexpr int BYTES = round_up(HEAD_DIM, 64) * 2;
     static __device__ __forceinline__ uint32_t chunk(int row, int chunk) {
@@ -205,9 +205,9 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }
 };
 
-/* ldmatrix reads 16 rows of 16 elements as four 8 x 8 matrices, lane l naming a row: in the order (0,0) (8,0) (0,8) (8,8)
- * for operands whose registers alternate in rows first (Q, and V transposed), or (0,0) (0,8) (8,0) (8,8) for those that
- * alternate in columns first (K). A chunk is 8 elements. */
+/* ldmatrix reads 16 rows of 16 elements as four 8 x 8 matrices, lane l naming a row: in the order (0,0) (8,0) (0,8)
+ * (8,8) for operands whose registers alternate in rows first (Q, and V transposed), or (0,0) (0,8) (8,0) (8,8) for
+ * those that alternate in columns first (K). A chunk is 8 elements. */
 template <int HEAD_DIM> __device__ __forceinline__ uint32_t rows_first() {
     return RowLayout<HEAD_DIM>::chunk(lane() % 16, lane() / 16);
 }
@@ -253,8 +253,8 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
     }
 };
 
-/* By way of the wave's query rows in shared memory, which it needs no more: from there whole rows go out, 16 bytes a lane
- * and lanes side by side. */
+/* By way of the wave's query rows in shared memory, which it needs no more: from there whole rows go out, 16 bytes a
+ * lane and lanes side by side. */
 template <int HEAD_DIM, int ROW_TILES, int COLUMNS, class RowPointer>
 __device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress shared,
                                              RowPointer row) {

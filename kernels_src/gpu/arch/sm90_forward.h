@@ -1,14 +1,19 @@
-/* The loop over the tiles of keys on sm_90a, with wgmma: four waves (a warpgroup) multiply 64 query rows by a whole tile at
- * once, asynchronously, and the vector unit works meanwhile.
+/* The loop over the tiles of keys on sm_90a, with wgmma: four waves (a warpgroup) multiply 64 query rows by a whole
+ * tile at once, asynchronously, and the vector unit works meanwhile.
+ *
+ *   carriers       one warpgroup copies tiles (cp.async) into a ring of stages, as far ahead as there are stages, in
+ *                  the order in which they are used: K(0), K(1), V(0), K(2), V(1), ... V(last)
+ *   the others     have 64 query rows each and go through the tiles on their own, so that one's softmax falls into
+ *                  another's products. In each step the scores of a tile and the product of the one before set off
+ *                  together; as soon as the scores are there their softmax begins, while the product goes on:
  *
  *      matrix unit   Q K(0)^T | Q K(1)^T, P(0) V(0) | Q K(2)^T, P(1) V(1) | ...
  *      vector unit            | softmax of 0        | softmax of 1        | ...
- *                    a step:    scores of the next tile and the product of the last one set off together; as soon as the
- *                    scores are there their softmax begins, during which the product goes on
  *
  *   registers       Q (A operand), S of one tile, P of the one before, O
- *   shared memory   two tiles of K, two of V: blocks of 64 dimensions, rows of 128 bytes permuted as wgmma wants them.
- *                   In step j, where K(j + 1) and V(j) are in use, K(j + 2) and V(j + 1) are on their way (cp.async). */
+ *   shared memory   the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes permuted as
+ *                   wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when the carriers'
+ *                   copies have arrived, `empty` when all other waves are done with it. */
 #ifndef AITER_GPU_ARCH_SM90_FORWARD_H
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
@@ -19,32 +24,61 @@
 namespace aiter {
 
 template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
-    /* Two warpgroups take turns at the matrix unit. Up to 64 dimensions two blocks fit, which helps more than larger tiles:
-     * there the softmax is half of the work. */
-    static constexpr int WAVES = 8, WAVE_ROWS = 16;
-    static constexpr int KEYS = HEAD_DIM <= 64 ? 64 : 128, BLOCKS = HEAD_DIM <= 64 ? 2 : 1;
-    static constexpr int THREADS = WAVES * WAVE;
+    /* Without the carriers. Up to 64 dimensions the softmax is half of the work, and three warpgroups hide it better.
+     * */
+    static constexpr int WAVES = HEAD_DIM <= 64 ? 12 : 8, WAVE_ROWS = 16;
+    static constexpr int KEYS = HEAD_DIM <= 64 ? 64 : 128, STAGES = HEAD_DIM <= 64 ? 6 : 5, BLOCKS = 1;
+    static constexpr int CARRIERS = 128, THREADS = WAVES * WAVE + CARRIERS;
+    /* Registers of a thread. A block begins with as many for each, and no more than that can be dealt out anew. */
+    static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int OWN_REGISTERS = WAVES == 12 ? 160 : 240, CARRIER_REGISTERS = WAVES == 12 ? 32 : 24;
+    static_assert(WAVES * WAVE * OWN_REGISTERS + CARRIERS * CARRIER_REGISTERS <= THREADS * REGISTERS, "or it hangs");
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16, LINES = round_up(HEAD_DIM, 64) / 64;
     static constexpr int TILE_BYTES = LINES * KEYS * 128;
     using Queries = Query<HEAD_DIM, 1>;
     using Scores = Accumulator<1, KEYS>;
     using Output = Accumulator<1, LINES * 64>;
     using Softmax = OnlineSoftmax<2>;
-    static constexpr int SHARED_BYTES = 4 * TILE_BYTES + WAVES * Queries::SHARED_BYTES;
+    static constexpr int QUERIES_AT = STAGES * TILE_BYTES, BARRIERS_AT = QUERIES_AT + WAVES * Queries::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 16;
 
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
-        return shared + 4 * TILE_BYTES + wave() * Queries::SHARED_BYTES;
+        return shared + QUERIES_AT + wave() * Queries::SHARED_BYTES;
     }
 
-    /* Starts to copy a tile of keys or of values; zeros past the end of the sequence and past HEAD_DIM. */
+    struct Ring {
+        SharedAddress shared;
+        int stage = 0;
+        uint32_t turn = 0; /* how often, modulo 2, the stages have been gone through */
+
+        __device__ __forceinline__ SharedAddress tile() const { return shared + stage * TILE_BYTES; }
+        __device__ __forceinline__ SharedAddress full() const { return shared + BARRIERS_AT + stage * 16; }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + 8; }
+        __device__ __forceinline__ void advance() {
+            if (++stage == STAGES) stage = 0, turn ^= 1;
+        }
+        /* The next tile to be used: its stage, which is to be released with empty(). */
+        __device__ __forceinline__ Ring take() {
+            mbarrier::wait(full(), turn);
+            wgmma::shared_is_written();
+            const Ring taken = *this;
+            advance();
+            return taken;
+        }
+        __device__ __forceinline__ void release() const {
+            if (lane() == 0) mbarrier::arrive(empty());
+        }
+    };
+
+    /* Copies a tile of keys or of values; zeros past the end of the sequence and past HEAD_DIM. */
     template <bool VALUES>
-    static __device__ __forceinline__ void copy(const Sequence &sequence, SharedAddress to, int first) {
+    static __device__ __forceinline__ void copy(const Sequence &sequence, Ring &ring, int first) {
+        mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
         const auto tile = sequence.keys.tile(first);
-        const int row = opaque(thread_in_block() / 8), chunk = thread_in_block() % 8;
-        to += RowLayout<64>::chunk(row, chunk);
-#pragma unroll
-        for (int step = 0; step < KEYS; step += THREADS / 8) {
-            if (KEYS % (THREADS / 8) != 0 && row + step >= KEYS) continue;
+        const int thread = thread_in_block() - WAVES * WAVE, row = thread / 8, chunk = thread % 8;
+        const SharedAddress to = ring.tile() + RowLayout<64>::chunk(row, chunk);
+#pragma unroll 2 /* carriers have few registers */
+        for (int step = 0; step < KEYS; step += CARRIERS / 8) {
             const auto place = tile.place(row, step);
             const bool exists = first + row + step < sequence.keys.count;
 #pragma unroll
@@ -55,6 +89,8 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
                            VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
             }
         }
+        mbarrier::arrive_after_copies(ring.full());
+        ring.advance();
     }
 
     static __device__ __forceinline__ void begin_scores(const Queries &queries, SharedAddress keys, Scores &s) {
@@ -92,20 +128,48 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
             }
     }
 
+    /* See TileLoop. */
+    template <class Finish>
     static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int block_row,
-                                                  bool negate, Softmax &softmax, Output &o) {
-        const int wave_row = block_row + wave() * WAVE_ROWS;
+                                                  bool negate, Softmax &softmax, Output &o, Finish finish) {
         const int rows_end = lesser(block_row + WAVES * WAVE_ROWS, sequence.rows);
         const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
-        const int unmasked_keys = sequence.visible(wave_row);
+        Ring ring = {shared};
+        if (thread_in_block() == 0)
+            for (Ring r = ring; r.turn == 0; r.advance()) {
+                mbarrier::make(r.full(), CARRIERS);
+                mbarrier::make(r.empty(), WAVES);
+            }
+        barrier();
+        if (wave() >= WAVES) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CARRIER_REGISTERS));
+            if (keys_end > 0) carry(sequence, ring, keys_end);
+        } else {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
+            o.clear();
+            if (keys_end > 0) multiply(sequence, ring, block_row + wave() * WAVE_ROWS, keys_end, negate, softmax, o);
+            finish();
+        }
+    }
 
-        o.clear();
-        if (keys_end == 0) return;
-        SharedAddress keys = shared, next_keys = shared + TILE_BYTES;
-        SharedAddress values = shared + 2 * TILE_BYTES, next_values = shared + 3 * TILE_BYTES;
-        copy<false>(sequence, keys, 0);
+    static __device__ __forceinline__ void carry(const Sequence &sequence, Ring &ring, int keys_end) {
+        copy<false>(sequence, ring, 0);
+#pragma unroll 1
+        for (int first = KEYS; first < keys_end; first += KEYS) {
+            copy<false>(sequence, ring, first);
+            copy<true>(sequence, ring, first - KEYS);
+        }
+        copy<true>(sequence, ring, (keys_end - 1) / KEYS * KEYS);
+        wait_for_copies();
+    }
+
+    /* All waves take part in every step, those too whose rows do not see the tile: a warpgroup multiplies as one, and
+     * in branches that the compiler takes for divergent it would wait for each product. */
+    static __device__ __forceinline__ void multiply(const Sequence &sequence, Ring &ring, int wave_row, int keys_end,
+                                                    bool negate, Softmax &softmax, Output &o) {
+        const int unmasked_keys = sequence.visible(wave_row);
         Queries queries;
-        queries.load(query_memory(shared),
+        queries.load(query_memory(ring.shared),
                      [&](int row) {
                          row += wave_row;
                          return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
@@ -114,53 +178,39 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
         Scores s;
         uint32_t p[KEYS / 16][4];
         float shrink[2];
-
-        /* What is on its way is the current tile; the next ones set off. K is a tile ahead of V. */
-        const auto turn = [&](int first) {
-            wait_for_copies();
-            wgmma::shared_is_written();
-            barrier();
-            if (first + KEYS < keys_end) copy<false>(sequence, next_keys, first + KEYS);
-            if (first < keys_end) copy<true>(sequence, next_values, first);
-        };
         const auto probabilities = [&](int first) {
             changed(s);
             if (first + KEYS > unmasked_keys) mask(s, sequence, wave_row, first);
             return softmax.advance(s, shrink);
         };
-        /* All waves take part in every step, those too whose rows do not see the tile: a warpgroup multiplies as one, and in
-         * branches that the compiler takes for divergent it would wait for each product. */
-        turn(0);
+
+        const Ring first_keys = ring.take();
         wgmma::begin();
-        begin_scores(queries, keys, s);
+        begin_scores(queries, first_keys.tile(), s);
         wgmma::wait<0>();
+        first_keys.release();
         probabilities(0);
         round(s, p);
+#pragma unroll 1
         for (int first = KEYS; first < keys_end; first += KEYS) {
-            exchange(keys, next_keys);
-            exchange(values, next_values);
-            turn(first);
+            const Ring keys = ring.take(), values = ring.take();
             wgmma::begin();
-            begin_scores(queries, keys, s);
-            begin_output(p, values, o);
+            begin_scores(queries, keys.tile(), s);
+            begin_output(p, values.tile(), o);
             wgmma::wait<1>();
+            keys.release();
             const bool grown = probabilities(first);
             wgmma::wait<0>();
+            values.release();
             changed(o);
             if (grown) softmax.rescale(o, shrink);
             round(s, p);
         }
-        exchange(values, next_values);
-        turn(keys_end);
+        const Ring last_values = ring.take();
         wgmma::begin();
-        begin_output(p, values, o);
+        begin_output(p, last_values.tile(), o);
         wgmma::wait<0>();
         changed(o);
-    }
-    static __device__ __forceinline__ void exchange(SharedAddress &x, SharedAddress &y) {
-        const SharedAddress z = x;
-        x = y;
-        y = z;
     }
 };
 
