@@ -85,6 +85,7 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
     /* All but the latest N groups of products are done; the stage before this one is needed no more. */
     template <int OUTSTANDING> __device__ __forceinline__ void release() {
         wait<OUTSTANDING>();
+        wave_sync();
         if (unreleased >= 0 && lane() == 0) mbarrier::arrive(empty(unreleased));
         unreleased = current;
         advance();
