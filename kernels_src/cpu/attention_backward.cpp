@@ -1,292 +1,304 @@
-/* Attention backward on the CPU: dQ, dK and dV from the saved output and log-sum-exp; no score is ever stored.
+/* Attention backward on the CPU: every layout of aiter_abi.h but pages, without ever storing a score matrix.
  *
- * Three phases, each shared by all threads, each in units that depend on the problem alone, so that every run with any
- * number of threads gives the same bits:
+ * Units of work depend on the problem alone and are taken from a counter, so that any number of threads gives the same
+ * bits. A (sequence, KV head) pair is a head here; rows are the query rows of all query heads that share it.
  *
- *   measure   unit = (sequence, KV head, rows)    log-sum-exp and delta = sum of dO * O - dLSE of each row, to the
- *                                                 workspace
- *   grade     unit = (sequence, KV head, chunk of the keys)
- *                 for each run of RUN_BLOCKS blocks of keys (K, V, dK, dV of the run in L2)
- *                     for each group of query rows (Q, dO, dQ of the group in L1 and L2)
- *                         for each block: grade_block (gradient.h), five products
- *                     write dK and dV of the run
- *             dQ is a sum over all keys: each chunk leaves its part in the workspace
- *   gather    unit = (sequence, KV head, group of rows)    adds the chunks' parts of dQ in order and writes it
+ *   first    unit (head, block of rows)      lse and delta of each row, to the workspace; zeros where nothing is seen
+ *   then     unit (tile of keys, head)       K^T, V^T, K of the tile packed; dK^T, dV^T in L2
+ *                for each block of rows that sees the tile, last block first:
+ *                    pack Q, dO                                        (L2)
+ *                    gather: S, dP, P, dS (L1), dK^T and dV^T          (backward_block.h)
+ *                    wait until the tile before this one has added its part of the block's dQ
+ *                    dQ += dS K                                        (workspace, fp32)
+ *                    the last tile that the block sees writes the rows of dQ
+ *                write the rows of dK and dV
  *
- * The number of chunks is bounded, so the workspace grows linearly with the length of the sequences.
+ * A unit waits for units with smaller numbers only, and those were all taken before it: somebody is at work on them.
+ * Tiles of one head are far apart in the order of units and go through the blocks in step, so waits are rare and short.
  */
-#define AITER_BACKWARD
+#define AITER_BACKWARD 1
+
 #include <math.h>
+#include <sched.h>
 #include <stdlib.h>
 
-#include "gradient.h"
+#include "backward_block.h"
 #include "parallel.h"
 
 namespace {
 
-constexpr int RUN_BLOCKS = 256 / BLOCK_KEYS;
-constexpr int64_t TARGET_UNITS = 32;    /* units of `grade` worth having; more chunks take more memory */
-constexpr int64_t MIN_CHUNK_KEYS = 512; /* fewer keys would not pay for packing all query rows again */
-constexpr double SERIAL_FLOPS = 1.0e6;  /* below this, waking a second thread costs more than it brings */
+constexpr int64_t TARGET_UNITS = 32;   /* tiles are made smaller where there are fewer */
+constexpr double SERIAL_FLOPS = 1.0e6; /* below this, waking a second thread costs more than it brings */
 constexpr double LOG2_E = 1.4426950408889634;
 constexpr int64_t ALIGNMENT = 64;
 
+
 enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
 
-AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
+AITER_INLINE int64_t align(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
 
+/* How a problem is cut into units, and where things lie in the workspace. */
 struct Schedule {
-    int64_t heads;                /* pairs of sequence and KV head */
-    int64_t query_group, rows;    /* query heads per KV head; rows of one KV head, in the longest sequence */
-    int64_t groups, chunks;
-    int64_t starts_at, terms_at, parts_at, bytes; /* the workspace */
+    int64_t group, heads, blocks, tile_keys, tiles;
+    int64_t rows;                            /* of one KV head in all sequences, as far as they need memory */
+    int64_t first_tile_unit, units;
+    int64_t starts_at, progress_at, lse_at, delta_at, grad_queries_at, workspace_bytes;
 
     explicit Schedule(const aiter_attention_problem &p) {
+        group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
         heads = static_cast<int64_t>(p.batch) * p.heads_kv;
-        query_group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
-        rows = p.seqlen_q * query_group;
-        groups = ceil_div(rows, GROUP_ROWS);
-        chunks = heads > 0 ? clamp(TARGET_UNITS / heads, 1, clamp(p.seqlen_k / MIN_CHUNK_KEYS, 1, TARGET_UNITS)) : 1;
+        blocks = ceil_div(p.seqlen_q * group, BLOCK_ROWS);
+        int64_t strips = TILE_STRIPS;
+        while (strips > 2 && heads * ceil_div(p.seqlen_k, strips * STRIP_ROWS) < TARGET_UNITS) strips--;
+        tiles = ceil_div(p.seqlen_k, strips * STRIP_ROWS);
+        tile_keys = tiles > 0 ? ceil_div(ceil_div(p.seqlen_k, tiles), STRIP_ROWS) * STRIP_ROWS : STRIP_ROWS;
+        first_tile_unit = heads * blocks;
+        units = first_tile_unit + heads * tiles;
+        const int64_t all_rows = (p.packed_q ? p.total_q : p.batch * static_cast<int64_t>(p.seqlen_q)) * group;
+        rows = all_rows + p.batch * static_cast<int64_t>(KEY_MULTIPLE);
         starts_at = 0;
-        terms_at = aligned(2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
-        parts_at = terms_at + aligned(2 * heads * groups * GROUP_ROWS * static_cast<int64_t>(sizeof(float)));
-        bytes = parts_at + heads * groups * chunks * PART * static_cast<int64_t>(sizeof(float));
+        progress_at = align(starts_at + 3 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
+        lse_at = align(progress_at + heads * blocks * static_cast<int64_t>(sizeof(int32_t)));
+        delta_at = align(lse_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        grad_queries_at = align(delta_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        workspace_bytes = grad_queries_at + p.heads_kv * rows * WIDTH * static_cast<int64_t>(sizeof(float));
     }
-
-    static constexpr int64_t PART = static_cast<int64_t>(DIM) * GROUP_ROWS; /* dQ of a group: [strip][d][row] */
 };
 
 /* One thread's buffers. */
-struct alignas(ALIGNMENT) Scratch {
-    GradBlock blocks[RUN_BLOCKS];
-    GradRows rows;
-    GradTile tile;
+struct Scratch {
+    char *memory = nullptr;
+    int64_t bytes = 0;
+    KeyTile tile{};
+    RowBlock block{};
+    Weights weights{};
+
+    explicit Scratch(const Schedule &schedule) {
+        place(schedule); /* counts bytes */
+        memory = static_cast<char *>(aligned_alloc(ALIGNMENT, bytes));
+        bytes = 0;
+        if (memory) place(schedule);
+    }
+    ~Scratch() { free(memory); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+
+    template <class T>
+    void take(T *&pointer, int64_t count) {
+        if (memory) pointer = reinterpret_cast<T *>(memory + bytes);
+        bytes += align(count * static_cast<int64_t>(sizeof(T)));
+    }
+
+    void place(const Schedule &schedule) {
+        take(tile.keys_t, schedule.tile_keys * DIM_STEPS);
+        take(tile.values_t, schedule.tile_keys * DIM_STEPS);
+        take(tile.keys, TILE_STEPS * WIDTH);
+        take(tile.grad_keys_t, schedule.tile_keys * DIM);
+        take(tile.grad_values_t, schedule.tile_keys * DIM);
+        take(block.queries, BLOCK_ROWS * DIM_STEPS);
+        take(block.grads, BLOCK_ROWS * DIM_STEPS);
+        take(block.queries_t, BLOCK_STEPS * DIM);
+        take(block.grads_t, BLOCK_STEPS * DIM);
+        take(block.visible, BLOCK_ROWS);
+        take(weights.scores, BLOCK_ROWS * STRIP_ROWS);
+        take(weights.grads, BLOCK_ROWS * STRIP_ROWS);
+        take(weights.right, BLOCK_STEPS * STRIP_ROWS);
+        take(weights.grad_right, BLOCK_STEPS * STRIP_ROWS);
+        take(weights.grad_left, BLOCK_ROWS * LEFT_ROW);
+    }
 };
 
-/* Rows of one tensor that belong to one sequence and one KV head. */
-template <class T>
-struct Rows {
-    T *first;
-    int64_t token_stride, head_stride, group;
-
-    Rows(T *tensor, const int64_t *strides, bool packed, int64_t b, int64_t first_token, int64_t first_head, int64_t heads)
-        : first(tensor + (packed ? 0 : b * strides[0]) + first_token * strides[1] + first_head * strides[2]),
-          token_stride(strides[1]), head_stride(strides[2]), group(heads) {}
-    T *operator[](int64_t row) const { return first + row / group * token_stride + row % group * head_stride; }
+/* One (sequence, KV head) pair: its rows in every tensor and in the workspace. */
+struct Head {
+    Sequence seq;
+    int64_t rows; /* query rows of the group */
+    Rows query, output, grad_output, grad_query, key, value, grad_key, grad_value;
+    const float *lse, *grad_lse; /* token 0 of the first query head; grad_lse may be null */
+    int64_t lse_head_stride;
+    float *row_lse, *row_delta, *grad_queries;
+    int32_t *progress; /* per block: 0, then 1 when its rows are prepared, then one more for each tile in dQ */
 };
 
 struct Backward {
-    const aiter_attention_grad_problem &grads;
-    const aiter_attention_problem &problem;
+    const aiter_attention_grad_problem &problem;
+    const aiter_attention_problem &forward;
     const aiter_attention_grad_tensors &tensors;
     const Schedule schedule;
-    const int64_t *starts_q, *starts_k; /* packed only */
-    float *log_sums, *deltas;           /* [sequence, KV head][row] */
-    float *parts;                       /* [sequence, KV head][group of rows][chunk][strip][d][row] */
+    int64_t *starts_q, *starts_k, *starts_rows; /* where each sequence begins: in packed tensors, in the workspace */
     float scale_log2;
-    bool negated;
-    int64_t next[3] = {0, 0, 0}; /* unit of each phase, taken atomically */
+    int64_t next_unit = 0; /* taken atomically */
 
-    Backward(const aiter_attention_grad_problem &g, const aiter_attention_grad_tensors &t)
-        : grads(g), problem(g.forward), tensors(t), schedule(problem), starts_q(nullptr), starts_k(nullptr) {
-        negated = problem.softmax_scale < 0.0f; /* as in the forward pass */
-        scale_log2 = static_cast<float>(fabs(problem.softmax_scale) * LOG2_E);
-        char *workspace = static_cast<char *>(t.workspace);
-        int64_t *starts = reinterpret_cast<int64_t *>(workspace + schedule.starts_at);
-        if (problem.packed_q) {
-            find_starts(t.seqlens_q, problem.batch, problem.seqlen_q, problem.total_q, starts);
-            starts_q = starts;
-        }
-        if (problem.packed_k) {
-            find_starts(t.seqlens_k, problem.batch, problem.seqlen_k, problem.total_k, starts + problem.batch + 1);
-            starts_k = starts + problem.batch + 1;
-        }
-        log_sums = reinterpret_cast<float *>(workspace + schedule.terms_at);
-        deltas = log_sums + schedule.heads * schedule.groups * GROUP_ROWS;
-        parts = reinterpret_cast<float *>(workspace + schedule.parts_at);
+    Backward(const aiter_attention_grad_problem &p, const aiter_attention_grad_tensors &t)
+        : problem(p), forward(p.forward), tensors(t), schedule(p.forward),
+          starts_q(at<int64_t>(schedule.starts_at)), starts_k(starts_q + forward.batch + 1),
+          starts_rows(starts_k + forward.batch + 1), scale_log2(static_cast<float>(forward.softmax_scale * LOG2_E)) {
+        if (forward.packed_q) find_starts(t.seqlens_q, forward.batch, forward.seqlen_q, forward.total_q, starts_q);
+        if (forward.packed_k) find_starts(t.seqlens_k, forward.batch, forward.seqlen_k, forward.total_k, starts_k);
+        starts_rows[0] = 0;
+        for (int64_t b = 0; b < forward.batch; b++)
+            starts_rows[b + 1] = starts_rows[b] + ceil_div(sequence(b).tokens_q * schedule.group, KEY_MULTIPLE) * KEY_MULTIPLE;
+        memset(at<int32_t>(schedule.progress_at), 0, schedule.heads * schedule.blocks * sizeof(int32_t));
     }
+
+    template <class T>
+    T *at(int64_t offset) const { return reinterpret_cast<T *>(static_cast<char *>(tensors.workspace) + offset); }
 
     Sequence sequence(int64_t b) const {
-        return find_sequence(starts_q, tensors.seqlens_q, problem.seqlen_q, starts_k, tensors.seqlens_k, problem.seqlen_k, b);
+        Sequence s{length_of(tensors.seqlens_q, b, forward.seqlen_q), length_of(tensors.seqlens_k, b, forward.seqlen_k), 0, 0};
+        if (forward.packed_q) {
+            s.first_q = starts_q[b];
+            s.tokens_q = starts_q[b + 1] - starts_q[b];
+        }
+        if (forward.packed_k) {
+            s.first_k = starts_k[b];
+            s.tokens_k = starts_k[b + 1] - starts_k[b];
+        }
+        return s;
     }
 
-    template <class T>
-    Rows<T> query_rows(T *tensor, const int64_t *strides, const Sequence &seq, int64_t b, int64_t head) const {
-        return {tensor, strides, problem.packed_q != 0, b, seq.first_q, head * schedule.query_group, schedule.query_group};
+    Head head(int64_t index) const {
+        const int64_t b = index / forward.heads_kv, h = index % forward.heads_kv, group = schedule.group;
+        const Sequence seq = sequence(b);
+        const int64_t bq = forward.packed_q ? 0 : b, bk = forward.packed_k ? 0 : b;
+        const int64_t lse_at = bq * forward.lse_strides[0] + h * group * forward.lse_strides[1] + seq.first_q;
+        const int64_t row = h * schedule.rows + starts_rows[b];
+        return {seq,
+                seq.tokens_q * group,
+                Rows(tensors.query, forward.query_strides, bq, seq.first_q, h, group),
+                Rows(tensors.output, forward.output_strides, bq, seq.first_q, h, group),
+                Rows(tensors.grad_output, problem.grad_output_strides, bq, seq.first_q, h, group),
+                Rows(tensors.grad_query, problem.grad_query_strides, bq, seq.first_q, h, group),
+                Rows(tensors.key, forward.key_strides, bk, seq.first_k, h, 1),
+                Rows(tensors.value, forward.value_strides, bk, seq.first_k, h, 1),
+                Rows(tensors.grad_key, problem.grad_key_strides, bk, seq.first_k, h, 1),
+                Rows(tensors.grad_value, problem.grad_value_strides, bk, seq.first_k, h, 1),
+                tensors.lse + lse_at,
+                tensors.grad_lse ? tensors.grad_lse + lse_at : nullptr,
+                forward.lse_strides[1],
+                at<float>(schedule.lse_at) + row,
+                at<float>(schedule.delta_at) + row,
+                at<float>(schedule.grad_queries_at) + row * WIDTH,
+                at<int32_t>(schedule.progress_at) + index * schedule.blocks};
     }
-    template <class T>
-    Rows<T> key_rows(T *tensor, const int64_t *strides, const Sequence &seq, int64_t b, int64_t head) const {
-        return {tensor, strides, problem.packed_k != 0, b, seq.first_k, head, 1};
-    }
-    static const Element *elements(const void *tensor) { return static_cast<const Element *>(tensor); }
-    static Element *elements(void *tensor) { return static_cast<Element *>(tensor); }
 
-    /* Calls unit(sequence number, KV head, index) for units of a phase until none is left. */
-    template <class Unit>
-    void each_unit(int phase, int64_t per_head, const Unit &unit) {
+    /* Takes units until none is left: what each thread does. */
+    void operator()() {
+        Scratch scratch(schedule);
+        if (!scratch.memory) return; /* another thread may have had more luck */
+        const Tiles tiles;
+        (void)tiles;
         for (;;) {
-            const int64_t taken = __atomic_fetch_add(&next[phase], 1, __ATOMIC_RELAXED);
-            if (taken >= per_head * schedule.heads) return;
-            const int64_t head_index = taken % schedule.heads;
-            unit(head_index / problem.heads_kv, head_index % problem.heads_kv, taken / schedule.heads);
+            const int64_t unit = __atomic_fetch_add(&next_unit, 1, __ATOMIC_RELAXED);
+            if (unit >= schedule.units) return;
+            const int64_t tile_unit = unit - schedule.first_tile_unit;
+            if (tile_unit < 0)
+                prepare(head(unit / schedule.blocks), unit % schedule.blocks);
+            else
+                run_tile(head(tile_unit % schedule.heads), tile_unit / schedule.heads, scratch);
         }
     }
 
-    void measure() {
-        each_unit(0, schedule.groups, [&](int64_t b, int64_t head, int64_t group) { measure(b, head, group); });
-    }
-
-    void measure(int64_t b, int64_t head, int64_t group) const {
-        const Sequence seq = sequence(b);
-        const auto outputs = query_rows(elements(tensors.output), problem.output_strides, seq, b, head);
-        const auto grad_outputs = query_rows(elements(tensors.grad_output), grads.grad_output_strides, seq, b, head);
-        const int64_t first_head = head * schedule.query_group, batch = problem.packed_q ? 0 : b;
-        const int64_t lse_at = batch * problem.lse_strides[0] + first_head * problem.lse_strides[1] + seq.first_q;
-        const int64_t at = ((b * problem.heads_kv + head) * schedule.groups + group) * GROUP_ROWS;
-        for (int64_t i = 0; i < GROUP_ROWS; i++) {
-            const int64_t row = group * GROUP_ROWS + i, token = row / schedule.query_group;
-            log_sums[at + i] = INFINITE; /* weights of 2^-inf = 0, for rows that are not there or see no key */
-            deltas[at + i] = 0.0f;
-            if (token >= seq.tokens_q || visible_keys(seq, token) == 0) continue;
-            Vec products = Vec{};
+    /* lse and delta of a block of rows; zeros for rows that get no gradient from any tile. */
+    void prepare(const Head &h, int64_t block) const {
+        const int64_t first = block * BLOCK_ROWS, end = minimum(first + BLOCK_ROWS, h.rows);
+        if (!forward.packed_q)
+            for (int64_t row = first > h.rows ? first : h.rows; row < minimum(first + BLOCK_ROWS, forward.seqlen_q * schedule.group); row++)
+                memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element)); /* padding */
+        const int64_t most_visible = first < end ? visible_keys(h.seq, (end - 1) / schedule.group) : 0;
+        for (int64_t row = first; row < end; row++) {
+            const int64_t token = row / schedule.group, at = row % schedule.group * h.lse_head_stride + token;
+            const Element *output = h.output[row], *grad_output = h.grad_output[row];
+            Vec total = Vec{};
             for (int d = 0; d < HEAD_DIM; d += LANES)
-                products += to_floats(outputs[row] + d, HEAD_DIM - d) * to_floats(grad_outputs[row] + d, HEAD_DIM - d);
-            const int64_t lse = lse_at + row % schedule.query_group * problem.lse_strides[1] + token;
-            log_sums[at + i] = static_cast<float>(tensors.lse[lse] * LOG2_E);
-            deltas[at + i] = sum(products) - (tensors.grad_lse ? tensors.grad_lse[lse] : 0.0f);
+                total += to_floats(output + d, HEAD_DIM - d) * to_floats(grad_output + d, HEAD_DIM - d);
+            const bool blind = visible_keys(h.seq, token) == 0;
+            /* A row that sees keys and yet has lse -inf has only scores of -inf: its softmax is 0/0. */
+            const float lse = h.lse[at] == -INFINITE ? NAN : h.lse[at];
+            h.row_lse[row] = blind ? INFINITE : static_cast<float>(lse * LOG2_E);
+            h.row_delta[row] = blind ? 0.0f : sum(total) - (h.grad_lse ? h.grad_lse[at] : 0.0f);
+            if (most_visible == 0) memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element));
         }
-    }
-
-    void grade() {
-        Scratch *scratch = static_cast<Scratch *>(aligned_alloc(ALIGNMENT, sizeof(Scratch)));
-        if (!scratch) return; /* another thread may have had more luck */
-        {
-            const Tiles tiles;
-            (void)tiles;
-            each_unit(1, schedule.chunks, [&](int64_t b, int64_t head, int64_t chunk) { grade(b, head, chunk, *scratch); });
+        for (int64_t row = end; first < end && row < ceil_div(end, KEY_MULTIPLE) * KEY_MULTIPLE; row++) {
+            h.row_lse[row] = INFINITE;
+            h.row_delta[row] = 0.0f;
         }
-        free(scratch);
+        __atomic_store_n(&h.progress[block], 1, __ATOMIC_RELEASE);
     }
 
-    int64_t chunk_keys(const Sequence &seq) const {
-        return ceil_div(ceil_div(seq.tokens_k, schedule.chunks), BLOCK_KEYS) * BLOCK_KEYS;
+    static void wait_for(const int32_t &progress, int32_t wanted) {
+        for (int spins = 0; __atomic_load_n(&progress, __ATOMIC_ACQUIRE) < wanted; spins++)
+            if (spins >= 256) sched_yield(); /* more threads than cores, perhaps */
     }
 
-    /* The keys that some row of the group sees are those below this. */
-    int64_t most_visible(const Sequence &seq, int64_t group) const {
-        const int64_t last = minimum((group + 1) * GROUP_ROWS, seq.tokens_q * schedule.query_group) - 1;
-        return last < group * GROUP_ROWS ? 0 : visible_keys(seq, last / schedule.query_group);
-    }
-
-    float *part(int64_t b, int64_t head, int64_t group, int64_t chunk) const {
-        const int64_t index = ((b * problem.heads_kv + head) * schedule.groups + group) * schedule.chunks + chunk;
-        return parts + index * Schedule::PART;
-    }
-
-    void grade(int64_t b, int64_t head, int64_t chunk, Scratch &scratch) const {
-        const Sequence seq = sequence(b);
-        const auto keys = key_rows(elements(tensors.key), problem.key_strides, seq, b, head);
-        const auto values = key_rows(elements(tensors.value), problem.value_strides, seq, b, head);
-        const auto grad_keys = key_rows(elements(tensors.grad_key), grads.grad_key_strides, seq, b, head);
-        const auto grad_values = key_rows(elements(tensors.grad_value), grads.grad_value_strides, seq, b, head);
-        const int64_t first = minimum(chunk * chunk_keys(seq), seq.tokens_k), end = minimum(first + chunk_keys(seq), seq.tokens_k);
-        for (int64_t j = first; j < end; j += RUN_BLOCKS * BLOCK_KEYS) {
-            const int64_t run_end = minimum(j + RUN_BLOCKS * BLOCK_KEYS, end);
-            for (int64_t k = j; k < run_end; k += BLOCK_KEYS)
-                open_block(scratch.blocks[(k - j) / BLOCK_KEYS], keys, values, k, static_cast<int>(minimum(BLOCK_KEYS, run_end - k)));
-            for (int64_t group = 0; group < schedule.groups; group++) {
-                const int64_t seen = minimum(most_visible(seq, group), run_end);
-                if (seen <= j) continue;
-                open_rows(scratch.rows, seq, b, head, group);
-                for (int64_t k = j; k < seen; k += BLOCK_KEYS) {
-                    const int count = round_up(static_cast<int>(minimum(BLOCK_KEYS, seen - k)), KEY_MULTIPLE);
-                    grade_block(scratch.blocks[(k - j) / BLOCK_KEYS], scratch.rows, scratch.tile, part(b, head, group, chunk),
-                                static_cast<int32_t>(k), count, scale_log2, k == first);
-                }
+    void run_tile(const Head &h, int64_t index, Scratch &scratch) const {
+        KeyTile &tile = scratch.tile;
+        tile.first = index * schedule.tile_keys;
+        const int64_t end = minimum(tile.first + schedule.tile_keys, forward.seqlen_k);
+        if (!forward.packed_k)
+            for (int64_t key = tile.first > h.seq.tokens_k ? tile.first : h.seq.tokens_k; key < end; key++) { /* padding */
+                memset(h.grad_key[key], 0, HEAD_DIM * sizeof(Element));
+                memset(h.grad_value[key], 0, HEAD_DIM * sizeof(Element));
             }
-            for (int64_t k = j; k < run_end; k++) {
-                const GradBlock &block = scratch.blocks[(k - j) / BLOCK_KEYS];
-                store_row(grad_keys[k], block.grad_keys + (k - j) % BLOCK_KEYS * WIDE, problem.softmax_scale);
-                store_row(grad_values[k], block.grad_values + (k - j) % BLOCK_KEYS * WIDE, 1.0f);
-            }
+        tile.count = static_cast<int>(minimum(end, h.seq.tokens_k) - tile.first);
+        if (tile.count <= 0) return;
+        tile.vectors = round_up((tile.count + LANES - 1) / LANES, STRIP_MULTIPLE);
+        pack_columns(tile.keys_t, h.key, tile);
+        pack_columns(tile.values_t, h.value, tile);
+        pack_rows(tile.keys, h.key, tile);
+        const int64_t sums = ceil_div(tile.vectors, STRIP_VECTORS) * STRIP_ROWS * DIM;
+        memset(tile.grad_keys_t, 0, sums * sizeof(float));
+        memset(tile.grad_values_t, 0, sums * sizeof(float));
+        for (int64_t block = ceil_div(h.rows, BLOCK_ROWS) - 1; block >= 0; block--)
+            if (!run_block(h, block, static_cast<int32_t>(index), scratch)) break; /* earlier rows see fewer keys */
+        write_columns(h.grad_key, tile, tile.grad_keys_t, forward.softmax_scale);
+        write_columns(h.grad_value, tile, tile.grad_values_t, 1.0f);
+    }
+
+    /* False if the block does not see the tile. */
+    bool run_block(const Head &h, int64_t index, int32_t tile_index, Scratch &scratch) const {
+        const KeyTile &tile = scratch.tile;
+        RowBlock &block = scratch.block;
+        const int64_t first = index * BLOCK_ROWS;
+        const int count = static_cast<int>(minimum(BLOCK_ROWS, h.rows - first));
+        block.fewest_visible = static_cast<int32_t>(visible_keys(h.seq, first / schedule.group));
+        block.most_visible = static_cast<int32_t>(visible_keys(h.seq, (first + count - 1) / schedule.group));
+        if (block.most_visible <= tile.first) return false;
+        block.rows = round_up(count, KEY_MULTIPLE);
+        block.lse = h.row_lse + first;
+        block.delta = h.row_delta + first;
+        const Element *queries[BLOCK_ROWS], *grads[BLOCK_ROWS];
+        for (int r = 0; r < count; r++) {
+            queries[r] = h.query[first + r];
+            grads[r] = h.grad_output[first + r];
         }
-        if (!problem.packed_k && chunk == 0) /* padding */
-            for (int64_t k = seq.tokens_k; k < problem.seqlen_k; k++) {
-                memset(grad_keys[k], 0, HEAD_DIM * sizeof(Element));
-                memset(grad_values[k], 0, HEAD_DIM * sizeof(Element));
-            }
+        for (int r = 0; r < block.rows; r++) /* rows of padding see what the last one sees: their weights are zero */
+            block.visible[r] = static_cast<int32_t>(visible_keys(h.seq, (first + minimum(r, count - 1)) / schedule.group));
+        pack_keys(block.queries, queries, count);
+        pack_keys(block.grads, grads, count);
+        pack_values(block.queries_t, queries, count);
+        pack_values(block.grads_t, grads, count);
+        wait_for(h.progress[index], 1);
+        const int keys = gather(tile, block, scratch.weights, scale_log2);
+        wait_for(h.progress[index], 1 + tile_index);
+        float *grad_queries = h.grad_queries + first * WIDTH;
+        add_grad_queries(grad_queries, tile, block, scratch.weights, keys, tile_index > 0);
+        if (block.most_visible <= tile.first + tile.count)
+            write_grad_queries(h.grad_query, first, count, grad_queries, forward.softmax_scale);
+        else
+            __atomic_store_n(&h.progress[index], 2 + tile_index, __ATOMIC_RELEASE);
+        return true;
     }
 
-    static void open_block(GradBlock &block, const Rows<const Element> &keys, const Rows<const Element> &values, int64_t first,
-                           int count) {
-        const Element *key_rows[BLOCK_KEYS], *value_rows[BLOCK_KEYS];
-        for (int i = 0; i < count; i++) {
-            key_rows[i] = keys[first + i];
-            value_rows[i] = values[first + i];
-        }
-        pack_keys(block.keys, key_rows, count);
-        pack_keys(block.values, value_rows, count);
-        pack_values(block.key_columns, key_rows, count);
-        memset(block.grad_keys, 0, sizeof block.grad_keys);
-        memset(block.grad_values, 0, sizeof block.grad_values);
+    /* Packed rows that belong to no sequence. */
+    void clear_the_rest() const {
+        clear(tensors.grad_query, problem.grad_query_strides, forward.heads_q, forward.packed_q ? starts_q[forward.batch] : forward.total_q, forward.total_q);
+        clear(tensors.grad_key, problem.grad_key_strides, forward.heads_kv, forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
+        clear(tensors.grad_value, problem.grad_value_strides, forward.heads_kv, forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
     }
 
-    void open_rows(GradRows &packed, const Sequence &seq, int64_t b, int64_t head, int64_t group) const {
-        const auto queries = query_rows(elements(tensors.query), problem.query_strides, seq, b, head);
-        const auto grad_outputs = query_rows(elements(tensors.grad_output), grads.grad_output_strides, seq, b, head);
-        const Element *query[GROUP_ROWS], *grad_output[GROUP_ROWS];
-        const int64_t first = group * GROUP_ROWS, end = seq.tokens_q * schedule.query_group;
-        packed.fewest_visible = INT32_MAX;
-        for (int64_t i = 0; i < GROUP_ROWS; i++) {
-            const bool there = first + i < end;
-            query[i] = there ? queries[first + i] : nullptr;
-            grad_output[i] = there ? grad_outputs[first + i] : nullptr;
-            packed.visible[i] = there ? static_cast<int32_t>(visible_keys(seq, (first + i) / schedule.query_group)) : 0;
-            packed.fewest_visible = static_cast<int32_t>(minimum(packed.fewest_visible, packed.visible[i]));
-        }
-        const int64_t at = ((b * problem.heads_kv + head) * schedule.groups + group) * GROUP_ROWS;
-        memcpy(packed.log_sum, log_sums + at, sizeof packed.log_sum);
-        memcpy(packed.delta, deltas + at, sizeof packed.delta);
-        for (int strip = 0; strip < GROUP_STRIPS; strip++)
-            for (int v = 0; v < STRIP_VECTORS; v++) {
-                const int row = strip * STRIP_ROWS + v * LANES;
-                pack_queries(packed.queries[strip] + v * LANES, query + row, negated);
-                pack_queries(packed.grad_outputs[strip] + v * LANES, grad_output + row, false);
-            }
-        pack_steps<WIDE>(packed.query_steps, query, GROUP_ROWS, GROUP_ROWS);
-        pack_steps<WIDE>(packed.grad_output_steps, grad_output, GROUP_ROWS, GROUP_ROWS);
-    }
-
-    static void store_row(Element *row, const float *values, float scale) {
-        for (int d = 0; d < HEAD_DIM; d += LANES) store_elements(row + d, load(values + d) * scale, HEAD_DIM - d);
-    }
-
-    void gather() {
-        each_unit(2, schedule.groups, [&](int64_t b, int64_t head, int64_t group) { gather(b, head, group); });
-    }
-
-    void gather(int64_t b, int64_t head, int64_t group) const {
-        const Sequence seq = sequence(b);
-        const auto grad_queries = query_rows(elements(tensors.grad_query), grads.grad_query_strides, seq, b, head);
-        const int64_t limit = problem.packed_q ? seq.tokens_q * schedule.query_group : schedule.rows;
-        const int64_t seen = most_visible(seq, group), keys = chunk_keys(seq);
-        const int64_t chunks = keys > 0 ? ceil_div(seen, keys) : 0; /* those that any row of the group sees */
-        alignas(ALIGNMENT) float rows[LANES][WIDE];
-        for (int64_t i = 0; i < GROUP_ROWS && group * GROUP_ROWS + i < limit; i += LANES) {
-            const int64_t at = i / STRIP_ROWS * DIM * STRIP_ROWS + i % STRIP_ROWS;
-            for (int d = 0; d < WIDE; d += LANES) {
-                Vec square[LANES];
-                for (int l = 0; l < LANES; l++) {
-                    square[l] = Vec{};
-                    for (int64_t chunk = 0; chunk < chunks && d + l < DIM; chunk++)
-                        square[l] += load(part(b, head, group, chunk) + at + (d + l) * STRIP_ROWS);
-                }
-                transpose(square);
-                for (int l = 0; l < LANES; l++) store(rows[l] + d, square[l]);
-            }
-            for (int64_t l = 0; l < LANES && group * GROUP_ROWS + i + l < limit; l++)
-                store_row(grad_queries[group * GROUP_ROWS + i + l], rows[l], problem.softmax_scale);
-        }
+    static void clear(void *tensor, const int64_t *strides, int64_t heads, int64_t first, int64_t end) {
+        for (int64_t token = first; token < end; token++)
+            for (int64_t head = 0; head < heads; head++) memset(Rows(tensor, strides, 0, token, head, 1)[0], 0, HEAD_DIM * sizeof(Element));
     }
 };
 
@@ -297,25 +309,20 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 }
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_grad_problem *problem) {
-    return Schedule(problem->forward).bytes;
+    return Schedule(problem->forward).workspace_bytes;
 }
 
 AITER_EXPORT int aiter_launch(const aiter_attention_grad_problem *problem, const aiter_attention_grad_tensors *tensors,
                               void *executor) {
-    if (!Tiles::permitted()) return NO_TILES;
     const aiter_cpu_executor *cpu = static_cast<const aiter_cpu_executor *>(executor);
+    if (!Tiles::permitted()) return NO_TILES;
     Backward backward(*problem, *tensors);
-    const aiter_attention_problem &p = problem->forward;
-    const double flops = 10.0 * HEAD_DIM * p.batch * p.heads_q * p.seqlen_q * p.seqlen_k;
-    const int threads = flops < SERIAL_FLOPS ? 1 : cpu->num_threads;
-    auto measure = [&] { backward.measure(); };
-    auto grade = [&] { backward.grade(); };
-    auto gather = [&] { backward.gather(); };
-    run_parallel(cpu, threads, measure);
-    run_parallel(cpu, threads, grade);
-    if (backward.next[1] < backward.schedule.chunks * backward.schedule.heads) return OUT_OF_MEMORY;
-    run_parallel(cpu, threads, gather);
-    return OK;
+    const Schedule &schedule = backward.schedule;
+    backward.clear_the_rest();
+    const double flops = 10.0 * HEAD_DIM * schedule.heads * schedule.group * problem->forward.seqlen_q * problem->forward.seqlen_k;
+    const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
+    run_parallel(cpu, static_cast<int>(threads), backward);
+    return backward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) {
