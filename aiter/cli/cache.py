@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from aiter.cli.table import duration, size, table
+from aiter.cli.table import count_kernels, duration, size, table
 from aiter.jit import settings
 from aiter.jit.archive import export_entries, import_entries
 from aiter.jit.maintenance import Item, items
@@ -29,7 +29,7 @@ def list_entries(options: argparse.Namespace) -> int:
             for item in present
         ]
         print(table(("kernel", "key", "size", "age"), rows))
-        print(f"\n{_count(len(present))}, {size(sum(item.bytes for item in present))}, in {folder}")
+        print(f"\n{count_kernels(len(present))}, {size(sum(item.bytes for item in present))}, in {folder}")
     return 0
 
 
@@ -42,7 +42,7 @@ def verify(options: argparse.Namespace) -> int:
     else:
         for name, fault in bad.items():
             print(f"{name}: {fault}")
-        print(f"{_count(len(faults))} in {folder}: {len(faults) - len(bad)} sound, {len(bad)} bad")
+        print(f"{count_kernels(len(faults))} in {folder}: {len(faults) - len(bad)} sound, {len(bad)} bad")
         if bad:
             print("A damaged one is rebuilt when it is next needed; `aiter cache clear` removes all.")
     return 1 if bad else 0
@@ -62,7 +62,7 @@ def clear(options: argparse.Namespace) -> int:
         print(json.dumps(done, indent=2))
     else:
         verb = "would remove" if options.dry_run else "removed"
-        print(f"{verb} {_count(len(removed))}, {size(sum(item.bytes for item in removed))}, from {folder}")
+        print(f"{verb} {count_kernels(len(removed))}, {size(sum(item.bytes for item in removed))}, from {folder}")
     return 0
 
 
@@ -76,7 +76,7 @@ def export(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"file": str(target), "bytes": target.stat().st_size, "entries": done}, indent=2))
     else:
-        print(f"wrote {_count(len(done))}, {size(target.stat().st_size)}, to {target}")
+        print(f"wrote {count_kernels(len(done))}, {size(target.stat().st_size)}, to {target}")
     return 0
 
 
@@ -86,7 +86,7 @@ def import_(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"folder": str(folder), "imported": new, "already_there": present}, indent=2))
     else:
-        print(f"imported {_count(len(new))} into {folder}" + (f"; {len(present)} were there" if present else ""))
+        print(f"imported {count_kernels(len(new))} into {folder}" + (f"; {len(present)} were there" if present else ""))
     return 0
 
 
@@ -96,7 +96,3 @@ def _folder(options: argparse.Namespace) -> Path:
 
 def _json(item: Item) -> dict:
     return {"name": item.name, "bytes": item.bytes, "built": item.built, "used": item.used}
-
-
-def _count(number: int) -> str:
-    return f"{number} kernel{'' if number == 1 else 's'}"

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from aiter.cli.table import size, table
+from aiter.cli.table import count_kernels, size, table
 from aiter.errors import AiterError, UnsupportedError
 from aiter.jit import arch, settings
 from aiter.jit.cache import Cache
@@ -147,7 +147,7 @@ def _summary(outcomes: list[Outcome], seconds: float, folder: Path) -> str:
         numbers = (*(count[state] for state in STATES), f"{compiling:.1f} s", size(sum(o.bytes for o in mine)))
         rows.append((name, *numbers))
     head = ("arch", *STATES.values(), "compiling", "size")
-    return f"{table(head, rows)}\n\n{len(outcomes)} kernels in {seconds:.1f} s; cache: {folder}"
+    return f"{table(head, rows)}\n\n{count_kernels(len(outcomes))} in {seconds:.1f} s; cache: {folder}"
 
 
 def _print_failures(failed: list[Outcome]) -> None:

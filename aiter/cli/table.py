@@ -34,3 +34,7 @@ def duration(seconds: float) -> str:
             value = seconds * factor
             return f"{value:.{0 if value >= 100 else 1}f} {unit}"
     return "for ever"
+
+
+def count_kernels(number: int) -> str:
+    return f"{number} kernel{'' if number == 1 else 's'}"

@@ -73,8 +73,8 @@ def _user(uid: int) -> str:
 
 
 def _refuse(path: Path, reason: str, command: str) -> None:
-    mend = f"If that is as it should be, mend it with `{command}`, or set" if command else "Set"
+    mend = f"Mend it with `{command}`, if it may be trusted, or use" if command else "Use"
     raise UntrustedCacheError(
-        f"refusing to load kernels: {path} {reason}, and loading runs code. {mend} AITER_CACHE_DIR to a folder that "
-        "belongs to you and that nobody else can write."
+        f"refusing to load kernels: {path} {reason}, and loading runs code. {mend} a folder that belongs to you or root "
+        "and that nobody else can write (AITER_CACHE_DIR, AITER_PREBUILT_DIRS)."
     )
