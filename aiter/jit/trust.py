@@ -75,6 +75,6 @@ def _user(uid: int) -> str:
 def _refuse(path: Path, reason: str, command: str) -> None:
     mend = f"Mend it with `{command}`, if it may be trusted, or use" if command else "Use"
     raise UntrustedCacheError(
-        f"refusing to load kernels: {path} {reason}, and loading runs code. {mend} a folder that belongs to you or root "
-        "and that nobody else can write (AITER_CACHE_DIR, AITER_PREBUILT_DIRS)."
+        f"refusing to load kernels: {path} {reason}, and loading runs code. {mend} a folder that belongs to you or "
+        "root and that nobody else can write (AITER_CACHE_DIR, AITER_PREBUILT_DIRS)."
     )
