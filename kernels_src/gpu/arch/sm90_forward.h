@@ -24,8 +24,7 @@
 namespace aiter {
 
 template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
-    /* Without the carriers. Up to 64 dimensions the softmax is half of the work, and three warpgroups hide it better.
-     * */
+    /* Without the carriers. Up to 64 dimensions the softmax is half of the work: three warpgroups hide it better. */
     static constexpr int WAVES = HEAD_DIM <= 64 ? 12 : 8, WAVE_ROWS = 16;
     static constexpr int KEYS = HEAD_DIM <= 64 ? 64 : 128, STAGES = HEAD_DIM <= 64 ? 6 : 5, BLOCKS = 1;
     static constexpr int CARRIERS = 128, THREADS = WAVES * WAVE + CARRIERS;
