@@ -1,5 +1,7 @@
 """The emulator's tables and decoder against LLVM's assembler and disassembler, for every opcode of every encoding."""
 
+# ruff: noqa: E501 (tables: one case a line)
+
 import re
 import shutil
 import subprocess

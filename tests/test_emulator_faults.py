@@ -3,10 +3,11 @@
 The snippets stand in the frame of emulator/assembly.py: v0 lane, inputs in v[8:15], s[4:5] input, s[6:7] output.
 """
 
-import numpy as np
-import pytest
+# ruff: noqa: E501 (tables: one case a line)
 
 import emulator
+import numpy as np
+import pytest
 from emulator import assembly
 from emulator.assembly import LANES, Snippet
 

@@ -4,10 +4,11 @@ Each case is an assembled snippet: words 0 to 7 of a lane's input stand in v[8:1
 Definitions: chapter "Instructions" of AMD's ISA documents for MI200, MI300 and CDNA4.
 """
 
-import numpy as np
-import pytest
+# ruff: noqa: E501 (tables: one case a line)
 
 import emulator
+import numpy as np
+import pytest
 from emulator import assembly
 from emulator.assembly import LANES, Snippet
 

@@ -4,12 +4,13 @@
 ones that follow from the same rule with 8 values a lane). `layout` below is the rule; the emulator has its own.
 """
 
+# ruff: noqa: E501 (tables: one case a line)
+
 import re
 
+import emulator
 import numpy as np
 import pytest
-
-import emulator
 from emulator import assembly
 from emulator.assembly import LANES, Snippet
 

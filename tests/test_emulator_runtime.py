@@ -5,10 +5,9 @@ import os
 import shutil
 import subprocess
 
+import emulator
 import numpy as np
 import pytest
-
-import emulator
 
 SOURCE = r"""
 #include <hip/hip_runtime.h>
@@ -73,19 +72,20 @@ extern "C" __global__ void generic(float *out, int which) {
 
 extern "C" __global__ void leaves_the_buffer(float *out) { out[LANE + 1] = 1.f; }
 
-extern "C" int launch_reverse(float *out, const float *in, int64_t count, int which, int divisor, int block) {
-  reverse<<<dim3((count + block - 1) / block), dim3(block), block * 4, 0>>>(out, in, count, (short)which, divisor);
-  return (int)hipGetLastError();
-}
-extern "C" int launch_total(uint32_t *sum) { total<<<dim3(3, 2), dim3(128), 0, 0>>>(sum); return (int)hipGetLastError(); }
-extern "C" int launch_loop(float *out, const void *in, int steps, int stride) {
-  loop<<<dim3(1), dim3(64), 0, 0>>>(out, (const half4 *)in, steps, stride);
-  return (int)hipGetLastError();
-}
-extern "C" int launch_generic(float *out, int which) { generic<<<dim3(1), dim3(64), 0, 0>>>(out, which); return (int)hipGetLastError(); }
-extern "C" int launch_outside(float *out) { leaves_the_buffer<<<dim3(2), dim3(64), 0, 0>>>(out); return (int)hipGetLastError(); }
+#define LAUNCH(call) { call; return (int)hipGetLastError(); }
+extern "C" int launch_reverse(float *out, const float *in, int64_t count, int which, int divisor, int block)
+LAUNCH((reverse<<<dim3((count + block - 1) / block), dim3(block), block * 4, 0>>>(out, in, count, (short)which, divisor)))
+extern "C" int launch_total(uint32_t *sum) LAUNCH((total<<<dim3(3, 2), dim3(128), 0, 0>>>(sum)))
+extern "C" int launch_loop(float *out, const void *in, int steps, int stride)
+LAUNCH((loop<<<dim3(1), dim3(64), 0, 0>>>(out, (const half4 *)in, steps, stride)))
+extern "C" int launch_generic(float *out, int which) LAUNCH((generic<<<dim3(1), dim3(64), 0, 0>>>(out, which)))
+extern "C" int launch_outside(float *out) LAUNCH((leaves_the_buffer<<<dim3(2), dim3(64), 0, 0>>>(out)))
 extern "C" const char *text(int code) { return hipGetErrorString((hipError_t)code); }
-extern "C" int processors() { int n = 0; (void)hipDeviceGetAttribute(&n, hipDeviceAttributeMultiprocessorCount, 0); return n; }
+extern "C" int processors() {
+  int count = 0;
+  (void)hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, 0);
+  return count;
+}
 """
 
 
@@ -98,9 +98,8 @@ def library(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     source, library = folder / "kernels.hip", folder / "kernels.so"
     source.write_text(SOURCE)
-    # Debian's HIP headers ask for the old names of the platform macros; no HIP runtime is linked.
-    command = [hipcc, "-x", "hip", f"--offload-arch={request.param}", "-O3", "-std=c++17", "-fPIC", "-shared", "-nogpulib",
-               "-no-hip-rt", str(source), "-o", str(library)]  # fmt: skip
+    options = ["-O3", "-std=c++17", "-fPIC", "-shared", "-nogpulib", "-no-hip-rt"]
+    command = [hipcc, "-x", "hip", f"--offload-arch={request.param}", *options, str(source), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         pytest.skip(f"{hipcc} cannot build for {request.param}: {result.stderr[-300:]}")
@@ -172,7 +171,7 @@ def test_a_fault_is_an_error_code_and_the_next_launch_works(library):
 
 
 def test_counts_of_the_main_loop(library):
-    """One matrix product, one load of 8 bytes a lane and one LDS read in each iteration, conflicts as the stride makes them."""
+    """An iteration has one matrix product, one load of 8 bytes a lane and one LDS read; the stride makes conflicts."""
     arch, path = library
     steps = 12
     memory = np.ones(steps * 256 + 64, np.float16)

@@ -35,7 +35,8 @@ def load_runtime() -> ctypes.CDLL:
         library = ctypes.CDLL(str(build.build()), mode=ctypes.RTLD_GLOBAL)
         library.emulator_begin.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64]
         library.emulator_allow.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int]
-        library.emulator_disassemble.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+        text, pointer = ctypes.c_char_p, ctypes.c_void_p
+        library.emulator_disassemble.argtypes = [text, pointer, ctypes.c_int, pointer, pointer]
         for name in ("report", "statistics", "operations", "disassemble"):
             getattr(library, f"emulator_{name}").restype = ctypes.c_char_p
         _runtime = library
@@ -74,7 +75,7 @@ class Gpu:
 
     def launch(self, code_object: bytes, kernel: str, grid, block, arguments: bytes = b"", lds_bytes: int = 0) -> None:
         """Runs a kernel of a bare code object; arguments as the kernel lays them out. Raises KernelFault."""
-        sizes = [(ctypes.c_uint32 * 3)(*(tuple(size) + (1, 1, 1))[:3]) for size in (grid, block)]
+        sizes = [(ctypes.c_uint32 * 3)(*[*size, 1, 1, 1][:3]) for size in (grid, block)]
         data = ctypes.create_string_buffer(code_object, len(code_object))
         self.runtime.emulator_launch(data, kernel.encode(), *sizes, arguments, ctypes.c_uint64(lds_bytes))
         self.check()
@@ -118,7 +119,8 @@ def disassemble(arch: str, words: list[int]) -> tuple[str, int, bool]:
     """What the decoder makes of the machine code at words: text, size in words, whether it can be executed."""
     buffer = (ctypes.c_uint32 * (len(words) + 2))(*words)
     size, known = ctypes.c_int(), ctypes.c_int()
-    text = load_runtime().emulator_disassemble(arch.encode(), buffer, len(words), ctypes.byref(size), ctypes.byref(known))
+    library = load_runtime()
+    text = library.emulator_disassemble(arch.encode(), buffer, len(words), ctypes.byref(size), ctypes.byref(known))
     return text.decode(), size.value, bool(known.value)
 
 

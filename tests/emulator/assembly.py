@@ -98,7 +98,8 @@ def assemble_object(arch: str, source: str, target: Path) -> None:
     if arch == "gfx950":
         command = [zig(), "clang", "-target", "amdgcn-amd-amdhsa", f"-mcpu={arch}", "-c", str(text), "-o", str(target)]
     else:
-        command = [_llvm("llvm-mc"), "-triple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-filetype=obj", str(text), "-o", str(target)]
+        command = [_llvm("llvm-mc"), "-triple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-filetype=obj", str(text)]
+        command += ["-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise ValueError(result.stderr[:4000])
@@ -110,7 +111,8 @@ def machine_code(arch: str, lines: list[str]) -> list[int]:
         target = Path(folder) / "code.o"
         assemble_object(arch, "\n".join(lines) + "\n", target)
         text = target.with_suffix(".bin")
-        subprocess.run([_llvm("llvm-objcopy"), "-O", "binary", "--only-section=.text", str(target), str(text)], check=True)
+        copy = [_llvm("llvm-objcopy"), "-O", "binary", "--only-section=.text"]
+        subprocess.run([*copy, str(target), str(text)], check=True)
         return np.frombuffer(text.read_bytes(), np.uint32).tolist()
 
 
@@ -120,7 +122,8 @@ def code_object(arch: str, snippets: list[Snippet]) -> bytes:
     source = f'.amdgcn_target "amdgcn-amd-amdhsa--{arch}"\n.text\n'
     metadata = "amdhsa.version: [1, 2]\namdhsa.kernels:"
     for snippet in snippets:
-        source += _KERNEL.format(name=snippet.name, body=snippet.body, lds=snippet.lds, zero=zero if snippet.zero else "")
+        before = zero if snippet.zero else ""
+        source += _KERNEL.format(name=snippet.name, body=snippet.body, lds=snippet.lds, zero=before)
         metadata += _METADATA.format(name=snippet.name, lds=snippet.lds)
     source += f".amdgpu_metadata\n{metadata}.end_amdgpu_metadata\n"
     with tempfile.TemporaryDirectory() as folder:

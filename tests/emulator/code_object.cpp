@@ -43,7 +43,7 @@ std::pair<const uint8_t *, size_t> find_code_object(const uint8_t *bundle, Arch 
     throw std::runtime_error(std::string("no code object for ") + arch_name(arch) + " among:" + seen);
 }
 
-// --- MessagePack, as far as the metadata uses it ------------------------------------------------------------------------
+// --- MessagePack, as far as the metadata uses it ---------------------------------------------------------------------
 
 namespace {
 
@@ -82,8 +82,20 @@ struct Unpacker {
         else switch (tag) {
             case 0xc0: break;
             case 0xc2: case 0xc3: v.kind = Value::number; v.integer = tag & 1; break;
-            case 0xcc: case 0xcd: case 0xce: case 0xcf: v.kind = Value::number; v.integer = big_endian(1 << (tag - 0xcc)); break;
-            case 0xd0: case 0xd1: case 0xd2: case 0xd3: v.kind = Value::number; v.integer = big_endian(1 << (tag - 0xd0)); break;
+            case 0xcc:
+            case 0xcd:
+            case 0xce:
+            case 0xcf:
+                v.kind = Value::number;
+                v.integer = big_endian(1 << (tag - 0xcc));
+                break;
+            case 0xd0:
+            case 0xd1:
+            case 0xd2:
+            case 0xd3:
+                v.kind = Value::number;
+                v.integer = big_endian(1 << (tag - 0xd0));
+                break;
             case 0xd9: case 0xda: case 0xdb: text(v, big_endian(1 << (tag - 0xd9))); break;
             case 0xdc: case 0xdd: fill(v, Value::list, big_endian(2 << (tag - 0xdc))); break;
             case 0xde: case 0xdf: fill(v, Value::map, 2 * big_endian(2 << (tag - 0xde))); break;
@@ -129,7 +141,8 @@ void CodeObject::load_metadata(const uint8_t *note, size_t bytes) {
 
 CodeObject::CodeObject(Arch arch, const uint8_t *elf, size_t) : arch(arch) {
     auto header = read_at<Elf64_Ehdr>(elf);
-    if (memcmp(header.e_ident, ELFMAG, 4) || header.e_machine != 224) throw std::runtime_error("not an AMD GPU code object");
+    if (memcmp(header.e_ident, ELFMAG, 4) || header.e_machine != 224)
+        throw std::runtime_error("not an AMD GPU code object");
     std::vector<Elf64_Phdr> segments(header.e_phnum);
     memcpy(segments.data(), elf + header.e_phoff, header.e_phnum * sizeof(Elf64_Phdr));
 

@@ -35,14 +35,16 @@ template <class T> void compare_class(Wave &w, const Instruction &in) {
     const uint32_t *b = fetch<uint32_t>(w, in, 1, buffer_b.value, masks);
     uint64_t result = 0;
     for (int lane = 0; lane < lanes; ++lane) {
-        using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
+        using Bits =
+            std::conditional_t<sizeof(T) == 8, uint64_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
         constexpr int mantissa = sizeof(T) == 8 ? 52 : sizeof(T) == 4 ? 23 : 10;
         constexpr int exponents = int(sizeof(T)) * 8 - 1 - mantissa;
         Bits x = bit_cast<Bits>(a[lane]);
         bool negative = x >> (sizeof(T) * 8 - 1);
         Bits fraction = x & ((Bits(1) << mantissa) - 1), exponent = x >> mantissa & ((Bits(1) << exponents) - 1);
         int kind;
-        if (exponent == (Bits(1) << exponents) - 1) kind = fraction ? int(fraction >> (mantissa - 1) & 1) : negative ? 2 : 9;
+        if (exponent == (Bits(1) << exponents) - 1)
+            kind = fraction ? int(fraction >> (mantissa - 1) & 1) : negative ? 2 : 9;
         else if (exponent) kind = negative ? 3 : 8;
         else if (fraction) kind = negative ? 4 : 7;
         else kind = negative ? 5 : 6;
@@ -51,7 +53,15 @@ template <class T> void compare_class(Wave &w, const Instruction &in) {
     store_mask(w, in, result, masks);
 }
 
-#define CONDITION(name, expression) struct name { template <class T> static bool apply(T a, T b) { (void)a; (void)b; return expression; } }
+#define CONDITION(name, expression)   \
+    struct name {                     \
+        template <class T>            \
+        static bool apply(T a, T b) { \
+            (void)a;                  \
+            (void)b;                  \
+            return expression;        \
+        }                             \
+    }
 CONDITION(Never, false);
 CONDITION(Always, true);
 CONDITION(Less, a < b);

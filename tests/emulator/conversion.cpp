@@ -82,8 +82,10 @@ const VectorOp operations[] = {
     VECTOR("v_cvt_pk_bf16_f32", u32, (float a, float b), pair(to_bfloat16(a), to_bfloat16(b))),
     VECTOR("v_cvt_pk_u16_u32", u32, (u32 a, u32 b), pair(clamped_u16(a), clamped_u16(b))),
     VECTOR("v_cvt_pk_i16_i32", u32, (i32 a, i32 b), pair(clamped_i16(a), clamped_i16(b))),
-    VECTOR("v_cvt_pknorm_i16_f32", u32, (float a, float b), pair(packed_norm<i16>(a, 32767.f), packed_norm<i16>(b, 32767.f))),
-    VECTOR("v_cvt_pknorm_u16_f32", u32, (float a, float b), pair(packed_norm<u16>(a, 65535.f), packed_norm<u16>(b, 65535.f))),
+    VECTOR("v_cvt_pknorm_i16_f32", u32, (float a, float b),
+           pair(packed_norm<i16>(a, 32767.f), packed_norm<i16>(b, 32767.f))),
+    VECTOR("v_cvt_pknorm_u16_f32", u32, (float a, float b),
+           pair(packed_norm<u16>(a, 65535.f), packed_norm<u16>(b, 65535.f))),
     VECTOR("v_cvt_pk_u8_f32", u32, (float a, u32 b, u32 c), insert_byte(a, b, c)),
 };
 

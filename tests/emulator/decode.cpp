@@ -1,4 +1,5 @@
-// From machine code to instructions. Field positions: "Microcode Formats" in AMD's ISA documents for MI200, MI300, CDNA4.
+// From machine code to instructions. Field positions: "Microcode Formats" in AMD's ISA documents for MI200, MI300,
+// CDNA4.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -249,7 +250,6 @@ unsigned decode_fields(Arch arch, Instruction &in, uint32_t w0, uint32_t w1) {
             in.format = segment == 0 ? Format::flat : segment == 1 ? Format::scratch : Format::global;
             in.offset = segment == 0 ? int32_t(bits(w0, 0, 12)) : sign_extend(w0, 13);
             in.returns_value = bits(w0, 16, 1);
-            in.nontemporal = bits(w0, 17, 1);
             in.source[0] = first_vgpr + bits(w1, 0, 8);
             Operand data = bits(w1, 23, 1) ? first_agpr : first_vgpr;
             in.source[1] = bits(w1, 8, 8) + data;
@@ -313,7 +313,7 @@ Instruction decode(Arch arch, const uint32_t *words, uint32_t available, uint32_
     return in;
 }
 
-// --- text for reports -------------------------------------------------------------------------------------------------
+// --- text for reports ------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -340,7 +340,8 @@ std::string operand_text(Operand operand, uint32_t literal_value) {
 std::string describe(const Instruction &in) {
     if (!in.operation) {
         char text[64];
-        snprintf(text, sizeof text, "unknown %s encoding 0x%08x 0x%08x", format_name(in.format), in.words[0], in.words[1]);
+        snprintf(text, sizeof text, "unknown %s encoding 0x%08x 0x%08x", format_name(in.format), in.words[0],
+                 in.words[1]);
         return text;
     }
     std::string text = in.operation->name, separator = " ";

@@ -70,7 +70,8 @@ struct Hazards {
         const Vector &v = vector[r];
         unsigned most = 0;
         if (v.matrix && slot < v.matrix + 32) most = missing(v.matrix, matrix_result(v));
-        if (v.accumulated && slot < v.accumulated + 32) most = std::max(most, missing(v.accumulated, v.accumulated_passes - 1));
+        if (v.accumulated && slot < v.accumulated + 32)
+            most = std::max(most, missing(v.accumulated, v.accumulated_passes - 1));
         if (by_vector && v.stored) most = std::max(most, missing(v.stored, arch == Arch::gfx90a ? 1 : 2));
         return most;
     }

@@ -75,7 +75,8 @@ template <class T> void put(std::vector<uint8_t> &to, uint32_t offset, T value) 
     if (offset + sizeof value <= to.size()) memcpy(&to[offset], &value, sizeof value);
 }
 
-// Explicit arguments from the caller's pointers, hidden ones from the launch ("Code Object V5 metadata" in LLVM's guide).
+// Explicit arguments from the caller's pointers, hidden ones from the launch ("Code Object V5 metadata" in LLVM's
+// guide).
 void fill_arguments(Launch &launch, void **arguments) {
     const Kernel &kernel = *launch.kernel;
     launch.kernarg.assign(std::max<uint32_t>(kernel.kernarg_bytes, 16), 0);
@@ -87,9 +88,11 @@ void fill_arguments(Launch &launch, void **arguments) {
         }
         const int axis = a.kind.back() - 'x';
         if (a.kind.rfind("hidden_block_count_", 0) == 0) put<uint32_t>(launch.kernarg, a.offset, launch.grid[axis]);
-        else if (a.kind.rfind("hidden_group_size_", 0) == 0) put<uint16_t>(launch.kernarg, a.offset, uint16_t(launch.block[axis]));
+        else if (a.kind.rfind("hidden_group_size_", 0) == 0)
+            put<uint16_t>(launch.kernarg, a.offset, uint16_t(launch.block[axis]));
         else if (a.kind == "hidden_grid_dims") put<uint16_t>(launch.kernarg, a.offset, 3);
-        else if (a.kind == "hidden_dynamic_lds_size") put<uint32_t>(launch.kernarg, a.offset, launch.lds_bytes - kernel.lds_bytes);
+        else if (a.kind == "hidden_dynamic_lds_size")
+            put<uint32_t>(launch.kernarg, a.offset, launch.lds_bytes - kernel.lds_bytes);
     }
     // hsa_kernel_dispatch_packet_t
     launch.dispatch_packet.assign(64, 0);
@@ -131,8 +134,9 @@ int launch_kernel(const void *function, Dim3 grid, Dim3 block, void **arguments,
         const uint64_t threads = uint64_t(block.x) * block.y * block.z, groups = uint64_t(grid.x) * grid.y * grid.z;
         const uint32_t most_lds = s.arch == Arch::gfx950 ? 160 * 1024 : 64 * 1024;
         if (!threads || !groups || threads > kernel.max_workgroup)
-            return failed(invalid_value, "a launch of " + std::to_string(groups) + " workgroups of " + std::to_string(threads) +
-                                             " threads; this kernel takes 1 to " + std::to_string(kernel.max_workgroup));
+            return failed(invalid_value, "a launch of " + std::to_string(groups) + " workgroups of " +
+                                             std::to_string(threads) + " threads; this kernel takes 1 to " +
+                                             std::to_string(kernel.max_workgroup));
         if (launch.lds_bytes > most_lds)
             return failed(invalid_value, "a launch with " + std::to_string(launch.lds_bytes) + " bytes of LDS; " +
                                              arch_name(s.arch) + " has " + std::to_string(most_lds));
@@ -176,7 +180,7 @@ int attribute(int which) {
 
 extern "C" {
 
-// --- registration: what the compiler's start-up code calls ----------------------------------------------------------------
+// --- registration: what the compiler's start-up code calls -----------------------------------------------------------
 
 void **__hipRegisterFatBinary(const void *wrapper) {
     struct Wrapper { uint32_t magic, version; const uint8_t *binary; void *unused; };
@@ -187,8 +191,8 @@ void **__hipRegisterFatBinary(const void *wrapper) {
     return reinterpret_cast<void **>(state().binaries.back().get());
 }
 
-void __hipRegisterFunction(void **binary, const void *function, char *, const char *name, unsigned, void *, void *, void *,
-                           void *, int *) {
+void __hipRegisterFunction(void **binary, const void *function, char *, const char *name, unsigned, void *, void *,
+                           void *, void *, int *) {
     std::lock_guard<std::mutex> lock(state().mutex);
     state().functions[function] = {reinterpret_cast<FatBinary *>(binary), name};
 }
@@ -227,13 +231,14 @@ int __hipPopCallConfiguration(Dim3 *grid, Dim3 *block, size_t *lds, void **strea
     return success;
 }
 
-// --- the runtime's functions ------------------------------------------------------------------------------------------------
+// --- the runtime's functions -----------------------------------------------------------------------------------------
 
 int hipLaunchKernel(const void *function, Dim3 grid, Dim3 block, void **arguments, size_t lds, void *) {
     return launch_kernel(function, grid, block, arguments, lds);
 }
 
-int hipExtLaunchKernel(const void *function, Dim3 grid, Dim3 block, void **arguments, size_t lds, void *, void *, void *, int) {
+int hipExtLaunchKernel(const void *function, Dim3 grid, Dim3 block, void **arguments, size_t lds, void *, void *,
+                       void *, int) {
     return launch_kernel(function, grid, block, arguments, lds);
 }
 
@@ -254,7 +259,7 @@ int hipMemcpy(void *to, const void *from, size_t bytes, int) { memcpy(to, from, 
 int hipMemcpyAsync(void *to, const void *from, size_t bytes, int, void *) { memcpy(to, from, bytes); return success; }
 int hipStreamIsCapturing(void *, int *status) { *status = 0; return success; }
 
-// --- for Python ---------------------------------------------------------------------------------------------------------------
+// --- for Python ------------------------------------------------------------------------------------------------------
 
 int emulator_begin(const char *arch, int threads, uint64_t instruction_limit) {
     State &s = state();
@@ -333,13 +338,15 @@ const char *emulator_statistics() {
             const Cost &c = r.costs[i];
             if (!c.count || !r.code->instructions[i].operation) continue;
             const Instruction &in = r.code->instructions[i];
-            const bool jumps = in.format == Format::sopp && in.operation->name[2] != 'n' &&
-                               (!strncmp(in.operation->name, "s_branch", 8) || !strncmp(in.operation->name, "s_cbranch", 9));
+            const bool jumps =
+                in.format == Format::sopp && in.operation->name[2] != 'n' &&
+                (!strncmp(in.operation->name, "s_branch", 8) || !strncmp(in.operation->name, "s_cbranch", 9));
             long long target = jumps ? (long long)i + 1 + in.offset : -1;
-            snprintf(line, sizeof line, "%zu\t%d\t%d\t%lld\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t", i, int(in.operation->pipe),
-                     int(in.operation->cycles), target, (unsigned long long)c.count, (unsigned long long)c.active_lanes,
-                     (unsigned long long)c.lds_cycles, (unsigned long long)c.lds_least, (unsigned long long)c.lines,
-                     (unsigned long long)c.lines_least, (unsigned long long)c.bytes);
+            snprintf(line, sizeof line, "%zu\t%d\t%d\t%lld\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t", i,
+                     int(in.operation->pipe), int(in.operation->cycles), target, (unsigned long long)c.count,
+                     (unsigned long long)c.active_lanes, (unsigned long long)c.lds_cycles,
+                     (unsigned long long)c.lds_least, (unsigned long long)c.lines, (unsigned long long)c.lines_least,
+                     (unsigned long long)c.bytes);
             s.statistics += line + describe(in) + "\n";
         }
     }
@@ -367,8 +374,8 @@ const char *emulator_operations(const char *arch) {
     auto keys = operation_table(a).known(&operations);
     text.clear();
     for (size_t i = 0; i < keys.size(); ++i)
-        text += std::string(format_name(keys[i].first)) + " " + std::to_string(keys[i].second) + " " + operations[i]->name +
-                (operations[i]->execute ? " 1\n" : " 0\n");
+        text += std::string(format_name(keys[i].first)) + " " + std::to_string(keys[i].second) + " " +
+                operations[i]->name + (operations[i]->execute ? " 1\n" : " 0\n");
     return text.c_str();
 }
 

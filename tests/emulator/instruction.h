@@ -71,7 +71,7 @@ struct Instruction {
     uint8_t cbsz = 0, abid = 0, blgp = 0;
     // memory
     bool returns_value = false, has_scalar_offset = false, offset_enabled = false, index_enabled = false;
-    bool to_lds = false, scalar_immediate = false, nontemporal = false;
+    bool to_lds = false, scalar_immediate = false;
     Operand scalar_address = 0;      // SADDR, SBASE, SRSRC
     Operand scalar_offset = 0;       // SOFFSET
     uint8_t offset0 = 0, offset1 = 0;  // DS

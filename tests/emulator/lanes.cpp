@@ -83,7 +83,8 @@ uint16_t half_constant(Operand operand, uint32_t value) {
     return uint16_t(value);
 }
 
-void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, bool sixteen_bit, const LaneMasks &masks) {
+void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, bool sixteen_bit,
+                 const LaneMasks &masks) {
     unsigned r = w.vector_register(in.destination + word);
     const uint64_t defined = masks.of_word(int(word), Words(in.operation->words));
     if (in.sdwa && in.destination_select != 6) {
@@ -101,11 +102,14 @@ void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, b
         const bool high = in.format == Format::vop3 && in.opsel & 8;
         const bool keep = in.operation->writes_high_half_kept || high;
         if (high) for (int lane = 0; lane < lanes; ++lane) raw[lane] = raw[lane] << 16 | (w.v[r][lane] & 0xffff);
-        else if (keep) for (int lane = 0; lane < lanes; ++lane) raw[lane] = (raw[lane] & 0xffff) | (w.v[r][lane] & 0xffff0000);
+        else if (keep)
+            for (int lane = 0; lane < lanes; ++lane)
+                raw[lane] = (raw[lane] & 0xffff) | (w.v[r][lane] & 0xffff0000);
     }
     w.check_write(r);
     w.write_lanes(r, raw, masks.write, defined);
-    w.hazards.wrote(r, in, (in.sdwa && in.destination_select != 6) || (sixteen_bit && in.format == Format::vop3 && in.opsel & 8));
+    w.hazards.wrote(
+        r, in, (in.sdwa && in.destination_select != 6) || (sixteen_bit && in.format == Format::vop3 && in.opsel & 8));
 }
 
 }  // namespace emulator

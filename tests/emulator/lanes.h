@@ -17,7 +17,8 @@ struct bfloat16 {
     operator float() const { uint32_t x = uint32_t(bits) << 16; float f; memcpy(&f, &x, 4); return f; }
 };
 
-template <class T> constexpr bool is_float = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, half>;
+template <class T>
+constexpr bool is_float = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, half>;
 template <class T> constexpr int words_of = sizeof(T) == 8 ? 2 : 1;
 
 template <class To, class From> To bit_cast(From from) {
@@ -27,12 +28,12 @@ template <class To, class From> To bit_cast(From from) {
     return to;
 }
 
-// Which words of 64-bit operands a word of the result depends on. Compiled code computes 64-bit products and sums with an
-// undefined high half where it needs only the low half of the result.
+// Which words of 64-bit operands a word of the result depends on. Compiled code computes 64-bit products and sums with
+// an undefined high half where it needs only the low half of the result.
 enum class Words : uint16_t { together, apart, low_alone, high_alone };
 
-// Which lanes an instruction writes, and in which of them its operands are defined: the 32-bit ones, and the low and high
-// words of the 64-bit ones.
+// Which lanes an instruction writes, and in which of them its operands are defined: the 32-bit ones, and the low and
+// high words of the 64-bit ones.
 struct LaneMasks {
     uint64_t write, defined = all_lanes, low = all_lanes, high = all_lanes;
     explicit LaneMasks(const Wave &w) : write(w.exec()) {}
@@ -135,7 +136,8 @@ template <class T> const T *fetch(Wave &w, const Instruction &in, int i, T *buff
 }
 
 // Writes the words of a result to register r of the destination, as SDWA and op_sel want it.
-void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, bool sixteen_bit, const LaneMasks &masks);
+void store_words(Wave &w, const Instruction &in, unsigned word, uint32_t *raw, bool sixteen_bit,
+                 const LaneMasks &masks);
 
 template <class T> void store(Wave &w, const Instruction &in, T *result, const LaneMasks &masks) {
     if constexpr (is_float<T>) {
@@ -150,7 +152,8 @@ template <class T> void store(Wave &w, const Instruction &in, T *result, const L
     uint32_t raw[lanes];
     if constexpr (sizeof(T) == 8) {
         for (int word = 0; word < 2; ++word) {
-            for (int lane = 0; lane < lanes; ++lane) raw[lane] = uint32_t(bit_cast<uint64_t>(result[lane]) >> (32 * word));
+            for (int lane = 0; lane < lanes; ++lane)
+                raw[lane] = uint32_t(bit_cast<uint64_t>(result[lane]) >> (32 * word));
             store_words(w, in, word, raw, false, masks);
         }
     } else if constexpr (sizeof(T) == 4) {
@@ -189,10 +192,12 @@ struct VectorOp {
 };
 
 // VECTOR(name, result type, (parameters), expression): one entry of a table of VectorOp.
-#define VECTOR_CYCLES(name, cycles, R, parameters, ...)                                                                   \
-    []() -> VectorOp {                                                                                                    \
-        struct Op { static R apply parameters { return __VA_ARGS__; } };                                                  \
-        return {name, execute_vector<Op>, cycles};                                                                        \
+#define VECTOR_CYCLES(name, cycles, R, parameters, ...)       \
+    []() -> VectorOp {                                        \
+        struct Op {                                           \
+            static R apply parameters { return __VA_ARGS__; } \
+        };                                                    \
+        return {name, execute_vector<Op>, cycles};            \
     }()
 #define VECTOR(name, R, parameters, ...) VECTOR_CYCLES(name, 4, R, parameters, __VA_ARGS__)
 

@@ -5,11 +5,12 @@
 // A word that was read since the last barrier, or by a read that was not complete at it, must not be written by another
 // wave.
 //
-// Cycles. A wave's access is split into phases of fixed lanes; a phase takes as many cycles as its busiest bank (4 bytes
-// wide) has different words in it. There are 32 banks, so that a phase is 32 lanes of 4 bytes, 16 of 8, 8 of 16; reads of
-// gfx950 find 64 banks and twice the lanes. Lanes of a phase are neighbours, except in reads of 12 and 16 bytes. Sources:
-// for gfx942 AMD's article "Avoiding LDS Bank Conflicts on AMD GPUs Using CK-Tile Framework" and the page on LDS of the
-// Composable Kernel documentation; for gfx950 the measurements in HazyResearch/HipKittens, analysis/paper_experiments.
+// Cycles. A wave's access is split into phases of fixed lanes; a phase takes as many cycles as its busiest bank (4
+// bytes wide) has different words in it. There are 32 banks, so that a phase is 32 lanes of 4 bytes, 16 of 8, 8 of 16;
+// reads of gfx950 find 64 banks and twice the lanes. Lanes of a phase are neighbours, except in reads of 12 and 16
+// bytes. Sources: for gfx942 AMD's article "Avoiding LDS Bank Conflicts on AMD GPUs Using CK-Tile Framework" and the
+// page on LDS of the Composable Kernel documentation; for gfx950 the measurements in HazyResearch/HipKittens,
+// analysis/paper_experiments.
 #include <algorithm>
 
 #include "shared_memory.h"
@@ -20,8 +21,9 @@ bool touch_lds(Wave &w, uint32_t address, uint32_t bytes, Access access, uint32_
                int lane) {
     Workgroup &group = *w.group;
     if (uint64_t(address) + bytes > group.lds.size())
-        w.fail("LDS access at byte " + std::to_string(address) + " (" + std::to_string(bytes) + " bytes); the kernel has " +
-                   std::to_string(group.lds.size()), lane);
+        w.fail("LDS access at byte " + std::to_string(address) + " (" + std::to_string(bytes) +
+                   " bytes); the kernel has " + std::to_string(group.lds.size()),
+               lane);
     if (address & (std::min(bytes, 4u) - 1))
         w.fail("misaligned LDS access at byte " + std::to_string(address), lane);
     bool all_defined = true;
@@ -37,10 +39,12 @@ bool touch_lds(Wave &w, uint32_t address, uint32_t bytes, Access access, uint32_
                 const uint32_t released = word.by_memory ? writer.vm_released : writer.lds_released;
                 if (word.write_number > released)
                     w.fail("race: LDS byte " + std::to_string(at - count) + " was written by wave " +
-                               std::to_string(word.writer) + " and there is no completed write and barrier between", lane);
+                               std::to_string(word.writer) + " and there is no completed write and barrier between",
+                           lane);
             } else if (word.by_memory && word.write_number > w.vm_done) {
-                w.fail("LDS byte " + std::to_string(at - count) + " is used before s_waitcnt vmcnt for the load to LDS " +
-                           "that writes it", lane);
+                w.fail("LDS byte " + std::to_string(at - count) +
+                           " is used before s_waitcnt vmcnt for the load to LDS that writes it",
+                       lane);
             }
         }
         if (access == Access::read) {
@@ -56,7 +60,8 @@ bool touch_lds(Wave &w, uint32_t address, uint32_t bytes, Access access, uint32_
                            std::to_string(__builtin_ctz(word.readers & ~(1u << w.number))) +
                            " reads it: there is no barrier between", lane);
             if (access == Access::atomic) all_defined &= (word.defined & mask) == mask;
-            word.written_bytes = word.writer == w.number && word.by_memory == by_memory ? word.written_bytes | mask : mask;
+            word.written_bytes =
+                word.writer == w.number && word.by_memory == by_memory ? word.written_bytes | mask : mask;
             word.writer = int8_t(w.number);
             word.write_number = number;
             word.by_memory = by_memory;
@@ -114,19 +119,45 @@ void count_lds(Wave &w, const Instruction &in, const uint32_t *addresses, uint64
     cost.lds_least += least;
 }
 
-// --- atomic functions ----------------------------------------------------------------------------------------------------
+// --- atomic functions ------------------------------------------------------------------------------------------------
 
 namespace {
 
 template <class T> uint64_t back(T x) { uint64_t r = 0; memcpy(&r, &x, sizeof x); return r; }
 template <class T> T as(uint64_t x) { T r; memcpy(&r, &x, sizeof r); return r; }
 
-#define ATOMIC(name, ...)                                                                                                 \
-    {name, [](uint64_t o, uint64_t d, uint64_t c) -> uint64_t { using U = uint32_t; using I = int32_t; U old = U(o), data = U(d), cmp = U(c); (void)old; (void)data; (void)cmp; (void)sizeof(I); return back<U>(U(__VA_ARGS__)); }, \
-           [](uint64_t o, uint64_t d, uint64_t c) -> uint64_t { using U = uint64_t; using I = int64_t; U old = o, data = d, cmp = c; (void)old; (void)cmp; (void)data; (void)sizeof(I); return U(__VA_ARGS__); }}
-#define ATOMIC_FLOAT(name, ...)                                                                                           \
-    {name, [](uint64_t o, uint64_t d, uint64_t) -> uint64_t { float old = as<float>(o), data = as<float>(d); return back<float>(__VA_ARGS__); }, \
-           [](uint64_t o, uint64_t d, uint64_t) -> uint64_t { double old = as<double>(o), data = as<double>(d); return back<double>(__VA_ARGS__); }}
+#define ATOMIC(name, ...)                                 \
+    {name,                                                \
+     [](uint64_t o, uint64_t d, uint64_t c) -> uint64_t { \
+         using U = uint32_t;                              \
+         using I = int32_t;                               \
+         U old = U(o), data = U(d), cmp = U(c);           \
+         (void)old;                                       \
+         (void)data;                                      \
+         (void)cmp;                                       \
+         (void)sizeof(I);                                 \
+         return back<U>(U(__VA_ARGS__));                  \
+     },                                                   \
+     [](uint64_t o, uint64_t d, uint64_t c) -> uint64_t { \
+         using U = uint64_t;                              \
+         using I = int64_t;                               \
+         U old = o, data = d, cmp = c;                    \
+         (void)old;                                       \
+         (void)cmp;                                       \
+         (void)data;                                      \
+         (void)sizeof(I);                                 \
+         return U(__VA_ARGS__);                           \
+     }}
+#define ATOMIC_FLOAT(name, ...)                            \
+    {name,                                                 \
+     [](uint64_t o, uint64_t d, uint64_t) -> uint64_t {    \
+         float old = as<float>(o), data = as<float>(d);    \
+         return back<float>(__VA_ARGS__);                  \
+     },                                                    \
+     [](uint64_t o, uint64_t d, uint64_t) -> uint64_t {    \
+         double old = as<double>(o), data = as<double>(d); \
+         return back<double>(__VA_ARGS__);                 \
+     }}
 
 uint64_t add_two_halves(uint64_t o, uint64_t d, uint64_t) {
     uint32_t r = 0;
@@ -146,14 +177,25 @@ uint64_t add_two_bfloats(uint64_t o, uint64_t d, uint64_t) {
 }
 
 const AtomicOp atomics[] = {
-    ATOMIC("add", old + data), ATOMIC("sub", old - data), ATOMIC("rsub", data - old),
-    ATOMIC("inc", old >= data ? 0 : old + 1), ATOMIC("dec", old == 0 || old > data ? data : old - 1),
-    ATOMIC("smin", std::min(I(old), I(data))), ATOMIC("smax", std::max(I(old), I(data))),
-    ATOMIC("umin", std::min(old, data)), ATOMIC("umax", std::max(old, data)),
-    ATOMIC("and", old & data), ATOMIC("or", old | data), ATOMIC("xor", old ^ data),
-    ATOMIC("swap", data), ATOMIC("cmpswap", old == cmp ? data : old),
-    ATOMIC_FLOAT("add_f", old + data), ATOMIC_FLOAT("min_f", std::fmin(old, data)), ATOMIC_FLOAT("max_f", std::fmax(old, data)),
-    {"pk_add_f16", add_two_halves, nullptr}, {"pk_add_bf16", add_two_bfloats, nullptr},
+    ATOMIC("add", old + data),
+    ATOMIC("sub", old - data),
+    ATOMIC("rsub", data - old),
+    ATOMIC("inc", old >= data ? 0 : old + 1),
+    ATOMIC("dec", old == 0 || old > data ? data : old - 1),
+    ATOMIC("smin", std::min(I(old), I(data))),
+    ATOMIC("smax", std::max(I(old), I(data))),
+    ATOMIC("umin", std::min(old, data)),
+    ATOMIC("umax", std::max(old, data)),
+    ATOMIC("and", old & data),
+    ATOMIC("or", old | data),
+    ATOMIC("xor", old ^ data),
+    ATOMIC("swap", data),
+    ATOMIC("cmpswap", old == cmp ? data : old),
+    ATOMIC_FLOAT("add_f", old + data),
+    ATOMIC_FLOAT("min_f", std::fmin(old, data)),
+    ATOMIC_FLOAT("max_f", std::fmax(old, data)),
+    {"pk_add_f16", add_two_halves, nullptr},
+    {"pk_add_bf16", add_two_bfloats, nullptr},
 };
 
 }  // namespace
@@ -166,7 +208,7 @@ const AtomicOp *find_atomic(const std::string &name) {
 
 namespace {
 
-// --- reads and writes ------------------------------------------------------------------------------------------------------
+// --- reads and writes ------------------------------------------------------------------------------------------------
 
 // One line for each instruction: bytes of one access, how many accesses, how the value enters the register.
 enum class Into : uint8_t { words, unsigned_part, signed_part, low_half, high_half };
@@ -179,21 +221,36 @@ struct LdsOp {
     bool sign;
 };
 const LdsOp operations[] = {
-    {"ds_read_b32", false, 4, 1, 0, Into::words, false}, {"ds_read_b64", false, 8, 1, 0, Into::words, false},
-    {"ds_read_b96", false, 12, 1, 0, Into::words, false}, {"ds_read_b128", false, 16, 1, 0, Into::words, false},
-    {"ds_read2_b32", false, 4, 2, 4, Into::words, false}, {"ds_read2_b64", false, 8, 2, 8, Into::words, false},
-    {"ds_read2st64_b32", false, 4, 2, 256, Into::words, false}, {"ds_read2st64_b64", false, 8, 2, 512, Into::words, false},
-    {"ds_read_u8", false, 1, 1, 0, Into::unsigned_part, false}, {"ds_read_i8", false, 1, 1, 0, Into::signed_part, true},
-    {"ds_read_u16", false, 2, 1, 0, Into::unsigned_part, false}, {"ds_read_i16", false, 2, 1, 0, Into::signed_part, true},
-    {"ds_read_u8_d16", false, 1, 1, 0, Into::low_half, false}, {"ds_read_u8_d16_hi", false, 1, 1, 0, Into::high_half, false},
-    {"ds_read_i8_d16", false, 1, 1, 0, Into::low_half, true}, {"ds_read_i8_d16_hi", false, 1, 1, 0, Into::high_half, true},
-    {"ds_read_u16_d16", false, 2, 1, 0, Into::low_half, false}, {"ds_read_u16_d16_hi", false, 2, 1, 0, Into::high_half, false},
-    {"ds_write_b32", true, 4, 1, 0, Into::words, false}, {"ds_write_b64", true, 8, 1, 0, Into::words, false},
-    {"ds_write_b96", true, 12, 1, 0, Into::words, false}, {"ds_write_b128", true, 16, 1, 0, Into::words, false},
-    {"ds_write2_b32", true, 4, 2, 4, Into::words, false}, {"ds_write2_b64", true, 8, 2, 8, Into::words, false},
-    {"ds_write2st64_b32", true, 4, 2, 256, Into::words, false}, {"ds_write2st64_b64", true, 8, 2, 512, Into::words, false},
-    {"ds_write_b8", true, 1, 1, 0, Into::words, false}, {"ds_write_b16", true, 2, 1, 0, Into::words, false},
-    {"ds_write_b8_d16_hi", true, 1, 1, 0, Into::high_half, false}, {"ds_write_b16_d16_hi", true, 2, 1, 0, Into::high_half, false},
+    {"ds_read_b32", false, 4, 1, 0, Into::words, false},
+    {"ds_read_b64", false, 8, 1, 0, Into::words, false},
+    {"ds_read_b96", false, 12, 1, 0, Into::words, false},
+    {"ds_read_b128", false, 16, 1, 0, Into::words, false},
+    {"ds_read2_b32", false, 4, 2, 4, Into::words, false},
+    {"ds_read2_b64", false, 8, 2, 8, Into::words, false},
+    {"ds_read2st64_b32", false, 4, 2, 256, Into::words, false},
+    {"ds_read2st64_b64", false, 8, 2, 512, Into::words, false},
+    {"ds_read_u8", false, 1, 1, 0, Into::unsigned_part, false},
+    {"ds_read_i8", false, 1, 1, 0, Into::signed_part, true},
+    {"ds_read_u16", false, 2, 1, 0, Into::unsigned_part, false},
+    {"ds_read_i16", false, 2, 1, 0, Into::signed_part, true},
+    {"ds_read_u8_d16", false, 1, 1, 0, Into::low_half, false},
+    {"ds_read_u8_d16_hi", false, 1, 1, 0, Into::high_half, false},
+    {"ds_read_i8_d16", false, 1, 1, 0, Into::low_half, true},
+    {"ds_read_i8_d16_hi", false, 1, 1, 0, Into::high_half, true},
+    {"ds_read_u16_d16", false, 2, 1, 0, Into::low_half, false},
+    {"ds_read_u16_d16_hi", false, 2, 1, 0, Into::high_half, false},
+    {"ds_write_b32", true, 4, 1, 0, Into::words, false},
+    {"ds_write_b64", true, 8, 1, 0, Into::words, false},
+    {"ds_write_b96", true, 12, 1, 0, Into::words, false},
+    {"ds_write_b128", true, 16, 1, 0, Into::words, false},
+    {"ds_write2_b32", true, 4, 2, 4, Into::words, false},
+    {"ds_write2_b64", true, 8, 2, 8, Into::words, false},
+    {"ds_write2st64_b32", true, 4, 2, 256, Into::words, false},
+    {"ds_write2st64_b64", true, 8, 2, 512, Into::words, false},
+    {"ds_write_b8", true, 1, 1, 0, Into::words, false},
+    {"ds_write_b16", true, 2, 1, 0, Into::words, false},
+    {"ds_write_b8_d16_hi", true, 1, 1, 0, Into::high_half, false},
+    {"ds_write_b16_d16_hi", true, 2, 1, 0, Into::high_half, false},
     {"ds_read_b64_tr_b16", false, 8, 1, 0, Into::words, false},
 };
 
@@ -205,7 +262,8 @@ void fetch_addresses(Wave &w, const Instruction &in, uint32_t *addresses, uint64
 }
 
 uint32_t part_of(const LdsOp &op, uint32_t raw, uint32_t old) {
-    uint32_t value = op.bytes == 1 ? (op.sign ? uint32_t(int8_t(raw)) : raw & 0xff) : (op.sign ? uint32_t(int16_t(raw)) : raw & 0xffff);
+    uint32_t value = op.bytes == 1 ? (op.sign ? uint32_t(int8_t(raw)) : raw & 0xff)
+                                   : (op.sign ? uint32_t(int16_t(raw)) : raw & 0xffff);
     if (op.into == Into::low_half) return (old & 0xffff0000) | (value & 0xffff);
     if (op.into == Into::high_half) return (old & 0xffff) | value << 16;
     return value;
@@ -247,7 +305,8 @@ void execute_access(Wave &w, const Instruction &in) {
                 if (!(exec >> lane & 1)) continue;
                 for (uint32_t word = 0; word < words; ++word) {
                     uint32_t size = std::min(4u, op.bytes - 4 * word), from = at.value[lane] + 4 * word, raw = 0;
-                    if (!touch_lds(w, from, size, Access::read, number, false, true, lane)) defined[word] &= ~(uint64_t{1} << lane);
+                    if (!touch_lds(w, from, size, Access::read, number, false, true, lane))
+                        defined[word] &= ~(uint64_t{1} << lane);
                     memcpy(&raw, &w.group->lds[from], size);
                     values[word].value[lane] = op.into == Into::words ? raw : part_of(op, raw, w.v[r][lane]);
                 }
@@ -258,7 +317,8 @@ void execute_access(Wave &w, const Instruction &in) {
             read.mask = exec;
             memcpy(read.addresses, at.value, sizeof read.addresses);
             if (access == 0) w.lds_issued = number;
-            for (uint32_t word = 0; word < words; ++word) set_register(w, r + word, values[word].value, exec, defined[word]);
+            for (uint32_t word = 0; word < words; ++word)
+                set_register(w, r + word, values[word].value, exec, defined[word]);
             if (access + 1 < op.accesses) w.lds_issued = number - 1;   // both accesses are one operation
         }
         count_lds(w, in, at.value, exec, op.bytes, op.write);
@@ -296,7 +356,7 @@ void execute_transposed(Wave &w, const Instruction &in) {
     count_lds(w, in, at.value, all_lanes, 8, false);
 }
 
-// --- lanes exchanged through LDS's crossbar ----------------------------------------------------------------------------------
+// --- lanes exchanged through LDS's crossbar --------------------------------------------------------------------------
 
 template <bool forward> void execute_permute(Wave &w, const Instruction &in) {
     const uint64_t exec = w.exec();
@@ -342,7 +402,7 @@ void execute_swizzle(Wave &w, const Instruction &in) {
     cost.lds_least += 2;
 }
 
-// --- atomics ---------------------------------------------------------------------------------------------------------------
+// --- atomics ---------------------------------------------------------------------------------------------------------
 
 // detail: index of the atomic * 4 + (64 bit) * 2 + (returns the old value)
 void execute_atomic(Wave &w, const Instruction &in) {

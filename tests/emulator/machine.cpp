@@ -1,5 +1,5 @@
-// Runs a launch: workgroups one after the other (or on several threads), the waves of a workgroup in turn, each until it
-// reaches a barrier or its end.
+// Runs a launch: workgroups one after the other (or on several threads), the waves of a workgroup in turn, each until
+// it reaches a barrier or its end.
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -32,7 +32,8 @@ bool allowed(const Launch &launch, uintptr_t address, uint32_t bytes, bool write
     if (inside(code.begin, code.end)) return true;            // constants and __device__ variables
     if (write) return !launch.check_ranges;
     const auto argument = uintptr_t(launch.kernarg.data()), packet = uintptr_t(launch.dispatch_packet.data());
-    if (inside(argument, argument + launch.kernarg.size()) || inside(packet, packet + launch.dispatch_packet.size())) return true;
+    if (inside(argument, argument + launch.kernarg.size()) || inside(packet, packet + launch.dispatch_packet.size()))
+        return true;
     return !launch.check_ranges;
 }
 
@@ -55,7 +56,7 @@ void initialise(Wave &w, Workgroup &group, int number) {
     const uint64_t kernarg = uintptr_t(launch.kernarg.data());
     const uint32_t properties = kernel.properties, resources2 = kernel.resources2;
     const bool architected_scratch = launch.arch != Arch::gfx90a;
-    if (properties & 1) {                                     // the buffer resource for scratch: swizzled, adds the lane
+    if (properties & 1) {  // the buffer resource for scratch: swizzled, adds the lane
         give(0); give(0x80000000u); give(0xffffffffu); give(0x00800000u);
     }
     if (properties & 2) give_pointer(uintptr_t(launch.dispatch_packet.data()));
@@ -87,7 +88,8 @@ void initialise(Wave &w, Workgroup &group, int number) {
         uint32_t id = uint32_t(number) * lanes + lane;
         if (id >= threads) break;
         exec |= uint64_t{1} << lane;
-        uint32_t x = id % launch.block[0], y = id / launch.block[0] % launch.block[1], z = id / launch.block[0] / launch.block[1];
+        uint32_t x = id % launch.block[0], y = id / launch.block[0] % launch.block[1],
+                 z = id / launch.block[0] / launch.block[1];
         w.v[0][lane] = x | y << 10 | z << 20;
     }
     w.defined[0] = exec;
@@ -136,7 +138,8 @@ void run_workgroup(Workgroup &group, std::vector<std::unique_ptr<Wave>> &storage
         }
         if (!waiting) return;
         if (ended)
-            waiting->fail("wave " + std::to_string(ended->number) + " has ended, so that not every wave reaches this barrier");
+            waiting->fail("wave " + std::to_string(ended->number) +
+                          " has ended, so that not every wave reaches this barrier");
         ++group.epoch;
         for (Wave *w : group.waves) {
             w->vm_released = w->vm_done;

@@ -1,9 +1,9 @@
 // Matrix instructions (MFMA). The name says it all: v_mfma_f32_32x32x8_f16 multiplies a 32x8 by an 8x32 matrix.
 //
 // Layout (AMD matrix instruction calculator). With G = 64 / M groups of M
-// lanes, lane l = g * M + i holds row i of A (column i of B): its values are k = g * V .. g * V + V - 1, V values a lane;
-// where there are several blocks, group g holds block g instead and k = 0 .. V - 1.
-// Accumulators: lane l = g * N + j holds column j; register r is row (r / 4) * 4 * G + 4 * g + r % 4 of its block.
+// lanes, lane l = g * M + i holds row i of A (column i of B): its values are k = g * V .. g * V + V - 1, V values a
+// lane; where there are several blocks, group g holds block g instead and k = 0 .. V - 1. Accumulators: lane l = g * N
+// + j holds column j; register r is row (r / 4) * 4 * G + 4 * g + r % 4 of its block.
 //
 // Cycles: same source; gfx950's from its peak rate (2.5 PFLOP/s in 16 bit on 256 CUs at 2.4 GHz: 1024 FLOP a cycle and
 // SIMD). A pass is four cycles.
@@ -55,12 +55,14 @@ void values_of(Element element, const uint32_t *words, int position, bool flush_
     }
     if (!flush_denormals) return;
     const float least = element == Element::f16 ? 6.1035156e-5f : 1.17549435e-38f;
-    for (int lane = 0; lane < lanes; ++lane) out[lane] = std::fabs(out[lane]) < least ? std::copysign(0.f, out[lane]) : out[lane];
+    for (int lane = 0; lane < lanes; ++lane)
+        out[lane] = std::fabs(out[lane]) < least ? std::copysign(0.f, out[lane]) : out[lane];
 }
 
 // Operands and accumulators as matrices: A is kept transposed, so that both operands' groups of lanes are rows.
 struct Matrices {
-    alignas(64) float a[16][64][32], b[16][64][32], c[16][32][32];   // [block][k][row], [block][k][column], [block][row][column]
+    alignas(64) float a[16][64][32], b[16][64][32],
+        c[16][32][32];  // [block][k][row], [block][k][column], [block][row][column]
 };
 
 template <int columns> void multiply(const Shape &s, Matrices &matrices, int block) {
@@ -126,7 +128,8 @@ void execute_matrix(Wave &w, const Instruction &in) {
     const bool flush_denormals = cdna2 && (s.element == Element::f16 || s.element == Element::bf16);
     const int per_word = s.element == Element::f32 ? 1 : integer ? 4 : 2, words = s.values / per_word;
     const bool full_rate = s.element != Element::f32;
-    if (w.hazards.missing_scalar(exec_mask, 4)) w.fail("four wait states are needed between v_cmpx and a matrix instruction");
+    if (w.hazards.missing_scalar(exec_mask, 4))
+        w.fail("four wait states are needed between v_cmpx and a matrix instruction");
     for (int i = 0; i < 3; ++i) check_operand(w, in, i, i == 2 ? s.accumulators : words, full_rate);
 
     static thread_local Matrices storage;
@@ -139,7 +142,8 @@ void execute_matrix(Wave &w, const Instruction &in) {
             values_of(s.element, w.v[r + i / per_word], i, flush_denormals, values.value);
             for (int group = 0; group < groups; ++group) {
                 const int block = s.blocks > 1 ? group : 0, k = s.blocks > 1 ? i : group * s.values + i;
-                memcpy(side ? matrices.b[block][k] : matrices.a[block][k], &values.value[group * rows], rows * sizeof(float));
+                memcpy(side ? matrices.b[block][k] : matrices.a[block][k], &values.value[group * rows],
+                       rows * sizeof(float));
             }
         }
     }
@@ -190,7 +194,7 @@ bool parse(const std::string &name, Shape &s, bool gfx90a) {
     else return false;
     if (sscanf(text, "%dx%dx%d%n", &m, &n, &k, &at) != 3) return false;
     std::string type = text + at;
-    size_t underscore = type.find("b_");                      // "_2b_f16": the number of blocks, which the sizes say too
+    size_t underscore = type.find("b_");  // "_2b_f16": the number of blocks, which the sizes say too
     if (type[0] == '_' && underscore != type.npos && underscore < 4) type = type.substr(underscore + 1);
     if (type[0] == '_') type = type.substr(1);
     int base;

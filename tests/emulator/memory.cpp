@@ -1,5 +1,6 @@
 // Loads, stores and atomics on global memory and scratch: SMEM, FLAT, GLOBAL, SCRATCH, MUBUF. Host memory is the GPU's.
-// Semantics: chapters "Scalar Memory", "Vector Memory" and "Flat Memory" of AMD's ISA documents for MI200, MI300, CDNA4.
+// Semantics: chapters "Scalar Memory", "Vector Memory" and "Flat Memory" of AMD's ISA documents for MI200, MI300,
+// CDNA4.
 #include <algorithm>
 
 #include "shared_memory.h"
@@ -22,17 +23,28 @@ struct MemoryOp {
 };
 
 const MemoryOp operations[] = {
-    {"load_ubyte", Kind::load, 1, Into::unsigned_part, false}, {"load_sbyte", Kind::load, 1, Into::signed_part, true},
-    {"load_ushort", Kind::load, 2, Into::unsigned_part, false}, {"load_sshort", Kind::load, 2, Into::signed_part, true},
-    {"load_dword", Kind::load, 4, Into::words, false}, {"load_dwordx2", Kind::load, 8, Into::words, false},
-    {"load_dwordx3", Kind::load, 12, Into::words, false}, {"load_dwordx4", Kind::load, 16, Into::words, false},
-    {"load_ubyte_d16", Kind::load, 1, Into::low_half, false}, {"load_ubyte_d16_hi", Kind::load, 1, Into::high_half, false},
-    {"load_sbyte_d16", Kind::load, 1, Into::low_half, true}, {"load_sbyte_d16_hi", Kind::load, 1, Into::high_half, true},
-    {"load_short_d16", Kind::load, 2, Into::low_half, false}, {"load_short_d16_hi", Kind::load, 2, Into::high_half, false},
-    {"store_byte", Kind::store, 1, Into::words, false}, {"store_byte_d16_hi", Kind::store, 1, Into::high_half, false},
-    {"store_short", Kind::store, 2, Into::words, false}, {"store_short_d16_hi", Kind::store, 2, Into::high_half, false},
-    {"store_dword", Kind::store, 4, Into::words, false}, {"store_dwordx2", Kind::store, 8, Into::words, false},
-    {"store_dwordx3", Kind::store, 12, Into::words, false}, {"store_dwordx4", Kind::store, 16, Into::words, false},
+    {"load_ubyte", Kind::load, 1, Into::unsigned_part, false},
+    {"load_sbyte", Kind::load, 1, Into::signed_part, true},
+    {"load_ushort", Kind::load, 2, Into::unsigned_part, false},
+    {"load_sshort", Kind::load, 2, Into::signed_part, true},
+    {"load_dword", Kind::load, 4, Into::words, false},
+    {"load_dwordx2", Kind::load, 8, Into::words, false},
+    {"load_dwordx3", Kind::load, 12, Into::words, false},
+    {"load_dwordx4", Kind::load, 16, Into::words, false},
+    {"load_ubyte_d16", Kind::load, 1, Into::low_half, false},
+    {"load_ubyte_d16_hi", Kind::load, 1, Into::high_half, false},
+    {"load_sbyte_d16", Kind::load, 1, Into::low_half, true},
+    {"load_sbyte_d16_hi", Kind::load, 1, Into::high_half, true},
+    {"load_short_d16", Kind::load, 2, Into::low_half, false},
+    {"load_short_d16_hi", Kind::load, 2, Into::high_half, false},
+    {"store_byte", Kind::store, 1, Into::words, false},
+    {"store_byte_d16_hi", Kind::store, 1, Into::high_half, false},
+    {"store_short", Kind::store, 2, Into::words, false},
+    {"store_short_d16_hi", Kind::store, 2, Into::high_half, false},
+    {"store_dword", Kind::store, 4, Into::words, false},
+    {"store_dwordx2", Kind::store, 8, Into::words, false},
+    {"store_dwordx3", Kind::store, 12, Into::words, false},
+    {"store_dwordx4", Kind::store, 16, Into::words, false},
     {"load_lds_ubyte", Kind::load_to_lds, 1, Into::unsigned_part, false},
     {"load_lds_sbyte", Kind::load_to_lds, 1, Into::signed_part, true},
     {"load_lds_ushort", Kind::load_to_lds, 2, Into::unsigned_part, false},
@@ -42,7 +54,7 @@ const MemoryOp operations[] = {
     {"load_lds_dwordx4", Kind::load_to_lds, 16, Into::words, false},
 };
 
-// --- addresses of the lanes ------------------------------------------------------------------------------------------------
+// --- addresses of the lanes ------------------------------------------------------------------------------------------
 
 struct Access {
     uint64_t address[lanes];
@@ -102,7 +114,8 @@ void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes)
     const bool swizzled = resource[1] >> 31, adds_lane = resource[3] >> 23 & 1;
     const uint32_t scalar = w.read_address(in.scalar_offset, "the buffer offset");
     unsigned r = 0;
-    if (in.index_enabled || in.offset_enabled) r = address_register(w, in.source[0], in.index_enabled + in.offset_enabled, a.mask);
+    if (in.index_enabled || in.offset_enabled)
+        r = address_register(w, in.source[0], in.index_enabled + in.offset_enabled, a.mask);
     a.scratch = swizzled && adds_lane ? all_lanes : 0;        // the resource that scratch is reached through
     for (int lane = 0; lane < lanes; ++lane) {
         uint32_t index = in.index_enabled ? w.v[r][lane] : 0;
@@ -147,7 +160,9 @@ void check_access(Wave &w, const Access &a, uint32_t bytes, bool write) {
     const uint32_t scratch_bytes = w.group->launch->scratch_bytes;
     for (int lane = 0; a.scratch && lane < lanes; ++lane)
         if ((a.mask & a.scratch & bit(lane)) && a.address[lane] + bytes > scratch_bytes)
-            w.fail("scratch access at byte " + std::to_string(a.address[lane]) + "; the kernel has " + std::to_string(scratch_bytes), lane);
+            w.fail("scratch access at byte " + std::to_string(a.address[lane]) + "; the kernel has " +
+                       std::to_string(scratch_bytes),
+                   lane);
     const uint64_t mask = a.mask & a.in_range & ~a.scratch & ~a.lds;
     if (!mask) return;
     uint64_t low = ~uint64_t{0}, high = 0;
@@ -171,7 +186,8 @@ void check_access(Wave &w, const Access &a, uint32_t bytes, bool write) {
 
 uint8_t *host_address(Wave &w, const Access &a, int lane) {
     if (a.lds >> lane & 1) return &w.group->lds[a.address[lane]];
-    if (a.scratch >> lane & 1) return &w.group->scratch[w.number][uint64_t(lane) * w.group->launch->scratch_bytes + a.address[lane]];
+    if (a.scratch >> lane & 1)
+        return &w.group->scratch[w.number][uint64_t(lane) * w.group->launch->scratch_bytes + a.address[lane]];
     return reinterpret_cast<uint8_t *>(a.address[lane]);
 }
 
@@ -235,8 +251,9 @@ void execute_memory(Wave &w, const Instruction &in) {
     uint64_t unwritten = 0;
     for (int lane = 0; a.lds && lane < lanes; ++lane)
         if (a.mask & a.lds & bit(lane))
-            if (!touch_lds(w, uint32_t(a.address[lane]), op.bytes, op.kind == Kind::store ? emulator::Access::write : emulator::Access::read,
-                           w.lds_issued + 1, false, true, lane))
+            if (!touch_lds(w, uint32_t(a.address[lane]), op.bytes,
+                           op.kind == Kind::store ? emulator::Access::write : emulator::Access::read, w.lds_issued + 1,
+                           false, true, lane))
                 unwritten |= bit(lane);
     if (op.kind == Kind::load_to_lds) return load_to_lds(w, in, a, op);
     if (op.kind == Kind::store) {
@@ -262,7 +279,8 @@ void execute_memory(Wave &w, const Instruction &in) {
     for (int lane = 0; lane < lanes; ++lane) {
         if (!(a.mask >> lane & 1)) continue;
         uint32_t data[4] = {};
-        if (a.in_range >> lane & 1) memcpy(data, host_address(w, a, lane), std::min<uint32_t>(op.bytes, a.words_in_range[lane] * 4));
+        if (a.in_range >> lane & 1)
+            memcpy(data, host_address(w, a, lane), std::min<uint32_t>(op.bytes, a.words_in_range[lane] * 4));
         if (op.into != Into::words) data[0] = part_of(op, data[0], w.v[r][lane]);
         for (uint32_t word = 0; word < words; ++word) values[word].value[lane] = data[word];
     }
@@ -273,7 +291,7 @@ void execute_memory(Wave &w, const Instruction &in) {
     }
 }
 
-// --- atomics: detail = bytes ------------------------------------------------------------------------------------------------
+// --- atomics: detail = bytes -----------------------------------------------------------------------------------------
 
 struct GlobalAtomic {
     const AtomicOp *atomic;
@@ -314,8 +332,9 @@ void execute_atomic(Wave &w, const Instruction &in) {
         } else {
             auto *at = reinterpret_cast<uint32_t *>(host_address(w, a, lane));
             uint32_t expected = __atomic_load_n(at, __ATOMIC_SEQ_CST);
-            while (!__atomic_compare_exchange_n(at, &expected, uint32_t(op.atomic->apply32(expected, value, compare)), false,
-                                                __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
+            while (!__atomic_compare_exchange_n(at, &expected, uint32_t(op.atomic->apply32(expected, value, compare)),
+                                                false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
+            }
             before = expected;
         }
         old[0].value[lane] = uint32_t(before);
@@ -349,7 +368,7 @@ bool parse_atomic(std::string name, Operation &operation) {
     return true;
 }
 
-// --- scalar loads: detail = words, +64 for buffers -------------------------------------------------------------------------------
+// --- scalar loads: detail = words, +64 for buffers -------------------------------------------------------------------
 
 void execute_scalar_load(Wave &w, const Instruction &in) {
     const uint32_t words = in.operation->detail & 63;
@@ -368,8 +387,8 @@ void execute_scalar_load(Wave &w, const Instruction &in) {
     }
     if (inside && !allowed(*w.group->launch, address, inside * 4, false)) {
         char text[128];
-        snprintf(text, sizeof text, "read of %u bytes at 0x%llx, which is outside the buffers of this launch", inside * 4,
-                 (unsigned long long)address);
+        snprintf(text, sizeof text, "read of %u bytes at 0x%llx, which is outside the buffers of this launch",
+                 inside * 4, (unsigned long long)address);
         w.fail(text);
     }
     memcpy(data, reinterpret_cast<const void *>(address), inside * 4);

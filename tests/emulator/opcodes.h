@@ -1,5 +1,5 @@
-// The opcodes of gfx90a, gfx942 and gfx950, by encoding. Facts of AMD's ISA documents ("AMD Instinct MI200 / MI300 / CDNA4
-// Instruction Set Architecture"); tests/test_emulator_decode.py holds every line against LLVM's own assembler.
+// The opcodes of gfx90a, gfx942 and gfx950, by encoding. Facts of AMD's ISA documents for MI200, MI300 and
+// CDNA4; tests/test_emulator_decode.py holds every line against LLVM's own assembler.
 //
 // "@hex" sets the opcode of the name that follows it, and each further name has the next one. A name is on all three
 // archs unless it is marked: !a gfx90a, !4 gfx942, !b gfx942 and gfx950, !c gfx950. An opcode that means two things has

@@ -18,7 +18,8 @@ template <class T> const u32 *fetch_packed(Wave &w, const Instruction &in, int i
     fetch_words(w, in, i, buffer, masks);
     if (is_float<T> && in.source[i] < first_vgpr)
         for (int lane = 0; lane < lanes; ++lane)
-            buffer[lane] = in.source[i] >= 240 && in.source[i] <= 248 ? half_constant(in.source[i], buffer[lane]) : buffer[lane];
+            buffer[lane] =
+                in.source[i] >= 240 && in.source[i] <= 248 ? half_constant(in.source[i], buffer[lane]) : buffer[lane];
     return buffer;
 }
 
@@ -52,13 +53,15 @@ template <class Op> void execute_packed(Wave &w, const Instruction &in) {
     execute_packed_lanes<Op>(w, in, &Op::apply, std::make_index_sequence<arity(&Op::apply)>());
 }
 
-#define PACKED(name, T, parameters, ...)                                                                                  \
-    []() -> VectorOp {                                                                                                    \
-        struct Op { static T apply parameters { return T(__VA_ARGS__); } };                                               \
-        return {name, execute_packed<Op>};                                                                                \
+#define PACKED(name, T, parameters, ...)                         \
+    []() -> VectorOp {                                           \
+        struct Op {                                              \
+            static T apply parameters { return T(__VA_ARGS__); } \
+        };                                                       \
+        return {name, execute_packed<Op>};                       \
     }()
 
-// --- two floats ----------------------------------------------------------------------------------------------------------
+// --- two floats ------------------------------------------------------------------------------------------------------
 
 template <class Op, int count> void execute_two_floats(Wave &w, const Instruction &in) {
     LaneMasks masks(w);
@@ -105,13 +108,14 @@ void move_two(Wave &w, const Instruction &in) {
     Lanes<u32> result[2];
     for (int i = 0; i < 2; ++i) {                             // low word from source 0, high word from source 1
         Instruction one = in;
-        one.source[i] += (in.opsel >> i & 1) && in.source[i] != literal && (in.source[i] < 127 || in.source[i] >= first_vgpr);
+        one.source[i] +=
+            (in.opsel >> i & 1) && in.source[i] != literal && (in.source[i] < 127 || in.source[i] >= first_vgpr);
         fetch_words(w, one, i, result[i].value, masks[i]);
     }
     for (int i = 0; i < 2; ++i) store_words(w, in, i, result[i].value, false, masks[i]);
 }
 
-// --- mixed precision and dot products ----------------------------------------------------------------------------------------
+// --- mixed precision and dot products --------------------------------------------------------------------------------
 
 // v_fma_mix: each source is a float or half of a packed one.
 template <int kind> void fma_mix(Wave &w, const Instruction &in) {   // 0: float result, 1: low half, 2: high half
@@ -165,18 +169,30 @@ float dot_bfloat16(u32 a, u32 b, float c) {
 
 const VectorOp operations[] = {
     PACKED("v_pk_add_f16", half, (half a, half b), a + b),
-    PACKED("v_pk_mul_f16", half, (half a, half b), a * b),
+    PACKED("v_pk_mul_f16", half, (half a, half b), a *b),
     PACKED("v_pk_fma_f16", half, (half a, half b, half c), double(a) * double(b) + double(c)),
     PACKED("v_pk_fmac_f16", half, (half a, half b, half c), double(a) * double(b) + double(c)),
-    PACKED("v_pk_min_f16", half, (half a, half b), a != a ? b : b != b ? a : a < b ? a : b),
-    PACKED("v_pk_max_f16", half, (half a, half b), a != a ? b : b != b ? a : a > b ? a : b),
-    PACKED("v_pk_add_u16", u16, (u16 a, u16 b), a + b), PACKED("v_pk_add_i16", u16, (u16 a, u16 b), a + b),
-    PACKED("v_pk_sub_u16", u16, (u16 a, u16 b), a - b), PACKED("v_pk_sub_i16", u16, (u16 a, u16 b), a - b),
+    PACKED("v_pk_min_f16", half, (half a, half b),
+           a != a   ? b
+           : b != b ? a
+           : a < b  ? a
+                    : b),
+    PACKED("v_pk_max_f16", half, (half a, half b),
+           a != a   ? b
+           : b != b ? a
+           : a > b  ? a
+                    : b),
+    PACKED("v_pk_add_u16", u16, (u16 a, u16 b), a + b),
+    PACKED("v_pk_add_i16", u16, (u16 a, u16 b), a + b),
+    PACKED("v_pk_sub_u16", u16, (u16 a, u16 b), a - b),
+    PACKED("v_pk_sub_i16", u16, (u16 a, u16 b), a - b),
     PACKED("v_pk_mul_lo_u16", u16, (u16 a, u16 b), u32(a) * b),
     PACKED("v_pk_mad_u16", u16, (u16 a, u16 b, u16 c), u32(a) * b + c),
     PACKED("v_pk_mad_i16", u16, (u16 a, u16 b, u16 c), u32(a) * b + c),
-    PACKED("v_pk_min_i16", i16, (i16 a, i16 b), std::min(a, b)), PACKED("v_pk_max_i16", i16, (i16 a, i16 b), std::max(a, b)),
-    PACKED("v_pk_min_u16", u16, (u16 a, u16 b), std::min(a, b)), PACKED("v_pk_max_u16", u16, (u16 a, u16 b), std::max(a, b)),
+    PACKED("v_pk_min_i16", i16, (i16 a, i16 b), std::min(a, b)),
+    PACKED("v_pk_max_i16", i16, (i16 a, i16 b), std::max(a, b)),
+    PACKED("v_pk_min_u16", u16, (u16 a, u16 b), std::min(a, b)),
+    PACKED("v_pk_max_u16", u16, (u16 a, u16 b), std::max(a, b)),
     PACKED("v_pk_lshlrev_b16", u16, (u16 a, u16 b), b << (a & 15)),
     PACKED("v_pk_lshrrev_b16", u16, (u16 a, u16 b), b >> (a & 15)),
     PACKED("v_pk_ashrrev_i16", i16, (i16 a, i16 b), b >> (a & 15)),
@@ -184,7 +200,9 @@ const VectorOp operations[] = {
     {"v_pk_mul_f32", execute_two_floats<MulFloat, 2>},
     {"v_pk_add_f32", execute_two_floats<AddFloat, 2>},
     {"v_pk_mov_b32", move_two},
-    {"v_fma_mix_f32", fma_mix<0>}, {"v_fma_mixlo_f16", fma_mix<1>}, {"v_fma_mixhi_f16", fma_mix<2>},
+    {"v_fma_mix_f32", fma_mix<0>},
+    {"v_fma_mixlo_f16", fma_mix<1>},
+    {"v_fma_mixhi_f16", fma_mix<2>},
     VECTOR("v_dot2_f32_f16", float, (u32 a, u32 b, float c), dot_half(a, b, c)),
     VECTOR("v_dot2c_f32_f16", float, (u32 a, u32 b, float c), dot_half(a, b, c)),
     VECTOR("v_dot2_f32_bf16", float, (u32 a, u32 b, float c), dot_bfloat16(a, b, c)),
@@ -204,7 +222,8 @@ const VectorOp operations[] = {
 
 bool define_packed(const std::string &name, Operation &operation) {
     if (!define_from(operations, std::size(operations), name, operation)) return false;
-    operation.destination_is_source = name == "v_pk_fmac_f16" || name.find("c_f32_") != name.npos || name.find("c_i32_") != name.npos;
+    operation.destination_is_source =
+        name == "v_pk_fmac_f16" || name.find("c_f32_") != name.npos || name.find("c_i32_") != name.npos;
     return true;
 }
 

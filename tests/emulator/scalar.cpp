@@ -8,7 +8,7 @@ namespace emulator {
 
 namespace {
 
-// --- arithmetic on one or two operands: value in, value and SCC out ------------------------------------------------------
+// --- arithmetic on one or two operands: value in, value and SCC out --------------------------------------------------
 
 struct Result {
     uint64_t value;
@@ -24,8 +24,8 @@ struct Inputs {
     int16_t immediate;
 };
 
-// How the definedness of a result follows from that of its operands.
-enum class Taint : uint8_t { whole, bitwise_and, bitwise_or, bitwise };
+// How the definedness of a result follows from that of its operands: all or nothing, or bit by bit.
+enum class Taint : uint8_t { whole, bitwise };
 
 struct ScalarOp {
     const char *name;
@@ -35,9 +35,10 @@ struct ScalarOp {
     Result (*compute)(const Inputs &);
 };
 
-#define OP(name, out, a, b, taint, ...) {name, out, a, b, Taint::taint, false, false, [](const Inputs &x) -> Result { return {__VA_ARGS__}; }}
-#define OP_SCC(name, out, a, b, ...) {name, out, a, b, Taint::whole, true, false, [](const Inputs &x) -> Result { return {__VA_ARGS__}; }}
-#define OP_OLD(name, out, a, b, ...) {name, out, a, b, Taint::whole, false, true, [](const Inputs &x) -> Result { return {__VA_ARGS__}; }}
+#define COMPUTE(...) [](const Inputs &x) -> Result { return {__VA_ARGS__}; }
+#define OP(name, out, a, b, taint, ...) {name, out, a, b, Taint::taint, false, false, COMPUTE(__VA_ARGS__)}
+#define OP_SCC(name, out, a, b, ...) {name, out, a, b, Taint::whole, true, false, COMPUTE(__VA_ARGS__)}
+#define OP_OLD(name, out, a, b, ...) {name, out, a, b, Taint::whole, false, true, COMPUTE(__VA_ARGS__)}
 
 uint32_t low(uint64_t x) { return uint32_t(x); }
 int32_t s32(uint64_t x) { return int32_t(uint32_t(x)); }
@@ -58,11 +59,11 @@ uint64_t reverse(uint64_t x, int width) {
 uint64_t first_one(uint64_t x) { return x ? __builtin_ctzll(x) : ~uint64_t{0}; }
 uint64_t leading_u32(uint32_t x) { return x ? __builtin_clz(x) : ~uint64_t{0}; }
 uint64_t leading_u64(uint64_t x) { return x ? __builtin_clzll(x) : ~uint64_t{0}; }
-uint64_t spread(uint64_t x, unsigned group, int width, bool quad) {
+// For each group of four bits of which one is set: all four, or one bit for the group.
+uint64_t groups_of_four(uint64_t x, bool one_bit) {
     uint64_t r = 0;
-    for (int i = 0; i < width; i += 4)
-        if (x >> i & 15) r |= quad ? uint64_t{1} << (i / 4) : uint64_t{15} << i;
-    (void)group;
+    for (int i = 0; i < 64; i += 4)
+        if (x >> i & 15) r |= one_bit ? uint64_t{1} << (i / 4) : uint64_t{15} << i;
     return r;
 }
 
@@ -79,20 +80,20 @@ const ScalarOp operations[] = {
     OP("s_max_u32", 1, 1, 1, whole, std::max(low(x.a), low(x.b)), low(x.a) > low(x.b)),
     OP_SCC("s_cselect_b32", 1, 1, 1, x.scc ? x.a : x.b, keep_scc),
     OP_SCC("s_cselect_b64", 2, 2, 2, x.scc ? x.a : x.b, keep_scc),
-    OP("s_and_b32", 1, 1, 1, bitwise_and, x.a & x.b, low(x.a & x.b) != 0),
-    OP("s_and_b64", 2, 2, 2, bitwise_and, x.a & x.b, (x.a & x.b) != 0),
-    OP("s_or_b32", 1, 1, 1, bitwise_or, x.a | x.b, low(x.a | x.b) != 0),
-    OP("s_or_b64", 2, 2, 2, bitwise_or, x.a | x.b, (x.a | x.b) != 0),
+    OP("s_and_b32", 1, 1, 1, bitwise, x.a & x.b, low(x.a & x.b) != 0),
+    OP("s_and_b64", 2, 2, 2, bitwise, x.a & x.b, (x.a & x.b) != 0),
+    OP("s_or_b32", 1, 1, 1, bitwise, x.a | x.b, low(x.a | x.b) != 0),
+    OP("s_or_b64", 2, 2, 2, bitwise, x.a | x.b, (x.a | x.b) != 0),
     OP("s_xor_b32", 1, 1, 1, bitwise, x.a ^ x.b, low(x.a ^ x.b) != 0),
     OP("s_xor_b64", 2, 2, 2, bitwise, x.a ^ x.b, (x.a ^ x.b) != 0),
-    OP("s_andn2_b32", 1, 1, 1, bitwise_and, x.a & ~x.b, low(x.a & ~x.b) != 0),
-    OP("s_andn2_b64", 2, 2, 2, bitwise_and, x.a & ~x.b, (x.a & ~x.b) != 0),
-    OP("s_orn2_b32", 1, 1, 1, bitwise_or, x.a | ~x.b, low(x.a | ~x.b) != 0),
-    OP("s_orn2_b64", 2, 2, 2, bitwise_or, x.a | ~x.b, (x.a | ~x.b) != 0),
-    OP("s_nand_b32", 1, 1, 1, bitwise_and, ~(x.a & x.b), low(~(x.a & x.b)) != 0),
-    OP("s_nand_b64", 2, 2, 2, bitwise_and, ~(x.a & x.b), ~(x.a & x.b) != 0),
-    OP("s_nor_b32", 1, 1, 1, bitwise_or, ~(x.a | x.b), low(~(x.a | x.b)) != 0),
-    OP("s_nor_b64", 2, 2, 2, bitwise_or, ~(x.a | x.b), ~(x.a | x.b) != 0),
+    OP("s_andn2_b32", 1, 1, 1, bitwise, x.a & ~x.b, low(x.a & ~x.b) != 0),
+    OP("s_andn2_b64", 2, 2, 2, bitwise, x.a & ~x.b, (x.a & ~x.b) != 0),
+    OP("s_orn2_b32", 1, 1, 1, bitwise, x.a | ~x.b, low(x.a | ~x.b) != 0),
+    OP("s_orn2_b64", 2, 2, 2, bitwise, x.a | ~x.b, (x.a | ~x.b) != 0),
+    OP("s_nand_b32", 1, 1, 1, bitwise, ~(x.a & x.b), low(~(x.a & x.b)) != 0),
+    OP("s_nand_b64", 2, 2, 2, bitwise, ~(x.a & x.b), ~(x.a & x.b) != 0),
+    OP("s_nor_b32", 1, 1, 1, bitwise, ~(x.a | x.b), low(~(x.a | x.b)) != 0),
+    OP("s_nor_b64", 2, 2, 2, bitwise, ~(x.a | x.b), ~(x.a | x.b) != 0),
     OP("s_xnor_b32", 1, 1, 1, bitwise, ~(x.a ^ x.b), low(~(x.a ^ x.b)) != 0),
     OP("s_xnor_b64", 2, 2, 2, bitwise, ~(x.a ^ x.b), ~(x.a ^ x.b) != 0),
     OP("s_lshl_b32", 1, 1, 1, whole, low(x.a) << (x.b & 31), low(low(x.a) << (x.b & 31)) != 0),
@@ -107,31 +108,39 @@ const ScalarOp operations[] = {
     OP("s_mul_hi_u32", 1, 1, 1, whole, uint64_t(low(x.a)) * low(x.b) >> 32, keep_scc),
     OP("s_mul_hi_i32", 1, 1, 1, whole, low(int64_t(s32(x.a)) * s32(x.b) >> 32), keep_scc),
     OP("s_bfe_u32", 1, 1, 1, whole, bfe_u32(low(x.a), low(x.b)), bfe_u32(low(x.a), low(x.b)) != 0),
-    OP("s_bfe_i32", 1, 1, 1, whole, low(bfe_signed(s32(x.a), x.b & 31, std::min<unsigned>(x.b >> 16 & 0x7f, 32 - (x.b & 31)))),
+    OP("s_bfe_i32", 1, 1, 1, whole, low(bfe_signed(s32(x.a), x.b & 31, std::min<unsigned>(x.b >> 16 & 0x7f,
+       32 - (x.b & 31)))),
        low(bfe_signed(s32(x.a), x.b & 31, std::min<unsigned>(x.b >> 16 & 0x7f, 32 - (x.b & 31)))) != 0),
     OP("s_bfe_u64", 2, 2, 1, whole, x.a >> (x.b & 63) & field_mask(x.b >> 16 & 0x7f),
        (x.a >> (x.b & 63) & field_mask(x.b >> 16 & 0x7f)) != 0),
     OP("s_bfe_i64", 2, 2, 1, whole, uint64_t(bfe_signed(int64_t(x.a), x.b & 63, x.b >> 16 & 0x7f)),
        bfe_signed(int64_t(x.a), x.b & 63, x.b >> 16 & 0x7f) != 0),
-    OP("s_absdiff_i32", 1, 1, 1, whole, low(std::max(s32(x.a), s32(x.b))) - low(std::min(s32(x.a), s32(x.b))), s32(x.a) != s32(x.b)),
-    OP("s_lshl1_add_u32", 1, 1, 1, whole, low((low(x.a) << 1) + x.b), (uint64_t(low(x.a)) << 1) + low(x.b) > 0xffffffffu),
-    OP("s_lshl2_add_u32", 1, 1, 1, whole, low((low(x.a) << 2) + x.b), (uint64_t(low(x.a)) << 2) + low(x.b) > 0xffffffffu),
-    OP("s_lshl3_add_u32", 1, 1, 1, whole, low((low(x.a) << 3) + x.b), (uint64_t(low(x.a)) << 3) + low(x.b) > 0xffffffffu),
-    OP("s_lshl4_add_u32", 1, 1, 1, whole, low((low(x.a) << 4) + x.b), (uint64_t(low(x.a)) << 4) + low(x.b) > 0xffffffffu),
+    OP("s_absdiff_i32", 1, 1, 1, whole, low(std::max(s32(x.a), s32(x.b))) - low(std::min(s32(x.a), s32(x.b))),
+       s32(x.a) != s32(x.b)),
+    OP("s_lshl1_add_u32", 1, 1, 1, whole, low((low(x.a) << 1) + x.b),
+       (uint64_t(low(x.a)) << 1) + low(x.b) > 0xffffffffu),
+    OP("s_lshl2_add_u32", 1, 1, 1, whole, low((low(x.a) << 2) + x.b),
+       (uint64_t(low(x.a)) << 2) + low(x.b) > 0xffffffffu),
+    OP("s_lshl3_add_u32", 1, 1, 1, whole, low((low(x.a) << 3) + x.b),
+       (uint64_t(low(x.a)) << 3) + low(x.b) > 0xffffffffu),
+    OP("s_lshl4_add_u32", 1, 1, 1, whole, low((low(x.a) << 4) + x.b),
+       (uint64_t(low(x.a)) << 4) + low(x.b) > 0xffffffffu),
     OP("s_pack_ll_b32_b16", 1, 1, 1, whole, (x.a & 0xffff) | (low(x.b) << 16), keep_scc),
     OP("s_pack_lh_b32_b16", 1, 1, 1, whole, (x.a & 0xffff) | (x.b & 0xffff0000), keep_scc),
     OP("s_pack_hh_b32_b16", 1, 1, 1, whole, (low(x.a) >> 16) | (x.b & 0xffff0000), keep_scc),
 
     OP("s_mov_b32", 1, 1, 0, bitwise, x.a, keep_scc),
     OP("s_mov_b64", 2, 2, 0, bitwise, x.a, keep_scc),
-    {"s_cmov_b32", 1, 1, 0, Taint::whole, true, true, [](const Inputs &x) -> Result { return {x.a, keep_scc, !x.scc}; }},
-    {"s_cmov_b64", 2, 2, 0, Taint::whole, true, true, [](const Inputs &x) -> Result { return {x.a, keep_scc, !x.scc}; }},
+    {"s_cmov_b32", 1, 1, 0, Taint::whole, true, true, [](const Inputs &x) -> Result { return {x.a, keep_scc,
+       !x.scc}; }},
+    {"s_cmov_b64", 2, 2, 0, Taint::whole, true, true, [](const Inputs &x) -> Result { return {x.a, keep_scc,
+       !x.scc}; }},
     OP("s_not_b32", 1, 1, 0, bitwise, low(~x.a), low(~x.a) != 0),
     OP("s_not_b64", 2, 2, 0, bitwise, ~x.a, ~x.a != 0),
-    OP("s_wqm_b32", 1, 1, 0, whole, spread(low(x.a), 4, 32, false), low(x.a) != 0),
-    OP("s_wqm_b64", 2, 2, 0, whole, spread(x.a, 4, 64, false), x.a != 0),
-    OP("s_quadmask_b32", 1, 1, 0, whole, spread(low(x.a), 4, 32, true), low(x.a) != 0),
-    OP("s_quadmask_b64", 2, 2, 0, whole, spread(x.a, 4, 64, true), x.a != 0),
+    OP("s_wqm_b32", 1, 1, 0, whole, groups_of_four(low(x.a), false), low(x.a) != 0),
+    OP("s_wqm_b64", 2, 2, 0, whole, groups_of_four(x.a, false), x.a != 0),
+    OP("s_quadmask_b32", 1, 1, 0, whole, groups_of_four(low(x.a), true), low(x.a) != 0),
+    OP("s_quadmask_b64", 2, 2, 0, whole, groups_of_four(x.a, true), x.a != 0),
     OP("s_brev_b32", 1, 1, 0, whole, reverse(low(x.a), 32), keep_scc),
     OP("s_brev_b64", 2, 2, 0, whole, reverse(x.a, 64), keep_scc),
     OP("s_bcnt0_i32_b32", 1, 1, 0, whole, uint64_t(32 - __builtin_popcount(low(x.a))), low(~x.a) != 0),
@@ -159,38 +168,43 @@ const ScalarOp operations[] = {
         return r;
     }(low(x.a)), keep_scc),
 
-    OP("s_cmp_eq_i32", 0, 1, 1, whole, 0, low(x.a) == low(x.b)), OP("s_cmp_lg_i32", 0, 1, 1, whole, 0, low(x.a) != low(x.b)),
-    OP("s_cmp_gt_i32", 0, 1, 1, whole, 0, s32(x.a) > s32(x.b)), OP("s_cmp_ge_i32", 0, 1, 1, whole, 0, s32(x.a) >= s32(x.b)),
-    OP("s_cmp_lt_i32", 0, 1, 1, whole, 0, s32(x.a) < s32(x.b)), OP("s_cmp_le_i32", 0, 1, 1, whole, 0, s32(x.a) <= s32(x.b)),
-    OP("s_cmp_eq_u32", 0, 1, 1, whole, 0, low(x.a) == low(x.b)), OP("s_cmp_lg_u32", 0, 1, 1, whole, 0, low(x.a) != low(x.b)),
-    OP("s_cmp_gt_u32", 0, 1, 1, whole, 0, low(x.a) > low(x.b)), OP("s_cmp_ge_u32", 0, 1, 1, whole, 0, low(x.a) >= low(x.b)),
-    OP("s_cmp_lt_u32", 0, 1, 1, whole, 0, low(x.a) < low(x.b)), OP("s_cmp_le_u32", 0, 1, 1, whole, 0, low(x.a) <= low(x.b)),
+    OP("s_cmp_eq_i32", 0, 1, 1, whole, 0, low(x.a) == low(x.b)),
+    OP("s_cmp_lg_i32", 0, 1, 1, whole, 0, low(x.a) != low(x.b)),
+    OP("s_cmp_gt_i32", 0, 1, 1, whole, 0, s32(x.a) > s32(x.b)),
+    OP("s_cmp_ge_i32", 0, 1, 1, whole, 0, s32(x.a) >= s32(x.b)),
+    OP("s_cmp_lt_i32", 0, 1, 1, whole, 0, s32(x.a) < s32(x.b)),
+    OP("s_cmp_le_i32", 0, 1, 1, whole, 0, s32(x.a) <= s32(x.b)),
+    OP("s_cmp_eq_u32", 0, 1, 1, whole, 0, low(x.a) == low(x.b)),
+    OP("s_cmp_lg_u32", 0, 1, 1, whole, 0, low(x.a) != low(x.b)),
+    OP("s_cmp_gt_u32", 0, 1, 1, whole, 0, low(x.a) > low(x.b)),
+    OP("s_cmp_ge_u32", 0, 1, 1, whole, 0, low(x.a) >= low(x.b)),
+    OP("s_cmp_lt_u32", 0, 1, 1, whole, 0, low(x.a) < low(x.b)),
+    OP("s_cmp_le_u32", 0, 1, 1, whole, 0, low(x.a) <= low(x.b)),
     OP("s_cmp_eq_u64", 0, 2, 2, whole, 0, x.a == x.b), OP("s_cmp_lg_u64", 0, 2, 2, whole, 0, x.a != x.b),
-    OP("s_bitcmp0_b32", 0, 1, 1, whole, 0, !(low(x.a) >> (x.b & 31) & 1)), OP("s_bitcmp1_b32", 0, 1, 1, whole, 0, int(low(x.a) >> (x.b & 31) & 1)),
-    OP("s_bitcmp0_b64", 0, 2, 1, whole, 0, !(x.a >> (x.b & 63) & 1)), OP("s_bitcmp1_b64", 0, 2, 1, whole, 0, int(x.a >> (x.b & 63) & 1)),
+    OP("s_bitcmp0_b32", 0, 1, 1, whole, 0, !(low(x.a) >> (x.b & 31) & 1)),
+    OP("s_bitcmp1_b32", 0, 1, 1, whole, 0, int(low(x.a) >> (x.b & 31) & 1)),
+    OP("s_bitcmp0_b64", 0, 2, 1, whole, 0, !(x.a >> (x.b & 63) & 1)),
+    OP("s_bitcmp1_b64", 0, 2, 1, whole, 0, int(x.a >> (x.b & 63) & 1)),
 
     OP("s_movk_i32", 1, 0, 0, whole, low(x.immediate), keep_scc),
-    {"s_cmovk_i32", 1, 0, 0, Taint::whole, true, true, [](const Inputs &x) -> Result { return {low(x.immediate), keep_scc, !x.scc}; }},
+    {"s_cmovk_i32", 1, 0, 0, Taint::whole, true, true, [](const Inputs &x) -> Result { return {low(x.immediate),
+       keep_scc, !x.scc}; }},
     OP_OLD("s_addk_i32", 1, 0, 0, low(x.old + x.immediate), add_overflow(s32(x.old), x.immediate)),
     OP_OLD("s_mulk_i32", 1, 0, 0, low(x.old * x.immediate), keep_scc),
-#define COMPARE_K(name, operator_)                                                                                        \
-    {"s_cmpk_" name "_i32", 0, 0, 0, Taint::whole, false, true,                                                           \
-     [](const Inputs &x) -> Result { return {0, s32(x.old) operator_ x.immediate}; }},                                    \
-    {"s_cmpk_" name "_u32", 0, 0, 0, Taint::whole, false, true,                                                           \
-     [](const Inputs &x) -> Result { return {0, low(x.old) operator_ uint16_t(x.immediate)}; }},
+#define COMPARE_K(name, operator_)                                                                      \
+    {"s_cmpk_" name "_i32", 0, 0, 0, Taint::whole, false, true, COMPUTE(0, s32(x.old) operator_ x.immediate)}, \
+    {"s_cmpk_" name "_u32", 0, 0, 0, Taint::whole, false, true, COMPUTE(0, low(x.old) operator_ uint16_t(x.immediate))},
     COMPARE_K("eq", ==) COMPARE_K("lg", !=) COMPARE_K("gt", >) COMPARE_K("ge", >=) COMPARE_K("lt", <) COMPARE_K("le", <=)
 };
 
-uint64_t result_defined(Taint taint, const Inputs &x, uint64_t value, uint64_t da, uint64_t db, bool rest) {
-    if (!rest) return 0;
-    switch (taint) {
-        case Taint::bitwise: return da & db;
-        // A bit is decided by one operand alone where that operand's bit is defined and the other cannot matter: the
-        // result is then the same for both values of the other bit.
-        case Taint::bitwise_and: case Taint::bitwise_or: return (da & db) | value;   // replaced below
-        default: return da == all_lanes && db == all_lanes ? all_lanes : 0;
-    }
-    (void)x;
+// Which bits of a bitwise result are known: those that stay the same whatever the operands' unknown bits are.
+uint64_t known_bits(const ScalarOp &op, const Inputs &x, uint64_t value, uint64_t known_a, uint64_t known_b) {
+    Inputs flipped_a = x, flipped_b = x, flipped_both = x;
+    flipped_a.a = flipped_both.a = x.a ^ ~known_a;
+    flipped_b.b = flipped_both.b = x.b ^ ~known_b;
+    uint64_t changes = 0;
+    for (const Inputs &other : {flipped_a, flipped_b, flipped_both}) changes |= op.compute(other).value ^ value;
+    return ~changes;
 }
 
 void execute_scalar(Wave &w, const Instruction &in) {
@@ -208,39 +222,26 @@ void execute_scalar(Wave &w, const Instruction &in) {
         else { x.old = w.read_scalar(in.destination, d32); d_old = widened(d32); }
     }
     Result result = op.compute(x);
-    bool rest = d_old == all_lanes && (!op.reads_scc || w.scc_defined);
+    const bool others_known = d_old == all_lanes && (!op.reads_scc || w.scc_defined);
+    const bool selects = op.reads_scc && op.width_b && result.scc == keep_scc;  // s_cselect: only the chosen operand
     uint64_t d;
-    if (op.taint == Taint::bitwise_and || op.taint == Taint::bitwise_or) {
-        // A bit is known where both are, or where one known bit decides it: then the result does not depend on the other.
-        Inputs flipped = x;
-        flipped.a = x.a ^ ~da;
-        uint64_t without_a = op.compute(flipped).value ^ result.value;
-        flipped.a = x.a;
-        flipped.b = x.b ^ ~db;
-        uint64_t without_b = op.compute(flipped).value ^ result.value;
-        flipped.a = x.a ^ ~da;
-        uint64_t without_both = op.compute(flipped).value ^ result.value;
-        d = ~(without_a | without_b | without_both);
-    } else if (op.reads_scc && op.width_b && !op.reads_old && (op.name[3] == 's')) {   // s_cselect: the chosen one
-        d = w.scc_defined ? (x.scc ? da : db) : 0;
-    } else {
-        d = result_defined(op.taint, x, result.value, da, db, rest);
-    }
+    if (op.taint == Taint::bitwise) d = known_bits(op, x, result.value, da, db);
+    else if (selects) d = w.scc_defined ? (x.scc ? da : db) : 0;
+    else d = others_known && da == all_lanes && db == all_lanes ? all_lanes : 0;
     if (op.width_out && !result.keep_value) {
         if (op.width_out == 2) w.write_scalar64(in.destination, result.value, d);
         else w.write_scalar(in.destination, uint32_t(result.value), uint32_t(d));
     }
     if (result.scc != keep_scc) {
-        uint64_t relevant = op.width_out == 1 ? 0xffffffffu : all_lanes;
+        const uint64_t relevant = op.width_out == 1 ? 0xffffffffu : all_lanes;
         w.scc = result.scc;
         // "Not zero" is known as soon as one known bit is set.
-        bool known_nonzero = op.taint != Taint::whole && result.scc && (result.value & d & relevant);
-        w.scc_defined = op.width_out ? (d & relevant) == relevant || known_nonzero
-                                     : da == all_lanes && db == all_lanes && rest;
+        const bool known_nonzero = op.taint == Taint::bitwise && (result.value & d & relevant);
+        w.scc_defined = (d & relevant) == relevant || known_nonzero;
     }
 }
 
-// --- EXEC ---------------------------------------------------------------------------------------------------------------
+// --- EXEC ------------------------------------------------------------------------------------------------------------
 
 template <class F> void save_exec(Wave &w, const Instruction &in, F f, bool write_old) {
     uint64_t d, exec = w.exec();
@@ -255,11 +256,12 @@ template <class F> void save_exec(Wave &w, const Instruction &in, F f, bool writ
     w.scc_defined = true;
 }
 
-#define SAVE_EXEC(name, ...)                                                                                              \
-    {"s_" name "_saveexec_b64", [](Wave &w, const Instruction &in) {                                                      \
-        save_exec(w, in, [](uint64_t a, uint64_t exec) -> uint64_t { return __VA_ARGS__; }, true); }}
+#define SAVE_EXEC(name, ...)                                                                        \
+    {"s_" name "_saveexec_b64", [](Wave &w, const Instruction &in) {                                \
+         save_exec(w, in, [](uint64_t a, uint64_t exec) -> uint64_t { return __VA_ARGS__; }, true); \
+     }}
 
-// --- program flow -------------------------------------------------------------------------------------------------------
+// --- program flow ----------------------------------------------------------------------------------------------------
 
 void jump(Wave &w, const Instruction &in) { w.next_pc = in.index + 1 + in.offset; }
 
@@ -318,11 +320,20 @@ struct Special {
 #define DO(name, ...) {name, [](Wave &w, const Instruction &in) { (void)w; (void)in; __VA_ARGS__; }}
 
 const Special specials[] = {
-    SAVE_EXEC("and", a & exec), SAVE_EXEC("or", a | exec), SAVE_EXEC("xor", a ^ exec), SAVE_EXEC("andn2", a & ~exec),
-    SAVE_EXEC("orn2", a | ~exec), SAVE_EXEC("nand", ~(a & exec)), SAVE_EXEC("nor", ~(a | exec)),
-    SAVE_EXEC("xnor", ~(a ^ exec)), SAVE_EXEC("andn1", ~a & exec), SAVE_EXEC("orn1", ~a | exec),
-    DO("s_andn1_wrexec_b64", save_exec(w, in, [](uint64_t a, uint64_t e) { return ~a & e; }, false)),
-    DO("s_andn2_wrexec_b64", save_exec(w, in, [](uint64_t a, uint64_t e) { return a & ~e; }, false)),
+    SAVE_EXEC("and", a & exec),
+    SAVE_EXEC("or", a | exec),
+    SAVE_EXEC("xor", a ^ exec),
+    SAVE_EXEC("andn2", a & ~exec),
+    SAVE_EXEC("orn2", a | ~exec),
+    SAVE_EXEC("nand", ~(a & exec)),
+    SAVE_EXEC("nor", ~(a | exec)),
+    SAVE_EXEC("xnor", ~(a ^ exec)),
+    SAVE_EXEC("andn1", ~a & exec),
+    SAVE_EXEC("orn1", ~a | exec),
+    DO("s_andn1_wrexec_b64", save_exec(
+                                 w, in, [](uint64_t a, uint64_t e) { return ~a & e; }, false)),
+    DO("s_andn2_wrexec_b64", save_exec(
+                                 w, in, [](uint64_t a, uint64_t e) { return a & ~e; }, false)),
     DO("s_getpc_b64", w.write_scalar64(in.destination, address_of_next(w))),
     DO("s_setpc_b64", jump_to_address(w, defined_pair(w, in.source[0]))),
     DO("s_swappc_b64", uint64_t to = defined_pair(w, in.source[0]);
@@ -344,8 +355,15 @@ const Special specials[] = {
     DO("s_setreg_b32", set_register(w, in, w.read_address(in.destination, "MODE"))),
     DO("s_setreg_imm32_b32", set_register(w, in, in.literal_value)),
     // No effect on what a kernel computes.
-    DO("s_sleep",), DO("s_setprio",), DO("s_icache_inv",), DO("s_wakeup",), DO("s_incperflevel",), DO("s_decperflevel",),
-    DO("s_sendmsg",), DO("s_sethalt",), DO("s_ttracedata",),
+    DO("s_sleep", ),
+    DO("s_setprio", ),
+    DO("s_icache_inv", ),
+    DO("s_wakeup", ),
+    DO("s_incperflevel", ),
+    DO("s_decperflevel", ),
+    DO("s_sendmsg", ),
+    DO("s_sethalt", ),
+    DO("s_ttracedata", ),
 };
 
 }  // namespace

@@ -48,7 +48,8 @@ template <bool subtract, bool reverse, bool with_carry> void add_carry(Wave &w, 
 void select(Wave &w, const Instruction &in) {
     LaneMasks masks(w), masks_a(w), masks_b(w);
     Lanes<float> buffer_a, buffer_b;                          // float: modifiers apply to the sign bit
-    const float *a = fetch<float>(w, in, 0, buffer_a.value, masks_a), *b = fetch<float>(w, in, 1, buffer_b.value, masks_b);
+    const float *a = fetch<float>(w, in, 0, buffer_a.value, masks_a),
+                *b = fetch<float>(w, in, 1, buffer_b.value, masks_b);
     u64 which = fetch_mask(w, in, masks);
     // Only the chosen operand matters.
     masks.defined &= (which & masks_b.defined) | (~which & masks_a.defined);
@@ -74,7 +75,7 @@ template <bool is_signed> void multiply_add_wide(Wave &w, const Instruction &in)
     store_carry(w, in, carry, masks);
 }
 
-// --- one lane to or from a scalar register -----------------------------------------------------------------------------
+// --- one lane to or from a scalar register ---------------------------------------------------------------------------
 
 void read_lane_at(Wave &w, const Instruction &in, unsigned lane) {
     unsigned r = w.vector_register(in.source[0]);
@@ -95,7 +96,9 @@ void read_first_lane(Wave &w, const Instruction &in) {
 
 void check_lane_select(Wave &w, Operand operand) {
     if (operand < 128 && w.hazards.missing_scalar(operand, 4))
-        w.fail("four wait states are needed between a vector instruction that writes a scalar register and its use as a lane");
+        w.fail(
+            "four wait states are needed between a vector instruction that writes a scalar register and its use as a "
+            "lane");
 }
 
 void read_lane(Wave &w, const Instruction &in) {
@@ -127,7 +130,7 @@ template <bool high> void count_below(Wave &w, const Instruction &in) {
     store<u32>(w, in, result.value, masks);
 }
 
-// --- registers exchanged -----------------------------------------------------------------------------------------------
+// --- registers exchanged ---------------------------------------------------------------------------------------------
 
 void swap_registers(Wave &w, const Instruction &in) {
     unsigned a = w.vector_register(in.destination), b = w.vector_register(in.source[0]);
@@ -180,7 +183,7 @@ void move_accumulator_to_accumulator(Wave &w, const Instruction &in) {
     move_accumulator(w, moved);
 }
 
-// --- any function of three bits ----------------------------------------------------------------------------------------
+// --- any function of three bits --------------------------------------------------------------------------------------
 
 void any_of_three_bits(Wave &w, const Instruction &in) {
     const unsigned table = in.negative | in.absolute << 3 | in.output_scale << 6;
@@ -188,25 +191,30 @@ void any_of_three_bits(Wave &w, const Instruction &in) {
     plain.negative = plain.absolute = plain.output_scale = 0;
     LaneMasks masks(w);
     Lanes<u32> buffer[3], result;
-    const u32 *a = fetch<u32>(w, plain, 0, buffer[0].value, masks), *b = fetch<u32>(w, plain, 1, buffer[1].value, masks);
+    const u32 *a = fetch<u32>(w, plain, 0, buffer[0].value, masks),
+              *b = fetch<u32>(w, plain, 1, buffer[1].value, masks);
     const u32 *c = fetch<u32>(w, plain, 2, buffer[2].value, masks);
     for (int lane = 0; lane < lanes; ++lane) {
         u32 r = 0;
         for (unsigned i = 0; i < 8; ++i)
-            if (table >> i & 1) r |= (i & 4 ? a[lane] : ~a[lane]) & (i & 2 ? b[lane] : ~b[lane]) & (i & 1 ? c[lane] : ~c[lane]);
+            if (table >> i & 1)
+                r |= (i & 4 ? a[lane] : ~a[lane]) & (i & 2 ? b[lane] : ~b[lane]) & (i & 1 ? c[lane] : ~c[lane]);
         result.value[lane] = r;
     }
     store<u32>(w, plain, result.value, masks);
 }
 
-// --- division: the steps around the Newton iteration of a / b ------------------------------------------------------------
+// --- division: the steps around the Newton iteration of a / b --------------------------------------------------------
 
 template <class T> struct Limits;
 template <> struct Limits<float> { static constexpr int least = -126, mantissa = 23, scale = 64; };
 template <> struct Limits<double> { static constexpr int least = -1022, mantissa = 53, scale = 128; };
 
 // Of a denormal number: that of its encoding.
-template <class T> int exponent_of(T x) { return x == 0 ? Limits<T>::least - 1 : std::max(std::ilogb(x), Limits<T>::least - 1); }
+template <class T>
+int exponent_of(T x) {
+    return x == 0 ? Limits<T>::least - 1 : std::max(std::ilogb(x), Limits<T>::least - 1);
+}
 
 // Scales the numerator or denominator (source 0, equal to one of them) so that the iteration neither overflows nor
 // loses bits; the carry says that v_div_fmas must scale the quotient back.
@@ -261,7 +269,8 @@ template <class T> void divide_fma(Wave &w, const Instruction &in) {
 template <class T> void divide_fixup(Wave &w, const Instruction &in) {
     LaneMasks masks(w);
     Lanes<T> buffer[3], result;
-    const T *quotient = fetch<T>(w, in, 0, buffer[0].value, masks), *denominator = fetch<T>(w, in, 1, buffer[1].value, masks);
+    const T *quotient = fetch<T>(w, in, 0, buffer[0].value, masks),
+            *denominator = fetch<T>(w, in, 1, buffer[1].value, masks);
     const T *numerator = fetch<T>(w, in, 2, buffer[2].value, masks);
     for (int lane = 0; lane < lanes; ++lane) {
         double d = double(denominator[lane]), n = double(numerator[lane]), q = double(quotient[lane]);

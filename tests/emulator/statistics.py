@@ -61,7 +61,8 @@ def summarize(text: str) -> dict[str, dict]:
 
 def _kernel(fields: list[str], rows: list[_Row]) -> dict:
     arch = fields[0]
-    launches, workgroups, waves, registers, accumulation_offset, sgprs, lds_bytes, scratch_bytes, block, entry = map(int, fields[1:])
+    numbers = map(int, fields[1:])
+    launches, workgroups, waves, registers, accumulation_offset, sgprs, lds_bytes, scratch_bytes, block, entry = numbers
     waves_of_group = max(1, -(-block // 64))
     by_registers = _SIMD_REGISTERS // max(registers, 1)
     groups_by_lds = _LDS_OF_CU[arch] // lds_bytes if lds_bytes else 10**6

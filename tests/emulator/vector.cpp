@@ -1,6 +1,6 @@
 // Vector arithmetic: one line for each instruction. Semantics: chapter "Instructions" of AMD's ISA documents for MI200,
-// MI300 and CDNA4. A quarter of the lanes a cycle makes 4 cycles; transcendental functions and wide integer products take
-// four times as long.
+// MI300 and CDNA4. A quarter of the lanes a cycle makes 4 cycles; transcendental functions and wide integer products
+// take four times as long.
 #include <algorithm>
 #include <utility>
 
@@ -291,7 +291,8 @@ bool define_vector(const std::string &name, Operation &operation) {
     if (name == "v_lshl_add_u64" || name == "v_lshlrev_b64") operation.words = uint16_t(Words::low_alone);
     if (name == "v_lshrrev_b64" || name == "v_ashrrev_i64") operation.words = uint16_t(Words::high_alone);
     // Of the 16-bit instructions only these leave the other half of their destination alone.
-    operation.writes_high_half_kept = name == "v_mad_f16" || name == "v_mad_u16" || name == "v_mad_i16" || name == "v_fma_f16";
+    operation.writes_high_half_kept =
+        name == "v_mad_f16" || name == "v_mad_u16" || name == "v_mad_i16" || name == "v_fma_f16";
     return true;
 }
 

@@ -67,10 +67,12 @@ void Wave::check_scalar_wait(unsigned r) const {
     const Pipe pipe = current->operation->pipe;
     if (pipe != Pipe::vector && pipe != Pipe::memory) return;
     // A lane-wise result of the vector unit (VCC, v_readlane) read by it again, or by a memory instruction.
-    const unsigned states = pipe == Pipe::memory ? (current->format == Format::smem ? 0 : 5) : hazards.arch == Arch::gfx90a ? 0 : 2;
+    const unsigned states = pipe == Pipe::memory           ? (current->format == Format::smem ? 0 : 5)
+                            : hazards.arch == Arch::gfx90a ? 0
+                                                           : 2;
     if (unsigned n = hazards.missing_scalar(r, states))
-        fail("s" + std::to_string(r) + " is read too early: " + std::to_string(n) + " more wait states are needed after the " +
-             "vector instruction that writes it");
+        fail("s" + std::to_string(r) + " is read too early: " + std::to_string(n) +
+             " more wait states are needed after the " + "vector instruction that writes it");
 }
 
 uint32_t Wave::read_scalar(Operand operand, uint32_t &defined_bits) const {

@@ -105,7 +105,10 @@ struct Wave {
     [[noreturn]] void fail_pending_scalar(unsigned r) const;
     void check_scalar_wait(unsigned r) const;
     // A vector instruction has written the scalar register and, where wide, the next one.
-    void vector_wrote_scalar(unsigned r, bool wide) { hazards.scalar[r] = hazards.slot; if (wide) hazards.scalar[r + 1] = hazards.slot; }
+    void vector_wrote_scalar(unsigned r, bool wide) {
+        hazards.scalar[r] = hazards.slot;
+        if (wide) hazards.scalar[r + 1] = hazards.slot;
+    }
 
     // --- vector registers: the register's number in v
     void check_vector(unsigned r) const {
@@ -120,7 +123,8 @@ struct Wave {
         if (unsigned n = hazards.missing_read(r, current->reader)) fail_hazard(r, n, "read");
     }
     void check_write(unsigned r) const {
-        if (unsigned n = hazards.missing_write(r, current->operation->pipe == Pipe::vector)) fail_hazard(r, n, "written");
+        if (unsigned n = hazards.missing_write(r, current->operation->pipe == Pipe::vector))
+            fail_hazard(r, n, "written");
     }
     [[noreturn]] void fail_hazard(unsigned r, unsigned missing, const char *what) const;
     void write_lanes(unsigned r, const uint32_t *values, uint64_t mask, uint64_t defined_lanes);
