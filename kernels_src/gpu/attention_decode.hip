@@ -20,10 +20,10 @@
  *                      update      P = exp2(S - max)
  *                      accumulate  O += P V
  *     at the end       waves of a row tile add up what they have, halving their number through shared memory; the
- *                      first writes it: the whole of a unit to the output, a part of one to the workspace
+ *                      first writes it: all of a unit to the output, a part of one to the workspace
  *
- * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results do
- * not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
+ * A second kernel, merge, adds up the parts of each unit that a cut went through, in a fixed order: results do not
+ * depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
  *
  * What arch/ *_decode.h provides:
  *   Decode<HEAD_DIM>                  ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
@@ -38,10 +38,10 @@ namespace aiter {
 
 using Rows = KeyValueRows<PAGED>;
 using Stream = KeyValueStream<HEAD_DIM, Rows>;
-using Scores = Shape_::Scores;
-using Output = Shape_::Output;
-using Softmax = OnlineSoftmax<Output::SLOTS, Shape_::LANES>;
-constexpr int SLOTS = Output::SLOTS, RUN = Shape_::RUN;
+using Scores = Tile::Scores;
+using Output = Tile::Output;
+using Softmax = OnlineSoftmax<Output::SLOTS, Tile::LANES>;
+constexpr int SLOTS = Output::SLOTS, RUN = Tile::RUN;
 
 constexpr int EXCHANGED = SLOTS * (Output::VALUES + 2); /* floats of a lane: O, maximum, sum */
 constexpr int EXCHANGE_BYTES = WAVES / 2 * EXCHANGED * WAVE * 4;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
     const int all_see = CAUSAL && wave_row < unit.rows ? lesser(unit.visible(wave_row), end) : end;
 
     Stream stream(shared, rows, first_key, group, groups);
-    Shape_::Queries queries;
+    Tile::Queries queries;
     queries.load(stream.query_memory(),
                  [&](int row) { return wave_row + row < unit.rows ? unit.query(wave_row + row) : nullptr; }, negate);
     /* All waves make the same number of rounds: they may have to meet in each. */
@@ -93,7 +93,8 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
 }
 
 /* Adds up what the groups of waves have: those with a higher number hand theirs to those with a lower one. */
-__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax, Output &o) {
+__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax,
+                                       Output &o) {
     for (int distance = groups / 2; distance > 0; distance /= 2) {
         barrier();
         const bool gives = group >= distance && group < 2 * distance, takes = group < distance;
@@ -147,23 +148,24 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &s
         }
         bool spoiled = false;
         if (CAUSAL) {
-            total = row_sum<Shape_::LANES>(total);
+            total = row_sum<Tile::LANES>(total);
             const bool suspect = total != total && __builtin_fabsf(log_sum[slot]) < INFINITE;
-            for (uint64_t lanes = ballot(suspect && Shape_::leads_row()); lanes != 0; lanes &= lanes - 1) {
+            for (uint64_t lanes = ballot(suspect && Tile::leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int bad = from_lane(row, first_lane(lanes));
                 if (unit.repair(bad, from_lane(log_sum[slot], first_lane(lanes)))) spoiled |= row == bad;
             }
         }
         if (row >= unit.padded_rows) continue;
-        if (Shape_::leads_row()) unit.store_lse(row, log_sum[slot]);
+        if (Tile::leads_row()) unit.store_lse(row, log_sum[slot]);
         if (spoiled) continue;
         Element *to = unit.output(row);
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
+            const int column = Output::column_of_lane(i);
             Pack<uint32_t, RUN / 2> run;
 #pragma unroll
             for (int j = 0; j < RUN; j += 2) run.item[j / 2] = to_elements(o.get(slot, i + j), o.get(slot, i + j + 1));
-            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column_of_lane(i)) = run;
+            if (column < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + column) = run;
         }
     }
 }
@@ -173,22 +175,23 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
-        const float sum = row_sum<Shape_::LANES>(softmax.sum[slot]);
+        const float maximum = softmax.maximum[slot], sum = row_sum<Tile::LANES>(softmax.sum[slot]);
         if (row >= unit.rows) continue;
         float *to = parts.output_row(block(), place, row);
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
+            const int column = Output::column_of_lane(i);
             Pack<float, RUN> run;
 #pragma unroll
             for (int j = 0; j < RUN; ++j) run.item[j] = o.get(slot, i + j);
-            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + Output::column_of_lane(i)) = run;
+            if (column < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + column) = run;
         }
-        if (Shape_::leads_row())
-            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {{softmax.maximum[slot], sum}};
+        if (Tile::leads_row())
+            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {{maximum, sum}};
     }
 }
 
-__global__ void __launch_bounds__(THREADS, Shape_::BLOCKS) attention_decode(const Arguments arguments, int grid) {
+__global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const Arguments arguments, int grid) {
     AITER_SHARED(shared, SHARED_BYTES);
     let_next_start();
     const Schedule schedule(arguments, grid);
@@ -205,9 +208,9 @@ __global__ void __launch_bounds__(THREADS, Shape_::BLOCKS) attention_decode(cons
         const Unit unit(arguments, place.batch, index, schedule.parts);
 
         int row_tiles = 1; /* a power of two, as WAVES is */
-        while (row_tiles * Shape_::ROWS < unit.padded_rows) row_tiles *= 2;
+        while (row_tiles * Tile::ROWS < unit.padded_rows) row_tiles *= 2;
         const int groups = WAVES / row_tiles, group = wave() / row_tiles;
-        const int wave_row = wave() % row_tiles * Shape_::ROWS;
+        const int wave_row = wave() % row_tiles * Tile::ROWS;
         const int seen = unit.rows == 0 ? 0 : unit.visible(unit.rows - 1);
         const int first_key = first * STEP_KEYS, end_key = lesser(seen, last * STEP_KEYS);
 
@@ -299,7 +302,7 @@ struct Plan {
     Plan(const aiter_attention_problem &p, int compute_units) {
         units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
         steps = units * steps_of(p.seqlen_k);
-        grid = blocks_for(units, steps, static_cast<int64_t>(compute_units) * Shape_::BLOCKS);
+        grid = blocks_for(units, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
     }
     bool cuts() const { return grid > 1 && steps > units; } /* may they go through a unit? */
 };

@@ -17,10 +17,10 @@ namespace aiter {
 
 constexpr int HEAD_DIM = AITER_HEAD_DIM;
 constexpr bool CAUSAL = AITER_CAUSAL, PAGED = AITER_PAGED;
-using Shape_ = Decode<HEAD_DIM>;
+using Tile = Decode<HEAD_DIM>;
 using Problem = Sequence<CAUSAL, PAGED>;
-constexpr int KEYS = Shape_::KEYS, WAVES = Shape_::WAVES, THREADS = WAVES * WAVE;
-constexpr int STEP_KEYS = WAVES * KEYS, PART_ROWS = WAVES * Shape_::ROWS;
+constexpr int KEYS = Tile::KEYS, WAVES = Tile::WAVES, THREADS = WAVES * WAVE;
+constexpr int STEP_KEYS = WAVES * KEYS, PART_ROWS = WAVES * Tile::ROWS;
 
 /* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */
 constexpr int LEAST_STEPS = 4;
@@ -154,8 +154,8 @@ struct Unit {
         if (sequence.lse != nullptr)
             sequence.lse[head(row) * arguments.problem.lse_strides[1] + token(row)] = log_sum * LN_2;
     }
-    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a whole
-     * wave, for one row; true if the row was then computed again and stored. */
+    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a
+     * whole wave, for one row; true if the row was then computed again and stored. */
     __device__ __forceinline__ bool repair(int row, float log_sum) const {
         const Problem own(arguments, batch, first_head + head(row));
         const bool masked = values_not_finite<HEAD_DIM>(own, own.visible(token(row)), own.keys.count);

@@ -21,6 +21,8 @@ constexpr auto hipDeviceAttributeMultiprocessorCount = cudaDevAttrMultiProcessor
 inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
     return cudaDeviceGetAttribute(value, attribute, device);
 }
+constexpr int CUDA_ARCHS[] = {__CUDA_ARCH_LIST__};
+constexpr int CUDA_ARCH = CUDA_ARCHS[0]; /* what this build is for, also in host code: 800, 900 */
 #endif
 
 #include <stdint.h>
@@ -79,9 +81,8 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int share
 template <class... Parameters, class... Arguments>
 int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, void *stream,
                 const Arguments &...arguments) {
-#if defined(__CUDA_ARCH_LIST__)
-    constexpr int archs[] = {__CUDA_ARCH_LIST__};
-    if (archs[0] >= 900) {
+#if !defined(__HIP__)
+    if (CUDA_ARCH >= 900) {
         if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
         cudaLaunchAttribute early = {};
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -15,7 +15,7 @@
  *   O   register r of MFMA e: dimension 8 (4 g + r) + e of row m
  *
  * The loads of the next K tile start when S has used this one, those of V when O has: a wave always has one of the two
- * on its way, 8 KB at head_dim 128, and a CU 64 KB and more (304 CUs at 5.3 TB/s with 1 us of latency ask for 17 KB). */
+ * on its way, 8 KB at head_dim 128, and a CU 64 KB or more (304 CUs at 5.3 TB/s with 1 us of latency ask for 17). */
 #ifndef AITER_GPU_ARCH_GFX9_DECODE_H
 #define AITER_GPU_ARCH_GFX9_DECODE_H
 
