@@ -29,7 +29,10 @@ def test_each_kind_of_chip_has_its_compiler():
     assert [toolchain_for(name) for name in ("gfx942", "sm_90a", "x86-64-v3", "aarch64")] == [HIP, NVCC, CPP, CPP]
 
 
-@pytest.mark.parametrize("toolchain, name, variable", [(HIP, "hipcc", "ROCM_PATH"), (HIP, "hipcc", "HIP_PATH"), (NVCC, "nvcc", "CUDA_HOME")])  # fmt: skip
+@pytest.mark.parametrize(
+    "toolchain, name, variable",
+    [(HIP, "hipcc", "ROCM_PATH"), (HIP, "hipcc", "HIP_PATH"), (NVCC, "nvcc", "CUDA_HOME")],
+)
 def test_gpu_compilers_are_found_in_order(toolchain, name, variable, tmp_path, monkeypatch):
     for other in ("ROCM_PATH", "HIP_PATH", "CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(other, raising=False)
@@ -61,7 +64,10 @@ def test_a_build_sees_relative_paths_and_no_hidden_options(tree, tmp_path, monke
     log = tmp_path / "log"
     linker = program(tmp_path / "clang", f'#!/bin/sh\necho "$@" >> {log}\nexec g++ "$@"\n')
     script = f"""#!/bin/sh
-case "$1" in --version) echo "HIP version: 9"; echo "InstalledDir: /somewhere"; exit;; --print-prog-name=clang) echo noise; echo {linker}; exit;; esac
+case "$1" in
+    --version) echo "HIP version: 9"; echo "InstalledDir: /somewhere"; exit;;
+    --print-prog-name=clang) echo noise; echo {linker}; exit;;
+esac
 echo "$HIP_PLATFORM [$HIPCC_COMPILE_FLAGS_APPEND] [$CPATH]" >> {log}
 echo "$@" >> {log}
 for word; do case "$word" in *.hip) source=$word;; -D*|-I*) flags="$flags $word";; esac; done
@@ -136,7 +142,10 @@ def test_amd_gpus(name, expected, monkeypatch):
             arch.arch_of(torch.device("cuda", 0))
 
 
-@pytest.mark.parametrize("capability, expected", [((8, 0), "sm_80"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((7, 5), None)])  # fmt: skip
+CAPABILITIES = {(8, 0): "sm_80", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100", (7, 5): None}
+
+
+@pytest.mark.parametrize("capability, expected", CAPABILITIES.items())
 def test_nvidia_gpus(capability, expected, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
