@@ -26,6 +26,7 @@
 constexpr int GROUP_STRIPS = 4;
 constexpr int GROUP_ROWS = GROUP_STRIPS * STRIP_ROWS; /* rows per sum of dK and dV: they are loaded and stored as often */
 constexpr int GROUP_STEPS = GROUP_ROWS / STEP_ELEMENTS;
+constexpr int RUN_STEPS = STEP_ELEMENTS > 1 ? DIM_STEPS : 32;
 constexpr int WIDE = round_up(DIM, LANES);            /* head_dim where it lies along the lanes */
 
 /* K and V of a block: as left operands of the scores, and K as left operand of dQ. */
@@ -102,8 +103,11 @@ static void grade_block(GradBlock &block, GradRows &rows, GradTile &tile, float 
     for (int strip = 0; strip < GROUP_STRIPS; strip++) {
         multiply<STRIP_VECTORS, STRIP_ROWS, DIM_STEPS, 1, STRIP_ROWS>(tile.scores, block.keys, rows.queries[strip], count,
                                                                       DIM_STEPS, false);
-        multiply<STRIP_VECTORS, STRIP_ROWS, DIM_STEPS, 1, STRIP_ROWS>(tile.grad_weights, block.values,
-                                                                      rows.grad_outputs[strip], count, DIM_STEPS, false);
+        /* dP - delta is a small difference of large sums: summed in runs, as rounding errors grow with a sum's length. */
+        for (int s = 0; s < DIM_STEPS; s += RUN_STEPS)
+            multiply<STRIP_VECTORS, STRIP_ROWS, DIM_STEPS, 1, STRIP_ROWS>(
+                tile.grad_weights, block.values + s, rows.grad_outputs[strip] + s * STRIP_ROWS, count,
+                static_cast<int>(minimum(RUN_STEPS, DIM_STEPS - s)), s > 0);
         grade_scores(tile, rows, strip, first_key, count, scale_log2);
         multiply<STRIP_VECTORS, STRIP_ROWS, VALUE_ROW, VALUE_STEP, STRIP_ROWS>(
             grad_queries + strip * DIM * STRIP_ROWS, block.key_columns, tile.grad_columns, DIM, count / STEP_ELEMENTS, !first);

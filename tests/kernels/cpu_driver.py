@@ -7,6 +7,7 @@ import functools
 import math
 
 import torch
+
 from aiter import abi
 from aiter.jit import get_kernel
 from aiter.jit.arch import cpu_arch, runs_here

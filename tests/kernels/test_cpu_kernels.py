@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from cpu_driver import ARCHS, DTYPES, attend
-from hypothesis import given
+from cpu_driver import ARCHS, DTYPES, GOMP_PARALLEL, attend
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Sequence, assert_sequences
+from problems import STRIDES, Sequence, assert_sequences, strided
+
+from aiter.reference import attend_one, split_packed
 
 archs = pytest.mark.parametrize(("dtype", "arch"), ARCHS)
 HEAD_DIM = 72  # fills no vector and no tile; one value, as each is a compilation per dtype and arch
@@ -55,3 +57,118 @@ def test_other_head_dims(dtype, arch, head_dim):
     for rows in (1, 2, 70):
         output, lse = attend(arch, query[:, :rows], key, value, True)
         assert_sequences(output, lse, list(dense_sequences(query[:, :rows], key, value)), True)
+
+
+@archs
+@pytest.mark.parametrize("causal", (False, True))
+def test_padded(dtype, arch, causal):
+    lengths_q = torch.tensor((70, 0, 3, 100, 99), dtype=torch.int32)
+    lengths_k = torch.tensor((90, 20, 0, 1, 9), dtype=torch.int32)
+    query = randn(5, 100, 4, HEAD_DIM, dtype=dtype)
+    key, value = (randn(5, 90, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
+    for b in range(5):
+        query[b, lengths_q[b] :] = math.nan
+        key[b, lengths_k[b] :] = value[b, lengths_k[b] :] = math.nan
+    output, lse = attend(arch, query, key, value, causal, seqlens_q=lengths_q, seqlens_k=lengths_k)
+    assert_sequences(output, lse, list(dense_sequences(query, key, value, lengths_q, lengths_k)), causal)
+    for b in range(5):
+        assert not output[b, lengths_q[b] :].any() and lse[b, :, lengths_q[b] :].eq(-math.inf).all()
+
+
+@archs
+@pytest.mark.parametrize("causal", (False, True))
+def test_packed(dtype, arch, causal):
+    lengths = (70, 0, 1, 129, 16)
+    query = randn(sum(lengths), 4, HEAD_DIM, dtype=dtype)
+    key, value = (randn(sum(lengths), 2, HEAD_DIM, dtype=dtype) for _ in "kv")
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    output, lse = attend(arch, query, key, value, causal, seqlens_q=seqlens, seqlens_k=seqlens, max_seqlen=(150, 150))
+    sequences = [
+        Sequence(query[rows], key[rows], value[rows], (rows,), (slice(None), rows)) for rows in split_packed(lengths)
+    ]
+    assert_sequences(output, lse, sequences, causal)
+
+
+@archs
+@pytest.mark.parametrize("seq_q", (1, 2, 40))
+@pytest.mark.parametrize("page_size", (1, 7, 16, 128))
+def test_paged(dtype, arch, seq_q, page_size):
+    batch, heads, group, most = 4, 2, 2, 200
+    pages = -(-most // page_size)
+    lengths = torch.tensor((most, seq_q, 131, 0), dtype=torch.int32)
+    key, value = (randn(batch * pages + 3, page_size, heads, HEAD_DIM, dtype=dtype) for _ in "kv")
+    order = torch.randperm(len(key), dtype=torch.int32)[: batch * pages].view(batch, pages)
+    table = order.clone()
+    for b, length in enumerate(lengths):
+        table[b, -(-int(length) // page_size) :] = -1  # never read
+    query = randn(batch, seq_q, heads * group, HEAD_DIM, dtype=dtype)
+    output, lse = attend(arch, query, key, value, True, seqlens_k=lengths, page_table=table)
+    full_key, full_value = (cache[order.long()].flatten(1, 2) for cache in (key, value))
+    assert_sequences(output, lse, list(dense_sequences(query, full_key, full_value, None, lengths)), True)
+
+
+@archs
+@pytest.mark.parametrize(("seq_q", "seq_k"), ((1, 1100), (3, 1100), (40, 1100), (700, 700)))
+def test_same_bits_for_any_threads(dtype, arch, seq_q, seq_k):
+    query = randn(1, seq_q, 2, HEAD_DIM, dtype=dtype)
+    key, value = (randn(1, seq_k, 1, HEAD_DIM, dtype=dtype) for _ in "kv")
+    expected = attend(arch, query, key, value, True, threads=1)
+    assert_sequences(*expected, list(dense_sequences(query, key, value)), True)
+    for threads, parallel in ((2, GOMP_PARALLEL), (3, None), (200, None)):
+        got = attend(arch, query, key, value, True, threads=threads, parallel=parallel)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@archs
+@pytest.mark.parametrize("scale", (-0.3, 0.0, 1.0))
+def test_scale(dtype, arch, scale):
+    for seq_q in (1, 50):
+        query = randn(2, seq_q, 2, HEAD_DIM, dtype=dtype)
+        key, value = (randn(2, 60, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
+        output, lse = attend(arch, query, key, value, True, scale)
+        assert_sequences(output, lse, list(dense_sequences(query, key, value)), True, scale)
+
+
+@archs
+@pytest.mark.parametrize("how", STRIDES[:3])
+def test_strides(dtype, arch, how):
+    for seq_q in (2, 37):
+        query = strided((2, seq_q, 2, HEAD_DIM), DTYPES[dtype], how)
+        key, value = (strided((2, 41, 1, HEAD_DIM), DTYPES[dtype], how) for _ in "kv")
+        output, lse = attend(arch, query, key, value)
+        assert_sequences(output, lse, list(dense_sequences(query, key, value)), False)
+
+
+@archs
+def test_large_and_equal_scores(dtype, arch):
+    for seq_q in (1, 50):
+        query = randn(1, seq_q, 2, HEAD_DIM, dtype=dtype)
+        key, value = (randn(1, 150, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
+        for scale, factor in ((100.0, 1.0), (1.0, 0.0)):
+            output, lse = attend(arch, query * factor, key, value, True, scale)
+            expected, expected_lse = attend_one(query[0] * factor, key[0], value[0], True, scale)
+            torch.testing.assert_close(lse[0].double(), expected_lse, rtol=1e-5, atol=1e-4)
+            eps = torch.finfo(DTYPES[dtype]).eps
+            atol = max(
+                4 * eps, 2e-3 if scale > 1 else 0
+            )  # large scores: the rounding of a score is a factor of a weight
+            torch.testing.assert_close(output[0].double(), expected, rtol=2 * eps, atol=atol)
+
+
+@archs
+@pytest.mark.parametrize("causal", (False, True))
+@settings(max_examples=15)
+@given(data=st.data())
+def test_infinities_and_nans_stay_where_they_belong(dtype, arch, causal, data):
+    torch.manual_seed(data.draw(SEEDS))
+    seq_q, seq_k = data.draw(st.sampled_from((1, 2, 20, 70))), data.draw(st.sampled_from((1, 30, 140)))
+    tensors = [randn(1, n, 1, HEAD_DIM, dtype=dtype) for n in (seq_q, seq_k, seq_k)]
+    for _ in range(data.draw(st.integers(1, 3))):
+        victim = tensors[data.draw(st.integers(0, 2))]
+        row, d = data.draw(st.integers(0, victim.shape[1] - 1)), data.draw(st.integers(0, HEAD_DIM - 1))
+        victim[0, row, 0, d] = data.draw(st.sampled_from((math.inf, -math.inf, math.nan)))
+    output, lse = attend(arch, *tensors, causal)
+    expected, expected_lse = attend_one(*(tensor[0] for tensor in tensors), causal)
+    torch.testing.assert_close(lse[0].double(), expected_lse, rtol=1e-4, atol=2e-4, equal_nan=True)
+    tolerance = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3e-2}[dtype]
+    torch.testing.assert_close(output[0].double(), expected, rtol=tolerance, atol=tolerance, equal_nan=True)
