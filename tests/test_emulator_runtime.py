@@ -74,7 +74,7 @@ extern "C" __global__ void leaves_the_buffer(float *out) { out[LANE + 1] = 1.f; 
 
 #define LAUNCH(call) { call; return (int)hipGetLastError(); }
 extern "C" int launch_reverse(float *out, const float *in, int64_t count, int which, int divisor, int block)
-LAUNCH((reverse<<<dim3((count + block - 1) / block), dim3(block), block * 4, 0>>>(out, in, count, (short)which, divisor)))
+LAUNCH((reverse<<<dim3((count + block - 1) / block), dim3(block), block * 4, 0>>>(out, in, count, which, divisor)))
 extern "C" int launch_total(uint32_t *sum) LAUNCH((total<<<dim3(3, 2), dim3(128), 0, 0>>>(sum)))
 extern "C" int launch_loop(float *out, const void *in, int steps, int stride)
 LAUNCH((loop<<<dim3(1), dim3(64), 0, 0>>>(out, (const half4 *)in, steps, stride)))

@@ -194,7 +194,8 @@ const ScalarOp operations[] = {
 #define COMPARE_K(name, operator_)                                                                      \
     {"s_cmpk_" name "_i32", 0, 0, 0, Taint::whole, false, true, COMPUTE(0, s32(x.old) operator_ x.immediate)}, \
     {"s_cmpk_" name "_u32", 0, 0, 0, Taint::whole, false, true, COMPUTE(0, low(x.old) operator_ uint16_t(x.immediate))},
-    COMPARE_K("eq", ==) COMPARE_K("lg", !=) COMPARE_K("gt", >) COMPARE_K("ge", >=) COMPARE_K("lt", <) COMPARE_K("le", <=)
+    COMPARE_K("eq", ==) COMPARE_K("lg", !=) COMPARE_K("gt", >)
+    COMPARE_K("ge", >=) COMPARE_K("lt", <) COMPARE_K("le", <=)
 };
 
 // Which bits of a bitwise result are known: those that stay the same whatever the operands' unknown bits are.
