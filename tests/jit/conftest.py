@@ -11,7 +11,7 @@ import pytest
 from tiny import make_tree, tiny_spec
 
 from aiter import jit
-from aiter.jit import cache, sources
+from aiter.jit import cache, settings, sources
 from aiter.jit.cache import Cache
 from aiter.jit.entry import Entry
 from aiter.jit.recipe import recipe_for
@@ -31,14 +31,7 @@ def cache_dir(tmp_path, monkeypatch) -> Path:
     """An empty cache, in use, and a process that has loaded nothing."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("AITER_CACHE_DIR", str(folder))
-    for name in (
-        "AITER_PREBUILT_DIRS",
-        "AITER_NO_COMPILE",
-        "AITER_CXX",
-        "CXX",
-        "AITER_COMPILE_TIMEOUT",
-        "AITER_RECORD",
-    ):
+    for name in {"CXX", *settings.VARIABLES} - {"AITER_CACHE_DIR"}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jit, "_kernels", {})
     monkeypatch.setattr(cache, "_warned", set())

@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import shutil
 import tarfile
 
@@ -135,9 +136,13 @@ def test_truncated_and_flipped_archives_are_refused(archive, tmp_path):
         shutil.rmtree(tmp_path / "into")
 
 
-@pytest.mark.parametrize("content", [b"not a tar file at all", os.urandom(4096), b"\x1f\x8b" + bytes(600)])
-def test_what_is_no_archive(content, tmp_path):
-    (tmp_path / "kernels.tar").write_bytes(content)
+NOISE = random.Random(0).randbytes(4096)
+NO_ARCHIVES = {"text": b"not a tar file at all", "noise": NOISE, "gzip": b"\x1f\x8b" + bytes(600)}
+
+
+@pytest.mark.parametrize("kind", NO_ARCHIVES)
+def test_what_is_no_archive(kind, tmp_path):
+    (tmp_path / "kernels.tar").write_bytes(NO_ARCHIVES[kind])
     _refused(tmp_path / "kernels.tar", tmp_path)
 
 

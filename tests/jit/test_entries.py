@@ -255,9 +255,9 @@ def test_the_umask_opens_nothing(spec, cache_dir):
 def test_first_call_from_a_warm_cache_takes_milliseconds(entry, spec):
     times = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = time.process_time()  # whatever else the machine is doing
         use(spec)
-        times.append(time.perf_counter() - begin)
+        times.append(time.process_time() - begin)
     assert min(times) < 0.010
 
 
