@@ -218,7 +218,7 @@ struct Forward {
         for (int i = 0; i < count; i++) close_strip(strips[i], first + i * STRIP_ROWS, end, deliver);
     }
 
-    void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first, int64_t end, int64_t end_key) const {
+    AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first, int64_t end, int64_t end_key) const {
         strip.vectors = static_cast<int>(minimum(STRIP_VECTORS, ceil_div(end - first, LANES)));
         strip.most_visible = 0;
         strip.fewest_visible = static_cast<int32_t>(end_key);
@@ -261,7 +261,7 @@ struct Forward {
     }
 
     /* One row from its splits, added in the order of the keys. */
-    void merge(const RowState *splits, RowState &merged) const {
+    AITER_OUTLINE void merge(const RowState *splits, RowState &merged) const {
         merged = splits[0];
         for (int64_t s = 1; s < schedule.splits; s++) {
             const float largest = splits[s].maximum > merged.maximum ? splits[s].maximum : merged.maximum;
@@ -274,7 +274,7 @@ struct Forward {
         }
     }
 
-    void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t row, RowState &state) const {
+    AITER_OUTLINE void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t row, RowState &state) const {
         Element *output = queries.output_row(row);
         const int64_t visible = visible_keys(seq, queries.token(row));
         if (visible == 0) {

@@ -131,7 +131,7 @@ AITER_INLINE StepVec row_steps(const Element *row, int first) {
 }
 
 /* Q^T[step][lane] of LANES rows; a null row is zeros. */
-static void pack_queries(Step *queries, const Element *const *rows, bool negated) {
+static AITER_OUTLINE void pack_queries(Step *queries, const Element *const *rows, bool negated) {
     for (int s = 0; s < DIM_STEPS; s += LANES) {
         Vec square[LANES];
         for (int i = 0; i < LANES; i++) {
@@ -203,7 +203,7 @@ static void pack_values(Step *values, const Element *const *rows, int count) {
 static void pack_values(Step *values, const Element *const *rows, int count) { pack_keys(values, rows, count); }
 #endif
 
-static inline void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count) {
+static inline AITER_OUTLINE void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count) {
     const Element *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
     rows.find(first, count, keys, values);
     pack_keys(packed, keys, count);

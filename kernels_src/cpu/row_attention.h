@@ -63,7 +63,6 @@ static void restore_order(float *row) {
 
 AITER_INLINE float dot(const float *query, const Element *key) {
     Vec total = load(query) * row_vector(key, 0);
-    AITER_UNROLL
     for (int v = 1; v < ROW_VECTORS; v++) total += load(query + v * LANES) * row_vector(key, v);
     return sum(total);
 }
@@ -75,7 +74,7 @@ static void load_query(float *query, const Element *row, float sign) {
 /* The exact answer for one row, in two passes over its keys: for rows in which a value that is not finite met a weight
  * that is zero, where the fast path has produced a NaN that the mathematics may not have. Leaves weights relative to
  * the true maximum in `state`. */
-static void attend_exactly(const float *query, const KeyRows &rows, int64_t keys, float scale_log2, RowState &state) {
+static AITER_OUTLINE void attend_exactly(const float *query, const KeyRows &rows, int64_t keys, float scale_log2, RowState &state) {
     const Element *key, *value;
     bool nan = false;
     state.clear();
@@ -106,7 +105,7 @@ static void attend_exactly(const float *query, const KeyRows &rows, int64_t keys
 
 /* ROWS rows of one KV head over keys [first, first + count), count <= ROW_KEYS; row r sees those below visible[r]. */
 template <int ROWS>
-static void attend_rows(const float (*queries)[PADDED_DIM], const KeyRows &rows, int64_t first, int count,
+static AITER_OUTLINE void attend_rows(const float (*queries)[PADDED_DIM], const KeyRows &rows, int64_t first, int count,
                         const int64_t *visible, float scale_log2, RowState *states) {
     const Element *keys[ROW_KEYS], *values[ROW_KEYS];
     rows.find(first, count, keys, values);
@@ -115,7 +114,7 @@ static void attend_rows(const float (*queries)[PADDED_DIM], const KeyRows &rows,
         Vec total[ROWS];
         AITER_UNROLL
         for (int r = 0; r < ROWS; r++) total[r] = Vec{};
-        AITER_UNROLL
+        AITER_UNROLL_4
         for (int v = 0; v < ROW_VECTORS; v++) {
             const Vec key = row_vector(keys[i], v);
             AITER_UNROLL
@@ -152,7 +151,6 @@ static void attend_rows(const float (*queries)[PADDED_DIM], const KeyRows &rows,
         }
         state.sum += sum(added);
     }
-    AITER_UNROLL
     for (int v = 0; v < ROW_VECTORS; v++) {
         Vec total[ROWS];
         AITER_UNROLL

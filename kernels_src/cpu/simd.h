@@ -17,9 +17,13 @@
 
 #if defined(__clang__)
 #define AITER_UNROLL _Pragma("unroll")
+#define AITER_UNROLL_4 _Pragma("unroll 4")
 #else
 #define AITER_UNROLL _Pragma("GCC unroll 32")
+#define AITER_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
+/* Off the fast path, or called once for much work: inlining it would only make builds slower. */
+#define AITER_OUTLINE __attribute__((noinline))
 #define AITER_INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
