@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -22,9 +24,11 @@ sys.path[:0] = [str(TESTS), str(TESTS / "kernels")]
 
 import torch  # noqa: E402
 from gpu_driver import DTYPES, EMULATED, attend  # noqa: E402
+from test_gpu_backward import gradients  # noqa: E402
 
 # kernel -> query tokens, keys: enough iterations that the first and the last do not show in the average
-KERNELS = {"attention_forward": (128, 1024), "attention_decode": (1, 2048)}
+KERNELS = {"attention_forward": (128, 1024), "attention_decode": (1, 2048), "attention_backward": (512, 512)}
+PASSES = ("gradient of queries", "gradients of keys and values", "gradient of keys", "gradient of values")
 COLUMNS = (
     "kernel",
     "arch",
@@ -53,15 +57,26 @@ def aligned(tokens: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
     return memory[begin : begin + tokens * head_dim].view(1, tokens, 1, head_dim)
 
 
-def profile(kernel: str, arch: str, dtype: str, head_dim: int) -> dict:
+def profile(kernel: str, arch: str, dtype: str, head_dim: int) -> Iterator[dict]:
+    """A row for the kernel, or for each pass of the backward one."""
     seq_q, seq_k = KERNELS[kernel]
-    query, key, value = (aligned(n, head_dim, DTYPES[dtype]) for n in (seq_q, seq_k, seq_k))
+    query, key, value, grad = (aligned(n, head_dim, DTYPES[dtype]) for n in (seq_q, seq_k, seq_k, seq_q))
     stats: dict[str, dict] = {}
+    if kernel == "attention_backward":
+        gradients(arch, (query, key, value, grad), query, torch.zeros(1, 1, seq_q), None, False, None, stats=stats)
+        for name, seen in stats.items():
+            if match := re.search(r"attention_backwardILi(\d)E", name):
+                yield figures(PASSES[int(match[1])], arch, dtype, head_dim, seen)
+        return
     attend(arch, kernel, query, key, value, stats=stats)
     seen = max(stats.values(), key=lambda costs: costs["total"]["cycles"]["matrix"])  # a merge has none
+    yield figures(kernel, arch, dtype, head_dim, seen)
+
+
+def figures(kernel: str, arch: str, dtype: str, head_dim: int, seen: dict) -> dict:
     loop = seen["main_loop"]
     cycles = loop["cycles"]
-    figures = (
+    costs = (
         seen["registers"],
         seen["agprs"],
         seen["sgprs"],
@@ -76,7 +91,7 @@ def profile(kernel: str, arch: str, dtype: str, head_dim: int) -> dict:
         loop["lines"] / loop["lines_least"] if loop["lines_least"] else math.nan,
         loop["narrowest_load"],
     )
-    return dict(zip(COLUMNS, (kernel, arch, dtype, head_dim, *figures), strict=True))
+    return dict(zip(COLUMNS, (kernel, arch, dtype, head_dim, *costs), strict=True))
 
 
 def shown(value: object) -> str:
@@ -98,8 +113,9 @@ def main() -> None:
         for dtype in options.dtypes.split(","):
             for head_dim in map(int, options.head_dims.split(",")):
                 for arch in options.archs.split(","):
-                    rows.append(profile(kernel, arch, dtype, head_dim))
-                    print("| " + " | ".join(shown(value) for value in rows[-1].values()) + " |", flush=True)
+                    for row in profile(kernel, arch, dtype, head_dim):
+                        rows.append(row)
+                        print("| " + " | ".join(shown(value) for value in row.values()) + " |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -20,7 +20,10 @@ NAMES = ("grad_query", "grad_key", "grad_value")
 
 # On the emulated GPUs, every head_dim on every arch, and all combinations on one; on CUDA, everything on everything.
 CASES = {
-    arch: [(("fp16", "bf16")[(i + j) % 2], head_dim, (i + j // 2) % 2 == 1) for j, head_dim in enumerate((40, 64, 80, 128, 256))]
+    arch: [
+        (("fp16", "bf16")[(i + j) % 2], head_dim, (i + j // 2) % 2 == 1)
+        for j, head_dim in enumerate((40, 64, 80, 128, 256))
+    ]
     for i, arch in enumerate(EMULATED)
 }
 CASES["gfx942"] += [("bf16", 128, True), ("fp16", 128, True), ("bf16", 64, False), ("fp16", 64, True)]
@@ -82,7 +85,9 @@ def strides(tensor):
     return (0, *tensor.stride()[:2]) if tensor.dim() == 3 else tensor.stride()[:3]
 
 
-def gradients(target, inputs, output, lse, grad_lse, causal, scale, seqlens_q=None, seqlens_k=None, longest=(0, 0), stats=None):
+def gradients(
+    target, inputs, output, lse, grad_lse, causal, scale, seqlens_q=None, seqlens_k=None, longest=(0, 0), stats=None
+):
     """Launches the kernel; inputs are query, key, value and the gradient of the output, dense or packed."""
     query, key, value, grad_output = inputs
     packed = query.dim() == 3
@@ -216,6 +221,6 @@ def test_cost(target, dtype, head_dim, causal):
             continue
         loop = cost["main_loop"]
         assert loop["lds_conflicts"] < 0.05, name
-        assert loop["narrowest_load"] >= 8, name
+        assert loop["narrowest_load"] is None or loop["narrowest_load"] >= 8, name
         if head_dim <= 128:
             assert cost["scratch_bytes"] == 0, name

@@ -5,8 +5,8 @@
  *   scores, grad_probabilities   S^T = x_passing x_own^T: own rows in registers, passing rows in shared memory by rows
  *   add_to_x, add_to_y           dx^T += x_passing^T dS^T: dS as the matrix unit left it, passing rows transposed
  *
- * so passing rows are stored in both ways, where a pass needs both. A thread carries 16 bytes of four neighbouring tokens
- * of one of the two tensors: global loads to registers while the tile before is in use, then to shared memory. */
+ * so passing rows are stored in both ways, where a pass needs both. A thread carries 16 bytes of four neighbouring
+ * tokens of one of the two tensors: global loads to registers while the tile before is in use, then to shared memory. */
 #ifndef AITER_GPU_ARCH_GFX9_BACKWARD_H
 #define AITER_GPU_ARCH_GFX9_BACKWARD_H
 
@@ -47,7 +47,22 @@ template <int HEAD_DIM, int PASS> struct Backward {
     f32x2 carried_terms;
     int carried_rows; /* that exist */
 
-    __device__ __forceinline__ explicit Backward(SharedAddress shared) : shared(shared) {}
+    /* In shared memory: where this thread puts what it carries, and where this lane's operands begin. The rest of an
+     * address is a constant at every use; opaque there, for else the compiler keeps every sum. */
+    SharedAddress to_rows[COPIES], to_columns[COPIES], from_rows, from_columns;
+
+    __device__ __forceinline__ explicit Backward(SharedAddress shared) : shared(shared) {
+#pragma unroll
+        for (int copy = 0; copy < COPIES; ++copy) {
+            const int u = unit(copy), chunk = Layout::unit_chunk(u), place = Layout::unit_place(u), is_y = tensor(copy);
+            to_rows[copy] = opaque(shared + is_y * BY_ROWS[0] * ROW_BYTES +
+                                   RowLayout<HEAD_DIM>::chunk(Layout::unit_key(u), chunk));
+            to_columns[copy] = opaque(shared + TRANSPOSED_AT + is_y * TRANSPOSED[0] * TRANSPOSED_BYTES +
+                                      Layout::value_offset(chunk * 8, place / 2) + place % 2 * 8);
+        }
+        from_rows = opaque(shared + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
+        from_columns = opaque(shared + Layout::value_offset(lane() & 31, lane() / 32));
+    }
 
     __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
         first += wave() * ROW_TILE;
@@ -103,19 +118,15 @@ template <int HEAD_DIM, int PASS> struct Backward {
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
             if (!carries(copy)) continue;
-            const int u = unit(copy), chunk = Layout::unit_chunk(u), is_y = tensor(copy);
+            const int chunk = Layout::unit_chunk(unit(copy)), is_y = tensor(copy);
             if ((is_y ? BY_ROWS[1] : BY_ROWS[0]) && chunk < Own::STEPS * 2) {
-                const SharedAddress to = opaque(shared + is_y * BY_ROWS[0] * ROW_BYTES +
-                                                RowLayout<HEAD_DIM>::chunk(Layout::unit_key(u), chunk));
+                const SharedAddress to = opaque(to_rows[copy]);
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
                     shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), carried[copy][k]);
             }
             if ((is_y ? TRANSPOSED[1] : TRANSPOSED[0]) && chunk < Layout::CHUNKS) {
-                const int place = Layout::unit_place(u);
-                const SharedAddress to =
-                    opaque(shared + TRANSPOSED_AT + is_y * TRANSPOSED[0] * TRANSPOSED_BYTES +
-                           Layout::value_offset(chunk * 8, place / 2) + place % 2 * 8);
+                const SharedAddress to = opaque(to_columns[copy]);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
@@ -145,19 +156,19 @@ template <int HEAD_DIM, int PASS> struct Backward {
     }
 
     __device__ __forceinline__ void multiply_rows(int tile, const Own &own, Scores &s) const {
-        const SharedAddress from = opaque(shared + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
+        const SharedAddress from = opaque(from_rows);
         s.clear();
 #pragma unroll
         for (int n = 0; n < TOKENS / 32; ++n)
 #pragma unroll
-            for (int j = 0; j < Own::STEPS; ++j)
-                s.tile[0][n] = multiply_add(shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)) +
-                                                               tile),
-                                            own.operand[0][j], s.tile[0][n]);
+            for (int j = 0; j < Own::STEPS; ++j) {
+                const SharedAddress at = further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)) + tile;
+                s.tile[0][n] = multiply_add(shared_load<u32x4>(at), own.operand[0][j], s.tile[0][n]);
+            }
     }
 
     __device__ __forceinline__ void multiply_columns(const Scores &s, int tile, Output &o) const {
-        const SharedAddress from = opaque(shared + Layout::value_offset(lane() & 31, lane() / 32));
+        const SharedAddress from = opaque(from_columns);
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) {
             u32x4 p;
