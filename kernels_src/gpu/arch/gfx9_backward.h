@@ -6,7 +6,8 @@
  *   add_to_x, add_to_y           dx^T += x_passing^T dS^T: dS as the matrix unit left it, passing rows transposed
  *
  * so passing rows are stored in both ways, where a pass needs both. A thread carries 16 bytes of four neighbouring
- * tokens of one of the two tensors: global loads to registers while the tile before is in use, then to shared memory. */
+ * tokens of one of the two tensors: global loads to registers while the tile before is in use, then to shared
+ * memory. */
 #ifndef AITER_GPU_ARCH_GFX9_BACKWARD_H
 #define AITER_GPU_ARCH_GFX9_BACKWARD_H
 

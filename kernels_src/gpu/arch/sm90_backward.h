@@ -4,8 +4,9 @@
  *   the others      own 64 rows each, and go through the tiles independently: while one works on probabilities, another
  *                   has the matrix unit
  *
- * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all carriers' copies of a tile have
- * arrived, `empty` when all owning waves are done with it. */
+ * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all carriers' copies of a tile
+ * have arrived, `empty` when all owning waves are done with it. compute-sanitizer's racecheck does not follow arrivals
+ * that copies trigger (cp.async.mbarrier.arrive.noinc), and reports the reads of log_sum and delta behind `full`. */
 #ifndef AITER_GPU_ARCH_SM90_BACKWARD_H
 #define AITER_GPU_ARCH_SM90_BACKWARD_H
 
