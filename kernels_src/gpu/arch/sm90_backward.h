@@ -5,8 +5,9 @@
  *                   has the matrix unit
  *
  * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all carriers' copies of a tile
- * have arrived, `empty` when all owning waves are done with it. compute-sanitizer's racecheck does not follow arrivals
- * that copies trigger (cp.async.mbarrier.arrive.noinc), and reports the reads of log_sum and delta behind `full`. */
+ * have arrived, `empty` when all owning waves are done with it. compute-sanitizer's racecheck reports the reads of log_sum
+ * and delta against the copy that brings them. By the PTX ISA `full` orders the two; that racecheck does not follow an
+ * arrival triggered by copies (cp.async.mbarrier.arrive.noinc) is our explanation, and not confirmed. */
 #ifndef AITER_GPU_ARCH_SM90_BACKWARD_H
 #define AITER_GPU_ARCH_SM90_BACKWARD_H
 
