@@ -47,7 +47,7 @@ def check(sequences, results, grad_output, grad_lse, causal, scale=None):
 
 @archs
 @pytest.mark.parametrize("causal", (False, True))
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_dense(dtype, arch, causal, data):
     torch.manual_seed(data.draw(SEEDS))

@@ -37,6 +37,7 @@ def dense_sequences(query, key, value, seqlens_q=None, seqlens_k=None):
 
 @archs
 @pytest.mark.parametrize("causal", (False, True))
+@settings(max_examples=20)
 @given(data=st.data())
 def test_dense(dtype, arch, causal, data):
     torch.manual_seed(data.draw(SEEDS))
@@ -49,8 +50,8 @@ def test_dense(dtype, arch, causal, data):
     assert_sequences(output, lse, list(dense_sequences(query, key, value)), causal)
 
 
-@archs
-@pytest.mark.parametrize("head_dim", (8, 24, 256))
+@pytest.mark.parametrize(("dtype", "arch"), ARCHS[1::4])  # some of them: each is a compilation
+@pytest.mark.parametrize("head_dim", (8, 256))
 def test_other_head_dims(dtype, arch, head_dim):
     query = randn(1, 70, 2, head_dim, dtype=dtype)
     key, value = (randn(1, 90, 1, head_dim, dtype=dtype) for _ in "kv")
