@@ -92,13 +92,15 @@ __device__ __forceinline__ void mask(Scores &s, const Sequence &sequence, int wa
     wave_row = opaque(wave_row);
 #pragma unroll
     for (int slot = 0; slot < Scores::SLOTS; ++slot) {
-        int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
+        const int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
+        int rest; /* of the limit, from the first of 16 values on: columns are then small constants */
 #pragma unroll
         for (int i = 0; i < Scores::VALUES; ++i) {
             /* opaque: for else the selections are moved out of the branch that spares most tiles of them, and all the
              * comparisons are made before the first selection. */
-            if (i % 16 == 0) limit = opaque(limit);
-            s.set(slot, i, opaque(Scores::column(i) < limit ? s.get(slot, i) : -INFINITE));
+            if (i % 16 == 0) rest = opaque(limit - Scores::column(i));
+            const bool visible = Scores::column(i) - Scores::column(i / 16 * 16) < rest;
+            s.set(slot, i, opaque(visible ? s.get(slot, i) : -INFINITE));
         }
     }
 }
