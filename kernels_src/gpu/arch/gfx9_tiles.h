@@ -179,8 +179,9 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     static __host__ __device__ constexpr uint32_t value_offset(int dimension, int chunk) {
         const int d = dimension;
 #if defined(__gfx950__)
-        const int turn = KEYS >= 128  ? d % 16 ^ d / 16 % 4 * 2
-                         : KEYS == 64 ? d / 2 % 8 ^ (d / 8 % 4 * 2 + d / 32 % 2 * 8)
+        /* reads find 64 banks, stores 32 */
+        const int turn = KEYS >= 128  ? d % 16 ^ d / 16 % 4 * 2 ^ d / 8 % 2
+                         : KEYS == 64 ? d / 2 % 8 ^ (d / 8 % 4 * 2 + d / 32 % 2)
                                       : d / 4 % 4 ^ (d / 16 % 4 * 4 + d / 32 % 2);
 #else
         const int turn = KEYS >= 64 ? d % 8 ^ d / 8 % 8 : d / 2 % 4 ^ (d / 16 % 2 + d / 8 % 2 * 2 + d / 32 % 2 * 4);
