@@ -20,10 +20,10 @@
  *                      update      P = exp2(S - max)
  *                      accumulate  O += P V
  *     at the end       waves of a row tile add up what they have, halving their number through shared memory; the
- *                      first writes it: all of a unit to the output, a part of one to the workspace
+ *                      first writes it: the whole of a unit to the output, a part of one to the workspace
  *
- * A second kernel, merge, adds up the parts of each unit that a cut went through, in a fixed order: results do not
- * depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
+ * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results do
+ * not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
  *
  * What arch/ *_decode.h provides:
  *   Decode<HEAD_DIM>                  ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
@@ -93,8 +93,7 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
 }
 
 /* Adds up what the groups of waves have: those with a higher number hand theirs to those with a lower one. */
-__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax,
-                                       Output &o) {
+__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax, Output &o) {
     for (int distance = groups / 2; distance > 0; distance /= 2) {
         barrier();
         const bool gives = group >= distance && group < 2 * distance, takes = group < distance;
@@ -161,11 +160,10 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &s
         Element *to = unit.output(row);
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
-            const int column = Output::column_of_lane(i);
             Pack<uint32_t, RUN / 2> run;
 #pragma unroll
             for (int j = 0; j < RUN; j += 2) run.item[j / 2] = to_elements(o.get(slot, i + j), o.get(slot, i + j + 1));
-            if (column < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + column) = run;
+            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column_of_lane(i)) = run;
         }
     }
 }
@@ -175,19 +173,18 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
-        const float maximum = softmax.maximum[slot], sum = row_sum<Tile::LANES>(softmax.sum[slot]);
+        const float sum = row_sum<Tile::LANES>(softmax.sum[slot]);
         if (row >= unit.rows) continue;
         float *to = parts.output_row(block(), place, row);
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
-            const int column = Output::column_of_lane(i);
             Pack<float, RUN> run;
 #pragma unroll
             for (int j = 0; j < RUN; ++j) run.item[j] = o.get(slot, i + j);
-            if (column < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + column) = run;
+            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + Output::column_of_lane(i)) = run;
         }
         if (Tile::leads_row())
-            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {{maximum, sum}};
+            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {{softmax.maximum[slot], sum}};
     }
 }
 
@@ -234,16 +231,16 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const 
 
 /* ---- units that were cut ---- */
 
-constexpr int MERGE_WAVES = 8;
+constexpr int MERGE_ROWS = 2, MERGE_SLICES = 4, MERGE_WAVES = MERGE_ROWS * MERGE_SLICES;
 
-/* One row of one unit; waves take its parts in turn, their lanes dimensions. The grid goes over all units, or over all
- * cuts where those are fewer: then the unit is the one that the cut is the first to go through. */
+/* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units, or
+ * over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments arguments, int grid, int over_units) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
-    __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE], maxima[MERGE_WAVES], totals[MERGE_WAVES];
+    __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE];
     const Schedule schedule(arguments, grid);
     const Parts parts(arguments, grid);
-    const int item = block() / parts.rows, row = block() % parts.rows;
+    const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
     if (!over_units && item + 1 >= schedule.blocks) return;
     const int step = over_units ? INT32_MAX : schedule.range_begin(item + 1);
     const Schedule::Place place = schedule.find(over_units ? item / schedule.units : schedule.problem.batch, step);
@@ -251,39 +248,46 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments argum
     const int begin = place.begin + index * place.steps;
     const int first = schedule.block_of(begin), last = schedule.block_of(begin + place.steps - 1);
     if (over_units ? first == last : first != item) return;
+
     const Unit unit(arguments, place.batch, index, schedule.parts);
-    if (row >= unit.padded_rows) return;
+    const int row = block() % row_blocks * MERGE_ROWS + wave() / MERGE_SLICES, slice = wave() % MERGE_SLICES;
     const bool sees_keys = row < unit.rows && unit.visible(row) > 0;
     const int count = sees_keys ? last - first + 1 : 0; /* parts: place 1 of the first block, place 0 of the others */
-
     wait_for_previous();
-    float maximum = -INFINITE, total = 0.0f, sum[DIMENSIONS] = {};
-    const auto add = [&](float their_maximum, float their_total, const float *theirs) {
-        const float next = __builtin_fmaxf(maximum, their_maximum), reference = next == -INFINITE ? 0.0f : next;
-        const float a = exp2(maximum - reference), b = exp2(their_maximum - reference);
-        maximum = next;
-        total = total * a + their_total * b;
+
+    float maximum = -INFINITE, total = 0.0f;
+    for (int i = lane(); i < count; i += WAVE)
+        maximum = __builtin_fmaxf(maximum, parts.softmax_row(first + i, i == 0, row)[0]);
+#pragma unroll
+    for (int distance = 1; distance < WAVE; distance *= 2)
+        maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
+    const float reference = maximum == -INFINITE ? 0.0f : maximum;
+    for (int i = lane(); i < count; i += WAVE) {
+        const float *part = parts.softmax_row(first + i, i == 0, row);
+        total += part[1] * exp2(part[0] - reference);
+    }
+    total = wave_sum(total);
+    const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
+
+    float sum[DIMENSIONS] = {};
+#pragma unroll 4
+    for (int i = slice; i < count; i += MERGE_SLICES) {
+        const float weight = exp2(parts.softmax_row(first + i, i == 0, row)[0] - reference);
+        const float *part = parts.output_row(first + i, i == 0, row);
 #pragma unroll
         for (int d = 0; d < DIMENSIONS; ++d)
-            if (lane() + d * WAVE < HEAD_DIM) sum[d] = sum[d] * a + theirs[lane() + d * WAVE] * b;
-    };
-#pragma unroll 4
-    for (int i = wave(); i < count; i += MERGE_WAVES) {
-        const float *softmax = parts.softmax_row(first + i, i == 0, row);
-        add(softmax[0], softmax[1], parts.output_row(first + i, i == 0, row));
+            if (lane() + d * WAVE < HEAD_DIM) sum[d] += weight * part[lane() + d * WAVE];
     }
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) sums[wave()][lane() + d * WAVE] = sum[d];
-    if (lane() == 0) maxima[wave()] = maximum, totals[wave()] = total;
     barrier();
-    if (wave() != 0) return;
-#pragma unroll
-    for (int w = 1; w < MERGE_WAVES; ++w) add(maxima[w], totals[w], sums[w]);
-
-    const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
+    if (slice != 0 || row >= unit.padded_rows) return;
     bool spoiled = false;
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) {
+        sum[d] = 0.0f;
+#pragma unroll
+        for (int w = 0; w < MERGE_SLICES; ++w) sum[d] += sums[wave() + w][lane() + d * WAVE];
         if (sees_keys) sum[d] *= reciprocal(total);
         spoiled |= sum[d] != sum[d];
     }
@@ -345,7 +349,8 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
         return error;
     if (!plan.cuts()) return 0;
     const int over_units = plan.units < grid - 1;
-    return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * aiter::rows_of_unit(*problem),
+    const int64_t row_blocks = (aiter::rows_of_unit(*problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
+    return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
                               aiter::MERGE_WAVES * aiter::WAVE, stream, arguments, grid, over_units);
 }
 

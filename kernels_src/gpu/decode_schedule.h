@@ -154,8 +154,8 @@ struct Unit {
         if (sequence.lse != nullptr)
             sequence.lse[head(row) * arguments.problem.lse_strides[1] + token(row)] = log_sum * LN_2;
     }
-    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a
-     * whole wave, for one row; true if the row was then computed again and stored. */
+    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a whole
+     * wave, for one row; true if the row was then computed again and stored. */
     __device__ __forceinline__ bool repair(int row, float log_sum) const {
         const Problem own(arguments, batch, first_head + head(row));
         const bool masked = values_not_finite<HEAD_DIM>(own, own.visible(token(row)), own.keys.count);

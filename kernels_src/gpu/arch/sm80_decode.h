@@ -2,8 +2,8 @@
  * Implements the interface described in attention_decode.hip; matrices and tiles are those of arch/sm80.h.
  *
  *   a stage     WAVES tiles, of KEYS tokens each: tile w is fetched by wave w
- *   the ring    stage i is in use, stages i + 1 ... i + STAGES - 1 are on their way: 64 KB of a block or more, 128 of
- *               an H100's SM. 132 SMs with 1 us of latency at 3 TB/s ask for 23 KB each.
+ *   the ring    stage i is in use, stages i + 1 ... i + STAGES - 1 are on their way: about 64 KB of a block, 128 KB of an
+ *               SM. 132 SMs with 1 us of latency at 3 TB/s ask for 23 KB each.
  *
  * With up to 16 query rows (one row tile) a wave uses the tile that it has fetched, and no wave ever waits for another.
  * With more, waves of different row tiles use the same tiles, and the block meets once a stage. */
@@ -32,9 +32,7 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 template <int HEAD_DIM> struct DecodeOutput : Accumulator<1, HEAD_DIM> {
-    static __device__ __forceinline__ int column_of_lane(int i) {
-        return DecodeOutput::column(i) + DecodeOutput::lane_column();
-    }
+    static __device__ __forceinline__ int column_of_lane(int i) { return DecodeOutput::column(i) + DecodeOutput::lane_column(); }
 };
 
 template <int HEAD_DIM> struct Decode {
@@ -56,11 +54,10 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
     static constexpr int WAVES = Shape::WAVES, KEYS = Shape::KEYS;
     static constexpr int TILE_BYTES = Tile::STAGE_BYTES; /* K, then V */
     static constexpr int STAGE_BYTES = WAVES * TILE_BYTES;
+    static constexpr int STAGES = 96 * 1024 / STAGE_BYTES; /* two blocks fit into the 228 KB of an H100's SM */
     static constexpr int QUERY_BYTES = Queries::IN_REGISTERS ? 0 : WAVES * Queries::SHARED_BYTES;
-    /* Two blocks fit into the 228 KB of an H100's SM; from Ampere on every SM has 99 KB for one. */
-    static constexpr int STAGES = ((CUDA_ARCH >= 900 ? 112 : 99) * 1024 - QUERY_BYTES) / STAGE_BYTES;
     static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + QUERY_BYTES;
-    static_assert(STAGES >= 2 && KEYS <= WAVE && Queries::SHARED_BYTES <= TILE_BYTES, "");
+    static_assert(STAGES >= 3 && KEYS <= WAVE && Queries::SHARED_BYTES <= TILE_BYTES, "");
 
     const Rows &rows;
     SharedAddress shared;
