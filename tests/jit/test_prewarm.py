@@ -60,7 +60,11 @@ sys.exit(main(sys.argv[1:]))
     record = tmp_path / "record"
     record.write_text("".join(f"{json.dumps(spec.to_json())}\n" for spec in SPECS))
     command = [sys.executable, "-c", script, "prewarm", "--replay", str(record), "--jobs", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts background jobs, and all their children, deaf to interrupts.
+    hearing = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hearing
+    )
     deadline = time.monotonic() + 60
     while len(calls.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
