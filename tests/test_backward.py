@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, pytorch_attend_one
+from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import STRIDES, strided
@@ -65,7 +65,8 @@ def assert_gradients(got, sequences, causal, scale=None):
             pytorch[i].append(own[i].flatten())
     for triple in zip(results, references, pytorch, strict=True):
         if sum(part.numel() for part in triple[0]):
-            assert_as_accurate(*(torch.cat(part) for part in triple))
+            result, *others = (torch.cat(part) for part in triple)
+            assert_as_accurate(result, *others, times_for_gradients(result.dtype))
 
 
 def dense(query, key, value, grad_output, grad_lse):
