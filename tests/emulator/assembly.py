@@ -76,10 +76,11 @@ def _llvm(program: str) -> str | None:
 
 
 def zig() -> str | None:
+    """The zig of the package ziglang, here or in another environment on PATH, which calls it python-zig."""
     try:
         import ziglang
     except ImportError:
-        return None
+        return shutil.which("python-zig") or shutil.which("zig")
     return str(Path(ziglang.__file__).parent / "zig")
 
 
