@@ -6,7 +6,6 @@ between guards: any access beside them is an error that names the instruction.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
