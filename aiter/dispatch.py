@@ -59,6 +59,8 @@ def attend(
         latest, plan = _latest.get(check, _NO_PLAN)
         if signature != latest:
             plan = _plans.get((check, signature))
+            if plan is not None:
+                _latest[check] = signature, plan
     except (TypeError, RuntimeError):  # an unhashable option or a tensor without strides, which check names
         check(query, key, value, *options)
         raise
@@ -67,7 +69,7 @@ def attend(
         checks.flag("causal", causal)
         scale = checks.softmax_scale(softmax_scale, query.shape[-1])
         plan = _keep((check, signature), Plan(query, key, value, indices, causal, scale, max_seqlen))
-    _latest[check] = signature, plan
+        _latest[check] = signature, plan
     output, lse = plan.run(query, key, value, indices, return_lse)
     return (output, lse) if return_lse else output
 
@@ -154,7 +156,6 @@ def _signature(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices, *rest: object
 ) -> tuple[object, ...]:
     """All that a plan depends on."""
-    page_table = indices[2]
     signature = (
         query.shape,
         key.shape,
@@ -168,8 +169,7 @@ def _signature(
         query.device,
         key.device,
         value.device,
-        None if page_table is None else page_table.shape,
-        None if indices[0] is None else indices[0].shape,
+        None if indices is NO_INDICES else tuple(None if tensor is None else tensor.shape for tensor in indices),
         rest,
     )
     if query.is_cuda:

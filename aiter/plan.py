@@ -16,6 +16,9 @@ from aiter.launch import launcher
 # GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
 GPU_ALIGNMENT = 16
 
+# Bound once, as they are used at every call.
+_empty_like, _contiguous_format = torch.empty_like, torch.contiguous_format
+
 
 class Indices(NamedTuple):
     """The int32 tensors that say which rows are valid and where they lie; None where an operation has none."""
@@ -42,7 +45,6 @@ class Plan:
         "kernel",
         "launch",
         "lse_shape",
-        "output_shape",
         "problem",
         "trivial",
         "workspace_bytes",
@@ -74,9 +76,8 @@ class Plan:
             seqlen_k = max_seqlen if packed else key.shape[1]
         checks.sizes(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads_q)
         self.device = query.device
-        self.output_shape = query.shape
         # Nothing to write, or no key to read: nothing to compile.
-        self.trivial = math.prod(self.output_shape) == 0 or seqlen_k == 0 or key.numel() == 0
+        self.trivial = query.numel() == 0 or seqlen_k == 0 or key.numel() == 0
         if self.trivial:
             return
         arch = arch_of(self.device)
@@ -117,7 +118,7 @@ class Plan:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Allocates the output and, if wanted, the log-sum-exp, and launches on the current stream."""
-        output = query.new_empty(self.output_shape)
+        output = _empty_like(query, memory_format=_contiguous_format)  # new_empty takes twice as long
         lse = torch.empty(self.lse_shape, dtype=torch.float32, device=query.device) if return_lse else None
         if self.trivial:
             return output.zero_(), lse.fill_(-math.inf) if return_lse else None
