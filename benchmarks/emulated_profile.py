@@ -2,9 +2,9 @@
 
     AITER_HIPCC=... python benchmarks/emulated_profile.py [--json FILE] [--archs gfx942,gfx950] [--head-dims 64,128]
 
-The stand-in for a profile where there is no AMD GPU. Registers, LDS and waves per SIMD are the kernel's own figures. The
-cycles are for one iteration of the main loop in one wave, by the issue cost of each instruction: matrix and vector for
-its SIMD, LDS for the whole CU (so the LDS cycles of all of a CU's waves add up, those of one SIMD's waves do not
+The stand-in for a profile where there is no AMD GPU. Registers, LDS and waves per SIMD are the kernel's own figures.
+The cycles are for one iteration of the main loop in one wave, by the issue cost of each instruction: matrix and vector
+for its SIMD, LDS for the whole CU (so the LDS cycles of all of a CU's waves add up, those of one SIMD's waves do not
 shrink). "share" is the matrix cycles' share of the larger of matrix and vector: what the matrix unit could reach if
 nothing but issuing bounded it.
 """
@@ -23,8 +23,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "kernels")]
 
 import torch  # noqa: E402
-from gpu_driver import DTYPES, EMULATED, attend  # noqa: E402
-from test_gpu_backward import gradients  # noqa: E402
+from driver import DTYPES, EMULATED, attend, gradients  # noqa: E402
 
 # kernel -> query tokens, keys: enough iterations that the first and the last do not show in the average
 KERNELS = {"attention_forward": (128, 1024), "attention_decode": (1, 2048), "attention_backward": (512, 512)}
@@ -63,12 +62,12 @@ def profile(kernel: str, arch: str, dtype: str, head_dim: int) -> Iterator[dict]
     query, key, value, grad = (aligned(n, head_dim, DTYPES[dtype]) for n in (seq_q, seq_k, seq_k, seq_q))
     stats: dict[str, dict] = {}
     if kernel == "attention_backward":
-        gradients(arch, (query, key, value, grad), query, torch.zeros(1, 1, seq_q), None, False, None, stats=stats)
+        gradients(arch, query, key, value, query, torch.zeros(1, 1, seq_q), grad, stats=stats)
         for name, seen in stats.items():
             if match := re.search(r"attention_backwardILi(\d)E", name):
                 yield figures(PASSES[int(match[1])], arch, dtype, head_dim, seen)
         return
-    attend(arch, kernel, query, key, value, stats=stats)
+    attend(arch, query, key, value, name=kernel, stats=stats)
     seen = max(stats.values(), key=lambda costs: costs["total"]["cycles"]["matrix"])  # a merge has none
     yield figures(kernel, arch, dtype, head_dim, seen)
 

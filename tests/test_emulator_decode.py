@@ -166,7 +166,9 @@ def test_gfx950_keeps_the_opcodes_of_gfx942(llvm_names):
     for key, names in llvm_names["gfx942"].items():
         name, text = names[0]
         # Left out: text that does not assemble again, and what gfx950 has dropped.
-        if ours.get(key) == name and not re.search(r"Invalid register|v_dot.*op_sel_hi|buffer_wbinvl1|v_mad.k_f16|s_call|fork", text):
+        if ours.get(key) == name and not re.search(
+            r"Invalid register|v_dot.*op_sel_hi|buffer_wbinvl1|v_mad.k_f16|s_call|fork", text
+        ):
             lines.append(text)
             expected.append(name)
     words = assembly.machine_code("gfx950", lines)

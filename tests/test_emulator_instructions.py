@@ -17,7 +17,24 @@ M32 = u64(0xFFFFFFFF)
 
 
 def special_floats() -> np.ndarray:
-    values = [0.0, -0.0, 1.0, -1.0, 0.5, 3.5, -2.5, 1e-40, -1e-40, 65504.0, 1e30, -1e30, np.inf, -np.inf, np.nan, 2.0**-126]
+    values = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        0.5,
+        3.5,
+        -2.5,
+        1e-40,
+        -1e-40,
+        65504.0,
+        1e30,
+        -1e30,
+        np.inf,
+        -np.inf,
+        np.nan,
+        2.0**-126,
+    ]
     rng = np.random.default_rng(7)
     return np.concatenate([np.array(values, f32), rng.normal(0, 4, LANES - len(values)).astype(f32)])
 
@@ -178,7 +195,9 @@ def snippets():
 
     def get(arch: str, key: str, cases: dict[str, str], **options) -> bytes:
         if (arch, key) not in made:
-            made[arch, key] = assembly.code_object(arch, [Snippet(name, body, **options) for name, body in cases.items()])
+            made[arch, key] = assembly.code_object(
+                arch, [Snippet(name, body, **options) for name, body in cases.items()]
+            )
         return made[arch, key]
 
     return get
@@ -255,7 +274,9 @@ def test_bfloat16_conversion_on_gfx950(arch, snippets):
                                    "swap16": "v_mov_b32 v16, v8\n v_mov_b32 v17, v9\n s_nop 1\n v_permlane16_swap_b32 v16, v17"})  # fmt: skip
     with emulator.session(arch) as gpu:
         a, b, c = (words[:, i].copy() for i in range(3))
-        np.testing.assert_array_equal(assembly.run(gpu, code, "convert", words)[:, 0], bf16(fl(a)) | bf16(fl(b)) << u32(16))
+        np.testing.assert_array_equal(
+            assembly.run(gpu, code, "convert", words)[:, 0], bf16(fl(a)) | bf16(fl(b)) << u32(16)
+        )
         np.testing.assert_array_equal(assembly.run(gpu, code, "bitop", words)[:, 0], (a & b) | (~a & c))
         for row, name in ((32, "swap32"), (16, "swap16")):
             got = assembly.run(gpu, code, name, words)
@@ -330,7 +351,11 @@ def test_scalar_instructions(arch, snippets):
         {}
         v_mov_b32 v16, s12
         v_mov_b32 v17, s13"""
-    code = snippets(arch, "scalar", {f"s_{name}": frame.format(body.replace("LABEL", f"L_{name}")) for name, (body, _) in SCALAR.items()})
+    code = snippets(
+        arch,
+        "scalar",
+        {f"s_{name}": frame.format(body.replace("LABEL", f"L_{name}")) for name, (body, _) in SCALAR.items()},
+    )
     with emulator.session(arch) as gpu:
         for a, b in ((3, 5), (0xFFFFFFFF, 1), (0x80000000, 0x7FFFFFFF), (0, 0xDEADBEEF), (0x12345678, 0x9ABCDEF0)):
             words = np.zeros((LANES, 8), u32)
@@ -369,7 +394,9 @@ def test_transposing_lds_read(snippets):
     """gfx950: of each 16 lanes, four read a row of 16 values; lane i gets column i of the four rows."""
     if assembly.missing("gfx950"):
         pytest.skip(assembly.missing("gfx950"))
-    body = "v_lshlrev_b32 v24, 3, v0\n ds_write_b64 v24, v[8:9]\n ds_read_b64_tr_b16 v[16:17], v24\n s_waitcnt lgkmcnt(0)"
+    body = (
+        "v_lshlrev_b32 v24, 3, v0\n ds_write_b64 v24, v[8:9]\n ds_read_b64_tr_b16 v[16:17], v24\n s_waitcnt lgkmcnt(0)"
+    )
     words = inputs("integer")
     with emulator.session("gfx950") as gpu:
         got = assembly.run(gpu, snippets("gfx950", "transpose", {"transpose": body}, lds=512), "transpose", words)
@@ -436,7 +463,11 @@ def test_loads_that_go_to_lds(arch, snippets):
     body = f"s_movk_i32 m0, 0x100\n s_nop 0\n {load}\n s_waitcnt vmcnt(0)\n v_lshlrev_b32 v24, 2, v0\n ds_read_b32 v16, v24 offset:0x100\n s_waitcnt lgkmcnt(0)"
     cases = {"to_lds": body}
     if arch == "gfx950":
-        cases["to_lds_wide"] = body.replace("_dword v1", "_dwordx4 v1").replace("lshlrev_b32 v24, 2", "lshlrev_b32 v24, 4").replace("ds_read_b32 v16", "ds_read_b128 v[16:19]")
+        cases["to_lds_wide"] = (
+            body.replace("_dword v1", "_dwordx4 v1")
+            .replace("lshlrev_b32 v24, 2", "lshlrev_b32 v24, 4")
+            .replace("ds_read_b32 v16", "ds_read_b128 v[16:19]")
+        )
     code = snippets(arch, "to_lds", cases, lds=2048)
     words = inputs("integer")
     with emulator.session(arch) as gpu:

@@ -152,7 +152,9 @@ def test_products(arch, name, code):
                 assert values[lane, register] == product[block, i, j], (block, i, j)
 
 
-@pytest.mark.parametrize("arch, name, flushes", [("gfx90a", "v_mfma_f32_32x32x8f16", True), ("gfx942", "v_mfma_f32_32x32x8_f16", False)])
+@pytest.mark.parametrize(
+    "arch, name, flushes", [("gfx90a", "v_mfma_f32_32x32x8f16", True), ("gfx942", "v_mfma_f32_32x32x8_f16", False)]
+)
 def test_denormal_inputs(arch, name, flushes, code):
     """CDNA2 takes denormal 16-bit inputs as zero (PyTorch's notes on numerical accuracy), CDNA3 does not."""
     words = np.zeros((LANES, 8), np.uint32)

@@ -62,9 +62,7 @@ sys.exit(main(sys.argv[1:]))
     command = [sys.executable, "-c", script, "prewarm", "--replay", str(record), "--jobs", "2"]
     # A shell starts background jobs, and all their children, deaf to interrupts.
     hearing = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hearing
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hearing)
     deadline = time.monotonic() + 60
     while len(calls.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
-from cpu_driver import ARCHS, DTYPES, attend, gradients
+from driver import CPUS, DTYPES, attend, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Sequence
@@ -71,7 +71,7 @@ def test_dense(dtype, arch, causal, data):
 
 @pytest.mark.parametrize("causal", (False, True))
 def test_padded(causal):
-    dtype, arch = ARCHS[-1]
+    dtype, arch = CPUS[-1]
     lengths_q, lengths_k = (torch.tensor(lengths, dtype=torch.int32) for lengths in ((70, 0, 3, 100), (90, 20, 0, 1)))
     query, grad_output = (randn(4, 100, 4, HEAD_DIM, dtype=dtype) for _ in "qo")
     key, value = (randn(4, 90, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
@@ -94,7 +94,7 @@ def test_padded(causal):
 
 @pytest.mark.parametrize("causal", (False, True))
 def test_packed(causal):
-    dtype, arch = ARCHS[-1]
+    dtype, arch = CPUS[-1]
     lengths = torch.tensor((70, 0, 1, 129), dtype=torch.int32)
     total = int(lengths.sum())
     query, grad_output = (randn(total, 4, HEAD_DIM, dtype=dtype) for _ in "qo")
@@ -112,7 +112,7 @@ def test_packed(causal):
 
 def test_long_sequence_in_chunks():
     """Few heads and many keys: dQ is a sum of parts, and scale may be negative."""
-    dtype, arch = ARCHS[-1]
+    dtype, arch = CPUS[-1]
     query, grad_output = (randn(1, 150, 1, HEAD_DIM, dtype=dtype) for _ in "qo")
     key, value = (randn(1, 2100, 1, HEAD_DIM, dtype=dtype) for _ in "kv")
     output, lse = attend(arch, query, key, value, True, -0.2)
@@ -122,4 +122,4 @@ def test_long_sequence_in_chunks():
 
 
 def test_dtypes_are_covered():
-    assert {dtype for dtype, _ in ARCHS} == set(DTYPES)
+    assert {dtype for dtype, _ in CPUS} == set(DTYPES)

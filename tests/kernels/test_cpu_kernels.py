@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from cpu_driver import ARCHS, DTYPES, GOMP_PARALLEL, attend
+from driver import CPUS, DTYPES, GOMP_PARALLEL, attend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import STRIDES, Sequence, assert_sequences, strided
 
 from aiter.reference import attend_one, split_packed
 
-archs = pytest.mark.parametrize(("dtype", "arch"), ARCHS)
+archs = pytest.mark.parametrize(("dtype", "arch"), CPUS)
 HEAD_DIM = 72  # fills no vector and no tile; one value, as each is a compilation per dtype and arch
 # Around the sizes at which vectors, tiles, strips and blocks of keys are full.
 LENGTHS = st.sampled_from((1, 2, 5, 15, 16, 17, 31, 33, 48, 49, 63, 64, 65, 100, 127, 129, 200, 391, 420))
@@ -50,7 +50,7 @@ def test_dense(dtype, arch, causal, data):
     assert_sequences(output, lse, list(dense_sequences(query, key, value)), causal)
 
 
-@pytest.mark.parametrize(("dtype", "arch"), ARCHS[1::4])  # some of them: each is a compilation
+@pytest.mark.parametrize(("dtype", "arch"), CPUS[1::4])  # some of them: each is a compilation
 @pytest.mark.parametrize("head_dim", (8, 256))
 def test_other_head_dims(dtype, arch, head_dim):
     query = randn(1, 70, 2, head_dim, dtype=dtype)

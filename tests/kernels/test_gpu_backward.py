@@ -6,13 +6,12 @@ Compiling takes longer than running: each test sends many problems through one k
 
 import math
 
-import emulator
 import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
-from gpu_driver import DTYPES, EMULATED, TARGETS, device, kernel, require
+from driver import DTYPES, EMULATED, GPU_DTYPES, GPUS, device, gradients, require
 
-from aiter import abi, reference
+from aiter import reference
 
 ROWS = 128  # own rows of a block (sm_90a has other numbers too: what matters is that there is more than one block)
 TILE = 32  # passing rows of a tile; 64 on sm_90a
@@ -27,8 +26,8 @@ CASES = {
     for i, arch in enumerate(EMULATED)
 }
 CASES["gfx942"] += [("bf16", 128, True), ("fp16", 128, True), ("bf16", 64, False), ("fp16", 64, True)]
-CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 128, 192, 256) for d in DTYPES for c in (False, True)]
-PARAMETERS = [(target, *case) for target in TARGETS for case in dict.fromkeys(CASES[target])]
+CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 128, 192, 256) for d in GPU_DTYPES for c in (False, True)]
+PARAMETERS = [(target, *case) for target in GPUS for case in dict.fromkeys(CASES[target])]
 
 
 @pytest.fixture(autouse=True)
@@ -81,64 +80,6 @@ class Sequence:
         self.pytorch = torch.autograd.grad(loss, leaves)
 
 
-def strides(tensor):
-    return (0, *tensor.stride()[:2]) if tensor.dim() == 3 else tensor.stride()[:3]
-
-
-def gradients(
-    target, inputs, output, lse, grad_lse, causal, scale, seqlens_q=None, seqlens_k=None, longest=(0, 0), stats=None
-):
-    """Launches the kernel; inputs are query, key, value and the gradient of the output, dense or packed."""
-    query, key, value, grad_output = inputs
-    packed = query.dim() == 3
-    heads_q, head_dim = query.shape[-2:]
-    forward = abi.AttentionProblem(
-        batch=len(seqlens_q) if packed else query.shape[0],
-        heads_q=heads_q,
-        heads_kv=key.shape[-2],
-        seqlen_q=longest[0] if packed else query.shape[1],
-        seqlen_k=longest[1] if packed else key.shape[1],
-        packed_q=packed,
-        packed_k=packed,
-        total_q=query.shape[0] * packed,
-        total_k=key.shape[0] * packed,
-        query_strides=strides(query),
-        key_strides=strides(key),
-        value_strides=strides(value),
-        output_strides=strides(output),
-        lse_strides=(0, query.shape[0]) if packed else lse.stride()[:2],
-        softmax_scale=1 / math.sqrt(head_dim) if scale is None else scale,
-    )
-    results = [torch.full_like(t, math.nan, memory_format=torch.contiguous_format) for t in (query, key, value)]
-    problem = abi.AttentionGradProblem(
-        forward=forward,
-        grad_output_strides=strides(grad_output),
-        grad_query_strides=strides(results[0]),
-        grad_key_strides=strides(results[1]),
-        grad_value_strides=strides(results[2]),
-    )
-    dtype = next(word for word, dtype in DTYPES.items() if dtype == query.dtype)
-    built = kernel(target, "attention_backward", dtype, head_dim, causal, False)
-    workspace = torch.full((built.workspace_bytes(problem),), 0x7F, dtype=torch.uint8)
-    reads = (query, key, value, output, lse, grad_output, grad_lse)
-    tensors = (*reads, *results, seqlens_q, seqlens_k, workspace)
-
-    def launch(stream):
-        built.launch(problem, abi.pack_grad_tensors(*(0 if t is None else t.data_ptr() for t in tensors)), stream)
-
-    if target == "cuda":
-        launch(torch.cuda.current_stream().cuda_stream)
-        return results
-    with emulator.session(target, threads=2) as gpu:
-        for tensor in tensors:
-            gpu.allow(tensor, writable=tensor is workspace or any(tensor is result for result in results))
-        launch(0)
-        gpu.check()
-        if stats is not None:
-            stats.update(gpu.stats())
-    return results
-
-
 def batch(tensors, longest, filling):
     """Sequences of different lengths as one padded batch."""
     padded = torch.full((len(tensors), longest, *tensors[0].shape[1:]), filling, dtype=tensors[0].dtype)
@@ -154,24 +95,24 @@ def check(target, dtype, head_dim, causal, lengths, heads, form="padded", grad_l
     seqlens = [torch.tensor([n[side] for n in lengths], dtype=torch.int32) for side in (0, 1)]
     sides = (0, 1, 1, 0)
     if form == "packed":
-        inputs = [torch.cat(tensors) for tensors in zip(*(s.inputs for s in made), strict=True)]
+        *tensors, grad_output = (torch.cat(tensors) for tensors in zip(*(s.inputs for s in made), strict=True))
         output = torch.cat([s.output for s in made])
         lse = torch.cat([s.lse for s in made], 1)
         grad = torch.cat([s.grad_lse for s in made], 1) if grad_lse else None
-        results = gradients(target, inputs, output, lse, grad, causal, scale, *seqlens, longest)
+        results = gradients(target, *tensors, output, lse, grad_output, grad, causal, scale, *seqlens, longest)
     else:
-        inputs = [
+        *tensors, grad_output = (
             batch(tensors, longest[side], math.nan)
             for side, tensors in zip(sides, zip(*(s.inputs for s in made), strict=True), strict=True)
-        ]
+        )
         output = batch([s.output for s in made], longest[0], math.nan)
-        rows_last = [
+        lse, grad = (
             None if terms[0] is None else batch([t.T for t in terms], longest[0], math.nan).transpose(1, 2).contiguous()
             for terms in ([s.lse for s in made], [s.grad_lse for s in made])
-        ]
+        )
         if form == "dense":
             seqlens = (None, None)
-        results = gradients(target, inputs, output, *rows_last, causal, scale, *seqlens)
+        results = gradients(target, *tensors, output, lse, grad_output, grad, causal, scale, *seqlens)
     for i, (name, result) in enumerate(zip(NAMES, results, strict=True)):
         if form != "packed":
             for b, n in enumerate(lengths):
@@ -213,9 +154,9 @@ def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
 @parametrize([p for p in PARAMETERS if p[0] != "cuda"])
 def test_cost(target, dtype, head_dim, causal):
     """What the design promises of the machine code, counted by the emulator."""
-    inputs = [torch.randn(1, 2 * ROWS, 1, head_dim).to(DTYPES[dtype]) for _ in range(4)]
+    query, key, value, grad = (torch.randn(1, 2 * ROWS, 1, head_dim).to(DTYPES[dtype]) for _ in range(4))
     stats = {}
-    gradients(target, inputs, inputs[0], torch.zeros(1, 1, 2 * ROWS), None, causal, None, stats=stats)
+    gradients(target, query, key, value, query, torch.zeros(1, 1, 2 * ROWS), grad, causal=causal, stats=stats)
     for name, cost in stats.items():
         if "row_terms" in name:
             continue

@@ -5,16 +5,19 @@ target, and between them all combinations of dtype, causal and paged; each test 
 """
 
 import contextlib
+import functools
 import math
 
+import driver
 import pytest
 import torch
-from gpu_driver import DTYPES, TARGETS, attend, require
+from driver import DTYPES, GPUS, require
 from problems import Sequence, assert_sequences
 
 from aiter import reference
 
 NAME = "attention_decode"
+attend = functools.partial(driver.attend, name=NAME)
 TILE = {"cuda": 16}  # keys that one wave takes at a time; 32 on AMD
 WAVES = 4
 
@@ -26,7 +29,7 @@ CASES = {
     "gfx950": (*SHARED, ("bf16", 40, False, True), ("fp16", 192, True, False), ("bf16", 256, True, True)),
 }
 CASES["cuda"] = (*dict.fromkeys(case for cases in CASES.values() for case in cases), ("bf16", 128, False, False))
-PARAMETERS = [(target, *case) for target in TARGETS for case in CASES[target]]
+PARAMETERS = [(target, *case) for target in GPUS for case in CASES[target]]
 PAGED = [p for p in PARAMETERS if p[4]]
 CONTIGUOUS = [p for p in PARAMETERS if not p[4]]
 
@@ -79,7 +82,7 @@ def test_padded(target, dtype, head_dim, causal, paged):
         queries = [(seq_q, seq_q // 2, 0)[b % 3] if seq_q > 1 else 1 for b in range(len(lengths))]
         for b, length in enumerate(lengths):  # what stands in the padding has no effect
             key[b, length:], value[b, length:], query[b, queries[b] :] = math.nan, math.inf, math.nan
-        output, lse = attend(target, NAME, query, key, value, causal, seqlens_q=ints(queries), seqlens_k=ints(lengths))
+        output, lse = attend(target, query, key, value, causal, seqlens_q=ints(queries), seqlens_k=ints(lengths))
         sequences = []
         for b, (rows, length) in enumerate(zip(queries, lengths, strict=True)):
             place = (b, slice(rows)), (b, slice(None), slice(rows))
@@ -112,7 +115,7 @@ def test_paged(target, dtype, head_dim, causal, paged):
             page_table[b, used:] = (-1, 2**31 - 1)[b % 2]  # entries that no valid token needs may be anything
             sequences.append(Sequence(query[b], *tensors, (b,), (b,)))
         key, value = (cache.transpose(1, 2) for cache in caches)
-        output, lse = attend(target, NAME, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table)
+        output, lse = attend(target, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table)
         assert_sequences(output, lse, sequences, causal)
 
 
@@ -124,7 +127,7 @@ def test_packed(target, dtype, head_dim, causal, paged):
         query = randn(sum(queries), heads_kv * group, head_dim, dtype=dtype)
         key, value = (randn(sum(lengths), heads_kv, head_dim, dtype=dtype) for _ in "kv")
         output, lse = attend(
-            target, NAME, query, key, value, causal, None, ints(queries), ints(lengths), None, (seq_q, max(lengths))
+            target, query, key, value, causal, None, ints(queries), ints(lengths), None, (seq_q, max(lengths))
         )
         sequences, row, token = [], 0, 0
         for rows, tokens in zip(queries, lengths, strict=True):
@@ -141,10 +144,10 @@ def test_strides_scales_and_repetition(target, dtype, head_dim, causal, paged):
     key, value = both[..., :head_dim], both[..., head_dim : 2 * head_dim]
     query = randn(2, 3, 3, 4, head_dim, dtype=dtype)[:, :, 1]
     for scale in (None, -0.1, 0.0, 2.0):
-        output, lse = attend(target, NAME, query, key, value, causal, scale)
+        output, lse = attend(target, query, key, value, causal, scale)
         sequences = [Sequence(query[b], key[b], value[b], (b,), (b,)) for b in range(2)]
         assert_sequences(output, lse, sequences, causal, scale)
-        again, again_lse = attend(target, NAME, query, key, value, causal, scale)
+        again, again_lse = attend(target, query, key, value, causal, scale)
         assert torch.equal(output, again) and torch.equal(lse, again_lse)
 
 
@@ -156,7 +159,7 @@ def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
         query = randn(1, tokens, 2, head_dim, dtype=dtype)
         key, value = (randn(1, seq_k, 2, head_dim, dtype=dtype) for _ in "kv")
         value[0, -1, 0, 3], value[0, -2, 1, 4], key[0, -1, 1, 0] = math.inf, math.nan, math.nan
-        output, lse = attend(target, NAME, query, key, value, causal)
+        output, lse = attend(target, query, key, value, causal)
         expected = reference.attend_one(query[0], key[0], value[0], causal)[1]
         torch.testing.assert_close(lse[0].double(), expected, rtol=1e-4, atol=2e-4, equal_nan=True)
         assert_sequences(output, None, [Sequence(query[0], key[0], value[0], (0,), (0,))], causal)
@@ -168,7 +171,7 @@ def test_more_units_than_blocks(target, dtype, head_dim, causal, paged):
     lengths = [b % 150 for b in range(230 if target == "gfx90a" else 300)] + [700]
     query = randn(len(lengths), 1, 2, head_dim, dtype=dtype)
     key, value = (randn(len(lengths), max(lengths), 1, head_dim, dtype=dtype) for _ in "kv")
-    output, lse = attend(target, NAME, query, key, value, causal, seqlens_k=ints(lengths))
+    output, lse = attend(target, query, key, value, causal, seqlens_k=ints(lengths))
     sequences = [Sequence(query[b], key[b, :n], value[b, :n], (b,), (b,)) for b, n in enumerate(lengths)]
     assert_sequences(output, lse, sequences, causal)
 
@@ -178,7 +181,7 @@ def test_lengths_out_of_range(target, dtype, head_dim, causal, paged):
     """Lengths that the host cannot check are bounded: nothing beyond the tensors is read (or the emulator says so)."""
     query = randn(3, 1, 4, head_dim, dtype=dtype)
     key, value = (randn(3, 40, 1, head_dim, dtype=dtype) for _ in "kv")
-    output, lse = attend(target, NAME, query, key, value, causal, seqlens_k=ints([-7, 2**31 - 1, 40]))
+    output, lse = attend(target, query, key, value, causal, seqlens_k=ints([-7, 2**31 - 1, 40]))
     sequences = [Sequence(query[b], key[b, :n], value[b, :n], (b,), (b,)) for b, n in enumerate((0, 40, 40))]
     assert_sequences(output, lse, sequences, causal)
 
@@ -192,7 +195,7 @@ def test_cost_of_the_main_loop(target, dtype, head_dim, causal, paged):
     if not paged:
         key, value = (t.view(1, 512, 1, head_dim) for t in (key, value))
     stats = {}
-    attend(target, NAME, query, key, value, causal, page_table=table, stats=stats)
+    attend(target, query, key, value, causal, page_table=table, stats=stats)
     (kernel,) = (cost for name, cost in stats.items() if NAME in name)
     assert kernel["scratch_bytes"] == 0 and kernel["waves_per_simd"] >= 2
     loop = kernel["main_loop"]

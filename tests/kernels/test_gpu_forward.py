@@ -8,10 +8,9 @@ import math
 
 import pytest
 import torch
-from gpu_driver import DTYPES, TARGETS, attend, device, require
+from driver import DTYPES, GPU_DTYPES, GPUS, attend, device, require
 from problems import STRIDES, Sequence, assert_sequences, strided
 
-NAME = "attention_forward"
 ROWS = 128  # query rows of a block
 
 # (dtype, head_dim, causal, paged)
@@ -21,8 +20,14 @@ DENSE = [
     for dtype, causal in (("fp16", True), ("bf16", False))
 ]
 CASES = [*DENSE, ("bf16", 128, True, False), ("bf16", 64, True, True), ("fp16", 128, False, True)]
-EVERY = [(d, h, c, p) for h in (8, 40, 64, 80, 128, 192, 256) for d in DTYPES for c in (False, True) for p in (False, True)]
-PARAMETERS = [(target, *case) for target in TARGETS for case in (EVERY if target == "cuda" else CASES)]
+EVERY = [
+    (dtype, head_dim, causal, paged)
+    for head_dim in (8, 40, 64, 80, 128, 192, 256)
+    for dtype in GPU_DTYPES
+    for causal in (False, True)
+    for paged in (False, True)
+]
+PARAMETERS = [(target, *case) for target in GPUS for case in (EVERY if target == "cuda" else CASES)]
 CONTIGUOUS = [p for p in PARAMETERS if not p[4]]
 PAGED = [p for p in PARAMETERS if p[4]]
 CAUSAL = [p for p in CONTIGUOUS if p[3] and p[2] in (64, 128)]
@@ -54,7 +59,7 @@ def key_tile(target, head_dim):
 
 
 def dense(target, query, key, value, causal, scale=None):
-    output, lse = attend(target, NAME, query, key, value, causal, scale)
+    output, lse = attend(target, query, key, value, causal, scale)
     sequences = [Sequence(query[b], key[b], value[b], (b,), (b,)) for b in range(query.shape[0])]
     assert_sequences(output, lse, sequences, causal, scale)
     return output, lse
@@ -90,16 +95,14 @@ def test_padded_and_packed(target, dtype, head_dim, causal, paged):
     for b, length in enumerate(lengths):
         query[b, length:], key[b, length:], value[b, length:] = math.nan, math.inf, math.nan
     seqlens = ints(lengths)
-    output, lse = attend(target, NAME, query, key, value, causal, seqlens_q=seqlens, seqlens_k=seqlens)
+    output, lse = attend(target, query, key, value, causal, seqlens_q=seqlens, seqlens_k=seqlens)
     places = [((b, slice(length)), (b, slice(None), slice(length))) for b, length in enumerate(lengths)]
     assert_sequences(output, lse, [Sequence(*t, *p) for t, p in zip(valid, places, strict=True)], causal)
     for b, length in enumerate(lengths):
         assert not output[b, length:].any() and (lse[b, :, length:] == -math.inf).all()
 
     packed = [torch.cat(tensors) for tensors in zip(*valid, strict=True)]
-    output, lse = attend(
-        target, NAME, *packed, causal, seqlens_q=seqlens, seqlens_k=seqlens, max_seqlen=(longest, longest)
-    )
+    output, lse = attend(target, *packed, causal, seqlens_q=seqlens, seqlens_k=seqlens, max_seqlen=(longest, longest))
     ends = torch.tensor(lengths).cumsum(0).tolist()
     rows = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     sequences = [Sequence(*t, (r,), (slice(None), r)) for t, r in zip(valid, rows, strict=True)]
@@ -128,11 +131,11 @@ def test_paged(target, dtype, head_dim, causal, paged):
             page_table[b, used:] = (-1, 2**31 - 1)[b % 2]  # entries that no valid token needs may be anything
             sequences.append(Sequence(query[b], *tensors, (b,), (b,)))
         key, value = (cache.transpose(1, 2) for cache in caches)
-        output, lse = attend(target, NAME, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table)
+        output, lse = attend(target, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table)
         assert_sequences(output, lse, sequences, causal)
         # A bad page number or length stays inside the tensors: the emulator watches, the result does not matter.
         page_table[0, 0], page_table[3, 0] = -5, 2**30
-        attend(target, NAME, query, key, value, causal, seqlens_k=ints([-3, 9, 2**30, 1]), page_table=page_table)
+        attend(target, query, key, value, causal, seqlens_k=ints([-3, 9, 2**30, 1]), page_table=page_table)
 
 
 @parametrize(CAUSAL)
@@ -158,12 +161,12 @@ def test_not_finite(target, dtype, head_dim, causal, paged):
     assert (output[0, 100:140] == math.inf).all() and output[0, 140:, 0, 3].isnan().all()
     value[0, 100], value[0, 140, 0, 3] = 0, 0
     key[0, 120, 1] = math.nan
-    output, lse = attend(target, NAME, *tensors, causal)
+    output, lse = attend(target, *tensors, causal)
     assert output[0, :120].isfinite().all() and output[0, :, 0].isfinite().all()
     assert output[0, 120:, 1].isnan().all() and lse[0, 1, 120:].isnan().all()
     key[0, 120, 1] = 0
     query[0, 7] = math.nan
-    output, lse = attend(target, NAME, *tensors, causal)
+    output, lse = attend(target, *tensors, causal)
     assert output[0, 7].isnan().all() and lse[0, :, 7].isnan().all()
     others = [i for i in range(150) if i != 7]
     assert output[0, others].isfinite().all() and lse[0, :, others].isfinite().all()
@@ -174,7 +177,7 @@ def test_cost(target, dtype, head_dim, causal, paged):
     """What the design promises of the machine code, counted by the emulator."""
     stats = {}
     query, key, value = (strided((1, 256, 1, head_dim), DTYPES[dtype], "contiguous") for _ in "qkv")
-    attend(target, NAME, query, key, value, causal, stats=stats)
+    attend(target, query, key, value, causal, stats=stats)
     (kernel,) = stats.values()
     loop = kernel["main_loop"]
     assert kernel["scratch_bytes"] == 0

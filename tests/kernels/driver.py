@@ -1,0 +1,202 @@
+"""Drives kernels below the operations: problem and tensors are filled in here, straight through the launch ABI.
+
+A target is what runs them: the arch of a CPU that this one can act as, that of an emulated AMD GPU, or "cuda". On an
+emulated GPU the kernel sees nothing but its arguments, each between guards: any access beside them is an error that
+names the instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import shutil
+
+import emulator
+import pytest
+import torch
+
+from aiter import abi
+from aiter.jit import Kernel, get_kernel
+from aiter.jit.arch import arch_of, cpu_arch, runs_here
+from aiter.jit.spec import Spec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GPU_DTYPES = ("fp16", "bf16")
+EMULATED = emulator.ARCHS
+GPUS = (*EMULATED, "cuda")
+# Every code path that this CPU can run, and no kernel twice: an arch is listed where it changes the code for a dtype.
+CPUS = [
+    (dtype, arch)
+    for dtype, arch in (
+        ("fp32", "x86-64-v2"),
+        ("fp16", "x86-64-v2"),
+        ("bf16", "x86-64-v3"),
+        ("fp32", "x86-64-v3"),
+        ("fp16", "x86-64-v3"),
+        ("fp32", "x86-64-v4"),
+        ("fp16", "x86-64-v4"),
+        ("bf16", "x86-64-v4"),
+        ("bf16", "x86-64-v4+avx512bf16"),
+        ("bf16", "x86-64-v4+avx512bf16+amxbf16"),
+        ("fp16", "x86-64-v4+avx512bf16+amxbf16+amxfp16"),
+    )
+    if runs_here(arch)
+] or [(dtype, cpu_arch()) for dtype in DTYPES]
+GOMP_PARALLEL = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
+
+
+def require(target: str) -> None:
+    """Skips the test where the target, or the compiler for it, is not to be had."""
+    if target == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if target in EMULATED and not (os.environ.get("AITER_HIPCC") or shutil.which("hipcc")):
+        pytest.skip("no hipcc (.ci/amd-toolchain makes one)")
+
+
+def device(target: str) -> str:
+    return "cuda" if target == "cuda" else "cpu"
+
+
+def attend(
+    target: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    max_seqlen: tuple[int, int] | None = None,
+    name: str = "attention_forward",
+    **running: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp. Tensors are (batch, seq, heads, head_dim), or packed (total, heads, head_dim) with
+    `max_seqlen`; with a page table key and value are (pages, position, heads, head_dim). `running`: see `_run`."""
+    output = _unwritten(query)
+    packed, heads_q = query.dim() == 3, query.shape[-2]
+    lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
+    lse = torch.full(lse_shape, math.nan, device=query.device)
+    problem = _problem(query, key, value, lse, scale, seqlens_q, page_table, max_seqlen)
+    reads = (query, key, value), (seqlens_q, seqlens_k, page_table)
+    built = _kernel(target, name, query.dtype, query.shape[-1], causal, page_table is not None)
+    _run(target, built, problem, abi.pack_tensors, reads, (output, lse), **running)
+    return output, lse
+
+
+def gradients(
+    target: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor,
+    grad_lse: torch.Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
+    max_seqlen: tuple[int, int] | None = None,
+    **running: object,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dQ, dK and dV, from what `attend` returned. Tensors are dense, or packed with `max_seqlen`."""
+    results = tuple(_unwritten(tensor) for tensor in (query, key, value))
+    names = ("grad_output_strides", "grad_query_strides", "grad_key_strides", "grad_value_strides")
+    problem = abi.AttentionGradProblem(
+        forward=_problem(query, key, value, lse, scale, seqlens_q, None, max_seqlen),
+        **{name: _strides(tensor) for name, tensor in zip(names, (grad_output, *results), strict=True)},
+    )
+    reads = (query, key, value, output, lse, grad_output, grad_lse), (seqlens_q, seqlens_k)
+    built = _kernel(target, "attention_backward", query.dtype, query.shape[-1], causal, False)
+    _run(target, built, problem, abi.pack_grad_tensors, reads, results, **running)
+    return results
+
+
+def _unwritten(like: torch.Tensor) -> torch.Tensor:
+    """Whatever the kernel does not write shows up as NaN."""
+    return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return (0, *tensor.stride()[:2]) if tensor.dim() == 3 else tensor.stride()[:3]
+
+
+def _problem(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float | None,
+    seqlens_q: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    max_seqlen: tuple[int, int] | None,
+) -> abi.AttentionProblem:
+    packed_q, packed_k, paged = query.dim() == 3, key.dim() == 3, page_table is not None
+    heads_q, head_dim = query.shape[-2:]
+    return abi.AttentionProblem(
+        batch=len(seqlens_q) if packed_q else query.shape[0],
+        heads_q=heads_q,
+        heads_kv=key.shape[-2],
+        seqlen_q=max_seqlen[0] if packed_q else query.shape[1],
+        seqlen_k=page_table.shape[1] * key.shape[1] if paged else max_seqlen[1] if packed_k else key.shape[1],
+        packed_q=packed_q,
+        packed_k=packed_k,
+        page_size=key.shape[1] if paged else 0,
+        total_q=query.shape[0] if packed_q else 0,
+        total_k=key.shape[0] if packed_k else 0,
+        num_pages=key.shape[0] if paged else 0,
+        page_table_stride=page_table.stride(0) if paged else 0,
+        query_strides=_strides(query),
+        key_strides=_strides(key),
+        value_strides=_strides(value),
+        output_strides=_strides(torch.empty(query.shape, device="meta")),
+        lse_strides=(0, query.shape[0]) if packed_q else lse.stride()[:2],
+        softmax_scale=1 / math.sqrt(head_dim) if scale is None else scale,
+    )
+
+
+@functools.cache
+def _kernel(target: str, name: str, dtype: torch.dtype, head_dim: int, causal: bool, paged: bool) -> Kernel:
+    if target in EMULATED:
+        emulator.load_runtime()
+    arch = arch_of(torch.device("cuda")) if target == "cuda" else target
+    options = (("paged", 1),) if paged and target in GPUS else ()
+    dtype_name = next(word for word, known in DTYPES.items() if known == dtype)
+    return get_kernel(Spec(name, dtype_name, head_dim, causal, arch, options))
+
+
+def _run(
+    target: str,
+    built: Kernel,
+    problem: ctypes.Structure,
+    pack,
+    reads: tuple[tuple, tuple],
+    results: tuple[torch.Tensor, ...],
+    threads: int = 2,
+    parallel: int | None = GOMP_PARALLEL,
+    stats: dict | None = None,
+) -> None:
+    """Launches on a workspace that holds garbage. `threads` and `parallel` make a CPU's executor; `stats` receives what
+    the emulator has counted."""
+    workspace = torch.full((built.workspace_bytes(problem),), 0x7F, dtype=torch.uint8, device=results[0].device)
+    (before, after), writes = reads, (*results, workspace)
+    tensors = (*before, *results, *after, workspace)
+
+    def launch(queue: int) -> None:
+        built.launch(problem, pack(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors)), queue)
+
+    if target == "cuda":
+        launch(torch.cuda.current_stream().cuda_stream)
+    elif target in EMULATED:
+        with emulator.session(target, threads=2) as gpu:
+            for tensor in tensors:
+                gpu.allow(tensor, writable=any(tensor is written for written in writes))
+            launch(0)
+            gpu.check()
+            if stats is not None:
+                stats.update(gpu.stats())
+    else:
+        launch(ctypes.addressof(abi.CpuExecutor(parallel, threads, 0)))
