@@ -55,8 +55,22 @@ def require(target: str) -> None:
         pytest.skip("no hipcc (.ci/amd-toolchain makes one)")
 
 
-def device(target: str) -> str:
-    return "cuda" if target == "cuda" else "cpu"
+def on_targets(cases: list[tuple]) -> pytest.MarkDecorator:
+    """Runs a test for each (target, dtype, head_dim, causal[, paged])."""
+    names = ("target", "dtype", "head_dim", "causal", "paged")[: len(cases[0])]
+    words = [
+        [name if word is True else str(word) for name, word in zip(names, case, strict=True) if word is not False]
+        for case in cases
+    ]
+    return pytest.mark.parametrize(names, cases, ids=["-".join(case) for case in words])
+
+
+def randn(*shape: int, dtype: str) -> torch.Tensor:
+    return torch.randn(shape).to(DTYPES[dtype])
+
+
+def ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def attend(
@@ -199,4 +213,5 @@ def _run(
             if stats is not None:
                 stats.update(gpu.stats())
     else:
-        launch(ctypes.addressof(abi.CpuExecutor(parallel, threads, 0)))
+        executor = abi.CpuExecutor(parallel, threads, 0)  # must outlive the launch
+        launch(ctypes.addressof(executor))

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
-from driver import CPUS, DTYPES, attend, gradients
+from driver import CPUS, DTYPES, attend, gradients, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Sequence
-from test_cpu_kernels import HEAD_DIM, LENGTHS, SEEDS, archs, dense_sequences, enough_sequences, randn
+from test_cpu_kernels import HEAD_DIM, LENGTHS, SEEDS, archs, dense_sequences, enough_sequences
 
 from aiter import reference
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from driver import CPUS, DTYPES, GOMP_PARALLEL, attend
+from driver import CPUS, DTYPES, GOMP_PARALLEL, attend, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import STRIDES, Sequence, assert_sequences, strided
@@ -17,10 +17,6 @@ HEAD_DIM = 72  # fills no vector and no tile; one value, as each is a compilatio
 LENGTHS = st.sampled_from((1, 2, 5, 15, 16, 17, 31, 33, 48, 49, 63, 64, 65, 100, 127, 129, 200, 391, 420))
 
 SEEDS = st.integers(0, 2**32)
-
-
-def randn(*shape, dtype):
-    return torch.randn(shape).to(DTYPES[dtype])
 
 
 def enough_sequences(seq_q):

@@ -6,10 +6,9 @@ Compiling takes longer than running: each test sends many problems through one k
 
 import math
 
-import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
-from driver import DTYPES, EMULATED, GPU_DTYPES, GPUS, device, gradients, require
+from driver import DTYPES, EMULATED, GPU_DTYPES, GPUS, gradients, on_targets
 
 from aiter import reference
 
@@ -28,22 +27,6 @@ CASES = {
 CASES["gfx942"] += [("bf16", 128, True), ("fp16", 128, True), ("bf16", 64, False), ("fp16", 64, True)]
 CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 128, 192, 256) for d in GPU_DTYPES for c in (False, True)]
 PARAMETERS = [(target, *case) for target in GPUS for case in dict.fromkeys(CASES[target])]
-
-
-@pytest.fixture(autouse=True)
-def on_target(request):
-    target = request.getfixturevalue("target")
-    require(target)
-    with torch.device(device(target)):
-        yield
-
-
-def parametrize(parameters):
-    return pytest.mark.parametrize(
-        ("target", "dtype", "head_dim", "causal"),
-        parameters,
-        ids=[f"{t}-{d}-{h}{'-causal' * c}" for t, d, h, c in parameters],
-    )
 
 
 class Sequence:
@@ -126,7 +109,7 @@ def check(target, dtype, head_dim, causal, lengths, heads, form="padded", grad_l
     return results
 
 
-@parametrize(PARAMETERS)
+@on_targets(PARAMETERS)
 def test_dense(target, dtype, head_dim, causal):
     """More and fewer queries than keys, lengths around the tiles, query heads that share a KV head."""
     check(target, dtype, head_dim, causal, [(ROWS + 1, TILE + 1)], (2, 1), "dense")
@@ -134,14 +117,14 @@ def test_dense(target, dtype, head_dim, causal):
     check(target, dtype, head_dim, causal, [(2 * TILE, 2 * TILE)], (1, 1), "dense", scale=-0.3)
 
 
-@parametrize(PARAMETERS)
+@on_targets(PARAMETERS)
 def test_padded_and_packed(target, dtype, head_dim, causal):
     lengths = [(TILE + 1, ROWS + 2), (0, 3), (1, 1), (67, 20), (5, 0)]
     for form in ("padded", "packed"):
         check(target, dtype, head_dim, causal, lengths, (2, 1), form, grad_lse=form == "packed")
 
 
-@parametrize([p for p in PARAMETERS if p[0] == "cuda"])
+@on_targets([p for p in PARAMETERS if p[0] == "cuda"])
 def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
     """Long enough for every stage to be used many times over; a second run gives the same bits."""
     torch.manual_seed(1)
@@ -151,7 +134,7 @@ def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@parametrize([p for p in PARAMETERS if p[0] != "cuda"])
+@on_targets([p for p in PARAMETERS if p[0] != "cuda"])
 def test_cost(target, dtype, head_dim, causal):
     """What the design promises of the machine code, counted by the emulator."""
     query, key, value, grad = (torch.randn(1, 2 * ROWS, 1, head_dim).to(DTYPES[dtype]) for _ in range(4))

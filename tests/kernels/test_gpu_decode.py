@@ -4,14 +4,12 @@ Every result is held against float64. Compiling takes longer than running: CASES
 target, and between them all combinations of dtype, causal and paged; each test sends many problems through one kernel.
 """
 
-import contextlib
 import functools
 import math
 
 import driver
-import pytest
 import torch
-from driver import DTYPES, GPUS, require
+from driver import DTYPES, GPUS, ints, on_targets, randn
 from problems import Sequence, assert_sequences
 
 from aiter import reference
@@ -34,30 +32,6 @@ PAGED = [p for p in PARAMETERS if p[4]]
 CONTIGUOUS = [p for p in PARAMETERS if not p[4]]
 
 
-@pytest.fixture(autouse=True)
-def on_target(request):
-    target = request.getfixturevalue("target")
-    require(target)
-    with torch.device("cuda") if target == "cuda" else contextlib.nullcontext():
-        yield
-
-
-def parametrize(parameters):
-    return pytest.mark.parametrize(
-        ("target", "dtype", "head_dim", "causal", "paged"),
-        parameters,
-        ids=[f"{t}-{d}-{h}{'-causal' * c}{'-paged' * p}" for t, d, h, c, p in parameters],
-    )
-
-
-def randn(*shape, dtype):
-    return torch.randn(shape).to(DTYPES[dtype])
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def ragged(target):
     """Lengths around a tile, around a step of all waves, and long enough to be cut into several parts."""
     tile = TILE.get(target, 32)
@@ -73,7 +47,7 @@ def shapes(head_dim):
     return SHAPES if head_dim == 128 else SHAPES[:3] if head_dim > 128 else SHAPES[1:]
 
 
-@parametrize(CONTIGUOUS)
+@on_targets(CONTIGUOUS)
 def test_padded(target, dtype, head_dim, causal, paged):
     lengths = ragged(target)
     for heads_kv, group, seq_q in shapes(head_dim):
@@ -91,7 +65,7 @@ def test_padded(target, dtype, head_dim, causal, paged):
         assert_sequences(output, lse, sequences, causal)
 
 
-@parametrize(PAGED)
+@on_targets(PAGED)
 def test_paged(target, dtype, head_dim, causal, paged):
     lengths = ragged(target)
     for index, (heads_kv, group, seq_q) in enumerate(shapes(head_dim)):
@@ -119,7 +93,7 @@ def test_paged(target, dtype, head_dim, causal, paged):
         assert_sequences(output, lse, sequences, causal)
 
 
-@parametrize(CONTIGUOUS)
+@on_targets(CONTIGUOUS)
 def test_packed(target, dtype, head_dim, causal, paged):
     lengths = ragged(target)
     for heads_kv, group, seq_q in SHAPES[1:3]:
@@ -137,7 +111,7 @@ def test_packed(target, dtype, head_dim, causal, paged):
         assert_sequences(output, lse, sequences, causal)
 
 
-@parametrize([p for p in CONTIGUOUS if p[2] == 128])
+@on_targets([p for p in CONTIGUOUS if p[2] == 128])
 def test_strides_scales_and_repetition(target, dtype, head_dim, causal, paged):
     """No lengths, tensors that are slices of others, any scale; the same result each time."""
     both = randn(2, 700, 2, 2 * head_dim + 8, dtype=dtype)
@@ -151,7 +125,7 @@ def test_strides_scales_and_repetition(target, dtype, head_dim, causal, paged):
         assert torch.equal(output, again) and torch.equal(lse, again_lse)
 
 
-@parametrize([p for p in CONTIGUOUS if p[3]])
+@on_targets([p for p in CONTIGUOUS if p[3]])
 def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
     """What a query does not see cannot reach it, though it stands in the same matrix tile; what it sees does."""
     tokens = 4
@@ -165,7 +139,7 @@ def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
         assert_sequences(output, None, [Sequence(query[0], key[0], value[0], (0,), (0,))], causal)
 
 
-@parametrize([p for p in CONTIGUOUS if p[2] == 128 and p[0] in ("gfx90a", "cuda")])
+@on_targets([p for p in CONTIGUOUS if p[2] == 128 and p[0] in ("gfx90a", "cuda")])
 def test_more_units_than_blocks(target, dtype, head_dim, causal, paged):
     """More sequences than the GPU holds blocks: ranges span many of them, and cuts are fewer than sequences."""
     lengths = [b % 150 for b in range(230 if target == "gfx90a" else 300)] + [700]
@@ -176,7 +150,7 @@ def test_more_units_than_blocks(target, dtype, head_dim, causal, paged):
     assert_sequences(output, lse, sequences, causal)
 
 
-@parametrize([p for p in CONTIGUOUS if p[2] == 128])
+@on_targets([p for p in CONTIGUOUS if p[2] == 128])
 def test_lengths_out_of_range(target, dtype, head_dim, causal, paged):
     """Lengths that the host cannot check are bounded: nothing beyond the tensors is read (or the emulator says so)."""
     query = randn(3, 1, 4, head_dim, dtype=dtype)
@@ -186,7 +160,7 @@ def test_lengths_out_of_range(target, dtype, head_dim, causal, paged):
     assert_sequences(output, lse, sequences, causal)
 
 
-@parametrize([p for p in PARAMETERS if p[2] == 128 and p[0] != "cuda"])
+@on_targets([p for p in PARAMETERS if p[2] == 128 and p[0] != "cuda"])
 def test_cost_of_the_main_loop(target, dtype, head_dim, causal, paged):
     """What the emulator counts: no scratch, two waves on a SIMD, wide loads, no bank conflicts."""
     query = randn(1, 1, 4, head_dim, dtype=dtype)

@@ -6,9 +6,8 @@ dtype, causal and paged; each test then sends many problems through one kernel.
 
 import math
 
-import pytest
 import torch
-from driver import DTYPES, GPU_DTYPES, GPUS, attend, device, require
+from driver import DTYPES, GPU_DTYPES, GPUS, attend, ints, on_targets
 from problems import STRIDES, Sequence, assert_sequences, strided
 
 ROWS = 128  # query rows of a block
@@ -33,26 +32,6 @@ PAGED = [p for p in PARAMETERS if p[4]]
 CAUSAL = [p for p in CONTIGUOUS if p[3] and p[2] in (64, 128)]
 
 
-@pytest.fixture(autouse=True)
-def on_target(request):
-    target = request.getfixturevalue("target")
-    require(target)
-    with torch.device(device(target)):
-        yield
-
-
-def parametrize(parameters):
-    return pytest.mark.parametrize(
-        ("target", "dtype", "head_dim", "causal", "paged"),
-        parameters,
-        ids=[f"{t}-{d}-{h}{'-causal' * c}{'-paged' * p}" for t, d, h, c, p in parameters],
-    )
-
-
-def ints(values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def key_tile(target, head_dim):
     """Keys that the kernel takes at a time; the lengths around it are those where a mistake would show."""
     return 64 if target == "cuda" else 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
@@ -65,7 +44,7 @@ def dense(target, query, key, value, causal, scale=None):
     return output, lse
 
 
-@parametrize(CONTIGUOUS)
+@on_targets(CONTIGUOUS)
 def test_dense(target, dtype, head_dim, causal, paged):
     """Lengths around the tiles of rows and keys, grouped heads, more and fewer queries than keys."""
     tile = key_tile(target, head_dim)
@@ -83,7 +62,7 @@ def test_dense(target, dtype, head_dim, causal, paged):
         dense(target, query, key, value, causal)
 
 
-@parametrize(CONTIGUOUS)
+@on_targets(CONTIGUOUS)
 def test_padded_and_packed(target, dtype, head_dim, causal, paged):
     """The same ragged sequences both ways. Nothing in the padding has an effect, and all of the result is written."""
     tile = key_tile(target, head_dim)
@@ -109,7 +88,7 @@ def test_padded_and_packed(target, dtype, head_dim, causal, paged):
     assert_sequences(output, lse, sequences, causal)
 
 
-@parametrize(PAGED)
+@on_targets(PAGED)
 def test_paged(target, dtype, head_dim, causal, paged):
     tile = key_tile(target, head_dim)
     lengths = [1, tile - 1, 0, 2 * tile + 1]
@@ -138,7 +117,7 @@ def test_paged(target, dtype, head_dim, causal, paged):
         attend(target, query, key, value, causal, seqlens_k=ints([-3, 9, 2**30, 1]), page_table=page_table)
 
 
-@parametrize(CAUSAL)
+@on_targets(CAUSAL)
 def test_strides_scales_and_many_heads(target, dtype, head_dim, causal, paged):
     for how in STRIDES[:3]:
         tensors = [strided((1, 65, 2, head_dim), DTYPES[dtype], how) for _ in "qkv"]
@@ -150,7 +129,7 @@ def test_strides_scales_and_many_heads(target, dtype, head_dim, causal, paged):
         dense(target, query, key, value, causal, scale)
 
 
-@parametrize(CAUSAL)
+@on_targets(CAUSAL)
 def test_not_finite(target, dtype, head_dim, causal, paged):
     """inf and NaN come out where the mathematics puts them, and nowhere else."""
     tensors = [strided((1, 150, 2, head_dim), DTYPES[dtype], "contiguous") for _ in "qkv"]
@@ -172,7 +151,7 @@ def test_not_finite(target, dtype, head_dim, causal, paged):
     assert output[0, others].isfinite().all() and lse[0, :, others].isfinite().all()
 
 
-@parametrize([p for p in CONTIGUOUS if p[0] != "cuda"])
+@on_targets([p for p in CONTIGUOUS if p[0] != "cuda"])
 def test_cost(target, dtype, head_dim, causal, paged):
     """What the design promises of the machine code, counted by the emulator."""
     stats = {}
