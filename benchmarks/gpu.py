@@ -9,13 +9,15 @@ events over repeated calls on random data that is larger than the caches, or for
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,28 +32,70 @@ BACKENDS = {
     "FA2": SDPBackend.FLASH_ATTENTION,
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "unfused": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,  # the only fused one that takes any mask
 }
 BF16 = torch.bfloat16
 CACHE_BYTES = 100e6  # inputs smaller than this rotate among copies
 
+Call = Callable[[], object]
 
-def seconds(calls: list[Callable[[], object]], budget: float = 0.25) -> float:
+
+@dataclass
+class Case:
+    """One row of the table: calls that are taken in turn, ours and each of PyTorch's operators'."""
+
+    name: str
+    unit: str
+    work: float  # FLOPs or bytes of a call; 0: the row is the host's time for one
+    ours: list[Call]
+    others: dict[str, list[Call]] = field(default_factory=dict)
+    bounds: dict[str, float] = field(default_factory=dict)  # in `unit`
+
+    def rate(self, calls: list[Call]) -> float:
+        return self.work / device_seconds(calls) / 1e12 if self.work else host_seconds(calls[0]) * 1e6
+
+    def row(self) -> dict:
+        result: dict[str, object] = {"case": self.name, "unit": self.unit, "aiter": self.rate(self.ours)}
+        for name, calls in self.others.items():
+            try:
+                chosen = BACKENDS.get(name.split(",")[0])
+                with sdpa_kernel(chosen) if chosen else nullcontext():
+                    result[name] = self.rate(calls)
+            except (RuntimeError, torch.OutOfMemoryError):  # cannot, or not in this memory
+                result[name] = None
+                torch.cuda.empty_cache()
+        return result | self.bounds
+
+
+def device_seconds(calls: list[Call], budget: float = 0.25) -> float:
     """Median device time of one call; `calls` are taken in turn."""
     for call in calls[:3]:
         call()
     torch.cuda.synchronize()
-    events = []
+    times: list[float] = []
     end = time.perf_counter() + budget
-    while len(events) < 200 and (time.perf_counter() < end or len(events) < 5):
-        start, stop = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        calls[len(events) % len(calls)]()
-        stop.record()
-        events.append((start, stop))
-        if len(events) % 5 == 0:
-            torch.cuda.synchronize()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in events) / 1e3
+    while len(times) < 200 and (time.perf_counter() < end or len(times) < 5):
+        events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(5)]
+        torch.cuda._sleep(2_000_000)  # a millisecond in which the host gets ahead: no gaps between the calls
+        for i, (start, stop) in enumerate(events):
+            start.record()
+            calls[(len(times) + i) % len(calls)]()
+            stop.record()
+        torch.cuda.synchronize()
+        times += (start.elapsed_time(stop) for start, stop in events)
+    return statistics.median(times) / 1e3
+
+
+def host_seconds(call: Call) -> float:
+    """How long the CPU is busy with one call, in a row of calls that are not waited for."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(100):
+            call()
+        times.append((time.perf_counter() - start) / 100)
+    return statistics.median(times)
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -63,81 +107,77 @@ def pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
-def backends(names: str, run: Callable[[], float]) -> dict[str, float | None]:
-    """What `run` returns under each of PyTorch's operators; None where it cannot or runs out of memory."""
-    found: dict[str, float | None] = {}
-    for name in names.split():
-        try:
-            with sdpa_kernel(BACKENDS[name]):
-                found[name] = run()
-        except (RuntimeError, torch.OutOfMemoryError):
-            found[name] = None
-            torch.cuda.empty_cache()
-    return found
-
-
-def row(case: str, unit: str, ours: float, others: dict[str, float | None]) -> dict:
-    return {"case": case, "unit": unit, "aiter": ours, **others}
-
-
-def forward() -> Iterator[dict]:
+def forward() -> Iterator[Case]:
     for head_dim in (64, 128):
         heads = 2048 // head_dim
         for length in (1024, 4096, 16384):
             batch = 16384 // length
-            q, k, v = (randn(batch, length, heads, head_dim) for _ in "qkv")
+            tensors = [randn(batch, length, heads, head_dim) for _ in "qkv"]
+            names = (
+                ("FA2", "cuDNN", "unfused") if length <= 1024 else ("FA2", "cuDNN")
+            )  # unfused takes 60 times as long
             for causal in (False, True):
-                work = 4 * batch * heads * length * length * head_dim / (2 if causal else 1) / 1e12
-                ours = work / seconds([lambda c=causal: aiter.flash_attn_func(q, k, v, causal=c)])
-                names = "FA2 cuDNN unfused" if length <= 1024 else "FA2 cuDNN"  # unfused takes 60 times as long
-                run = lambda c=causal, w=work: w / seconds([lambda: pytorch(q, k, v, is_causal=c)])  # noqa: E731
-                yield row(f"forward D{head_dim} {length}{' causal' * causal}", "TFLOP/s", ours, backends(names, run))
+                theirs = [partial(pytorch, *tensors, is_causal=causal)]
+                yield Case(
+                    f"forward D{head_dim} {length}{' causal' * causal}",
+                    "TFLOP/s",
+                    4 * batch * heads * length * length * head_dim / (2 if causal else 1),
+                    [partial(aiter.flash_attn_func, *tensors, causal=causal)],
+                    dict.fromkeys(names, theirs),
+                )
 
 
-def decode() -> Iterator[dict]:
-    heads_q, heads_kv, head_dim = 32, 8, 128
+def copy_bandwidth() -> float:
+    """TB/s of a copy on the device, read and written: the bound of decoding."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = 2 * source.numel() / seconds([lambda: target.copy_(source)]) / 1e12
-    del source, target
+    return 2 * source.numel() / device_seconds([partial(torch.empty_like(source).copy_, source)]) / 1e12
+
+
+def decode() -> Iterator[Case]:
+    heads_q, heads_kv, head_dim = 32, 8, 128
+    bounds = {"copy": copy_bandwidth()}
     for batch, length in ((1, 32768), (16, 8192), (64, 4096)):
-        moved = 2 * batch * length * heads_kv * head_dim * 2 / 1e12
-        copies = max(1, math.ceil(CACHE_BYTES / (moved * 1e12)))
+        name, moved = f"decode {batch} x {length}", 2 * batch * length * heads_kv * head_dim * 2
         sets = [
             (randn(batch, 1, heads_q, head_dim), *(randn(batch, length, heads_kv, head_dim) for _ in "kv"))
-            for _ in range(copies)
+            for _ in range(math.ceil(CACHE_BYTES / moved))
         ]
-        ours = moved / seconds([lambda s=s: aiter.flash_attn_func(*s) for s in sets])
-        run = lambda: moved / seconds([lambda s=s: pytorch(*s, enable_gqa=True) for s in sets])  # noqa: B023, E731
-        yield row(f"decode {batch} x {length}", "TB/s", ours, {**backends("FA2 cuDNN", run), "copy": copy})
+        theirs = [partial(pytorch, *tensors, enable_gqa=True) for tensors in sets]
+        ours = [partial(aiter.flash_attn_func, *tensors) for tensors in sets]
+        yield Case(name, "TB/s", moved, ours, dict.fromkeys(("FA2", "cuDNN"), theirs), bounds)
         for page_size in (16, 128):
             pages = batch * length // page_size
             table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
-            paged = [
-                (q, tuple(t.view(pages, page_size, heads_kv, head_dim).transpose(1, 2).contiguous() for t in (k, v)))
-                for q, k, v in sets
+            ours = [
+                partial(aiter.flash_attn_with_kvcache, query, paged(cache, page_size), table, page_size)
+                for query, *cache in sets
             ]
-            calls = [lambda q=q, kv=kv: aiter.flash_attn_with_kvcache(q, kv, table, page_size) for q, kv in paged]
-            yield row(f"decode {batch} x {length}, pages of {page_size}", "TB/s", moved / seconds(calls), {"copy": copy})
+            yield Case(f"{name}, pages of {page_size}", "TB/s", moved, ours, {}, bounds)
 
 
-def variable() -> Iterator[dict]:
+def paged(cache: list[torch.Tensor], page_size: int) -> tuple[torch.Tensor, ...]:
+    return tuple(t.unflatten(1, (-1, page_size)).flatten(0, 1).transpose(1, 2).contiguous() for t in cache)
+
+
+def variable() -> Iterator[Case]:
     """Lengths uniform in [1, 4096], packed, against PyTorch on the padded batch with a mask."""
     batch, longest, heads, head_dim = 16, 4096, 16, 128
     lengths = torch.randint(1, longest + 1, (batch,), generator=torch.Generator().manual_seed(20))
-    total = int(lengths.sum())
-    packed = [randn(total, heads, head_dim) for _ in "qkv"]
+    packed = [randn(int(lengths.sum()), heads, head_dim) for _ in "qkv"]
     padded = [randn(batch, longest, heads, head_dim) for _ in "qkv"]
     on_gpu = lengths.to("cuda", torch.int32)
-    work = float((4 * lengths.double() ** 2 * heads * head_dim).sum()) / 1e12
-    ours = work / seconds([lambda: aiter.variable_length_attention(*packed, on_gpu, longest)])
     mask = (torch.arange(longest, device="cuda") < on_gpu.view(-1, 1)).view(batch, 1, 1, longest)
-    run = lambda: work / seconds([lambda: pytorch(*padded, attn_mask=mask)])  # noqa: E731
-    with contextlib.suppress(RuntimeError):
-        yield row("variable length, uniform to 4096", "TFLOP/s", ours, {"padded, masked": run()})
+    theirs = [partial(pytorch, *padded, attn_mask=mask)]
+    yield Case(
+        "variable length, uniform to 4096",
+        "TFLOP/s",
+        float((4 * lengths.double() ** 2 * heads * head_dim).sum()),
+        [partial(aiter.variable_length_attention, *packed, on_gpu, longest)],
+        {f"{name}, padded": theirs for name in ("PyTorch's choice", "efficient", "cuDNN", "unfused")},
+    )
 
 
-def backward() -> Iterator[dict]:
+def backward() -> Iterator[Case]:
     """Counted as 2.5 times the forward's work, the five products of matrices that the mathematics needs."""
     for head_dim in (64, 128):
         heads = 2048 // head_dim
@@ -146,34 +186,32 @@ def backward() -> Iterator[dict]:
             grad = randn(batch, length, heads, head_dim)
             leaves = [randn(batch, length, heads, head_dim).requires_grad_() for _ in "qkv"]
             for causal in (False, True):
-                work = 10 * batch * heads * length * length * head_dim / (2 if causal else 1) / 1e12
-
-                def time_of(operator: Callable[..., torch.Tensor], leaves=leaves, grad=grad, work=work) -> float:
-                    output = operator(*leaves)
-                    return work / seconds([lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)])
-
-                ours = time_of(lambda q, k, v, c=causal: aiter.flash_attn_func(q, k, v, causal=c))
-                run = lambda t=time_of, c=causal: t(lambda q, k, v: pytorch(q, k, v, is_causal=c))  # noqa: E731
-                case = f"backward D{head_dim} {length}{' causal' * causal}"
-                yield row(case, "TFLOP/s", ours, backends("FA2 cuDNN", run))
+                yield Case(
+                    f"backward D{head_dim} {length}{' causal' * causal}",
+                    "TFLOP/s",
+                    10 * batch * heads * length * length * head_dim / (2 if causal else 1),
+                    [Backward(partial(aiter.flash_attn_func, causal=causal), leaves, grad)],
+                    {n: [Backward(partial(pytorch, is_causal=causal), leaves, grad)] for n in ("FA2", "cuDNN")},
+                )
 
 
-def host() -> Iterator[dict]:
-    """How long the CPU is busy with one small call: calls in a row, not waited for."""
-    q, k, v = (randn(1, 128, 4, 64) for _ in "qkv")
+class Backward:
+    """The backward pass alone; its forward pass is made at the first call, under the operator that is then chosen."""
 
-    def busy(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(100):
-                call()
-            times.append((time.perf_counter() - start) / 100)
-        return statistics.median(times) * 1e6
+    def __init__(self, operator: Callable[..., torch.Tensor], leaves: list[torch.Tensor], grad: torch.Tensor) -> None:
+        self.operator, self.leaves, self.grad = operator, leaves, grad
+        self.output: torch.Tensor | None = None
 
-    ours = busy(lambda: aiter.flash_attn_func(q, k, v))
-    yield row("host time of a small call", "us", ours, backends("FA2", lambda: busy(lambda: pytorch(q, k, v))))
+    def __call__(self) -> object:
+        if self.output is None:
+            self.output = self.operator(*self.leaves)
+        return torch.autograd.grad(self.output, self.leaves, self.grad, retain_graph=True)
+
+
+def host() -> Iterator[Case]:
+    tensors = [randn(1, 128, 4, 64) for _ in "qkv"]
+    ours, theirs = [partial(aiter.flash_attn_func, *tensors)], [partial(pytorch, *tensors)]
+    yield Case("host time of a small call", "us", 0, ours, dict.fromkeys(("FA2", "cuDNN"), theirs))
 
 
 SECTIONS = {f.__name__: f for f in (forward, decode, variable, backward, host)}
@@ -185,20 +223,24 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    units = [unit for unit in ("TFLOP/s", "TB/s") if any(r["unit"] == unit for r in rows)]
-    figure, panels = plt.subplots(len(units), 1, figsize=(11, 5 * len(units)), squeeze=False)
-    for panel, unit in zip(panels[:, 0], units, strict=True):
-        chosen = [r for r in rows if r["unit"] == unit]
+    kinds = list(dict.fromkeys(r["case"].split()[0] for r in rows if r["unit"] != "us"))
+    sizes = [sum(r["case"].startswith(kind) for r in rows) for kind in kinds]
+    figure, panels = plt.subplots(
+        len(kinds), 1, figsize=(9, 0.36 * sum(sizes) + len(kinds)), height_ratios=sizes, squeeze=False
+    )
+    for panel, kind in zip(panels[:, 0], kinds, strict=True):
+        chosen = [r for r in rows if r["case"].startswith(kind)]
         names = list(dict.fromkeys(name for r in chosen for name in r if name not in ("case", "unit")))
         for i, name in enumerate(names):
-            places = [x + (i - len(names) / 2) * 0.8 / len(names) for x in range(len(chosen))]
-            panel.bar(places, [r.get(name) or 0 for r in chosen], 0.8 / len(names), label=name)
-        panel.set_xticks(range(len(chosen)), [r["case"] for r in chosen], rotation=60, ha="right", fontsize=7)
-        panel.set_ylabel(unit)
-        panel.legend()
+            places = [y + (i + 0.5 - len(names) / 2) * 0.8 / len(names) for y in range(len(chosen))]
+            panel.barh(places, [r.get(name) or 0 for r in chosen], 0.8 / len(names), label=name)
+        panel.set_yticks(range(len(chosen)), [r["case"] for r in chosen], fontsize=8)
+        panel.invert_yaxis()
+        panel.set_xlabel(chosen[0]["unit"])
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     panels[0, 0].set_title(f"Attention on one {device}, bf16")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -207,11 +249,12 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(SECTIONS))
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
-    print(f"{device}, PyTorch {torch.__version__}, bf16")
+    print(f"{device}, PyTorch {torch.__version__}, bf16", flush=True)
     rows = []
     for section in options.only.split(","):
         try:
-            for result in SECTIONS[section]():
+            for case in SECTIONS[section]():
+                result = case.row()
                 rows.append(result)
                 figures = "".join(f"{n} {x:.3g}  " for n, x in result.items() if isinstance(x, float))
                 print(f"{result['case']:40s}{result['unit']:9s}{figures}", flush=True)

@@ -178,7 +178,8 @@ class NvccToolchain(Toolchain):
     def flags(self, spec: Spec) -> list[str]:
         code = f"-gencode=arch={spec.arch.replace('sm_', 'compute_')},code={spec.arch}"
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
-        return ["-x", "cu", code, "-std=c++17", "-O3", "-cudart=static", host]
+        # -O is the host's code alone, which does nothing but launch; the device's is optimised fully by default.
+        return ["-x", "cu", code, "-std=c++17", "-O1", "-cudart=static", host]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
         return [[compiler, *self.flags(spec), *_common(spec), "-shared", source, "-o", LIBRARY]]
