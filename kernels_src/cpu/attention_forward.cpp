@@ -166,17 +166,26 @@ struct Forward {
             const QueryRows queries(problem, tensors, seq, b, head);
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t i = (head - first_head) * rows + r;
-                load_query(scratch.row_queries[i], queries.query_row(r), sign);
+                load_query(scratch.row_queries[i], queries.query_row(r), sign < 0.0f);
                 scratch.row_states[i].clear();
             }
         }
-        for (int64_t j = first_key; j < end_key; j += ROW_KEYS)
-            for (int64_t head = first_head; head < end_head; head++) {
-                const KeyRows keys(problem, tensors, seq, b, head);
-                const int count = static_cast<int>(minimum(ROW_KEYS, end_key - j));
-                const int64_t i = (head - first_head) * rows;
-                attend_rows(static_cast<int>(rows), scratch.row_queries + i, keys, j, count, visible, scale_log2, scratch.row_states + i);
-            }
+        /* All heads of some keys, then all heads of the next keys: mostly the order of memory, whatever the layout. */
+        const int64_t heads = end_head - first_head, steps = ceil_div(end_key - first_key, ROW_KEYS) * heads;
+        auto locate = [&](int64_t step) {
+            const int64_t j = first_key + step / heads * ROW_KEYS;
+            return RowStep(KeyRows(problem, tensors, seq, b, first_head + step % heads), j, static_cast<int>(minimum(ROW_KEYS, end_key - j)));
+        };
+        RowStep now, next;
+        if (steps > 0) next = locate(0);
+        for (int64_t step = 0; step < steps; step++) {
+            now = next;
+            if (step + 1 < steps) next = locate(step + 1);
+            int seen[MAX_ROWS];
+            const int64_t j = first_key + step / heads * ROW_KEYS, i = step % heads * rows;
+            for (int64_t r = 0; r < rows; r++) seen[r] = static_cast<int>(clamp(visible[r] - j, 0, minimum(ROW_KEYS, end_key - j)));
+            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, seen, scale_log2, scratch.row_states + i);
+        }
         for (int64_t head = first_head; head < end_head; head++) {
             const QueryRows queries(problem, tensors, seq, b, head);
             const KeyRows keys(problem, tensors, seq, b, head);
@@ -288,9 +297,7 @@ struct Forward {
             nan |= o != o;
         }
         if (any(nan)) {
-            alignas(64) float query[PADDED_DIM];
-            load_query(query, queries.query_row(row), sign);
-            attend_exactly(query, keys, visible, scale_log2, state);
+            attend_exactly(queries.query_row(row), keys, visible, scale_log2 * sign, state);
         }
         const float factor = 1.0f / state.sum; /* all scores -inf: 0 * inf, NaN as it should be */
         for (int d = 0; d < HEAD_DIM; d += LANES) store_elements(output + d, load(state.output + d) * factor, HEAD_DIM - d);

@@ -69,7 +69,7 @@ struct Scratch {
     Step *queries, *packed, *weights;
     float *outputs, *maxima, *sums, *scores;
     int32_t *visible;
-    float (*row_queries)[PADDED_DIM];
+    RowQuery *row_queries;
     RowState *row_states;
     char *memory;
 

@@ -50,6 +50,14 @@ AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
 
+/* 0, 1, 2, ... */
+AITER_INLINE IntVec lane_index() {
+    int32_t lanes[LANES];
+    AITER_UNROLL
+    for (int i = 0; i < LANES; i++) lanes[i] = i;
+    return load(lanes);
+}
+
 AITER_INLINE IntVec widen(HalfVec v) {
 #if AITER_AVX512
     return (IntVec)_mm512_maskz_cvtepu16_epi32(ALL_LANES, (__m256i)v);
@@ -79,15 +87,6 @@ AITER_INLINE bool any(IntVec mask) {
     memcpy(halves, &mask, sizeof halves);
     return (halves[0] | halves[1]) != 0;
 #endif
-}
-
-AITER_INLINE float sum(Vec v) {
-    float lanes[LANES], total = 0.0f;
-    store(lanes, v);
-    for (int width = LANES / 2; width > 0; width /= 2) /* pairwise: the shape the compiler turns into shuffles */
-        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-    total += lanes[0];
-    return total;
 }
 
 /* 2^x to about DEGREE x 4 bits: 13 bits for DEGREE 3, 18 for 4, all of a float for 6. 2^-inf is exactly 0, and so is
@@ -230,6 +229,13 @@ AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
             rows[i] = __builtin_shufflevector(rows[i], rows[i + half], AITER_ZIP_LOW)
                       + __builtin_shufflevector(rows[i], rows[i + half], AITER_ZIP_HIGH);
     return rows[0];
+}
+
+AITER_INLINE float sum(Vec v) {
+    AITER_UNROLL
+    for (int half = LANES / 2; half > 0; half /= 2)
+        v = __builtin_shufflevector(v, v, AITER_ZIP_LOW) + __builtin_shufflevector(v, v, AITER_ZIP_HIGH);
+    return v[0];
 }
 
 #endif
