@@ -78,7 +78,9 @@ struct Forward {
     }
 
     Step *packed_block(int64_t b, int64_t head, int64_t block) const {
-        return packed_ahead + ((b * problem.heads_kv + head) * schedule.packed_blocks + block) * PACKED_BLOCK;
+        /* Packed sequences: each of the b before this one takes less than one block beyond its tokens. */
+        const int64_t first = starts_k ? starts_k[b] / BLOCK_KEYS + b : b * schedule.packed_blocks;
+        return packed_ahead + (head * schedule.head_blocks + first + block) * PACKED_BLOCK;
     }
 
     /* Packs blocks of keys until none is left: what each thread does before all others, where that pays. */

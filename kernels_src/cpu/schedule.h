@@ -22,7 +22,8 @@ struct Schedule {
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
     int64_t splits, units;
-    int64_t packed_blocks; /* blocks of keys per KV head that are packed ahead for all tiles; 0: each tile packs its own */
+    int64_t packed_blocks; /* blocks of keys of the longest sequence, packed ahead for all tiles; 0: each tile packs its own */
+    int64_t head_blocks;   /* the same for all sequences together: packed ones count by their true lengths */
     int64_t starts_bytes, counters_bytes, partials_bytes, packed_bytes; /* parts of the workspace */
 
     explicit Schedule(const aiter_attention_problem &p) {
@@ -52,7 +53,8 @@ struct Schedule {
         units = tiles * p.batch * sets * splits;
         /* Matrix tiles multiply so fast that packing the same keys again for every tile of rows would cost a quarter. */
         packed_blocks = PACK_AHEAD && !few_rows && tiles > 1 ? ceil_div(p.seqlen_k, BLOCK_KEYS) : 0;
-        packed_bytes = p.batch * p.heads_kv * packed_blocks * PACKED_BLOCK * static_cast<int64_t>(sizeof(Step));
+        head_blocks = packed_blocks == 0 ? 0 : p.packed_k ? p.total_k / BLOCK_KEYS + p.batch : p.batch * packed_blocks;
+        packed_bytes = p.heads_kv * head_blocks * PACKED_BLOCK * static_cast<int64_t>(sizeof(Step));
         starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
         counters_bytes = splits > 1 ? units / splits * static_cast<int64_t>(sizeof(int32_t)) : 0;
         partials_bytes = splits > 1 ? p.batch * p.heads_kv * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
