@@ -30,7 +30,6 @@ __all__ = [
 
 
 def _load() -> None:
-    import aiter.library  # noqa: F401, registers the operators
     from aiter import operations
 
     globals().update({name: getattr(operations, name) for name in __all__})

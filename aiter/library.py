@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from aiter import dispatch
+from aiter import checks, plan_cache
 from aiter.plan import Indices
 
 _library = torch.library.Library("aiter", "DEF")
@@ -29,7 +29,7 @@ _library.define(
 
 
 def _attention(query, key, value, seqlens_q, seqlens_k, page_table, causal, softmax_scale, max_seqlen):
-    return dispatch.forward(
+    return plan_cache.forward(
         query, key, value, Indices(seqlens_q, seqlens_k, page_table), causal, softmax_scale, max_seqlen
     )
 
@@ -37,7 +37,7 @@ def _attention(query, key, value, seqlens_q, seqlens_k, page_table, causal, soft
 def _attention_backward(
     grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale, max_seqlen
 ):
-    return dispatch.backward(
+    return plan_cache.backward(
         grad_output,
         grad_lse,
         query,
@@ -100,11 +100,23 @@ def _no_second_derivative(ctx, *grads):
 torch.library.register_autograd("aiter::attention_backward", _no_second_derivative, lib=_library)
 
 
+def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the dtype that autocast, where it is on for their device, wants attention to run in."""
+    return tuple(
+        tensor.to(torch.get_autocast_dtype(tensor.device.type))
+        if isinstance(tensor, torch.Tensor)
+        and torch.is_autocast_enabled(tensor.device.type)
+        and tensor.dtype in checks.DTYPE_NAMES
+        else tensor
+        for tensor in tensors
+    )
+
+
 def _autocast(device_type: str):
     """Runs attention in autocast's dtype, as PyTorch's own operator does."""
 
     def cast(query, key, value, *rest):
-        tensors = dispatch.autocast(query, key, value)
+        tensors = autocast(query, key, value)
         with torch.autocast(device_type, enabled=False):
             return torch.ops.aiter.attention(*tensors, *rest)
 

@@ -8,13 +8,14 @@ in kernels/.
 import ctypes
 import os
 import shutil
+from unittest import mock
 
 import emulator
 import pytest
 import torch
 from problems import check_dense, check_grouped, check_kvcache, check_variable_length
 
-from aiter import abi, dispatch
+from aiter import abi, dispatch, plan_cache
 
 pytestmark = pytest.mark.skipif(
     not (os.environ.get("AITER_HIPCC") or shutil.which("hipcc")),
@@ -72,9 +73,8 @@ def gpu(request, monkeypatch):
         monkeypatch.setattr("aiter.plan.arch_of", lambda device: request.param)
         monkeypatch.setattr("aiter.plan.launcher", launcher)
         monkeypatch.setattr("problems.DEVICE", "cpu")
-        monkeypatch.setattr(dispatch, "_plans", {})
-        monkeypatch.setattr(dispatch, "_latest", {})
-        yield emulated
+        with mock.patch.dict(plan_cache.plans, clear=True), mock.patch.dict(dispatch._latest, clear=True):
+            yield emulated
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
