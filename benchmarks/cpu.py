@@ -3,24 +3,32 @@
     python benchmarks/cpu.py [--only WORD] [--seconds 2] [--json FILE] [--plot FILE.png]
 
 Both sides use torch.get_num_threads() threads and are called in turn, so that whatever else the machine does slows
-both; times are medians. AITER_CPU_ARCH selects the code of an older CPU.
+both; times are medians. Where memory bounds a case, a loop that only reads the same keys and values takes its turn too,
+and "of reading" is the speed as a part of that loop's. AITER_CPU_ARCH selects the code of an older CPU; to hold PyTorch
+to AVX2 as well: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import aiter
 from aiter.jit.arch import cpu_arch
+from aiter.jit.toolchain import CppToolchain
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,7 +43,11 @@ class Case:
     pytorch: Callable[[], object]
     goal: float  # PyTorch's time over ours
     flops: float = 0.0
-    bytes: float = 0.0
+    reads: tuple[torch.Tensor, ...] = ()  # the keys and values, where reading them bounds the case
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.reads)
 
 
 def heads_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -88,8 +100,8 @@ def grouped(dtype: str, seq_q: int, seq_k: int, batch: int) -> Case:
         lambda: aiter.grouped_query_attention(query, key, value, num_groups=4),
         pytorch,
         2.0,
-        flops=4 * batch * 32 * seq_q * seq_k * 128 if seq_q > 1 else 0,
-        bytes=0 if seq_q > 1 else 2 * key.nbytes,
+        flops=4 * batch * 32 * seq_q * seq_k * 128,
+        reads=() if seq_q > 1 else (key, value),
     )
 
 
@@ -103,7 +115,7 @@ def decoding(dtype: str, goal: float) -> Case:
         lambda: aiter.flash_attn_func(query, key, value),
         lambda: scaled_dot_product_attention(q, k, v),
         goal,
-        bytes=2 * key.nbytes,
+        reads=(key, value),
     )
 
 
@@ -122,7 +134,7 @@ def paged(dtype: str, page: int) -> Case:
         lambda: aiter.flash_attn_with_kvcache(query, (key, value), table, page),
         lambda: scaled_dot_product_attention(query.transpose(1, 2), gather(key), gather(value)),
         3.0,
-        bytes=2 * key.nbytes,
+        reads=(key, value),
     )
 
 
@@ -151,11 +163,12 @@ def cases() -> Iterator[Case]:
     for dtype, goal in (("fp32", 1.5), ("bf16", 2.0)):
         for causal in (False, True):
             yield training(dtype, causal, goal)
-    for dtype, goal in (("fp32", 1.5), ("bf16", 5.0)):
+    for dtype, goal in (("fp32", 1.5), ("bf16", 5.0), ("fp16", 1.5)):
         yield decoding(dtype, goal)
         for page in (16, 128):
             yield paged(dtype, page)
         yield grouped(dtype, 1, 8192, 4)
+    for dtype in DTYPES:
         yield grouped(dtype, 2048, 2048, 1)
         yield variable(dtype)
     for dtype in DTYPES:
@@ -163,31 +176,63 @@ def cases() -> Iterator[Case]:
             yield forward(dtype, 1, seq, 1, 64, False, 1.0)
 
 
-def medians(ours: Callable, pytorch: Callable, seconds: float) -> tuple[float, float]:
-    times: tuple[list[float], list[float]] = ([], [])
-    ours(), pytorch()
+@functools.cache
+def read_memory() -> Callable[[int, int, int], int]:
+    """read_loop.cpp's function of address, bytes and threads."""
+    compiler = CppToolchain().require("the loop that reads memory").path
+    with tempfile.TemporaryDirectory() as folder:
+        library, source = f"{folder}/read_loop.so", str(Path(__file__).with_name("read_loop.cpp"))
+        flags = ["-std=c++17", "-O3", "-march=native", "-Wno-psabi", "-pthread", "-fPIC", "-shared"]
+        subprocess.run([compiler, *flags, source, "-o", library], check=True)
+        function = ctypes.CDLL(library).read_memory
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    return function
+
+
+def read(tensors: tuple[torch.Tensor, ...]) -> None:
+    for tensor in tensors:
+        read_memory()(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+
+
+def medians(seconds: float, *calls: Callable[[], object]) -> list[float]:
+    """The median time of each, called in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[0]) < 5:
-        for call, taken in zip((ours, pytorch), times, strict=True):
+        for call, taken in zip(calls, times, strict=True):
             start = time.perf_counter()
             call()
             taken.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [statistics.median(taken) for taken in times]
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that a sum over far more than the caches hold reads: the bound of decoding."""
-    tensor = torch.ones(2**28, dtype=torch.float32)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        tensor.sum()
-        times.append(time.perf_counter() - start)
-    return tensor.nbytes / statistics.median(times)
+def measure(case: Case, seconds: float) -> dict:
+    """A row of the result."""
+    loop = (lambda: read(case.reads),) if case.reads else ()
+    ours, pytorch, *reading = medians(seconds, case.ours, case.pytorch, *loop)
+    return {
+        "dtype": case.dtype,
+        "name": case.name,
+        "flops": 0.0 if case.reads else case.flops,
+        "bytes": case.bytes,
+        "seconds": ours,
+        "pytorch_seconds": pytorch,
+        "read_seconds": reading[0] if reading else None,
+        "ratio": pytorch / ours,
+        "goal": case.goal,
+    }
 
 
-def rate(case: Case, seconds: float) -> str:
-    return f"{case.flops / seconds / 1e9:.0f} GFLOP/s" if case.flops else f"{case.bytes / seconds / 1e9:.1f} GB/s"
+def line(row: dict) -> str:
+    def side(seconds: float) -> str:
+        work, unit = (row["bytes"], "GB/s") if row["bytes"] else (row["flops"], "GFLOP/s")
+        return f"{1e3 * seconds:9.3f} ms {work / seconds / 1e9:6.{1 if unit == 'GB/s' else 0}f} {unit:7}"
+
+    of_reading = f"{row['read_seconds'] / row['seconds']:9.0%}" if row["read_seconds"] else ""
+    label = f"{row['dtype']} {row['name']}"
+    return f"{label:48} {side(row['seconds'])} {side(row['pytorch_seconds'])} {row['ratio']:6.2f} {row['goal']:5.1f} {of_reading}"
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -216,24 +261,18 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE")
     options = parser.parse_args()
     torch.manual_seed(0)
-    bandwidth = read_bandwidth()
     threads = torch.get_num_threads()
-    print(f"{cpu_arch()}, {threads} threads, reads {bandwidth / 1e9:.1f} GB/s, PyTorch {torch.__version__}")
-    print(f"{'case':48} {'aiter':>24} {'PyTorch':>24} {'ratio':>6} {'goal':>5}")
+    print(f"{cpu_arch()}, {threads} threads, PyTorch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})")
+    print(f"{'case':48} {'aiter':^27} {'PyTorch':^27} {'ratio':>6} {'goal':>5} of reading")
     rows = []
     for case in cases():
-        label = f"{case.dtype} {case.name}"
-        if options.only not in label:
-            continue
-        ours, pytorch = medians(case.ours, case.pytorch, options.seconds)
-        row = {key: value for key, value in asdict(case).items() if key not in ("ours", "pytorch")}
-        rows.append({**row, "seconds": ours, "pytorch_seconds": pytorch, "ratio": pytorch / ours})
-        figures = (f"{1e3 * s:9.3f} ms {rate(case, s):>11}" for s in (ours, pytorch))
-        print(f"{label:48} {' '.join(figures)} {pytorch / ours:6.2f} {case.goal:5.1f}", flush=True)
+        if options.only in f"{case.dtype} {case.name}":
+            rows.append(measure(case, options.seconds))
+            print(line(rows[-1]), flush=True)
     if options.json:
         machine = {"arch": cpu_arch(), "threads": threads, "platform": platform.platform()}
         with open(options.json, "w") as file:
-            json.dump({"machine": machine, "read_bytes_per_second": bandwidth, "cases": rows}, file, indent=1)
+            json.dump({"machine": machine, "cases": rows}, file, indent=1)
     if options.plot:
         plot(rows, options.plot)
 
