@@ -247,7 +247,7 @@ struct Forward {
                 strip.maximum[v * LANES + i] = -INFINITE;
                 strip.sum[v * LANES + i] = 0.0f;
             }
-            pack_queries(strip.queries + v * LANES, rows, sign < 0.0f);
+            pack_queries(strip.queries, v, rows, sign < 0.0f);
         }
     }
 
@@ -259,7 +259,7 @@ struct Forward {
             for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES) {
                 Vec square[LANES];
                 for (int i = 0; i < LANES; i++)
-                    square[i] = strip.empty || d + i >= HEAD_DIM ? Vec{} : load(strip.output + (d + i) * STRIP_ROWS + v * LANES);
+                    square[i] = strip.empty || d + i >= HEAD_DIM ? Vec{} : load(strip.output + Lanes::at(d + i, v));
                 transpose(square);
                 for (int i = 0; i < LANES; i++) store(states[i].output + d, square[i]);
             }

@@ -77,17 +77,17 @@ struct Weights {
 };
 
 /* A product with a strip of keys along the lanes. */
-template <int A_ROW, int A_STEP>
+template <class A>
 static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, const Step *b, int count, int steps,
                                               bool accumulate) {
     switch (vectors) {
 #if !AITER_TILES
-    case 1: return multiply<1, STRIP_ROWS, A_ROW, A_STEP, STRIP_ROWS>(c, a, b, count, steps, accumulate);
+    case 1: return multiply<1, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
 #endif
 #if AITER_AVX512 && !AITER_TILES || AITER_AVX2
-    case 2: return multiply<2, STRIP_ROWS, A_ROW, A_STEP, STRIP_ROWS>(c, a, b, count, steps, accumulate);
+    case 2: return multiply<2, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
 #endif
-    default: return multiply<STRIP_VECTORS, STRIP_ROWS, A_ROW, A_STEP, STRIP_ROWS>(c, a, b, count, steps, accumulate);
+    default: return multiply<STRIP_VECTORS, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
     }
 }
 
@@ -96,7 +96,7 @@ static void pack_columns(Step *columns, const Rows &rows, const KeyTile &tile) {
     for (int v = 0; v < tile.vectors; v++) {
         const Element *lanes[LANES];
         for (int i = 0; i < LANES; i++) lanes[i] = v * LANES + i < tile.count ? rows[tile.first + v * LANES + i] : nullptr;
-        pack_queries(columns + v / STRIP_VECTORS * DIM_STEPS * STRIP_ROWS + v % STRIP_VECTORS * LANES, lanes, false);
+        pack_queries(columns + v / STRIP_VECTORS * DIM_STEPS * STRIP_ROWS, v % STRIP_VECTORS, lanes, false);
     }
 }
 
@@ -134,7 +134,7 @@ AITER_INLINE void store_pair(Step *right, Step *left, Vec low, Vec high) {
     }
 #else
     store(right, low);
-    store(right + STRIP_ROWS, high);
+    store(right + Lanes::ROW, high);
     if (left) {
         store(left, low);
         store(left + LEFT_ROW, high);
@@ -150,11 +150,11 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int r = 0; r < block.rows; r += 2) {
         for (int v = 0; v < vectors; v++) {
-            const int64_t at = r * STRIP_ROWS + v * LANES;
-            Vec low = exp2<EXP2_DEGREE>(load(w.scores + at) * scale_log2 - block.lse[r]);
-            Vec high = exp2<EXP2_DEGREE>(load(w.scores + at + STRIP_ROWS) * scale_log2 - block.lse[r + 1]);
-            Vec grad_low = low * (load(w.grads + at) - block.delta[r]);
-            Vec grad_high = high * (load(w.grads + at + STRIP_ROWS) - block.delta[r + 1]);
+            const int first = Lanes::at(r, v), second = Lanes::at(r + 1, v);
+            Vec low = exp2<EXP2_DEGREE>(load(w.scores + first) * scale_log2 - block.lse[r]);
+            Vec high = exp2<EXP2_DEGREE>(load(w.scores + second) * scale_log2 - block.lse[r + 1]);
+            Vec grad_low = low * (load(w.grads + first) - block.delta[r]);
+            Vec grad_high = high * (load(w.grads + second) - block.delta[r + 1]);
             if (MASKED) { /* selected, not multiplied: what is masked may be inf or NaN */
                 const IntVec key = lane + static_cast<int32_t>(tile_first + first_key + v * LANES);
                 const IntVec sees_low = key < block.visible[r], sees_high = key < block.visible[r + 1];
@@ -163,7 +163,7 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
                 grad_low = sees_low ? grad_low : Vec{};
                 grad_high = sees_high ? grad_high : Vec{};
             }
-            const int64_t right = r / STEP_ELEMENTS * STRIP_ROWS + v * LANES;
+            const int right = Lanes::at(r / STEP_ELEMENTS, v);
             store_pair(w.right + right, nullptr, low, high);
             store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + (first_key + v * LANES) / STEP_ELEMENTS,
                        grad_low, grad_high);
@@ -179,14 +179,14 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
     for (int v = 0; v < vectors; v += STRIP_VECTORS) {
         const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
         const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
-        product<DIM_STEPS, 1>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false);
-        product<DIM_STEPS, 1>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false);
+        product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false);
+        product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false);
         if (block.fewest_visible < tile.first + first_key + width * LANES)
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
         else
             differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
-        product<VALUE_ROW, VALUE_STEP>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true);
-        product<VALUE_ROW, VALUE_STEP>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true);
+        product<ValueColumns>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true);
+        product<ValueColumns>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true);
     }
     return vectors * LANES;
 }
@@ -197,10 +197,10 @@ static __attribute__((noinline)) void add_grad_queries(float *grad_queries, cons
     constexpr int REST = WIDTH % STRIP_ROWS / LANES, WHOLE = WIDTH - REST * LANES;
     const int steps = keys / STEP_ELEMENTS;
     for (int d = 0; d < WHOLE; d += STRIP_ROWS)
-        multiply<STRIP_VECTORS, WIDTH, LEFT_ROW, 1, WIDTH>(grad_queries + d, w.grad_left, tile.keys + d, block.rows, steps,
+        multiply<STRIP_VECTORS, Strided<WIDTH>, Strided<LEFT_ROW>, Strided<WIDTH>>(grad_queries + d, w.grad_left, tile.keys + d, block.rows, steps,
                                                            accumulate);
     if constexpr (REST > 0)
-        multiply<REST, WIDTH, LEFT_ROW, 1, WIDTH>(grad_queries + WHOLE, w.grad_left, tile.keys + WHOLE, block.rows, steps,
+        multiply<REST, Strided<WIDTH>, Strided<LEFT_ROW>, Strided<WIDTH>>(grad_queries + WHOLE, w.grad_left, tile.keys + WHOLE, block.rows, steps,
                                                   accumulate);
 }
 
@@ -213,10 +213,10 @@ static void write_grad_queries(const Rows &rows, int64_t first, int count, const
 /* Writes rows of dK or dV, which lie along the lanes until now. */
 static void write_columns(const Rows &rows, const KeyTile &tile, const float *columns, float scale) {
     for (int v = 0; v < tile.vectors; v++) {
-        const float *strip = columns + static_cast<int64_t>(v / STRIP_VECTORS) * DIM * STRIP_ROWS + v % STRIP_VECTORS * LANES;
+        const float *strip = columns + static_cast<int64_t>(v / STRIP_VECTORS) * DIM * STRIP_ROWS;
         for (int d = 0; d < HEAD_DIM; d += LANES) {
             Vec square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = d + i < DIM ? load(strip + (d + i) * STRIP_ROWS) * scale : Vec{};
+            for (int i = 0; i < LANES; i++) square[i] = d + i < DIM ? load(strip + Lanes::at(d + i, v % STRIP_VECTORS)) * scale : Vec{};
             transpose(square);
             for (int i = 0; i < LANES && v * LANES + i < tile.count; i++)
                 store_elements(rows[tile.first + v * LANES + i] + d, square[i], HEAD_DIM - d);

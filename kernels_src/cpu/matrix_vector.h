@@ -24,10 +24,10 @@ AITER_INLINE IntVec spread(int32_t step) { return broadcast(step); }
 #endif
 
 /* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of TILE_ROWS, and VECTORS of lanes.
- * The strides are those from i to i + 1 and from s to s + 1. */
-template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW>
+ * C, A and B are their layouts. */
+template <int VECTORS, class C, class A, class B>
 static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
-    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * A_ROW, c += TILE_ROWS * C_ROW) {
+    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * A::ROW, c += TILE_ROWS * C::ROW) {
         Vec total[TILE_ROWS][VECTORS];
         AITER_UNROLL
         for (int i = 0; i < TILE_ROWS; i++)
@@ -36,10 +36,10 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
         for (int s = 0; s < steps; s++) {
             StepVec right[VECTORS];
             AITER_UNROLL
-            for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + s * B_ROW + v * LANES);
+            for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + B::at(s, v));
             AITER_UNROLL
             for (int i = 0; i < TILE_ROWS; i++) {
-                const StepVec left = spread(a[i * A_ROW + s * A_STEP]);
+                const StepVec left = spread(a[i * A::ROW + s * A::STEP]);
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
             }
@@ -48,7 +48,7 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
         for (int i = 0; i < TILE_ROWS; i++)
             AITER_UNROLL
             for (int v = 0; v < VECTORS; v++) {
-                float *p = c + i * C_ROW + v * LANES;
+                float *p = c + C::at(i, v);
                 store(p, accumulate ? load(p) + total[i][v] : total[i][v]);
             }
     }

@@ -65,10 +65,37 @@ constexpr int DIM_STEPS = DIM / STEP_ELEMENTS;
 constexpr int BLOCK_STEPS = BLOCK_KEYS / STEP_ELEMENTS;
 constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;                    /* where the values of a packed block begin */
 constexpr int PACKED_BLOCK = PACKED_VALUES + BLOCK_STEPS * DIM; /* steps in a packed block */
+
+/* Where vector v of a row lies in a matrix: row after row, or in tiles of 16 rows by one vector, 1 KB each in one piece,
+ * which matrix tiles load faster than rows that lie far apart. */
+template <int ROW_STEPS>
+struct Strided {
+    static constexpr int ROW = ROW_STEPS, STEP = 1;
+    static constexpr int at(int row, int v) { return row * ROW + v * LANES; }
+};
+
+template <int VECTORS>
+struct Tiled {
+    static constexpr int ROW = LANES;
+    static constexpr int at(int row, int v) { return (row / LANES * VECTORS + v) * LANES * LANES + row % LANES * LANES; }
+};
+
+/* The transposed of a strided matrix, for left operands. */
+template <int ROW_STEPS>
+struct Columns {
+    static constexpr int ROW = 1, STEP = ROW_STEPS;
+};
+
 #if AITER_TILES
-constexpr int VALUE_ROW = BLOCK_STEPS, VALUE_STEP = 1; /* V^T[d][step] */
+using Lanes = Tiled<STRIP_VECTORS>;            /* what has the rows of a strip along its lanes */
+using KeySteps = Tiled<DIM_STEPS / LANES>;     /* K[key][step] */
+using ValueSteps = Tiled<BLOCK_STEPS / LANES>; /* V^T[d][step] */
+using ValueColumns = ValueSteps;
 #else
-constexpr int VALUE_ROW = 1, VALUE_STEP = DIM;         /* V[step][d] */
+using Lanes = Strided<STRIP_ROWS>;
+using KeySteps = Strided<DIM_STEPS>;
+using ValueSteps = Strided<DIM>;     /* V[step][d] */
+using ValueColumns = Columns<DIM>; /* the same, as V^T */
 #endif
 
 AITER_INLINE StepVec load_steps(const Step *p) { return load(p); }
@@ -106,12 +133,13 @@ AITER_INLINE StepVec to_pairs(Vec low, Vec high) {
 }
 #endif
 
-AITER_INLINE void store_weights(Step *weights, int key, Vec low, Vec high) {
+/* The weights of two keys with the rows of vector v. */
+AITER_INLINE void store_weights(Step *weights, int key, int v, Vec low, Vec high) {
 #if AITER_PAIRS
-    store_steps(weights + key / 2 * STRIP_ROWS, to_pairs(low, high));
+    store_steps(weights + Lanes::at(key / 2, v), to_pairs(low, high));
 #else
-    store(weights + key * STRIP_ROWS, low);
-    store(weights + (key + 1) * STRIP_ROWS, high);
+    store(weights + Lanes::at(key, v), low);
+    store(weights + Lanes::at(key + 1, v), high);
 #endif
 }
 
@@ -130,8 +158,8 @@ AITER_INLINE StepVec row_steps(const Element *row, int first) {
 #endif
 }
 
-/* Q^T[step][lane] of LANES rows; a null row is zeros. */
-static AITER_OUTLINE void pack_queries(Step *queries, const Element *const *rows, bool negated) {
+/* Q^T[step][lane] of LANES rows, vector v of a strip; a null row is zeros. */
+static AITER_OUTLINE void pack_queries(Step *queries, int v, const Element *const *rows, bool negated) {
     for (int s = 0; s < DIM_STEPS; s += LANES) {
         Vec square[LANES];
         for (int i = 0; i < LANES; i++) {
@@ -145,19 +173,15 @@ static AITER_OUTLINE void pack_queries(Step *queries, const Element *const *rows
         }
         transpose(square);
         for (int i = 0; i < LANES && s + i < DIM_STEPS; i++)
-            store(reinterpret_cast<float *>(queries) + (s + i) * STRIP_ROWS, square[i]);
+            store(reinterpret_cast<float *>(queries) + Lanes::at(s + i, v), square[i]);
     }
 }
 
 /* K[key][step] */
 static void pack_keys(Step *keys, const Element *const *rows, int count) {
-    for (int i = 0; i < count; i++, keys += DIM_STEPS)
-        for (int s = 0; s < DIM_STEPS; s += LANES) {
-            const StepVec steps = row_steps(rows[i], s);
-            store_steps(keys + s, steps, DIM_STEPS - s);
-        }
-    const int padding = round_up(count, KEY_MULTIPLE) - count;
-    memset(keys, 0, padding * DIM_STEPS * sizeof(Step));
+    for (int i = 0; i < round_up(count, KEY_MULTIPLE); i++)
+        for (int s = 0; s < DIM_STEPS; s += LANES)
+            store_steps(keys + KeySteps::at(i, s / LANES), i < count ? row_steps(rows[i], s) : StepVec{}, DIM_STEPS - s);
 }
 
 /* Rows as the right operand of a product that sums over them: [step][d], WIDTH values apart. Null rows and those from
@@ -191,7 +215,7 @@ static void pack_values(Step *values, const Element *const *rows, int count) {
             }
             transpose(square);
             for (int i = 0; i < LANES; i++)
-                store(reinterpret_cast<float *>(values) + (d + i) * BLOCK_STEPS + first / STEP_ELEMENTS, square[i]);
+                store(reinterpret_cast<float *>(values) + ValueSteps::at(d + i, first / STEP_ELEMENTS / LANES), square[i]);
         }
 }
 #elif AITER_PAIRS

@@ -106,11 +106,8 @@ struct Scratch {
         take(sums, rows, end);
         take(visible, rows, end);
         take(packed, 2 * PACKED_BLOCK, end);
-        take(scores, 2 * BLOCK_KEYS * STRIP_ROWS, end);
-        if (STEP_ELEMENTS > 1)
-            take(weights, BLOCK_STEPS * STRIP_ROWS, end);
-        else
-            weights = reinterpret_cast<Step *>(scores); /* float weights overlay the scores */
+        take(scores, StripWorker::SCORES, end);
+        take(weights, StripWorker::WEIGHTS, end);
         return end;
     }
 };

@@ -36,77 +36,98 @@ static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count
     for (int v = 0; v < VECTORS; v++) {
         const IntVec visible = load(strip.visible + v * LANES) - first_key;
         for (int j = 0; j < count; j++) {
-            float *p = s + j * STRIP_ROWS + v * LANES;
+            float *p = s + Lanes::at(j, v);
             store(p, visible > j ? load(p) : broadcast(-INFINITE));
         }
     }
 }
 
-/* From scores to weights, in pieces, so that it can be worked off while matrix tiles multiply. */
+/* From the scores of some keys to weights, in one pass that hopes that the maximum need not move, and in pieces, so that
+ * it can be worked off while matrix tiles multiply:
+ *
+ *     if (begin()) raise();                      a row has no maximum yet
+ *     advance(), advance(), ...
+ *     if (!finish()) raise(), finish();          a score exceeds its row's maximum by too much
+ *
+ * raise() rescales what has been accumulated: by then that must be all that is relative to the old maximum. */
 struct Softening {
     const float *scores;
-    Step *weights; /* may overlay the scores */
+    Step *weights;
     Strip *strip;
-    int count, done; /* keys */
+    int count; /* keys */
     float scale_log2;
-    Vec base[STRIP_VECTORS], added[STRIP_VECTORS];
+    int done;
+    Vec base[STRIP_VECTORS], largest[STRIP_VECTORS], total[STRIP_VECTORS];
 
-    /* Brings maximum and sum up to date, and rescales what was accumulated where the maximum moves. */
     template <int VECTORS>
-    void begin() {
-        Vec largest[VECTORS];
-        for (int v = 0; v < VECTORS; v++) largest[v] = broadcast(-INFINITE);
-        for (int j = 0; j < count; j++)
-            AITER_UNROLL
-            for (int v = 0; v < VECTORS; v++) largest[v] = maximum(largest[v], load(scores + j * STRIP_ROWS + v * LANES));
+    bool begin() {
+        IntVec none = IntVec{};
         for (int v = 0; v < VECTORS; v++) {
-            const Vec old = load(strip->maximum + v * LANES), candidate = largest[v] * scale_log2;
-            const IntVec moves = candidate > old + RESCALE_THRESHOLD;
-            base[v] = old == -INFINITE ? Vec{} : old; /* -inf - -inf would be NaN */
-            added[v] = Vec{}; /* a sum of its own for the block: rounding errors grow with the length of a sum */
-            if (any(moves)) {
-                base[v] = moves ? candidate : base[v];
-                store(strip->maximum + v * LANES, moves ? candidate : old);
-                rescale(v, moves ? exp2<EXP2_DEGREE>(old - base[v]) : broadcast(1.0f));
-            }
+            const Vec maximum = load(strip->maximum + v * LANES);
+            none |= maximum == -INFINITE;
+            base[v] = maximum == -INFINITE ? Vec{} : maximum; /* -inf - -inf would be NaN */
+            largest[v] = broadcast(-INFINITE);
+            total[v] = Vec{}; /* a sum of its own: rounding errors grow with the length of a sum */
         }
         done = 0;
-    }
-
-    void rescale(int v, Vec factor) {
-        store(strip->sum + v * LANES, load(strip->sum + v * LANES) * factor);
-        if (strip->empty) return;
-        for (int d = 0; d < HEAD_DIM; d++) {
-            float *p = strip->output + d * STRIP_ROWS + v * LANES;
-            store(p, load(p) * factor);
-        }
+        return any(none);
     }
 
     /* The next `keys` keys, an even number. */
     template <int VECTORS>
     void advance(int keys) {
         const int end = static_cast<int>(minimum(done + keys, count));
-        Vec total[VECTORS];
+        Vec most[VECTORS], sum[VECTORS];
         AITER_UNROLL
-        for (int v = 0; v < VECTORS; v++) total[v] = added[v];
+        for (int v = 0; v < VECTORS; v++) most[v] = largest[v], sum[v] = total[v];
         for (int j = done; j < end; j += 2)
             AITER_UNROLL
             for (int v = 0; v < VECTORS; v++) {
-                const float *p = scores + j * STRIP_ROWS + v * LANES;
-                const Vec low = exp2<EXP2_DEGREE>(load(p) * scale_log2 - base[v]);
-                const Vec high = exp2<EXP2_DEGREE>(load(p + STRIP_ROWS) * scale_log2 - base[v]);
-                total[v] += low + high;
-                store_weights(weights + v * LANES, j, low, high);
+                const Vec low = load(scores + Lanes::at(j, v)) * scale_log2 - base[v];
+                const Vec high = load(scores + Lanes::at(j + 1, v)) * scale_log2 - base[v];
+                const Vec low_weight = exp2<EXP2_DEGREE>(low), high_weight = exp2<EXP2_DEGREE>(high);
+                most[v] = maximum(maximum(most[v], low), high);
+                sum[v] += low_weight + high_weight;
+                store_weights(weights, j, v, low_weight, high_weight);
             }
         AITER_UNROLL
-        for (int v = 0; v < VECTORS; v++) added[v] = total[v];
+        for (int v = 0; v < VECTORS; v++) largest[v] = most[v], total[v] = sum[v];
         done = end;
     }
 
     template <int VECTORS>
-    void finish() {
+    bool finish() {
         advance<VECTORS>(count - done);
-        for (int v = 0; v < VECTORS; v++) store(strip->sum + v * LANES, load(strip->sum + v * LANES) + added[v]);
+        IntVec exceeds = IntVec{};
+        for (int v = 0; v < VECTORS; v++) exceeds |= largest[v] > RESCALE_THRESHOLD;
+        if (any(exceeds)) return false;
+        for (int v = 0; v < VECTORS; v++) store(strip->sum + v * LANES, load(strip->sum + v * LANES) + total[v]);
+        return true;
+    }
+
+    template <int VECTORS>
+    AITER_OUTLINE void raise() {
+        for (int v = 0; v < VECTORS; v++) {
+            Vec candidate = broadcast(-INFINITE);
+            for (int j = 0; j < count; j++) candidate = maximum(candidate, load(scores + Lanes::at(j, v)));
+            candidate *= scale_log2;
+            const Vec old = load(strip->maximum + v * LANES);
+            const IntVec moves = candidate > old + RESCALE_THRESHOLD;
+            if (!any(moves)) continue;
+            const Vec moved = moves ? candidate : old;
+            store(strip->maximum + v * LANES, moved);
+            rescale(v, moves ? exp2<EXP2_DEGREE>(old - moved) : broadcast(1.0f));
+        }
+        begin<VECTORS>();
+    }
+
+    void rescale(int v, Vec factor) {
+        store(strip->sum + v * LANES, load(strip->sum + v * LANES) * factor);
+        if (strip->empty) return;
+        for (int d = 0; d < HEAD_DIM; d++) {
+            float *p = strip->output + Lanes::at(d, v);
+            store(p, load(p) * factor);
+        }
     }
 };
 
@@ -116,6 +137,8 @@ struct Softening {
 /* Works on one strip and one block of keys after the other. */
 class StripWorker {
   public:
+    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS, WEIGHTS = BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
+
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
         : scores(scores_buffer), weights(weights_buffer), scale_log2(scale) {}
 
@@ -136,13 +159,15 @@ class StripWorker {
   private:
     template <int VECTORS>
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
-        multiply<VECTORS, STRIP_ROWS, DIM_STEPS, 1, STRIP_ROWS>(scores, keys, strip.queries, count, DIM_STEPS, false);
+        multiply<VECTORS, Lanes, KeySteps, Lanes>(scores, keys, strip.queries, count, DIM_STEPS, false);
         if (strip.fewest_visible < first_key + count) hide_keys<VECTORS>(scores, strip, first_key, count);
-        Softening softening{scores, weights, &strip, count, 0, scale_log2, {}, {}};
-        softening.begin<VECTORS>();
-        softening.finish<VECTORS>();
-        multiply<VECTORS, STRIP_ROWS, VALUE_ROW, VALUE_STEP, STRIP_ROWS>(strip.output, values, weights, DIM,
-                                                                         count / STEP_ELEMENTS, !strip.empty);
+        Softening softening{scores, weights, &strip, count, scale_log2, 0, {}, {}, {}};
+        if (softening.begin<VECTORS>()) softening.raise<VECTORS>();
+        if (!softening.finish<VECTORS>()) {
+            softening.raise<VECTORS>();
+            softening.finish<VECTORS>();
+        }
+        multiply<VECTORS, Lanes, ValueColumns, Lanes>(strip.output, values, weights, DIM, count / STEP_ELEMENTS, !strip.empty);
         strip.empty = false;
     }
 

@@ -1,80 +1,160 @@
-/* Strips on matrix tiles: the tiles multiply one strip's scores while the vector units soften those of the strip before.
+/* Strips on matrix tiles: the vector units soften some scores while the tiles multiply.
  *
- *   tiles     scores 1 | accumulate 0 | scores 2 | accumulate 1 | ...
- *   vectors   soften 0 |              | soften 1 |              | ...
+ * A block of keys is cut into chunks. While chunk c of a strip is softened, the tiles accumulate a part of the block
+ * that was softened before (of another strip, mostly), and then multiply the scores of chunk c + 1:
+ *
+ *   tiles     scores B0 | part of A | scores B1 | part of A | scores B2 | ... | scores C0 | part of B | scores C1 | ...
+ *   vectors             | soften B0             | soften B1             | ...             | soften C0
  *
  * Both streams are interleaved a few dozen instructions at a time, which is what the CPU can reorder; that is why a
- * strip's work ends one call later than it begins.
+ * strip's work ends two calls later than it begins.
  */
 #ifndef AITER_CPU_STRIP_TILES_H
 #define AITER_CPU_STRIP_TILES_H
 
 class StripWorker {
+    static constexpr int CHUNK = 2 * TILE_SIDE; /* keys that are softened together */
+
+    /* A strip and a block of keys: the values of keys [first, end) have weights, and are still to be accumulated. */
+    struct Block {
+        Strip *strip;
+        const Step *values;
+        Step *weights;
+        int first, end;
+        int dimensions; /* that they have been accumulated in */
+    };
+
   public:
+    static constexpr int SCORES = 2 * CHUNK * STRIP_ROWS, WEIGHTS = 2 * BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
+
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
-        : scores(scores_buffer), next_scores(scores_buffer + BLOCK_KEYS * STRIP_ROWS), weights(weights_buffer),
-          scale_log2(scale) {
-        softening.strip = nullptr;
+        : scores(scores_buffer), next_scores(scores_buffer + CHUNK * STRIP_ROWS), soft{nullptr, nullptr, weights_buffer, 0, 0, 0},
+          pending{nullptr, nullptr, weights_buffer + BLOCK_STEPS * STRIP_ROWS, 0, 0, 0} {
+        softening.scale_log2 = scale;
+        softening.count = softening.done = 0;
     }
 
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. The values must stay until the
-     * next call has returned. */
+     * call after the next one has returned. */
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
         const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
         if (seen <= 0) return;
-        const int padded = round_up(seen, KEY_MULTIPLE);
-        const int calls = padded / (2 * TILE_SIDE) * (DIM_STEPS / TILE_SIDE);
-        const int share = softening.strip ? round_up(ceil_div(softening.count, calls), 2) : 0;
-        auto meanwhile = [&] {
-            if (share > 0) vectors == 1 ? softening.advance<1>(share) : softening.advance<2>(share);
-        };
-        if (strip.vectors == 1)
-            score<1>(strip, keys, padded, meanwhile);
-        else
-            score<2>(strip, keys, padded, meanwhile);
-        finish();
-        softening = {next_scores, weights, &strip, padded, 0, scale_log2, {}, {}};
-        next_scores = scores;
-        scores = const_cast<float *>(softening.scores);
-        vectors = strip.vectors;
-        pending_values = values;
-        const bool hides = strip.fewest_visible < first_key + padded;
-        vectors == 1 ? begin<1>(hides, first_key) : begin<2>(hides, first_key);
+        const int chunks = ceil_div(seen, CHUNK);
+        const int part = ceil_div(DIM / CHUNK, chunks) * CHUNK;
+        for (int c = 0; c < chunks; c++) {
+            score(strip, keys + KeySteps::at(c * CHUNK, 0));
+            finish_softening();
+            if (c == 0) open(strip, values);
+            begin_softening(first_key + c * CHUNK, c * CHUNK);
+            if (pending.strip) accumulate(pending, part);
+        }
     }
 
-    /* Completes the strip of the last call. */
+    /* Completes what the last calls have begun. */
     void finish() {
-        if (softening.strip) vectors == 1 ? finish<1>() : finish<2>();
+        finish_softening();
+        accumulate_all(pending);
+        accumulate_all(soft);
+        soft.strip = pending.strip = nullptr;
     }
 
   private:
-    template <int VECTORS, class Meanwhile>
-    void score(const Strip &strip, const Step *keys, int count, const Meanwhile &meanwhile) {
-        multiply<VECTORS, STRIP_ROWS, DIM_STEPS, 1, STRIP_ROWS>(next_scores, keys, strip.queries, count, DIM_STEPS, false, meanwhile);
+    /* What the vector units do meanwhile, in pieces. */
+    auto piece(int groups) {
+        const int keys = round_up(ceil_div(softening.count - softening.done, groups), 2);
+        return [this, keys] {
+            if (softening.done < softening.count)
+                soft.strip->vectors == 1 ? softening.advance<1>(keys) : softening.advance<2>(keys);
+        };
+    }
+
+    void score(const Strip &strip, const Step *keys) {
+        const auto meanwhile = piece(DIM_STEPS / TILE_SIDE);
+        if (strip.vectors == 1)
+            multiply<1, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK, DIM_STEPS, false, meanwhile);
+        else
+            multiply<2, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK, DIM_STEPS, false, meanwhile);
+    }
+
+    /* The block that has been softened is the one to accumulate now. */
+    void open(Strip &strip, const Step *values) {
+        accumulate_all(pending);
+        Step *free = pending.weights;
+        pending = soft;
+        soft = {&strip, values, free, 0, 0, 0};
+    }
+
+    void begin_softening(int32_t first_key, int first) {
+        const float *mine = next_scores;
+        next_scores = scores;
+        scores = const_cast<float *>(mine);
+        softening.scores = mine;
+        softening.weights = soft.weights + Lanes::at(first / STEP_ELEMENTS, 0);
+        softening.strip = soft.strip;
+        softening.count = CHUNK;
+        soft.strip->vectors == 1 ? begin<1>(first_key) : begin<2>(first_key);
     }
 
     template <int VECTORS>
-    void begin(bool hides, int32_t first_key) {
-        if (hides) hide_keys<VECTORS>(scores, *softening.strip, first_key, softening.count);
-        softening.begin<VECTORS>();
+    void begin(int32_t first_key) {
+        if (soft.strip->fewest_visible < first_key + CHUNK) hide_keys<VECTORS>(scores, *soft.strip, first_key, CHUNK);
+        if (softening.begin<VECTORS>()) raise<VECTORS>();
+    }
+
+    void finish_softening() {
+        if (softening.count == 0) return;
+        soft.strip->vectors == 1 ? finish<1>() : finish<2>();
+        soft.end += CHUNK;
+        softening.count = softening.done = 0;
     }
 
     template <int VECTORS>
     void finish() {
+        if (softening.finish<VECTORS>()) return;
+        raise<VECTORS>();
         softening.finish<VECTORS>();
-        Strip &strip = *softening.strip;
-        multiply<VECTORS, STRIP_ROWS, VALUE_ROW, VALUE_STEP, STRIP_ROWS>(strip.output, pending_values, weights, DIM,
-                                                                         softening.count / STEP_ELEMENTS, !strip.empty);
-        strip.empty = false;
-        softening.strip = nullptr;
+    }
+
+    template <int VECTORS>
+    AITER_OUTLINE void raise() {
+        if (pending.strip == soft.strip) accumulate_all(pending);
+        if (soft.first < soft.end) {
+            Block so_far = soft;
+            accumulate_all(so_far);
+            soft.first = soft.end;
+        }
+        softening.raise<VECTORS>();
+    }
+
+    /* The next `dimensions` of the values of a block. */
+    void accumulate(Block &block, int dimensions) {
+        const int count = static_cast<int>(minimum(dimensions, DIM - block.dimensions)), steps = (block.end - block.first) / STEP_ELEMENTS;
+        const auto meanwhile = piece(count / CHUNK * (steps / TILE_SIDE) + DIM_STEPS / TILE_SIDE);
+        if (block.strip->vectors == 1)
+            accumulate<1>(block, count, steps, meanwhile);
+        else
+            accumulate<2>(block, count, steps, meanwhile);
+        block.dimensions += count;
+        if (block.dimensions < DIM) return;
+        block.strip->empty = false;
+        block.strip = nullptr;
+    }
+
+    template <int VECTORS, class Meanwhile>
+    void accumulate(const Block &block, int count, int steps, const Meanwhile &meanwhile) {
+        multiply<VECTORS, Lanes, ValueColumns, Lanes>(block.strip->output + Lanes::at(block.dimensions, 0),
+                                                      block.values + ValueColumns::at(block.dimensions, block.first / CHUNK),
+                                                      block.weights + Lanes::at(block.first / STEP_ELEMENTS, 0), count, steps,
+                                                      !block.strip->empty, meanwhile);
+    }
+
+    AITER_OUTLINE void accumulate_all(Block &block) {
+        if (block.strip && block.first < block.end) accumulate(block, DIM);
     }
 
     float *scores, *next_scores;
-    Step *weights;
-    float scale_log2;
     Softening softening;
-    const Step *pending_values;
-    int vectors;
+    Block soft, pending;
 };
 
 #endif
