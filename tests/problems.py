@@ -16,24 +16,24 @@ DEVICE = os.environ.get("AITER_TEST_DEVICE") or ("cuda" if torch.cuda.is_availab
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cpu" else (torch.bfloat16, torch.float16)
 
 
-def randn(*shape, dtype):
-    """Random values of `dtype` on the device under test; the same on every device."""
-    return torch.randn(shape).to(dtype).to(DEVICE)
+def randn(*shape, dtype, device=None):
+    """Random values of `dtype` on the device under test, or `device`; the same on every device."""
+    return torch.randn(shape).to(dtype).to(device or DEVICE)
 
 
-def strided(shape, dtype, how):
+def strided(shape, dtype, how, device=None):
     """A tensor of `shape` whose memory is laid out as `how` says: every one has a unit stride in the last dimension
     but 'last', which must be copied."""
     if how == "contiguous":
-        return randn(*shape, dtype=dtype)
+        return randn(*shape, dtype=dtype, device=device)
     if how == "heads_first":
         order = list(range(len(shape)))
         order[-3], order[-2] = order[-2], order[-3]
-        return randn(*(shape[i] for i in order), dtype=dtype).transpose(-3, -2)
+        return randn(*(shape[i] for i in order), dtype=dtype, device=device).transpose(-3, -2)
     if how == "sliced":
-        return randn(*shape[:-1], shape[-1] + 3, dtype=dtype)[..., 1 : shape[-1] + 1]
+        return randn(*shape[:-1], shape[-1] + 3, dtype=dtype, device=device)[..., 1 : shape[-1] + 1]
     if how == "last":
-        return randn(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
+        return randn(*shape[:-2], shape[-1], shape[-2], dtype=dtype, device=device).transpose(-1, -2)
     raise ValueError(how)
 
 

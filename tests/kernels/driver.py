@@ -1,24 +1,27 @@
 """Drives kernels below the operations: problem and tensors are filled in here, straight through the launch ABI.
 
-A target is what runs them: the arch of a CPU that this one can act as, that of an emulated AMD GPU, or "cuda". On an
-emulated GPU the kernel sees nothing but its arguments, each between guards: any access beside them is an error that
-names the instruction.
+A target is what runs them: the arch of a CPU, that of an emulated AMD GPU, or "cuda". Instructions that this CPU lacks
+are stood in for. On an emulated GPU the kernel sees nothing but its arguments, each between guards: any access beside
+them is an error that names the instruction.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import shutil
+from pathlib import Path
 
 import emulator
+import problems
 import pytest
 import torch
 
 from aiter import abi
-from aiter.jit import Kernel, get_kernel
+from aiter.jit import Kernel, get_kernel, settings
 from aiter.jit.arch import arch_of, cpu_arch, runs_here
 from aiter.jit.spec import Spec
 
@@ -26,24 +29,27 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_DTYPES = ("fp16", "bf16")
 EMULATED = emulator.ARCHS
 GPUS = (*EMULATED, "cuda")
-# Every code path that this CPU can run, and no kernel twice: an arch is listed where it changes the code for a dtype.
-CPUS = [
-    (dtype, arch)
-    for dtype, arch in (
-        ("fp32", "x86-64-v2"),
-        ("fp16", "x86-64-v2"),
-        ("bf16", "x86-64-v3"),
-        ("fp32", "x86-64-v3"),
-        ("fp16", "x86-64-v3"),
-        ("fp32", "x86-64-v4"),
-        ("fp16", "x86-64-v4"),
-        ("bf16", "x86-64-v4"),
-        ("bf16", "x86-64-v4+avx512bf16"),
-        ("bf16", "x86-64-v4+avx512bf16+amxbf16"),
-        ("fp16", "x86-64-v4+avx512bf16+amxbf16+amxfp16"),
-    )
-    if runs_here(arch)
-] or [(dtype, cpu_arch()) for dtype in DTYPES]
+# A compiler that builds for any arch what runs on AVX2, or None.
+STAND_IN = Path(__file__).parent / "stand_in" / "g++" if runs_here("x86-64-v3") and shutil.which("g++") else None
+# No kernel twice: an arch is listed where it changes the code for a dtype.
+_CODE_PATHS = (
+    ("fp32", "x86-64-v2"),
+    ("fp16", "x86-64-v2"),
+    ("bf16", "x86-64-v3"),
+    ("fp32", "x86-64-v3"),
+    ("fp16", "x86-64-v3"),
+    ("fp32", "x86-64-v4"),
+    ("fp16", "x86-64-v4"),
+    ("bf16", "x86-64-v4"),
+    ("bf16", "x86-64-v4+avx512bf16"),
+    ("bf16", "x86-64-v4+avx512bf16+amxbf16"),
+    ("fp16", "x86-64-v4+avx512bf16+amxbf16+amxfp16"),
+)
+NATIVE = [(dtype, arch) for dtype, arch in _CODE_PATHS if runs_here(arch)] or [(dtype, cpu_arch()) for dtype in DTYPES]
+STOOD_IN = [path for path in _CODE_PATHS if STAND_IN and path not in NATIVE]
+CPUS = NATIVE + STOOD_IN
+# With each mask; what is stood in for with one of them, as compiling for the other adds little but time.
+CPUS_AND_MASKS = [(*path, causal) for path in CPUS for causal in (False, True) if causal or path in NATIVE]
 GOMP_PARALLEL = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
 
 
@@ -58,15 +64,28 @@ def require(target: str) -> None:
 def on_targets(cases: list[tuple]) -> pytest.MarkDecorator:
     """Runs a test for each (target, dtype, head_dim, causal[, paged])."""
     names = ("target", "dtype", "head_dim", "causal", "paged")[: len(cases[0])]
-    words = [
-        [name if word is True else str(word) for name, word in zip(names, case, strict=True) if word is not False]
-        for case in cases
-    ]
-    return pytest.mark.parametrize(names, cases, ids=["-".join(case) for case in words])
+    return pytest.mark.parametrize(names, cases, ids=[_name(names, case) for case in cases])
+
+
+def on_cpus(cases: list[tuple]) -> pytest.MarkDecorator:
+    """Runs a test for each (dtype, arch[, causal])."""
+    names = ("dtype", "arch", "causal")[: len(cases[0])]
+    ids = [_name(names, case) + "-stand-in" * (case[:2] in STOOD_IN) for case in cases]
+    return pytest.mark.parametrize(names, cases, ids=ids)
+
+
+def _name(names: tuple[str, ...], case: tuple) -> str:
+    words = (name if word is True else str(word) for name, word in zip(names, case, strict=True) if word is not False)
+    return "-".join(words)
 
 
 def randn(*shape: int, dtype: str) -> torch.Tensor:
     return torch.randn(shape).to(DTYPES[dtype])
+
+
+def strided(shape: tuple[int, ...], dtype: str, how: str) -> torch.Tensor:
+    """See `problems.strided`. Where the target reads: the device under test may be another."""
+    return problems.strided(shape, DTYPES[dtype], how, torch.get_default_device())
 
 
 def ints(values: list[int]) -> torch.Tensor:
@@ -179,7 +198,23 @@ def _kernel(target: str, name: str, dtype: torch.dtype, head_dim: int, causal: b
     arch = arch_of(torch.device("cuda")) if target == "cuda" else target
     options = (("paged", 1),) if paged and target in GPUS else ()
     dtype_name = next(word for word, known in DTYPES.items() if known == dtype)
-    return get_kernel(Spec(name, dtype_name, head_dim, causal, arch, options))
+    spec = Spec(name, dtype_name, head_dim, causal, arch, options)
+    if (dtype_name, arch) not in STOOD_IN:
+        return get_kernel(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AITER_CXX", str(STAND_IN))
+        patch.setenv("AITER_CACHE_DIR", str(_stand_in_cache()))
+        patch.delenv("AITER_PREBUILT_DIRS", raising=False)
+        return get_kernel(spec)
+
+
+def _stand_in_cache() -> Path:
+    """A cache of its own, as these kernels have the keys of real ones; and one for each content of the stand-in, which
+    no key knows of."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in STAND_IN.parent.rglob("*") if path.is_file()):
+        digest.update(path.read_bytes())
+    return settings.cache_dir() / f"stand-in-{digest.hexdigest()[:16]}"
 
 
 def _run(

@@ -1,15 +1,17 @@
 """The CPU backward kernel against float64 autograd, by the rule for accuracy: PyTorch's own backward is the measure."""
 
-import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
-from driver import CPUS, DTYPES, attend, gradients, randn
+from driver import CPUS, CPUS_AND_MASKS, DTYPES, NATIVE, attend, gradients, on_cpus, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import Sequence
-from test_cpu_kernels import HEAD_DIM, LENGTHS, SEEDS, archs, dense_sequences, enough_sequences
+from test_cpu_kernels import HEAD_DIM, LENGTHS, SEEDS, archs_and_masks, dense_sequences, enough_sequences
 
 from aiter import reference
+
+ABLEST = {NATIVE[-1], CPUS[-1]}  # enough for what hardly depends on the instructions
+ablest_and_masks = on_cpus([case for case in CPUS_AND_MASKS if case[:2] in ABLEST])
 
 
 def leaves(*tensors):
@@ -47,8 +49,7 @@ def check(sequences, results, grad_output, grad_lse, causal, scale=None):
         assert_as_accurate(result, torch.cat(references[i]), torch.cat(pytorch[i]), times)
 
 
-@archs
-@pytest.mark.parametrize("causal", (False, True))
+@archs_and_masks
 @settings(max_examples=6)
 @given(data=st.data())
 def test_dense(dtype, arch, causal, data):
@@ -69,9 +70,8 @@ def test_dense(dtype, arch, causal, data):
         assert all(torch.equal(a, b) for a, b in zip(results, same, strict=True))
 
 
-@pytest.mark.parametrize("causal", (False, True))
-def test_padded(causal):
-    dtype, arch = CPUS[-1]
+@ablest_and_masks
+def test_padded(dtype, arch, causal):
     lengths_q, lengths_k = (torch.tensor(lengths, dtype=torch.int32) for lengths in ((70, 0, 3, 100), (90, 20, 0, 1)))
     query, grad_output = (randn(4, 100, 4, HEAD_DIM, dtype=dtype) for _ in "qo")
     key, value = (randn(4, 90, 2, HEAD_DIM, dtype=dtype) for _ in "kv")
@@ -92,9 +92,8 @@ def test_padded(causal):
         assert not results[1][b, lengths_k[b] :].any() and not results[2][b, lengths_k[b] :].any()
 
 
-@pytest.mark.parametrize("causal", (False, True))
-def test_packed(causal):
-    dtype, arch = CPUS[-1]
+@ablest_and_masks
+def test_packed(dtype, arch, causal):
     lengths = torch.tensor((70, 0, 1, 129), dtype=torch.int32)
     total = int(lengths.sum())
     query, grad_output = (randn(total, 4, HEAD_DIM, dtype=dtype) for _ in "qo")
@@ -110,9 +109,9 @@ def test_packed(causal):
     check(sequences, results, grad_output, None, causal)
 
 
-def test_long_sequence_in_chunks():
+@on_cpus(sorted(ABLEST))
+def test_long_sequence_in_chunks(dtype, arch):
     """Few heads and many keys: dQ is a sum of parts, and scale may be negative."""
-    dtype, arch = CPUS[-1]
     query, grad_output = (randn(1, 150, 1, HEAD_DIM, dtype=dtype) for _ in "qo")
     key, value = (randn(1, 2100, 1, HEAD_DIM, dtype=dtype) for _ in "kv")
     output, lse = attend(arch, query, key, value, True, -0.2)

@@ -7,8 +7,8 @@ dtype, causal and paged; each test then sends many problems through one kernel.
 import math
 
 import torch
-from driver import DTYPES, GPU_DTYPES, GPUS, attend, ints, on_targets
-from problems import STRIDES, Sequence, assert_sequences, strided
+from driver import DTYPES, GPU_DTYPES, GPUS, attend, ints, on_targets, strided
+from problems import STRIDES, Sequence, assert_sequences
 
 ROWS = 128  # query rows of a block
 
@@ -57,8 +57,8 @@ def test_dense(target, dtype, head_dim, causal, paged):
         (1, 70, tile - 1, 1, 1),
     ]
     for batch, seq_q, seq_k, heads_kv, group in shapes:
-        query = strided((batch, seq_q, heads_kv * group, head_dim), DTYPES[dtype], "contiguous")
-        key, value = (strided((batch, seq_k, heads_kv, head_dim), DTYPES[dtype], "contiguous") for _ in "kv")
+        query = strided((batch, seq_q, heads_kv * group, head_dim), dtype, "contiguous")
+        key, value = (strided((batch, seq_k, heads_kv, head_dim), dtype, "contiguous") for _ in "kv")
         dense(target, query, key, value, causal)
 
 
@@ -69,7 +69,7 @@ def test_padded_and_packed(target, dtype, head_dim, causal, paged):
     lengths = [tile + 1, 0, 1, ROWS + 5]
     longest = max(lengths)
     shape = (len(lengths), longest, 1, head_dim)
-    query, key, value = (strided(shape, DTYPES[dtype], "contiguous") for _ in "qkv")
+    query, key, value = (strided(shape, dtype, "contiguous") for _ in "qkv")
     valid = [[t[b, :length].clone() for t in (query, key, value)] for b, length in enumerate(lengths)]
     for b, length in enumerate(lengths):
         query[b, length:], key[b, length:], value[b, length:] = math.nan, math.inf, math.nan
@@ -97,13 +97,13 @@ def test_paged(target, dtype, head_dim, causal, paged):
         pages = len(lengths) * per_sequence + 1
         page_table = torch.randperm(pages)[: pages - 1].view(len(lengths), per_sequence).to(torch.int32)
         caches = [torch.full((pages, 1, page_size, head_dim), math.nan).to(DTYPES[dtype]) for _ in "kv"]
-        query = strided((len(lengths), seq_q, group, head_dim), DTYPES[dtype], "contiguous")
+        query = strided((len(lengths), seq_q, group, head_dim), dtype, "contiguous")
         sequences = []
         for b, length in enumerate(lengths):
             used = -(-length // page_size)
             tensors = []
             for cache in caches:
-                tokens = strided((used * page_size, 1, head_dim), DTYPES[dtype], "contiguous")
+                tokens = strided((used * page_size, 1, head_dim), dtype, "contiguous")
                 tokens[length:] = math.nan  # what stands in the rest of a page has no effect
                 cache[page_table[b, :used].long()] = tokens.view(used, page_size, 1, head_dim).transpose(1, 2)
                 tensors.append(tokens[:length])
@@ -120,11 +120,11 @@ def test_paged(target, dtype, head_dim, causal, paged):
 @on_targets(CAUSAL)
 def test_strides_scales_and_many_heads(target, dtype, head_dim, causal, paged):
     for how in STRIDES[:3]:
-        tensors = [strided((1, 65, 2, head_dim), DTYPES[dtype], how) for _ in "qkv"]
+        tensors = [strided((1, 65, 2, head_dim), dtype, how) for _ in "qkv"]
         if how == "sliced":  # rows of 16-byte pieces: what the operations see to
-            tensors = [strided((1, 65, 4, head_dim), DTYPES[dtype], "contiguous")[:, :, 1:3] for _ in "qkv"]
+            tensors = [strided((1, 65, 4, head_dim), dtype, "contiguous")[:, :, 1:3] for _ in "qkv"]
         dense(target, *tensors, causal)
-    query, key, value = (strided((3, 9, 3, head_dim), DTYPES[dtype], "contiguous") for _ in "qkv")
+    query, key, value = (strided((3, 9, 3, head_dim), dtype, "contiguous") for _ in "qkv")
     for scale in (-0.3, 0.0, 2.0):  # nine units of work: one for each of 8 chiplets, and one that is left over
         dense(target, query, key, value, causal, scale)
 
@@ -132,7 +132,7 @@ def test_strides_scales_and_many_heads(target, dtype, head_dim, causal, paged):
 @on_targets(CAUSAL)
 def test_not_finite(target, dtype, head_dim, causal, paged):
     """inf and NaN come out where the mathematics puts them, and nowhere else."""
-    tensors = [strided((1, 150, 2, head_dim), DTYPES[dtype], "contiguous") for _ in "qkv"]
+    tensors = [strided((1, 150, 2, head_dim), dtype, "contiguous") for _ in "qkv"]
     query, key, value = tensors
     value[0, 100], value[0, 140, 0, 3] = math.inf, math.nan
     output, lse = dense(target, *tensors, causal)
@@ -155,7 +155,7 @@ def test_not_finite(target, dtype, head_dim, causal, paged):
 def test_cost(target, dtype, head_dim, causal, paged):
     """What the design promises of the machine code, counted by the emulator."""
     stats = {}
-    query, key, value = (strided((1, 256, 1, head_dim), DTYPES[dtype], "contiguous") for _ in "qkv")
+    query, key, value = (strided((1, 256, 1, head_dim), dtype, "contiguous") for _ in "qkv")
     attend(target, query, key, value, causal, stats=stats)
     (kernel,) = stats.values()
     loop = kernel["main_loop"]
