@@ -18,19 +18,18 @@ static_assert(LANES == 16 && STRIP_VECTORS == 2, "tiles are 16 x 16");
 constexpr int TILE_SIDE = 16;
 
 /* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of 32, and VECTORS of lanes; steps of
- * 16. `meanwhile` is called after every few products, to do what the vector units can do at the same time. */
-template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW, class Meanwhile>
+ * 16. C, A and B are their layouts. `meanwhile` is called after every few products, to do what the vector units can do
+ * at the same time. */
+template <int VECTORS, class C, class A, class B, class Meanwhile>
 static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, const Meanwhile &meanwhile) {
-    static_assert(A_STEP == 1, "tiles take rows of the left operand");
-    constexpr int64_t A_BYTES = A_ROW * sizeof(Step), B_BYTES = B_ROW * sizeof(Step), C_BYTES = C_ROW * sizeof(float);
+    constexpr int64_t A_BYTES = A::ROW * sizeof(Step), B_BYTES = B::ROW * sizeof(Step), C_BYTES = C::ROW * sizeof(float);
     for (int first = 0; first < count; first += 2 * TILE_SIDE) {
-        float *upper = c + first * C_ROW, *lower = upper + TILE_SIDE * C_ROW;
-        const Step *left = a + first * A_ROW;
+        float *upper = c + C::at(first, 0), *lower = c + C::at(first + TILE_SIDE, 0);
         if (accumulate) {
             load_tile<0>(upper, C_BYTES);
             load_tile<2>(lower, C_BYTES);
-            if (VECTORS == 2) load_tile<1>(upper + LANES, C_BYTES);
-            if (VECTORS == 2) load_tile<3>(lower + LANES, C_BYTES);
+            if (VECTORS == 2) load_tile<1>(upper + C::at(0, 1), C_BYTES);
+            if (VECTORS == 2) load_tile<3>(lower + C::at(0, 1), C_BYTES);
         } else {
             zero_tile<0>();
             zero_tile<2>();
@@ -38,13 +37,13 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
             if (VECTORS == 2) zero_tile<3>();
         }
         for (int s = 0; s < steps; s += TILE_SIDE) {
-            load_tile<4>(left + s, A_BYTES);
-            load_tile<6>(b + s * B_ROW, B_BYTES);
+            load_tile<4>(a + A::at(first, s / TILE_SIDE), A_BYTES);
+            load_tile<6>(b + B::at(s, 0), B_BYTES);
             multiply_tiles<0, 4, 6>();
-            load_tile<5>(left + TILE_SIDE * A_ROW + s, A_BYTES);
+            load_tile<5>(a + A::at(first + TILE_SIDE, s / TILE_SIDE), A_BYTES);
             multiply_tiles<2, 5, 6>();
             if (VECTORS == 2) {
-                load_tile<7>(b + s * B_ROW + LANES, B_BYTES);
+                load_tile<7>(b + B::at(s, 1), B_BYTES);
                 multiply_tiles<1, 4, 7>();
                 multiply_tiles<3, 5, 7>();
             }
@@ -52,14 +51,14 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
         }
         store_tile<0>(upper, C_BYTES);
         store_tile<2>(lower, C_BYTES);
-        if (VECTORS == 2) store_tile<1>(upper + LANES, C_BYTES);
-        if (VECTORS == 2) store_tile<3>(lower + LANES, C_BYTES);
+        if (VECTORS == 2) store_tile<1>(upper + C::at(0, 1), C_BYTES);
+        if (VECTORS == 2) store_tile<3>(lower + C::at(0, 1), C_BYTES);
     }
 }
 
-template <int VECTORS, int C_ROW, int A_ROW, int A_STEP, int B_ROW>
+template <int VECTORS, class C, class A, class B>
 static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
-    multiply<VECTORS, C_ROW, A_ROW, A_STEP, B_ROW>(c, a, b, count, steps, accumulate, [] {});
+    multiply<VECTORS, C, A, B>(c, a, b, count, steps, accumulate, [] {});
 }
 
 #endif
