@@ -25,9 +25,8 @@
 
 namespace {
 
-constexpr double SERIAL_FLOPS = 1.0e6; /* below this, waking a second thread costs more than it brings */
 constexpr double LOG2_E = 1.4426950408889634;
-constexpr float LN_2 = 0.6931471805599453f;
+constexpr double LN_2 = 0.6931471805599453;
 
 enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
 
@@ -303,7 +302,8 @@ struct Forward {
         }
         const float factor = 1.0f / state.sum; /* all scores -inf: 0 * inf, NaN as it should be */
         for (int d = 0; d < HEAD_DIM; d += LANES) store_elements(output + d, load(state.output + d) * factor, HEAD_DIM - d);
-        queries.store_lse(row, (state.maximum + log2f(state.sum)) * LN_2);
+        /* In double: the gradients of a whole row are as wrong as its log-sum-exp. */
+        queries.store_lse(row, static_cast<float>((state.maximum + log2(static_cast<double>(state.sum))) * LN_2));
     }
 };
 
@@ -323,8 +323,7 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     if (!Tiles::permitted()) return NO_TILES;
     Forward forward(*problem, *tensors);
     const Schedule &schedule = forward.schedule;
-    const double flops = 4.0 * HEAD_DIM * problem->batch * problem->heads_q * problem->seqlen_q * problem->seqlen_k;
-    const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
+    const int64_t threads = schedule.serial ? 1 : minimum(cpu->num_threads, schedule.units);
     auto pack = [&] { forward.pack(); };
     auto work = [&] { forward.work(); };
     if (forward.packed_ahead) run_parallel(cpu, static_cast<int>(threads), pack);

@@ -11,6 +11,7 @@ constexpr int64_t TARGET_UNITS = 64;                       /* enough to keep the
 constexpr int64_t MIN_SPLIT_KEYS = 512;                    /* a shorter split costs more in merging than it gains */
 constexpr int64_t MAX_TILE_STRIPS = 256 / STRIP_ROWS;      /* Q^T and O^T of a tile share L2 with a block of keys */
 constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and V for fewer rows costs too much */
+constexpr double SERIAL_FLOPS = 1.0e6;                     /* below this, waking a second thread costs more than it brings */
 constexpr int64_t ALIGNMENT = 64;
 
 AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
@@ -18,6 +19,7 @@ AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) 
 /* unit = (tile of rows, sequence, set of KV heads, split of the keys); depends on the problem alone. */
 struct Schedule {
     int64_t group, rows; /* query heads per KV head; rows of one KV head in the longest sequence */
+    bool serial;             /* one thread will do */
     bool few_rows;
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
@@ -29,6 +31,7 @@ struct Schedule {
     explicit Schedule(const aiter_attention_problem &p) {
         group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
         rows = p.seqlen_q * group;
+        serial = 4.0 * HEAD_DIM * p.batch * p.heads_kv * rows * p.seqlen_k < SERIAL_FLOPS;
         few_rows = rows <= MAX_ROWS;
         const int64_t most_splits = clamp(p.seqlen_k / MIN_SPLIT_KEYS, 1, TARGET_UNITS);
         if (few_rows) {
@@ -46,13 +49,15 @@ struct Schedule {
             tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
             while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && p.batch * sets * ceil_div(rows, tile_rows) < TARGET_UNITS / 2)
                 tile_rows -= STRIP_ROWS;
+            if (!serial && p.batch * sets == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * STRIP_ROWS) * STRIP_ROWS;
             tiles = ceil_div(rows, tile_rows);
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
         }
         units = tiles * p.batch * sets * splits;
-        /* Matrix tiles multiply so fast that packing the same keys again for every tile of rows would cost a quarter. */
-        packed_blocks = PACK_AHEAD && !few_rows && tiles > 1 ? ceil_div(p.seqlen_k, BLOCK_KEYS) : 0;
+        /* Matrix tiles multiply so fast that packing the same keys again for every tile of rows would cost a quarter; for
+         * two tiles, the second call of the threads would cost more. */
+        packed_blocks = PACK_AHEAD && !few_rows && tiles > 2 ? ceil_div(p.seqlen_k, BLOCK_KEYS) : 0;
         head_blocks = packed_blocks == 0 ? 0 : p.packed_k ? p.total_k / BLOCK_KEYS + p.batch : p.batch * packed_blocks;
         packed_bytes = p.heads_kv * head_blocks * PACKED_BLOCK * static_cast<int64_t>(sizeof(Step));
         starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
