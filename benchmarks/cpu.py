@@ -231,8 +231,8 @@ def line(row: dict) -> str:
         return f"{1e3 * seconds:9.3f} ms {work / seconds / 1e9:6.{1 if unit == 'GB/s' else 0}f} {unit:7}"
 
     of_reading = f"{row['read_seconds'] / row['seconds']:9.0%}" if row["read_seconds"] else ""
-    label = f"{row['dtype']} {row['name']}"
-    return f"{label:48} {side(row['seconds'])} {side(row['pytorch_seconds'])} {row['ratio']:6.2f} {row['goal']:5.1f} {of_reading}"
+    ratio = f"{row['ratio']:6.2f} {row['goal']:5.1f} {of_reading}"
+    return f"{row['dtype'] + ' ' + row['name']:48} {side(row['seconds'])} {side(row['pytorch_seconds'])} {ratio}"
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -246,7 +246,9 @@ def plot(rows: list[dict], path: str) -> None:
     axes.barh(labels, [row["ratio"] for row in rows], color="tab:blue")
     axes.scatter([row["goal"] for row in rows], labels, color="black", marker="|", s=120, label="goal", zorder=3)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.invert_yaxis()
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("times PyTorch's speed")
     axes.legend()
     figure.tight_layout()

@@ -113,9 +113,7 @@ def forward() -> Iterator[Case]:
         for length in (1024, 4096, 16384):
             batch = 16384 // length
             tensors = [randn(batch, length, heads, head_dim) for _ in "qkv"]
-            names = (
-                ("FA2", "cuDNN", "unfused") if length <= 1024 else ("FA2", "cuDNN")
-            )  # unfused takes 60 times as long
+            names = ("FA2", "cuDNN", "unfused")[: 3 if length <= 1024 else 2]  # unfused takes 60 times as long
             for causal in (False, True):
                 theirs = [partial(pytorch, *tensors, is_causal=causal)]
                 yield Case(
@@ -217,6 +215,9 @@ def host() -> Iterator[Case]:
 SECTIONS = {f.__name__: f for f in (forward, decode, variable, backward, host)}
 
 
+COLORS = {"aiter": "C0", "FA2": "C1", "cuDNN": "C2", "unfused": "C3", "efficient": "C4", "PyTorch's choice": "C5"}
+
+
 def plot(rows: list[dict], device: str, path: Path) -> None:
     import matplotlib
 
@@ -230,10 +231,13 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
     )
     for panel, kind in zip(panels[:, 0], kinds, strict=True):
         chosen = [r for r in rows if r["case"].startswith(kind)]
-        names = list(dict.fromkeys(name for r in chosen for name in r if name not in ("case", "unit")))
+        names = list(dict.fromkeys(name for r in chosen for name in r if name not in ("case", "unit", "copy")))
         for i, name in enumerate(names):
             places = [y + (i + 0.5 - len(names) / 2) * 0.8 / len(names) for y in range(len(chosen))]
-            panel.barh(places, [r.get(name) or 0 for r in chosen], 0.8 / len(names), label=name)
+            color = COLORS.get(name.removesuffix(", padded"))
+            panel.barh(places, [r.get(name) or 0 for r in chosen], 0.8 / len(names), label=name, color=color)
+        if "copy" in chosen[0]:
+            panel.axvline(chosen[0]["copy"], color="black", linestyle="--", label="copy")
         panel.set_yticks(range(len(chosen)), [r["case"] for r in chosen], fontsize=8)
         panel.invert_yaxis()
         panel.set_xlabel(chosen[0]["unit"])
