@@ -29,8 +29,10 @@ namespace {
 
 constexpr int64_t TARGET_UNITS = 32;   /* tiles are made smaller where there are fewer */
 constexpr double SERIAL_FLOPS = 1.0e6; /* below this, waking a second thread costs more than it brings */
-constexpr double LOG2_E = 1.4426950408889634;
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 constexpr int64_t ALIGNMENT = 64;
+constexpr int64_t FEW_ROWS = 4; /* up to this many take row_attention.h in the forward pass */
+constexpr int SHORT_PART = 8;
 
 
 enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
@@ -42,7 +44,7 @@ struct Schedule {
     int64_t group, heads, blocks, tile_keys, tiles;
     int64_t rows;                            /* of one KV head in all sequences, as far as they need memory */
     int64_t first_tile_unit, units;
-    int64_t starts_at, progress_at, lse_at, delta_at, grad_queries_at, workspace_bytes;
+    int64_t starts_at, progress_at, lse_at, rest_at, delta_at, grad_queries_at, workspace_bytes;
 
     explicit Schedule(const aiter_attention_problem &p) {
         group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
@@ -59,7 +61,8 @@ struct Schedule {
         starts_at = 0;
         progress_at = align(starts_at + 3 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
         lse_at = align(progress_at + heads * blocks * static_cast<int64_t>(sizeof(int32_t)));
-        delta_at = align(lse_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        rest_at = align(lse_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        delta_at = align(rest_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
         grad_queries_at = align(delta_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
         workspace_bytes = grad_queries_at + p.heads_kv * rows * WIDTH * static_cast<int64_t>(sizeof(float));
     }
@@ -115,7 +118,7 @@ struct Head {
     Rows query, output, grad_output, grad_query, key, value, grad_key, grad_value;
     const float *lse, *grad_lse; /* token 0 of the first query head; grad_lse may be null */
     int64_t lse_head_stride;
-    float *row_lse, *row_delta, *grad_queries;
+    float *row_lse, *row_rest, *row_delta, *grad_queries;
     int32_t *progress; /* per block: 0, then 1 when its rows are prepared, then one more for each tile in dQ */
 };
 
@@ -176,6 +179,7 @@ struct Backward {
                 tensors.grad_lse ? tensors.grad_lse + lse_at : nullptr,
                 forward.lse_strides[1],
                 at<float>(schedule.lse_at) + row,
+                at<float>(schedule.rest_at) + row,
                 at<float>(schedule.delta_at) + row,
                 at<float>(schedule.grad_queries_at) + row * WIDTH,
                 at<int32_t>(schedule.progress_at) + index * schedule.blocks};
@@ -214,12 +218,15 @@ struct Backward {
             const bool blind = visible_keys(h.seq, token) == 0;
             /* A row that sees keys and yet has lse -inf has only scores of -inf: its softmax is 0/0. */
             const float lse = h.lse[at] == -INFINITE ? NAN : h.lse[at];
-            h.row_lse[row] = blind ? INFINITE : static_cast<float>(lse * LOG2_E);
+            const double exact = lse * LOG2_E;
+            h.row_lse[row] = blind ? INFINITE : static_cast<float>(exact);
+            h.row_rest[row] = blind ? 1.0f : static_cast<float>(1.0 + (h.row_lse[row] - exact) * LN_2);
             h.row_delta[row] = blind ? 0.0f : sum(total) - (h.grad_lse ? h.grad_lse[at] : 0.0f);
             if (most_visible == 0) memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element));
         }
         for (int64_t row = end; first < end && row < ceil_div(end, KEY_MULTIPLE) * KEY_MULTIPLE; row++) {
             h.row_lse[row] = INFINITE;
+            h.row_rest[row] = 1.0f;
             h.row_delta[row] = 0.0f;
         }
         __atomic_store_n(&h.progress[block], 1, __ATOMIC_RELEASE);
@@ -264,7 +271,11 @@ struct Backward {
         block.most_visible = static_cast<int32_t>(visible_keys(h.seq, (first + count - 1) / schedule.group));
         if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
+        const bool few_rows = forward.seqlen_q * schedule.group <= FEW_ROWS;
+        block.score_part = FULL_PRECISION && few_rows ? SHORT_PART : DIM_STEPS;
+        block.grad_part = FULL_PRECISION ? few_rows ? SHORT_PART : DIM_STEPS / 2 : DIM_STEPS;
         block.lse = h.row_lse + first;
+        block.rest = h.row_rest + first;
         block.delta = h.row_delta + first;
         const Element *queries[BLOCK_ROWS], *grads[BLOCK_ROWS];
         for (int r = 0; r < count; r++) {

@@ -7,8 +7,12 @@
  *                                             when all strips are done:   dQ += dS K
  *
  * Keys lie along the vector lanes here. So the right operands of all products are what is packed once per tile of keys
- * (K^T, V^T, K) or has just been computed (P, dS), the left ones are rows of Q and dO as they come, and the two numbers
+ * (K^T, V^T, K) or has just been computed (P, dS), the left ones are rows of Q and dO as they come, and the numbers
  * that belong to a row, its log-sum-exp and delta = dO . O - d(lse), are broadcast.
+ *
+ * In float32 the order of the sums over head_dim matters. S is summed as the forward pass does it: the error of a dominant
+ * score then cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is
+ * lane by lane; here, in short parts. dP is summed in parts always, as little may remain of dP - delta.
  */
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
@@ -23,6 +27,7 @@
 
 constexpr int BLOCK_ROWS = BLOCK_KEYS; /* query rows are packed as keys are in the forward pass */
 constexpr int WIDTH = round_up(DIM, LANES); /* K and dQ have head_dim along the lanes */
+constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else the rounding of P and dS outweighs all other */
 #if AITER_TILES
 constexpr int STRIP_MULTIPLE = STRIP_VECTORS; /* tiles come in pairs: a narrower strip is filled with zeros */
 #else
@@ -64,8 +69,10 @@ struct RowBlock {
     Step *queries, *grads;     /* Q, dO [row][DIM_STEPS] */
     Step *queries_t, *grads_t; /* Q^T, dO^T, as pack_values leaves them */
     const float *lse, *delta;  /* lse as a power of two; rows that take no part have +inf, which makes P zero */
+    const float *rest;         /* 2^(lse - what lse was before it was rounded to a float) */
     int32_t *visible;          /* keys below this are seen */
     int rows;                  /* a multiple of KEY_MULTIPLE */
+    int score_part, grad_part; /* steps that S and dP are summed over at a time */
     int32_t fewest_visible, most_visible;
 };
 
@@ -89,6 +96,13 @@ static __attribute__((noinline)) void product(int vectors, float *c, const Step 
 #endif
     default: return multiply<STRIP_VECTORS, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
     }
+}
+
+/* S or dP of a strip: (columns of the strip)^T times `rows`, `part` steps of head_dim at a time. */
+static void score(int vectors, float *c, const Step *rows, const Step *columns, int count, int part) {
+    for (int d = 0; d < DIM_STEPS; d += part)
+        product<KeySteps>(vectors, c, rows + d, columns + Lanes::at(d, 0), count,
+                          static_cast<int>(minimum(part, DIM_STEPS - d)), d > 0);
 }
 
 /* K^T or V^T of a tile. */
@@ -142,6 +156,12 @@ AITER_INLINE void store_pair(Step *right, Step *left, Vec low, Vec high) {
 #endif
 }
 
+/* P of a row, for a vector of keys. */
+AITER_INLINE Vec weights_of(const RowBlock &block, int row, Vec scores, float scale_log2) {
+    const Vec weights = exp2<EXP2_DEGREE>(scores * scale_log2 - block.lse[row]);
+    return FULL_PRECISION ? weights * block.rest[row] : weights;
+}
+
 /* From S and dP to P and dS, for a strip that begins at `first_key` of the tile. */
 template <bool MASKED>
 static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_first, int first_key, int vectors,
@@ -151,8 +171,8 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
     for (int r = 0; r < block.rows; r += 2) {
         for (int v = 0; v < vectors; v++) {
             const int first = Lanes::at(r, v), second = Lanes::at(r + 1, v);
-            Vec low = exp2<EXP2_DEGREE>(load(w.scores + first) * scale_log2 - block.lse[r]);
-            Vec high = exp2<EXP2_DEGREE>(load(w.scores + second) * scale_log2 - block.lse[r + 1]);
+            Vec low = weights_of(block, r, load(w.scores + first), scale_log2);
+            Vec high = weights_of(block, r + 1, load(w.scores + second), scale_log2);
             Vec grad_low = low * (load(w.grads + first) - block.delta[r]);
             Vec grad_high = high * (load(w.grads + second) - block.delta[r + 1]);
             if (MASKED) { /* selected, not multiplied: what is masked may be inf or NaN */
@@ -179,8 +199,8 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
     for (int v = 0; v < vectors; v += STRIP_VECTORS) {
         const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
         const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
-        product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false);
-        product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false);
+        score(width, w.scores, block.queries, tile.keys_t + columns, block.rows, block.score_part);
+        score(width, w.grads, block.grads, tile.values_t + columns, block.rows, block.grad_part);
         if (block.fewest_visible < tile.first + first_key + width * LANES)
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
         else
