@@ -38,6 +38,6 @@ def assert_as_accurate(output, reference, pytorch, times=2):
 
 
 def times_for_gradients(dtype):
-    """Of PyTorch's error, for gradients. In float32 the rule does not hold yet: P is recomputed from a log-sum-exp that
-    is itself rounded to float32, which by itself puts up to 2.4e-7 on every row (docs/training.md)."""
+    """Of PyTorch's error, for gradients. In float32 the rule holds for most tensors, not for all: how the rounding of
+    scores falls out decides, for PyTorch as for us (docs/training.md)."""
     return 4 if dtype == torch.float32 else 2
