@@ -10,7 +10,7 @@
  * (K^T, V^T, K) or has just been computed (P, dS), the left ones are rows of Q and dO as they come, and the numbers
  * that belong to a row, its log-sum-exp and delta = dO . O - d(lse), are broadcast.
  *
- * In float32 the order of the sums over head_dim matters. S is summed as the forward pass does it: the error of a dominant
+ * In float32 the order of sums over head_dim matters. S is summed as the forward pass does it: the error of a dominant
  * score then cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is
  * lane by lane; here, in short parts. dP is summed in parts always, as little may remain of dP - delta.
  */
@@ -27,7 +27,7 @@
 
 constexpr int BLOCK_ROWS = BLOCK_KEYS; /* query rows are packed as keys are in the forward pass */
 constexpr int WIDTH = round_up(DIM, LANES); /* K and dQ have head_dim along the lanes */
-constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else the rounding of P and dS outweighs all other */
+constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else rounding P and dS outweighs all other */
 #if AITER_TILES
 constexpr int STRIP_MULTIPLE = STRIP_VECTORS; /* tiles come in pairs: a narrower strip is filled with zeros */
 #else
