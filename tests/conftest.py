@@ -21,6 +21,8 @@ def pytest_configure(config):
     chosen = os.environ.get("AITER_TEST_CACHE_DIR")
     config.aiter_own_cache = None if chosen else tempfile.mkdtemp(prefix="aiter-test-kernels-")
     os.environ["AITER_CACHE_DIR"] = chosen or config.aiter_own_cache
+    # Several workers have more threads than there are cores: one that spins holds up the one that it waits for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_unconfigure(config):

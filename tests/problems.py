@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cpu" else 
 
 def randn(*shape, dtype, device=None):
     """Random values of `dtype` on the device under test, or `device`; the same on every device."""
-    return torch.randn(shape).to(dtype).to(device or DEVICE)
+    return torch.randn(shape, device="cpu").to(dtype).to(device or DEVICE)
 
 
 def strided(shape, dtype, how, device=None):

@@ -1,10 +1,11 @@
 """Every GPU kernel on small problems, checked, for compute-sanitizer to watch:
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool TOOL --kernel-regex kns=aiter python tests/sanitizer_calls.py
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    compute-sanitizer --tool TOOL --kernel-name kns=aiter python tests/sanitizer_calls.py
 
-TOOL is memcheck, racecheck, initcheck or synccheck. Without PyTorch's cache each tensor is an allocation of its own, so
-that memcheck sees the byte past its end and initcheck what nobody wrote. The kernels live in the namespace `aiter`;
-PyTorch's own, which check the results, are not watched.
+TOOL is memcheck, racecheck or synccheck; initcheck too, but without --kernel-name, as it must see who writes. Without
+PyTorch's cache each tensor is an allocation of its own, so that memcheck sees the byte past its end and initcheck what
+nobody wrote. The kernels live in the namespace `aiter`.
 """
 
 import torch
@@ -25,7 +26,8 @@ def backward(dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int) -> No
 
 def main() -> None:
     torch.manual_seed(20)
-    for dtype, head_dim, causal in ((torch.bfloat16, 128, True), (torch.float16, 64, False), (torch.bfloat16, 72, True)):
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for dtype, head_dim, causal in ((bf16, 128, True), (fp16, 64, False), (bf16, 72, True)):
         check_dense(dtype, head_dim, 200, 333, (4, 2), causal)
         check_dense(dtype, head_dim, 1, 5000, (8, 2), causal)  # decoding, split
         check_kvcache(dtype, head_dim, "pair", 16, [700, 1, 333], 1, (8, 2), causal)

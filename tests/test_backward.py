@@ -14,17 +14,22 @@ import torch
 from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import STRIDES, strided
+from problems import DEVICE, DTYPES, STRIDES, strided
 
 import aiter
 from aiter import reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 dtypes = st.sampled_from(DTYPES)
 head_dims = st.sampled_from((8, 40, 64, 128))  # few, as each is a kernel to compile
 strides = st.sampled_from(STRIDES)
 seqlens = st.one_of(st.sampled_from((15, 16, 17, 31, 33, 48, 63, 64, 65, 127, 128, 129)), st.integers(2, 300))
 groups = st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (3, 3), (8, 1)))
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    with torch.device(DEVICE):
+        yield
 
 
 def leaves(*tensors):
@@ -113,7 +118,7 @@ def test_dense(dtype, head_dim, batch, seq_q, seq_k, heads, causal, scale, layou
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_every_head_dim(head_dim):
-    dtype, causal = DTYPES[head_dim // 8 % 3], head_dim // 8 % 2 == 0
+    dtype, causal = DTYPES[head_dim // 8 % len(DTYPES)], head_dim // 8 % 2 == 0
     *tensors, grad_output = (torch.randn(1, 70, 2, head_dim).to(dtype) for _ in range(4))
     tensors = leaves(*tensors)
     got = gradients(lambda *t: aiter.flash_attn_func(*t, causal, return_lse=True), tensors, grad_output, None)
@@ -174,8 +179,7 @@ def test_variable_length(dtype, packed, lengths, spare, heads, causal, through_l
 
 
 def test_grouped_and_multi_query():
-    query, grad_output = torch.randn(2, 90, 6, 64), torch.randn(2, 90, 6, 64)
-    key, value = torch.randn(2, 90, 2, 64), torch.randn(2, 90, 2, 64)
+    query, key, value, grad_output = (torch.randn(2, 90, heads, 64).to(DTYPES[0]) for heads in (6, 2, 2, 6))
     tensors = leaves(query, key, value)
     grouped = torch.autograd.grad(aiter.grouped_query_attention(*tensors, 3, True), tensors, grad_output)
     flash = torch.autograd.grad(aiter.flash_attn_func(*tensors, causal=True), tensors, grad_output)
@@ -209,14 +213,16 @@ def test_incoming_gradients_need_not_be_contiguous(dtype):
         assert all(torch.equal(a, b) for a, b in zip(strange, plain, strict=True))
 
 
-def test_only_the_log_sum_exp_is_used():
-    tensors = leaves(*(torch.randn(1, 50, 2, 64) for _ in range(3)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_the_log_sum_exp_is_used(dtype):
+    tensors = leaves(*(torch.randn(1, 50, 2, 64).to(dtype) for _ in range(3)))
     _, lse = aiter.flash_attn_func(*tensors, causal=True, return_lse=True)
     grads = torch.autograd.grad(lse.square().sum(), tensors, allow_unused=True)
     exact = leaves(*(t[0].double() for t in tensors))
     wanted = torch.autograd.grad(reference.attend_one(*exact, True)[1].square().sum(), exact, allow_unused=True)
+    tolerance = max(2 * torch.finfo(dtype).eps, 1e-5)
     for got, want in zip(grads[:2], wanted[:2], strict=True):
-        torch.testing.assert_close(got[0].double(), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[0].double(), want, rtol=0, atol=tolerance * float(want.abs().max()))
     assert grads[2] is None or not grads[2].any()
 
 
@@ -232,7 +238,7 @@ def test_rows_that_see_nothing_have_no_gradient(dtype):
 
 def test_nothing_to_see_at_all():
     for seq_q, seq_k in ((0, 5), (5, 0)):
-        tensors = leaves(torch.randn(2, seq_q, 2, 64), torch.randn(2, seq_k, 2, 64), torch.randn(2, seq_k, 2, 64))
+        tensors = leaves(*(torch.randn(2, seqlen, 2, 64).to(DTYPES[0]) for seqlen in (seq_q, seq_k, seq_k)))
         got = torch.autograd.grad(aiter.flash_attn_func(*tensors).sum(), tensors)
         assert all(grad.shape == t.shape and not grad.any() for grad, t in zip(got, tensors, strict=True))
 
@@ -246,6 +252,7 @@ def test_large_scores(dtype):
         assert all(grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads of CPU kernels")
 def test_results_do_not_depend_on_the_thread_count():
     threads = torch.get_num_threads()
     many = leaves(*(torch.randn(2, 300, 3, 64).bfloat16() for _ in range(3)))
@@ -264,23 +271,22 @@ def test_results_do_not_depend_on_the_thread_count():
 
 
 def test_no_second_derivative():
-    tensors = leaves(*(torch.randn(1, 8, 1, 64) for _ in range(3)))
+    tensors = leaves(*(torch.randn(1, 8, 1, 64).to(DTYPES[0]) for _ in range(3)))
     (grad,) = torch.autograd.grad(aiter.flash_attn_func(*tensors).square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivative"):
         grad.sum().backward()
 
 
 def test_no_gradient_through_pages():
-    (query,) = leaves(torch.randn(1, 2, 2, 64))
-    output = aiter.flash_attn_with_kvcache(
-        query, torch.randn(3, 2, 16, 64), torch.tensor([[0, 2]], dtype=torch.int32), 16
-    )
+    (query,) = leaves(torch.randn(1, 2, 2, 64).to(DTYPES[0]))
+    cache, page_table = torch.randn(3, 2, 16, 64).to(DTYPES[0]), torch.tensor([[0, 2]], dtype=torch.int32)
+    output = aiter.flash_attn_with_kvcache(query, cache, page_table, 16)
     with pytest.raises(NotImplementedError, match="paged cache"):
         output.sum().backward()
 
 
 def test_functional_gradients_over_a_mapped_dimension():
-    query, key, value = (torch.randn(3, 40, 2, 64) for _ in range(3))
+    query, key, value = (torch.randn(3, 40, 2, 64).to(DTYPES[0]) for _ in range(3))
 
     def loss(q, k, v):
         return aiter.flash_attn_func(q[None], k[None], v[None], causal=True).square().sum()
@@ -321,6 +327,7 @@ def test_memory_grows_linearly_with_the_length():
     assert run.returncode == 0, run.stderr
     short, middle, long = map(int, run.stdout.split())
     row = 64 * 4  # bytes
-    # Three gradients and the accumulators of dQ: four rows a token; some buffers do not depend on the length.
+    # Three gradients and the accumulators of dQ: four rows a token; some buffers do not depend on the length. A score
+    # matrix would be 1 GiB.
     assert long <= 16384 * row * 6 + 8 * 2**20, (short, middle, long)
-    assert long - middle <= 2.5 * max(middle - short, 4096 * row), (short, middle, long)
+    assert long - middle <= 8192 * row * 6, (short, middle, long)
