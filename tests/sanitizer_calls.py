@@ -5,11 +5,13 @@
 
 TOOL is memcheck, racecheck or synccheck; initcheck too, but without --kernel-name, as it must see who writes. Without
 PyTorch's cache each tensor is an allocation of its own, so that memcheck sees the byte past its end and initcheck what
-nobody wrote. The kernels live in the namespace `aiter`.
+nobody wrote. The kernels live in the namespace `aiter`. PyTorch's side is its unfused operator: initcheck does not see
+what cuDNN's kernels write, and reports all that read it.
 """
 
 import torch
 from problems import check_dense, check_kvcache, check_variable_length, randn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aiter
 
@@ -40,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with sdpa_kernel(SDPBackend.MATH):
+        main()

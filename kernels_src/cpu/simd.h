@@ -89,8 +89,9 @@ AITER_INLINE bool any(IntVec mask) {
 #endif
 }
 
-/* 2^x to about DEGREE x 4 bits: 13 bits for DEGREE 3, 18 for 4, all of a float for 6. 2^-inf is exactly 0, and so is
- * every result too small for a normal number. The coefficients are minimax in relative error on [0, 1]. */
+/* 2^x to about DEGREE x 4 bits: 13 bits for DEGREE 3, 18 for 4, all of a float for 6. 2^-inf is exactly 0; a result too
+ * small for a normal number is a subnormal one on AVX-512, elsewhere 0. The coefficients are minimax in relative error on
+ * [0, 1]. */
 template <int DEGREE>
 AITER_INLINE Vec exp2(Vec x) {
     static_assert(DEGREE == 3 || DEGREE == 4 || DEGREE == 6, "no coefficients");

@@ -46,7 +46,7 @@ def test_dense(dtype, arch, causal, data):
 
 
 @on_cpus(CPUS[1::8])  # some of them: each is a compilation
-@pytest.mark.parametrize("head_dim", (8, 256))
+@pytest.mark.parametrize("head_dim", (8, 56, 256))
 def test_other_head_dims(dtype, arch, head_dim):
     query = randn(1, 70, 2, head_dim, dtype=dtype)
     key, value = (randn(1, 90, 1, head_dim, dtype=dtype) for _ in "kv")
