@@ -29,7 +29,9 @@ from torch.nn.functional import scaled_dot_product_attention
 import aiter
 from aiter.jit.arch import cpu_arch
 from aiter.jit.toolchain import CppToolchain
+from aiter.launch import cpu_queue
 
+SOURCES = Path(__file__).parents[1] / "kernels_src"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -178,20 +180,21 @@ def cases() -> Iterator[Case]:
 
 @functools.cache
 def read_memory() -> Callable[[int, int, int], int]:
-    """read_loop.cpp's function of address, bytes and threads."""
+    """read_loop.cpp's function of address, bytes and executor."""
     compiler = CppToolchain().require("the loop that reads memory").path
     with tempfile.TemporaryDirectory() as folder:
         library, source = f"{folder}/read_loop.so", str(Path(__file__).with_name("read_loop.cpp"))
         flags = ["-std=c++17", "-O3", "-march=native", "-Wno-psabi", "-pthread", "-fPIC", "-shared"]
+        flags += [f"-I{folder}" for folder in (SOURCES, SOURCES / "include")]
         subprocess.run([compiler, *flags, source, "-o", library], check=True)
         function = ctypes.CDLL(library).read_memory
-    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p), ctypes.c_int64
     return function
 
 
 def read(tensors: tuple[torch.Tensor, ...]) -> None:
     for tensor in tensors:
-        read_memory()(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+        read_memory()(tensor.data_ptr(), tensor.nbytes, cpu_queue.executor())
 
 
 def medians(seconds: float, *calls: Callable[[], object]) -> list[float]:

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include <atomic>
-#include <thread>
-#include <vector>
+
+#include "cpu/parallel.h"
 
 typedef int64_t Vector __attribute__((vector_size(64)));
 constexpr int64_t PIECE = 1 << 16, AHEAD = 1 << 13;
@@ -27,17 +27,15 @@ static int64_t sum_of(const char *piece) {
     return total[0] + total[1] + total[2] + total[3] + total[4] + total[5] + total[6] + total[7];
 }
 
-/* The sum keeps the compiler from leaving the reading out. */
-extern "C" int64_t read_memory(const char *memory, int64_t bytes, int threads) {
+/* On the threads that the kernels run on: other ones would share the cores with those, which spin for a while after each
+ * call. The sum keeps the compiler from leaving the reading out. */
+extern "C" int64_t read_memory(const char *memory, int64_t bytes, const aiter_cpu_executor *executor) {
     std::atomic<int64_t> next{0}, total{0};
     auto work = [&] {
         int64_t sum = 0;
         for (int64_t piece; (piece = next.fetch_add(PIECE)) + PIECE <= bytes;) sum += sum_of(memory + piece);
         total += sum;
     };
-    std::vector<std::thread> others;
-    for (int i = 1; i < threads; i++) others.emplace_back(work);
-    work();
-    for (std::thread &other : others) other.join();
+    run_parallel(executor, executor->num_threads, work);
     return total;
 }
