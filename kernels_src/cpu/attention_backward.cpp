@@ -28,7 +28,6 @@
 namespace {
 
 constexpr int64_t TARGET_UNITS = 32;   /* tiles are made smaller where there are fewer */
-constexpr double SERIAL_FLOPS = 1.0e6; /* below this, waking a second thread costs more than it brings */
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 constexpr int64_t ALIGNMENT = 64;
 constexpr int64_t FEW_ROWS = 4; /* up to this many take row_attention.h in the forward pass */

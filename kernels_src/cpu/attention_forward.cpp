@@ -20,7 +20,6 @@
  * Masked keys take part with weight zero. Where such a key holds inf or NaN the row comes out NaN; finish_row sees that
  * and recomputes the row without the masked keys (attend_exactly).
  */
-#include "parallel.h"
 #include "schedule.h"
 
 namespace {

@@ -4,6 +4,7 @@
 
 #include <stdlib.h>
 
+#include "parallel.h"
 #include "row_attention.h"
 #include "strip.h"
 
@@ -11,7 +12,6 @@ constexpr int64_t TARGET_UNITS = 64;                       /* enough to keep the
 constexpr int64_t MIN_SPLIT_KEYS = 512;                    /* a shorter split costs more in merging than it gains */
 constexpr int64_t MAX_TILE_STRIPS = 256 / STRIP_ROWS;      /* Q^T and O^T of a tile share L2 with a block of keys */
 constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and V for fewer rows costs too much */
-constexpr double SERIAL_FLOPS = 1.0e6;                     /* below this, waking a second thread costs more than it brings */
 constexpr int64_t ALIGNMENT = 64;
 
 AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }

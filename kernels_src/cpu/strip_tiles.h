@@ -35,7 +35,7 @@ class StripWorker {
     }
 
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. The values must stay until the
-     * call after the next one has returned. */
+     * next call that sees any has returned. */
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
         const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
         if (seen <= 0) return;
