@@ -1,12 +1,11 @@
 """The CPU kernels build without a warning, by g++ and clang++, for every level; and they run on other CPU families."""
 
-import importlib.util
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from emulator.assembly import zig
 
 from aiter.jit.arch import CPU_ARCHS
 from aiter.jit.spec import Spec
@@ -53,9 +52,9 @@ def test_runs_without_vector_extensions(target, dtype, tmp_path):
     program = str(tmp_path / "check")
     emulator = []
     if target == "aarch64":
-        if importlib.util.find_spec("ziglang") is None:
+        if zig() is None:
             pytest.skip("no ziglang to cross-compile with")
-        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-static"]
+        compiler = [zig(), "c++", "-target", "aarch64-linux-musl", "-static"]
         emulator = [shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")]
     else:
         compiler = [COMPILERS["g++"] or COMPILERS["clang++"]]
