@@ -203,13 +203,15 @@ struct Forward {
         const QueryRows queries(problem, tensors, seq, b, head);
         const KeyRows keys(problem, tensors, seq, b, head);
         auto deliver = [&](int64_t row, RowState &state) { deliver_row(queries, keys, head, row, state); };
+        /* Strips of even widths: one of a single vector has too few sums to keep the multiply-add units busy. */
         Strip strips[MAX_TILE_STRIPS];
-        const int count = static_cast<int>(ceil_div(end - first, STRIP_ROWS));
-        for (int i = 0; i < count; i++) {
-            const int64_t offset = static_cast<int64_t>(i) * STRIP_ROWS;
+        const int64_t vectors = ceil_div(end - first, LANES), count = ceil_div(vectors, STRIP_VECTORS);
+        auto first_row = [&](int64_t i) { return minimum(first + i * vectors / count * LANES, end); };
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t offset = i * STRIP_ROWS;
             strips[i] = {scratch.queries + offset * DIM_STEPS, scratch.outputs + offset * DIM,
                          scratch.maxima + offset, scratch.sums + offset, scratch.visible + offset, 0, 0, 0, true};
-            open_strip(strips[i], queries, seq, first + offset, end, end_key);
+            open_strip(strips[i], queries, seq, first_row(i), first_row(i + 1), end_key);
         }
         StripWorker worker(scratch.scores, scratch.weights, scale_log2);
         for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
@@ -220,11 +222,11 @@ struct Forward {
                 packed = packed_block(b, head, j / BLOCK_KEYS);
             else
                 pack_block(packed, keys, j, block);
-            for (int i = 0; i < count; i++)
+            for (int64_t i = 0; i < count; i++)
                 worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
         }
         worker.finish();
-        for (int i = 0; i < count; i++) close_strip(strips[i], first + i * STRIP_ROWS, end, deliver);
+        for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);
     }
 
     AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first, int64_t end, int64_t end_key) const {

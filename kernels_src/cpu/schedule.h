@@ -49,7 +49,7 @@ struct Schedule {
             tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
             while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && p.batch * sets * ceil_div(rows, tile_rows) < TARGET_UNITS / 2)
                 tile_rows -= STRIP_ROWS;
-            if (!serial && p.batch * sets == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * STRIP_ROWS) * STRIP_ROWS;
+            if (!serial && p.batch * sets == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * LANES) * LANES;
             tiles = ceil_div(rows, tile_rows);
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
