@@ -33,7 +33,6 @@ constexpr int64_t ALIGNMENT = 64;
 constexpr int64_t FEW_ROWS = 4; /* up to this many take row_attention.h in the forward pass */
 constexpr int SHORT_PART = 8;
 
-
 enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
 
 AITER_INLINE int64_t align(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
@@ -99,13 +98,13 @@ struct Scratch {
         take(tile.grad_values_t, schedule.tile_keys * DIM);
         take(block.queries, BLOCK_ROWS * DIM_STEPS);
         take(block.grads, BLOCK_ROWS * DIM_STEPS);
-        take(block.queries_t, BLOCK_STEPS * DIM);
-        take(block.grads_t, BLOCK_STEPS * DIM);
+        take(block.queries_t, BLOCK_ROW_STEPS * DIM);
+        take(block.grads_t, BLOCK_ROW_STEPS * DIM);
         take(block.visible, BLOCK_ROWS);
         take(weights.scores, BLOCK_ROWS * STRIP_ROWS);
         take(weights.grads, BLOCK_ROWS * STRIP_ROWS);
-        take(weights.right, BLOCK_STEPS * STRIP_ROWS);
-        take(weights.grad_right, BLOCK_STEPS * STRIP_ROWS);
+        take(weights.right, BLOCK_ROW_STEPS * STRIP_ROWS);
+        take(weights.grad_right, BLOCK_ROW_STEPS * STRIP_ROWS);
         take(weights.grad_left, BLOCK_ROWS * LEFT_ROW);
     }
 };
@@ -271,8 +270,8 @@ struct Backward {
         if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
         const bool few_rows = forward.seqlen_q * schedule.group <= FEW_ROWS;
-        block.score_part = FULL_PRECISION && few_rows ? SHORT_PART : DIM_STEPS;
-        block.grad_part = FULL_PRECISION ? few_rows ? SHORT_PART : DIM_STEPS / 2 : DIM_STEPS;
+        block.score_part = FULL_PRECISION && few_rows ? SHORT_PART : SCORE_PART;
+        block.grad_part = FULL_PRECISION && few_rows ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;
         block.rest = h.row_rest + first;
         block.delta = h.row_delta + first;

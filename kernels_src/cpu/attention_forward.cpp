@@ -1,7 +1,7 @@
 /* Attention forward on the CPU: every layout of aiter_abi.h, many query tokens or one.
  *
- * Work is cut into units that depend on the problem alone, never on the number of threads; threads take units from a
- * counter, longest first. So any number of threads gives the same bits, and a late thread costs one unit at most.
+ * Work is cut into units; threads take them from a counter, longest first, so that a late thread costs one unit at most.
+ * Nothing that decides over a row's bits depends on the number of threads (schedule.h).
  *
  *   unit = (sequence, KV head, tile of query rows, split of the keys)
  *
@@ -40,8 +40,8 @@ struct Forward {
     float scale_log2, sign;
     int64_t next_block = 0, next_unit = 0; /* taken atomically */
 
-    Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t)
-        : problem(p), tensors(t), schedule(p), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr),
+    Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t, int64_t threads)
+        : problem(p), tensors(t), schedule(p, threads), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr),
           packed_ahead(nullptr) {
         /* Scaling by a negative number is scaling by its magnitude with the query negated; and a masked score must stay
          * -inf even where the scale is zero. */
@@ -89,9 +89,8 @@ struct Forward {
             const int64_t b = head_index / problem.heads_kv, head = head_index % problem.heads_kv;
             if (b >= problem.batch) return;
             const Sequence seq = sequence(b);
-            const int64_t count = minimum(BLOCK_KEYS, seq.tokens_k - block * BLOCK_KEYS);
-            if (count > 0)
-                pack_block(packed_block(b, head, block), KeyRows(problem, tensors, seq, b, head), block * BLOCK_KEYS, static_cast<int>(count));
+            if (block * BLOCK_KEYS < seq.tokens_k)
+                pack_block(packed_block(b, head, block), BlockRows(KeyRows(problem, tensors, seq, b, head), block * BLOCK_KEYS, seq.tokens_k));
         }
     }
 
@@ -214,16 +213,23 @@ struct Forward {
             open_strip(strips[i], queries, seq, first_row(i), first_row(i + 1), end_key);
         }
         StripWorker worker(scratch.scores, scratch.weights, scale_log2);
+        BlockRows rows, next;
+        if (!packed_ahead && first_key < end_key) next = BlockRows(keys, first_key, end_key);
         for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
-            const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
             /* Two buffers: the worker may still be busy with the last strip of the block before. */
             Step *packed = scratch.packed + (j - first_key) / BLOCK_KEYS % 2 * PACKED_BLOCK;
-            if (packed_ahead)
+            if (packed_ahead) {
                 packed = packed_block(b, head, j / BLOCK_KEYS);
-            else
-                pack_block(packed, keys, j, block);
-            for (int64_t i = 0; i < count; i++)
+            } else {
+                rows = next;
+                pack_block(packed, rows);
+                next = j + BLOCK_KEYS < end_key ? BlockRows(keys, j + BLOCK_KEYS, end_key) : BlockRows();
+            }
+            const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
+            for (int64_t i = 0; i < count; i++) {
                 worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
+                next.prefetch(i, count); /* rows of one head lie pages apart, where no CPU looks ahead by itself */
+            }
         }
         worker.finish();
         for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);
@@ -315,14 +321,14 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 }
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *problem) {
-    return Schedule(*problem).workspace_bytes();
+    return Schedule(*problem, 1).workspace_bytes();
 }
 
 AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
                               void *executor) {
     const aiter_cpu_executor *cpu = static_cast<const aiter_cpu_executor *>(executor);
     if (!Tiles::permitted()) return NO_TILES;
-    Forward forward(*problem, *tensors);
+    Forward forward(*problem, *tensors, cpu->num_threads);
     const Schedule &schedule = forward.schedule;
     const int64_t threads = schedule.serial ? 1 : minimum(cpu->num_threads, schedule.units);
     auto pack = [&] { forward.pack(); };

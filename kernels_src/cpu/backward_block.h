@@ -10,9 +10,9 @@
  * (K^T, V^T, K) or has just been computed (P, dS), the left ones are rows of Q and dO as they come, and the numbers
  * that belong to a row, its log-sum-exp and delta = dO . O - d(lse), are broadcast.
  *
- * In float32 the order of sums over head_dim matters. S is summed as the forward pass does it: the error of a dominant
- * score then cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is
- * lane by lane; here, in short parts. dP is summed in parts always, as little may remain of dP - delta.
+ * In float32 the order of sums matters. S is summed as the forward pass does it: the error of a dominant score then
+ * cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is lane by lane;
+ * here, in short parts. dP is summed in shorter parts always, as little may remain of dP - delta.
  */
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
@@ -25,19 +25,22 @@
 #include "matrix_vector.h"
 #endif
 
-constexpr int BLOCK_ROWS = BLOCK_KEYS; /* query rows are packed as keys are in the forward pass */
 constexpr int WIDTH = round_up(DIM, LANES); /* K and dQ have head_dim along the lanes */
-constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else rounding P and dS outweighs all other */
-#if AITER_TILES
-constexpr int STRIP_MULTIPLE = STRIP_VECTORS; /* tiles come in pairs: a narrower strip is filled with zeros */
-#else
-constexpr int STRIP_MULTIPLE = 1;
-#endif
-
 /* Keys per tile: K^T, V^T, K and the gradients of keys and values share L2 with a block of rows. */
 constexpr int TILE_STRIPS = 65536 / DIM < 1024 ? 65536 / DIM / STRIP_ROWS : 1024 / STRIP_ROWS;
 constexpr int TILE_KEYS = TILE_STRIPS * STRIP_ROWS;
 constexpr int TILE_STEPS = TILE_KEYS / STEP_ELEMENTS;
+#if AITER_TILES
+constexpr int BLOCK_ROWS = BLOCK_KEYS; /* query rows are packed as keys are in the forward pass */
+constexpr int QUERY_PART = TILE_STEPS;
+constexpr int STRIP_MULTIPLE = STRIP_VECTORS; /* tiles come in pairs: a narrower strip is filled with zeros */
+#else
+constexpr int BLOCK_ROWS = 64; /* S, dP, P and dS of a strip fit L1 */
+constexpr int QUERY_PART = 64; /* steps of keys that dQ is summed over at a time: what they need of K fits L1 */
+constexpr int STRIP_MULTIPLE = 1;
+#endif
+constexpr int BLOCK_ROW_STEPS = BLOCK_ROWS / STEP_ELEMENTS;
+constexpr int GRAD_PART = FULL_PRECISION ? 32 : DIM_STEPS; /* steps that dP is summed over at a time */
 constexpr int LEFT_ROW = TILE_STEPS + LANES; /* steps from one row of dS to the next: no power of two, for the L1 cache */
 
 /* Where the rows of one operand lie: row r is token r / group of head r % group. */
@@ -86,23 +89,16 @@ struct Weights {
 /* A product with a strip of keys along the lanes. */
 template <class A>
 static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, const Step *b, int count, int steps,
-                                              bool accumulate) {
+                                              bool accumulate, int part = 1 << 30) {
     switch (vectors) {
 #if !AITER_TILES
-    case 1: return multiply<1, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
+    case 1: return multiply<1, Lanes, A, Lanes>(c, a, b, count, steps, accumulate, part);
 #endif
 #if AITER_AVX512 && !AITER_TILES || AITER_AVX2
-    case 2: return multiply<2, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
+    case 2: return multiply<2, Lanes, A, Lanes>(c, a, b, count, steps, accumulate, part);
 #endif
-    default: return multiply<STRIP_VECTORS, Lanes, A, Lanes>(c, a, b, count, steps, accumulate);
+    default: return multiply<STRIP_VECTORS, Lanes, A, Lanes>(c, a, b, count, steps, accumulate, part);
     }
-}
-
-/* S or dP of a strip: (columns of the strip)^T times `rows`, `part` steps of head_dim at a time. */
-static void score(int vectors, float *c, const Step *rows, const Step *columns, int count, int part) {
-    for (int d = 0; d < DIM_STEPS; d += part)
-        product<KeySteps>(vectors, c, rows + d, columns + Lanes::at(d, 0), count,
-                          static_cast<int>(minimum(part, DIM_STEPS - d)), d > 0);
 }
 
 /* K^T or V^T of a tile. */
@@ -199,8 +195,8 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
     for (int v = 0; v < vectors; v += STRIP_VECTORS) {
         const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
         const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
-        score(width, w.scores, block.queries, tile.keys_t + columns, block.rows, block.score_part);
-        score(width, w.grads, block.grads, tile.values_t + columns, block.rows, block.grad_part);
+        product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false, block.score_part);
+        product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false, block.grad_part);
         if (block.fewest_visible < tile.first + first_key + width * LANES)
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
         else
@@ -215,13 +211,16 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
 static __attribute__((noinline)) void add_grad_queries(float *grad_queries, const KeyTile &tile, const RowBlock &block,
                                                        const Weights &w, int keys, bool accumulate) {
     constexpr int REST = WIDTH % STRIP_ROWS / LANES, WHOLE = WIDTH - REST * LANES;
-    const int steps = keys / STEP_ELEMENTS;
-    for (int d = 0; d < WHOLE; d += STRIP_ROWS)
-        multiply<STRIP_VECTORS, Strided<WIDTH>, Strided<LEFT_ROW>, Strided<WIDTH>>(grad_queries + d, w.grad_left, tile.keys + d, block.rows, steps,
-                                                           accumulate);
-    if constexpr (REST > 0)
-        multiply<REST, Strided<WIDTH>, Strided<LEFT_ROW>, Strided<WIDTH>>(grad_queries + WHOLE, w.grad_left, tile.keys + WHOLE, block.rows, steps,
-                                                  accumulate);
+    using Left = Strided<LEFT_ROW>;
+    using Right = Strided<WIDTH>;
+    for (int first = 0; first < keys / STEP_ELEMENTS; first += QUERY_PART, accumulate = true) {
+        const int steps = static_cast<int>(minimum(QUERY_PART, keys / STEP_ELEMENTS - first));
+        const Step *left = w.grad_left + first, *right = tile.keys + first * WIDTH;
+        for (int d = 0; d < WHOLE; d += STRIP_ROWS)
+            multiply<STRIP_VECTORS, Right, Left, Right>(grad_queries + d, left, right + d, block.rows, steps, accumulate);
+        if constexpr (REST > 0)
+            multiply<REST, Right, Left, Right>(grad_queries + WHOLE, left, right + WHOLE, block.rows, steps, accumulate);
+    }
 }
 
 static void write_grad_queries(const Rows &rows, int64_t first, int count, const float *grad_queries, float scale) {

@@ -57,7 +57,8 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
 }
 
 template <int VECTORS, class C, class A, class B>
-static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
+static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate,
+                     int /* part: always all steps */ = 0) {
     multiply<VECTORS, C, A, B>(c, a, b, count, steps, accumulate, [] {});
 }
 

@@ -23,35 +23,42 @@ AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) {
 AITER_INLINE IntVec spread(int32_t step) { return broadcast(step); }
 #endif
 
-/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of TILE_ROWS, and VECTORS of lanes.
- * C, A and B are their layouts. */
+/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of TILE_ROWS, and VECTORS of lanes;
+ * `part` steps are summed at a time. C, A and B are their layouts. */
+template <int VECTORS, class C, class A, class B>
+static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
+    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * A::ROW, c += TILE_ROWS * C::ROW)
+        for (int begin = 0; begin < steps; begin += part) {
+            const int end = static_cast<int>(minimum(begin + part, steps));
+            Vec total[TILE_ROWS][VECTORS];
+            AITER_UNROLL
+            for (int i = 0; i < TILE_ROWS; i++)
+                AITER_UNROLL
+                for (int v = 0; v < VECTORS; v++) total[i][v] = Vec{};
+            for (int s = begin; s < end; s++) {
+                StepVec right[VECTORS];
+                AITER_UNROLL
+                for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + B::at(s, v));
+                AITER_UNROLL
+                for (int i = 0; i < TILE_ROWS; i++) {
+                    const StepVec left = spread(a[i * A::ROW + s * A::STEP]);
+                    AITER_UNROLL
+                    for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
+                }
+            }
+            AITER_UNROLL
+            for (int i = 0; i < TILE_ROWS; i++)
+                AITER_UNROLL
+                for (int v = 0; v < VECTORS; v++) {
+                    float *p = c + C::at(i, v);
+                    store(p, accumulate || begin > 0 ? load(p) + total[i][v] : total[i][v]);
+                }
+        }
+}
+
 template <int VECTORS, class C, class A, class B>
 static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate) {
-    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * A::ROW, c += TILE_ROWS * C::ROW) {
-        Vec total[TILE_ROWS][VECTORS];
-        AITER_UNROLL
-        for (int i = 0; i < TILE_ROWS; i++)
-            AITER_UNROLL
-            for (int v = 0; v < VECTORS; v++) total[i][v] = Vec{};
-        for (int s = 0; s < steps; s++) {
-            StepVec right[VECTORS];
-            AITER_UNROLL
-            for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + B::at(s, v));
-            AITER_UNROLL
-            for (int i = 0; i < TILE_ROWS; i++) {
-                const StepVec left = spread(a[i * A::ROW + s * A::STEP]);
-                AITER_UNROLL
-                for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
-            }
-        }
-        AITER_UNROLL
-        for (int i = 0; i < TILE_ROWS; i++)
-            AITER_UNROLL
-            for (int v = 0; v < VECTORS; v++) {
-                float *p = c + C::at(i, v);
-                store(p, accumulate ? load(p) + total[i][v] : total[i][v]);
-            }
-    }
+    multiply<VECTORS, C, A, B>(c, a, b, count, steps, accumulate, steps);
 }
 
 #endif

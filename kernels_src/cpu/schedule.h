@@ -10,13 +10,17 @@
 
 constexpr int64_t TARGET_UNITS = 64;                       /* enough to keep the cores of a large socket busy */
 constexpr int64_t MIN_SPLIT_KEYS = 512;                    /* a shorter split costs more in merging than it gains */
-constexpr int64_t MAX_TILE_STRIPS = 256 / STRIP_ROWS;      /* Q^T and O^T of a tile share L2 with a block of keys */
+constexpr int64_t UNITS_PER_THREAD = 4;                    /* for an even load, as units differ in length */
+constexpr int64_t MAX_TILE_STRIPS = MAX_TILE_ROWS / STRIP_ROWS;
 constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and V for fewer rows costs too much */
 constexpr int64_t ALIGNMENT = 64;
 
 AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
 
-/* unit = (tile of rows, sequence, set of KV heads, split of the keys); depends on the problem alone. */
+/* unit = (tile of rows, sequence, set of KV heads, split of the keys)
+ *
+ * Where keys are split, and so what the workspace holds, depends on the problem alone. How many rows a tile has is up to
+ * the number of threads: large tiles pack keys less often, and no bit of a row depends on the others of its tile. */
 struct Schedule {
     int64_t group, rows; /* query heads per KV head; rows of one KV head in the longest sequence */
     bool serial;             /* one thread will do */
@@ -28,7 +32,7 @@ struct Schedule {
     int64_t head_blocks;   /* the same for all sequences together: packed ones count by their true lengths */
     int64_t starts_bytes, counters_bytes, partials_bytes, packed_bytes; /* parts of the workspace */
 
-    explicit Schedule(const aiter_attention_problem &p) {
+    Schedule(const aiter_attention_problem &p, int64_t threads) {
         group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
         rows = p.seqlen_q * group;
         serial = 4.0 * HEAD_DIM * p.batch * p.heads_kv * rows * p.seqlen_k < SERIAL_FLOPS;
@@ -46,29 +50,35 @@ struct Schedule {
         } else {
             set_heads = 1;
             sets = p.heads_kv;
-            tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
-            while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && p.batch * sets * ceil_div(rows, tile_rows) < TARGET_UNITS / 2)
-                tile_rows -= STRIP_ROWS;
-            if (!serial && p.batch * sets == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * LANES) * LANES;
-            tiles = ceil_div(rows, tile_rows);
+            tiles = cut_rows(p.batch * sets, TARGET_UNITS / 2);
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
         }
-        units = tiles * p.batch * sets * splits;
         /* Matrix tiles multiply so fast that packing the same keys again for every tile of rows would cost a quarter; for
          * two tiles, the second call of the threads would cost more. */
         packed_blocks = PACK_AHEAD && !few_rows && tiles > 2 ? ceil_div(p.seqlen_k, BLOCK_KEYS) : 0;
         head_blocks = packed_blocks == 0 ? 0 : p.packed_k ? p.total_k / BLOCK_KEYS + p.batch : p.batch * packed_blocks;
         packed_bytes = p.heads_kv * head_blocks * PACKED_BLOCK * static_cast<int64_t>(sizeof(Step));
         starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
-        counters_bytes = splits > 1 ? units / splits * static_cast<int64_t>(sizeof(int32_t)) : 0;
+        counters_bytes = splits > 1 ? tiles * p.batch * sets * static_cast<int64_t>(sizeof(int32_t)) : 0;
         partials_bytes = splits > 1 ? p.batch * p.heads_kv * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
+        if (splits == 1 && !few_rows) tiles = cut_rows(p.batch * sets, UNITS_PER_THREAD * threads);
+        units = tiles * p.batch * sets * splits;
     }
 
     int64_t counters_at() const { return aligned(starts_bytes); }
     int64_t partials_at() const { return counters_at() + aligned(counters_bytes); }
     int64_t packed_at() const { return partials_at() + aligned(partials_bytes); }
     int64_t workspace_bytes() const { return packed_at() + packed_bytes; }
+
+  private:
+    /* Into the largest tiles that make so many units, if any do; returns how many tiles that are. */
+    int64_t cut_rows(int64_t heads, int64_t wanted) {
+        tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
+        while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && heads * ceil_div(rows, tile_rows) < wanted) tile_rows -= STRIP_ROWS;
+        if (!serial && heads == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * LANES) * LANES;
+        return ceil_div(rows, tile_rows);
+    }
 };
 
 /* One thread's buffers. */

@@ -77,6 +77,16 @@ AITER_INLINE Vec maximum(Vec a, Vec b) {
 #endif
 }
 
+/* The next smaller whole number, of the size of an int32. */
+AITER_INLINE Vec floor(Vec x) {
+#if AITER_AVX2
+    return _mm256_floor_ps(x);
+#else
+    const Vec whole = __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec);
+    return whole > x ? whole - 1.0f : whole;
+#endif
+}
+
 AITER_INLINE bool any(IntVec mask) {
 #if AITER_AVX512
     return _mm512_movepi32_mask((__m512i)mask) != 0;
@@ -98,8 +108,7 @@ AITER_INLINE Vec exp2(Vec x) {
 #if AITER_AVX512
     const Vec f = _mm512_maskz_reduce_ps(ALL_LANES, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x); 0 for infinities */
 #else
-    Vec whole = __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec);
-    whole = whole > x ? whole - 1.0f : whole;
+    const Vec whole = floor(x);
     const Vec f = x - whole;
 #endif
     Vec p;
@@ -182,7 +191,7 @@ AITER_INLINE Vec to_floats(const Element *p) { return to_floats(load(p)); }
 AITER_INLINE Vec to_floats(const Element *p, int count) {
     if (count >= LANES) return to_floats(p);
     Element lanes[LANES] = {};
-    memcpy(lanes, p, count * sizeof(Element));
+    memcpy(lanes, p, count % LANES * sizeof(Element)); /* count, which g++ 12 does not believe to be less than LANES */
     return to_floats(lanes);
 }
 

@@ -77,18 +77,19 @@ struct Softening {
     template <int VECTORS>
     void advance(int keys) {
         const int end = static_cast<int>(minimum(done + keys, count));
+        const Softening from = *this; /* a copy, as storing weights could change what only this points to */
         Vec most[VECTORS], sum[VECTORS];
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) most[v] = largest[v], sum[v] = total[v];
         for (int j = done; j < end; j += 2)
             AITER_UNROLL
             for (int v = 0; v < VECTORS; v++) {
-                const Vec low = load(scores + Lanes::at(j, v)) * scale_log2 - base[v];
-                const Vec high = load(scores + Lanes::at(j + 1, v)) * scale_log2 - base[v];
+                const Vec low = load(from.scores + Lanes::at(j, v)) * from.scale_log2 - from.base[v];
+                const Vec high = load(from.scores + Lanes::at(j + 1, v)) * from.scale_log2 - from.base[v];
                 const Vec low_weight = exp2<EXP2_DEGREE>(low), high_weight = exp2<EXP2_DEGREE>(high);
                 most[v] = maximum(maximum(most[v], low), high);
                 sum[v] += low_weight + high_weight;
-                store_weights(weights, j, v, low_weight, high_weight);
+                store_weights(from.weights, j, v, low_weight, high_weight);
             }
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) largest[v] = most[v], total[v] = sum[v];
@@ -112,7 +113,8 @@ struct Softening {
             for (int j = 0; j < count; j++) candidate = maximum(candidate, load(scores + Lanes::at(j, v)));
             candidate *= scale_log2;
             const Vec old = load(strip->maximum + v * LANES);
-            const IntVec moves = candidate > old + RESCALE_THRESHOLD;
+            /* Each row decides for itself, so that its bits do not depend on which rows share the strip. */
+            const IntVec first = (old == -INFINITE) & (candidate > -INFINITE), moves = first | (largest[v] > RESCALE_THRESHOLD);
             if (!any(moves)) continue;
             const Vec moved = moves ? candidate : old;
             store(strip->maximum + v * LANES, moved);
@@ -159,7 +161,7 @@ class StripWorker {
   private:
     template <int VECTORS>
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
-        multiply<VECTORS, Lanes, KeySteps, Lanes>(scores, keys, strip.queries, count, DIM_STEPS, false);
+        multiply<VECTORS, Lanes, KeySteps, Lanes>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART);
         if (strip.fewest_visible < first_key + count) hide_keys<VECTORS>(scores, strip, first_key, count);
         Softening softening{scores, weights, &strip, count, scale_log2, 0, {}, {}, {}};
         if (softening.begin<VECTORS>()) softening.raise<VECTORS>();
