@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
+from accuracy import assert_gradient_as_accurate, pytorch_attend_one
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import DEVICE, DTYPES, STRIDES, strided
@@ -71,7 +71,7 @@ def assert_gradients(got, sequences, causal, scale=None):
     for triple in zip(results, references, pytorch, strict=True):
         if sum(part.numel() for part in triple[0]):
             result, *others = (torch.cat(part) for part in triple)
-            assert_as_accurate(result, *others, times_for_gradients(result.dtype))
+            assert_gradient_as_accurate(result, *others)
 
 
 def dense(query, key, value, grad_output, grad_lse):

@@ -85,12 +85,14 @@ struct Forward {
     void pack() {
         for (;;) {
             const int64_t unit = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED);
-            const int64_t block = unit % schedule.packed_blocks, head_index = unit / schedule.packed_blocks;
-            const int64_t b = head_index / problem.heads_kv, head = head_index % problem.heads_kv;
+            /* All heads of some tokens, then all heads of the next: the order of memory, mostly. */
+            const int64_t head = unit % problem.heads_kv, block = unit / problem.heads_kv % schedule.packed_blocks;
+            const int64_t b = unit / problem.heads_kv / schedule.packed_blocks;
             if (b >= problem.batch) return;
             const Sequence seq = sequence(b);
-            if (block * BLOCK_KEYS < seq.tokens_k)
-                pack_block(packed_block(b, head, block), BlockRows(KeyRows(problem, tensors, seq, b, head), block * BLOCK_KEYS, seq.tokens_k));
+            const int64_t count = minimum(BLOCK_KEYS, seq.tokens_k - block * BLOCK_KEYS);
+            if (count > 0)
+                pack_block(packed_block(b, head, block), KeyRows(problem, tensors, seq, b, head), block * BLOCK_KEYS, static_cast<int>(count));
         }
     }
 
@@ -213,30 +215,24 @@ struct Forward {
             open_strip(strips[i], queries, seq, first_row(i), first_row(i + 1), end_key);
         }
         StripWorker worker(scratch.scores, scratch.weights, scale_log2);
-        BlockRows rows, next;
-        if (!packed_ahead && first_key < end_key) next = BlockRows(keys, first_key, end_key);
         for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
+            const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
             /* Two buffers: the worker may still be busy with the last strip of the block before. */
             Step *packed = scratch.packed + (j - first_key) / BLOCK_KEYS % 2 * PACKED_BLOCK;
-            if (packed_ahead) {
+            if (packed_ahead)
                 packed = packed_block(b, head, j / BLOCK_KEYS);
-            } else {
-                rows = next;
-                pack_block(packed, rows);
-                next = j + BLOCK_KEYS < end_key ? BlockRows(keys, j + BLOCK_KEYS, end_key) : BlockRows();
-            }
-            const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
-            for (int64_t i = 0; i < count; i++) {
+            else
+                pack_block(packed, keys, j, block);
+            for (int64_t i = 0; i < count; i++)
                 worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
-                next.prefetch(i, count); /* rows of one head lie pages apart, where no CPU looks ahead by itself */
-            }
         }
         worker.finish();
         for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);
     }
 
     AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first, int64_t end, int64_t end_key) const {
-        strip.vectors = static_cast<int>(minimum(STRIP_VECTORS, ceil_div(end - first, LANES)));
+        const int vectors = static_cast<int>(ceil_div(end - first, LANES));
+        strip.vectors = vectors <= 2 ? vectors : STRIP_VECTORS;
         strip.most_visible = 0;
         strip.fewest_visible = static_cast<int32_t>(end_key);
         for (int v = 0; v < strip.vectors; v++) {
@@ -309,6 +305,7 @@ struct Forward {
         }
         const float factor = 1.0f / state.sum; /* all scores -inf: 0 * inf, NaN as it should be */
         for (int d = 0; d < HEAD_DIM; d += LANES) store_elements(output + d, load(state.output + d) * factor, HEAD_DIM - d);
+        if (!queries.lse) return;
         /* In double: the gradients of a whole row are as wrong as its log-sum-exp. */
         queries.store_lse(row, static_cast<float>((state.maximum + log2(static_cast<double>(state.sum))) * LN_2));
     }

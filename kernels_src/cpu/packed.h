@@ -39,32 +39,33 @@ static_assert(sizeof(Step) == 4, "a step fills one lane");
 constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
 #if AITER_TILES
-constexpr int STRIP_VECTORS = 2;
-constexpr int BLOCK_KEYS = 128;
-constexpr int MIN_TILE_ROWS = 256, MAX_TILE_ROWS = 256;
+#if AITER_BACKWARD
+constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 128;
+#else
+constexpr int STRIP_VECTORS = 4, BLOCK_KEYS = 256; /* so that tiles of K, V and O^T come from L2 less often */
+#endif
+constexpr int MIN_TILE_ROWS = 256;
 constexpr bool PACK_AHEAD = true;
 constexpr int KEY_MULTIPLE = 32;                 /* a tile of weights takes 32 keys */
 constexpr int DIM = round_up(HEAD_DIM, 32);      /* head_dim as the products see it: padded with zeros */
 #else
-#if AITER_AVX512 || AITER_AVX2
-constexpr int STRIP_VECTORS = 3;
-#else
-constexpr int STRIP_VECTORS = 2;
-#endif
 #if AITER_AVX2
-constexpr int BLOCK_KEYS = 128;
+constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 128;
+#elif AITER_AVX512
+constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 64;
 #else
-constexpr int BLOCK_KEYS = 64;
+constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 64;
 #endif
-constexpr int MIN_TILE_ROWS = 96, MAX_TILE_ROWS = 1024;
+constexpr int MIN_TILE_ROWS = 96;
 constexpr bool PACK_AHEAD = false;
 constexpr int KEY_MULTIPLE = 8;
 constexpr int DIM = HEAD_DIM;
 #endif
+constexpr int MAX_TILE_ROWS = 1024;
 /* STRIP_VECTORS: vectors of query rows that are worked on together. BLOCK_KEYS: keys per step of the online softmax;
- * scores and weights of a strip fit L1, packed keys and values L2. KEY_MULTIPLE: blocks are padded with zero keys.
- * MIN_TILE_ROWS: for fewer rows than this, packing keys and values costs too much of the time. MAX_TILE_ROWS: Q^T and
- * O^T of a tile lie in L2, or beside it if it is small; packing less often is worth more. */
+ * scores and weights of a strip fit L1 (without tiles), packed keys and values L2. KEY_MULTIPLE: blocks are padded with
+ * zero keys. MIN_TILE_ROWS: for fewer rows than this, packing keys and values costs too much of the time. MAX_TILE_ROWS:
+ * Q^T and O^T of a tile lie in L2, or beside it where it is small; packing less often is worth more. */
 constexpr int STRIP_ROWS = STRIP_VECTORS * LANES;
 constexpr int DIM_STEPS = DIM / STEP_ELEMENTS;
 constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else rounding to 16 bits outweighs all other */
@@ -234,28 +235,11 @@ static void pack_values(Step *values, const Element *const *rows, int count) {
 static void pack_values(Step *values, const Element *const *rows, int count) { pack_keys(values, rows, count); }
 #endif
 
-/* Where the keys and values of a block lie. */
-struct BlockRows {
+static inline AITER_OUTLINE void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count) {
     const Element *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
-    int count;
-
-    BlockRows() : count(0) {}
-    BlockRows(const KeyRows &rows, int64_t first, int64_t end) : count(static_cast<int>(minimum(BLOCK_KEYS, end - first))) {
-        rows.find(first, count, keys, values);
-    }
-
-    /* Part i of `parts`. */
-    void prefetch(int64_t i, int64_t parts) const {
-        for (int64_t j = i * count / parts; j < (i + 1) * count / parts; j++) {
-            prefetch_row(keys[j]);
-            prefetch_row(values[j]);
-        }
-    }
-};
-
-static inline AITER_OUTLINE void pack_block(Step *packed, const BlockRows &rows) {
-    pack_keys(packed, rows.keys, rows.count);
-    pack_values(packed + PACKED_VALUES, rows.values, rows.count);
+    rows.find(first, count, keys, values);
+    pack_keys(packed, keys, count);
+    pack_values(packed + PACKED_VALUES, values, count);
 }
 
 #endif

@@ -135,6 +135,11 @@ static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &ro
 }
 
 /* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
+AITER_INLINE void prefetch_row(const Element *row) {
+    constexpr int LINE_ELEMENTS = 64 / sizeof(Element);
+    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
+}
+
 /* Scores of every key with every row, not yet scaled. */
 template <int ROWS>
 AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next, float (*scores)[ROW_KEYS]) {

@@ -98,12 +98,6 @@ struct KeyRows {
     }
 };
 
-/* From memory into L2. */
-AITER_INLINE void prefetch_row(const Element *row) {
-    constexpr int LINE_ELEMENTS = 64 / sizeof(Element);
-    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
-}
-
 /* The rows of the query heads that share one KV head, and what is written for them. */
 struct QueryRows {
     const Element *query;

@@ -27,9 +27,24 @@ struct Strip {
     float *maximum, *sum;
     int32_t *visible; /* row sees the keys below this */
     int32_t fewest_visible, most_visible; /* over the rows of the strip */
-    int vectors;      /* how many of STRIP_VECTORS hold rows */
+    int vectors;      /* that hold rows: 1, 2 or STRIP_VECTORS */
     bool empty;       /* nothing accumulated yet, `output` is not initialised */
 };
+
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
+/* Calls body(Constant<vectors of the strip>()). */
+template <class Body>
+AITER_INLINE void with_vectors(const Strip &strip, const Body &body) {
+    switch (strip.vectors) {
+    case 1: return body(Constant<1>());
+    case 2: return body(Constant<2>());
+    default: return body(Constant<STRIP_VECTORS>());
+    }
+}
 
 template <int VECTORS>
 static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count) {
@@ -149,11 +164,9 @@ class StripWorker {
         const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
         if (seen <= 0) return;
         const int padded = round_up(seen, KEY_MULTIPLE);
-        switch (strip.vectors) {
-        case 1: return attend<1>(strip, keys, values, first_key, padded);
-        case 2: return attend<2>(strip, keys, values, first_key, padded);
-        default: return attend<STRIP_VECTORS>(strip, keys, values, first_key, padded);
-        }
+        with_vectors(strip, [&](auto vectors) {
+            attend<decltype(vectors)::value>(strip, keys, values, first_key, padded);
+        });
     }
 
     void finish() {}

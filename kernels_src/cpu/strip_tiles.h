@@ -60,20 +60,22 @@ class StripWorker {
 
   private:
     /* What the vector units do meanwhile, in pieces. */
-    auto piece(int groups) {
-        const int keys = round_up(ceil_div(softening.count - softening.done, groups), 2);
+    auto piece(int pieces) {
+        const int keys = round_up(ceil_div(softening.count - softening.done, pieces), 2);
         return [this, keys] {
             if (softening.done < softening.count)
-                soft.strip->vectors == 1 ? softening.advance<1>(keys) : softening.advance<2>(keys);
+                with_vectors(*soft.strip, [&](auto vectors) { softening.advance<decltype(vectors)::value>(keys); });
         };
     }
 
+    /* How often a product of a chunk of keys, or of as many dimensions, calls `meanwhile`. */
+    static int groups(const Strip &strip, int steps) { return steps / TILE_SIDE * (strip.vectors + 1) / 2; }
+
     void score(const Strip &strip, const Step *keys) {
-        const auto meanwhile = piece(DIM_STEPS / TILE_SIDE);
-        if (strip.vectors == 1)
-            multiply<1, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK, DIM_STEPS, false, meanwhile);
-        else
-            multiply<2, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK, DIM_STEPS, false, meanwhile);
+        const auto meanwhile = piece(groups(strip, DIM_STEPS));
+        with_vectors(strip, [&](auto vectors) {
+            multiply<decltype(vectors)::value, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK, DIM_STEPS, false, meanwhile);
+        });
     }
 
     /* The block that has been softened is the one to accumulate now. */
@@ -85,14 +87,14 @@ class StripWorker {
     }
 
     void begin_softening(int32_t first_key, int first) {
-        const float *mine = next_scores;
+        float *mine = next_scores;
         next_scores = scores;
-        scores = const_cast<float *>(mine);
+        scores = mine;
         softening.scores = mine;
         softening.weights = soft.weights + Lanes::at(first / STEP_ELEMENTS, 0);
         softening.strip = soft.strip;
         softening.count = CHUNK;
-        soft.strip->vectors == 1 ? begin<1>(first_key) : begin<2>(first_key);
+        with_vectors(*soft.strip, [&](auto vectors) { begin<decltype(vectors)::value>(first_key); });
     }
 
     template <int VECTORS>
@@ -103,7 +105,7 @@ class StripWorker {
 
     void finish_softening() {
         if (softening.count == 0) return;
-        soft.strip->vectors == 1 ? finish<1>() : finish<2>();
+        with_vectors(*soft.strip, [&](auto vectors) { finish<decltype(vectors)::value>(); });
         soft.end += CHUNK;
         softening.count = softening.done = 0;
     }
@@ -129,11 +131,8 @@ class StripWorker {
     /* The next `dimensions` of the values of a block. */
     void accumulate(Block &block, int dimensions) {
         const int count = static_cast<int>(minimum(dimensions, DIM - block.dimensions)), steps = (block.end - block.first) / STEP_ELEMENTS;
-        const auto meanwhile = piece(count / CHUNK * (steps / TILE_SIDE) + DIM_STEPS / TILE_SIDE);
-        if (block.strip->vectors == 1)
-            accumulate<1>(block, count, steps, meanwhile);
-        else
-            accumulate<2>(block, count, steps, meanwhile);
+        const auto meanwhile = piece(groups(*block.strip, count / CHUNK * steps + DIM_STEPS));
+        with_vectors(*block.strip, [&](auto vectors) { accumulate<decltype(vectors)::value>(block, count, steps, meanwhile); });
         block.dimensions += count;
         if (block.dimensions < DIM) return;
         block.strip->empty = false;

@@ -1,7 +1,7 @@
 """The CPU backward kernel against float64 autograd, by the rule for accuracy: PyTorch's own backward is the measure."""
 
 import torch
-from accuracy import assert_as_accurate, pytorch_attend_one, times_for_gradients
+from accuracy import assert_gradient_as_accurate, pytorch_attend_one
 from driver import CPUS, CPUS_AND_MASKS, DTYPES, NATIVE, attend, gradients, on_cpus, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,8 +45,7 @@ def check(sequences, results, grad_output, grad_lse, causal, scale=None):
             got[i].append(results[i][rows].flatten())
     for i in range(3):
         result = torch.cat(got[i])
-        times = times_for_gradients(result.dtype)
-        assert_as_accurate(result, torch.cat(references[i]), torch.cat(pytorch[i]), times)
+        assert_gradient_as_accurate(result, torch.cat(references[i]), torch.cat(pytorch[i]))
 
 
 @archs_and_masks
