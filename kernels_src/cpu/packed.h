@@ -85,7 +85,9 @@ struct Strided {
 template <int VECTORS>
 struct Tiled {
     static constexpr int ROW = LANES;
-    static constexpr int at(int row, int v) { return (row / LANES * VECTORS + v) * LANES * LANES + row % LANES * LANES; }
+    static constexpr int at(unsigned row, unsigned v) { /* unsigned, so that divisions are shifts */
+        return static_cast<int>((row / LANES * VECTORS + v) * LANES * LANES + row % LANES * LANES);
+    }
 };
 
 /* The transposed of a strided matrix, for left operands. */
@@ -144,7 +146,7 @@ AITER_INLINE StepVec to_pairs(Vec low, Vec high) {
 /* The weights of two keys with the rows of vector v. */
 AITER_INLINE void store_weights(Step *weights, int key, int v, Vec low, Vec high) {
 #if AITER_PAIRS
-    store_steps(weights + Lanes::at(key / 2, v), to_pairs(low, high));
+    store_steps(weights + Lanes::at(key / 2u, v), to_pairs(low, high));
 #else
     store(weights + Lanes::at(key, v), low);
     store(weights + Lanes::at(key + 1, v), high);

@@ -100,7 +100,7 @@ struct Softening {
             AITER_UNROLL
             for (int v = 0; v < VECTORS; v++) {
                 const Vec low = load(from.scores + Lanes::at(j, v)) * from.scale_log2 - from.base[v];
-                const Vec high = load(from.scores + Lanes::at(j + 1, v)) * from.scale_log2 - from.base[v];
+                const Vec high = load(from.scores + Lanes::at(j, v) + Lanes::ROW) * from.scale_log2 - from.base[v];
                 const Vec low_weight = exp2<EXP2_DEGREE>(low), high_weight = exp2<EXP2_DEGREE>(high);
                 most[v] = maximum(maximum(most[v], low), high);
                 sum[v] += low_weight + high_weight;
