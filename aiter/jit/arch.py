@@ -118,11 +118,11 @@ def arch_of(device: torch.device) -> str:
 
 
 def cpu_arch() -> str:
-    """The most able arch that this CPU has, or AITER_CPU_ARCH."""
+    """The arch that this CPU is fastest with, or AITER_CPU_ARCH."""
     able = detect_cpu()
     wanted = settings.text("AITER_CPU_ARCH")
     if not wanted:
-        return able
+        return "x86-64-v4" if able == "x86-64-v4+avx512bf16" and _slow_dot_products() else able
     if wanted not in CPU_ARCHS and wanted != platform.machine():
         raise SettingError(f"AITER_CPU_ARCH={wanted!r}: expected one of {', '.join(CPU_ARCHS)}")
     if not runs_here(wanted):
@@ -147,16 +147,28 @@ def runs_here(arch: str) -> bool:
     )
 
 
-def _cpuinfo_flags() -> set[str]:
-    flags: set[str] = set()
+@functools.cache
+def _slow_dot_products() -> bool:
+    """Intel's bf16 dot products take longer than the multiply-adds that they replace: on a Xeon, kernels with them had
+    0.55 times the speed of those without (docs/cpu.md). AMX, where it may be used, leaves both behind."""
+    return _cpuinfo("vendor_id") == "GenuineIntel"
+
+
+def _cpuinfo(field: str) -> str:
+    """What /proc/cpuinfo says of the first CPU; nothing where there is no such file or field."""
     try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            for line in cpuinfo:
-                if line.startswith("flags"):
-                    flags = set(line.split(":", 1)[1].split())
-                    break
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() == field:
+                    return value.strip()
     except OSError:
-        pass  # no /proc: what is left is the plain level
+        pass
+    return ""
+
+
+def _cpuinfo_flags() -> set[str]:
+    flags = set(_cpuinfo("flags").split())  # none: what is left is the plain level
     if "amx_tile" in flags:
         if not _tiles_permitted():
             flags -= {"amx_tile", "amx_bf16", "amx_fp16"}

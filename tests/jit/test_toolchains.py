@@ -120,6 +120,24 @@ def test_the_cpu_is_named_by_what_it_has(flags, expected, monkeypatch):
     assert arch.detect_cpu.__wrapped__() == expected
 
 
+@pytest.mark.parametrize(
+    "vendor, able, expected",
+    [
+        ("GenuineIntel", "x86-64-v4+avx512bf16", "x86-64-v4"),
+        ("GenuineIntel", "x86-64-v4+avx512bf16+amxbf16", "x86-64-v4+avx512bf16+amxbf16"),
+        ("AuthenticAMD", "x86-64-v4+avx512bf16", "x86-64-v4+avx512bf16"),
+    ],
+)
+def test_dot_products_only_where_they_are_fast(vendor, able, expected, monkeypatch):
+    monkeypatch.setattr(arch, "_cpuinfo", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(arch, "_slow_dot_products", arch._slow_dot_products.__wrapped__)
+    monkeypatch.setattr(arch, "detect_cpu", lambda: able)
+    monkeypatch.delenv("AITER_CPU_ARCH", raising=False)
+    assert arch.cpu_arch() == expected
+    monkeypatch.setenv("AITER_CPU_ARCH", "x86-64-v4+avx512bf16")
+    assert arch.cpu_arch() == "x86-64-v4+avx512bf16", "who asks for them gets them"
+
+
 def test_the_arch_of_the_cpu_can_be_lowered_and_not_raised(monkeypatch):
     monkeypatch.setattr(arch, "detect_cpu", lambda: "x86-64-v3")
     monkeypatch.setenv("AITER_CPU_ARCH", "x86-64-v2")
