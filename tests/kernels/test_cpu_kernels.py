@@ -104,8 +104,11 @@ def test_paged(dtype, arch, seq_q, page_size):
 @archs
 @pytest.mark.parametrize(("seq_q", "seq_k"), ((1, 1100), (3, 1100), (40, 1100), (700, 700)))
 def test_same_bits_for_any_threads(dtype, arch, seq_q, seq_k):
+    """Later keys are larger, so that maxima move: at different keys for different rows, which share tiles in ways that
+    differ with the number of threads."""
     query = randn(1, seq_q, 2, HEAD_DIM, dtype=dtype)
     key, value = (randn(1, seq_k, 1, HEAD_DIM, dtype=dtype) for _ in "kv")
+    key *= torch.linspace(0.5, 4, seq_k).to(key.dtype).view(-1, 1, 1)
     expected = attend(arch, query, key, value, True, threads=1)
     assert_sequences(*expected, list(dense_sequences(query, key, value)), True)
     for threads, parallel in ((2, GOMP_PARALLEL), (3, None), (200, None)):
