@@ -23,19 +23,13 @@
 #include <stdlib.h>
 
 #include "backward_block.h"
+#include "launch_errors.h"
 #include "parallel.h"
 
 namespace {
 
-constexpr int64_t TARGET_UNITS = 32;   /* tiles are made smaller where there are fewer */
-constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
-constexpr int64_t ALIGNMENT = 64;
-constexpr int64_t FEW_ROWS = 4; /* up to this many take row_attention.h in the forward pass */
-constexpr int SHORT_PART = 8;
-
-enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
-
-AITER_INLINE int64_t align(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
+constexpr int64_t TARGET_UNITS = 32; /* tiles are made smaller where there are fewer */
+constexpr int SHORT_PART = 8;        /* steps at a time, as near to sums lane by lane as products come */
 
 /* How a problem is cut into units, and where things lie in the workspace. */
 struct Schedule {
@@ -57,11 +51,11 @@ struct Schedule {
         const int64_t all_rows = (p.packed_q ? p.total_q : p.batch * static_cast<int64_t>(p.seqlen_q)) * group;
         rows = all_rows + p.batch * static_cast<int64_t>(KEY_MULTIPLE);
         starts_at = 0;
-        progress_at = align(starts_at + 3 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
-        lse_at = align(progress_at + heads * blocks * static_cast<int64_t>(sizeof(int32_t)));
-        rest_at = align(lse_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
-        delta_at = align(rest_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
-        grad_queries_at = align(delta_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        progress_at = aligned(starts_at + 3 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
+        lse_at = aligned(progress_at + heads * blocks * static_cast<int64_t>(sizeof(int32_t)));
+        rest_at = aligned(lse_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        delta_at = aligned(rest_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
+        grad_queries_at = aligned(delta_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
         workspace_bytes = grad_queries_at + p.heads_kv * rows * WIDTH * static_cast<int64_t>(sizeof(float));
     }
 };
@@ -87,7 +81,7 @@ struct Scratch {
     template <class T>
     void take(T *&pointer, int64_t count) {
         if (memory) pointer = reinterpret_cast<T *>(memory + bytes);
-        bytes += align(count * static_cast<int64_t>(sizeof(T)));
+        bytes += aligned(count * static_cast<int64_t>(sizeof(T)));
     }
 
     void place(const Schedule &schedule) {
@@ -145,16 +139,8 @@ struct Backward {
     T *at(int64_t offset) const { return reinterpret_cast<T *>(static_cast<char *>(tensors.workspace) + offset); }
 
     Sequence sequence(int64_t b) const {
-        Sequence s{length_of(tensors.seqlens_q, b, forward.seqlen_q), length_of(tensors.seqlens_k, b, forward.seqlen_k), 0, 0};
-        if (forward.packed_q) {
-            s.first_q = starts_q[b];
-            s.tokens_q = starts_q[b + 1] - starts_q[b];
-        }
-        if (forward.packed_k) {
-            s.first_k = starts_k[b];
-            s.tokens_k = starts_k[b + 1] - starts_k[b];
-        }
-        return s;
+        return find_sequence(forward.packed_q ? starts_q : nullptr, tensors.seqlens_q, forward.seqlen_q,
+                             forward.packed_k ? starts_k : nullptr, tensors.seqlens_k, forward.seqlen_k, b);
     }
 
     Head head(int64_t index) const {
@@ -269,7 +255,7 @@ struct Backward {
         block.most_visible = static_cast<int32_t>(visible_keys(h.seq, (first + count - 1) / schedule.group));
         if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
-        const bool few_rows = forward.seqlen_q * schedule.group <= FEW_ROWS;
+        const bool few_rows = forward.seqlen_q * schedule.group <= MAX_ROWS;
         block.score_part = FULL_PRECISION && few_rows ? SHORT_PART : SCORE_PART;
         block.grad_part = FULL_PRECISION && few_rows ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;
@@ -332,13 +318,4 @@ AITER_EXPORT int aiter_launch(const aiter_attention_grad_problem *problem, const
     const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
     run_parallel(cpu, static_cast<int>(threads), backward);
     return backward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;
-}
-
-AITER_EXPORT const char *aiter_error_text(int code) {
-    switch (code) {
-    case OK: return "no error";
-    case OUT_OF_MEMORY: return "out of memory";
-    case NO_TILES: return "Linux does not let this process use the AMX tile registers; AITER_CPU_ARCH can select another arch";
-    default: return "unknown error";
-    }
 }

@@ -20,14 +20,10 @@
  * Masked keys take part with weight zero. Where such a key holds inf or NaN the row comes out NaN; finish_row sees that
  * and recomputes the row without the masked keys (attend_exactly).
  */
+#include "launch_errors.h"
 #include "schedule.h"
 
 namespace {
-
-constexpr double LOG2_E = 1.4426950408889634;
-constexpr double LN_2 = 0.6931471805599453;
-
-enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
 
 struct Forward {
     const aiter_attention_problem &problem;
@@ -333,13 +329,4 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     if (forward.packed_ahead) run_parallel(cpu, static_cast<int>(threads), pack);
     run_parallel(cpu, static_cast<int>(threads), work);
     return forward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;
-}
-
-AITER_EXPORT const char *aiter_error_text(int code) {
-    switch (code) {
-    case OK: return "no error";
-    case OUT_OF_MEMORY: return "out of memory";
-    case NO_TILES: return "Linux does not let this process use the AMX tile registers; AITER_CPU_ARCH can select another arch";
-    default: return "unknown error";
-    }
 }

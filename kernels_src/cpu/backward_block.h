@@ -17,13 +17,7 @@
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
 
-#include "packed.h"
-
-#if AITER_TILES
-#include "matrix_amx.h"
-#else
-#include "matrix_vector.h"
-#endif
+#include "matrix.h"
 
 constexpr int WIDTH = round_up(DIM, LANES); /* K and dQ have head_dim along the lanes */
 /* Keys per tile: K^T, V^T, K and the gradients of keys and values share L2 with a block of rows. */

@@ -18,7 +18,6 @@ constexpr int UNIT_VECTORS = 2; /* a vector full of elements is this many vector
 #else
 constexpr int UNIT_VECTORS = 1;
 #endif
-constexpr int MAX_ROWS = 4;             /* query rows that share the loads of keys and values */
 constexpr int ROW_KEYS = 16;            /* keys per step of the online softmax */
 constexpr int PADDED_DIM = (HEAD_DIM + UNIT_VECTORS * LANES - 1) / (UNIT_VECTORS * LANES) * UNIT_VECTORS * LANES;
 constexpr int ROW_VECTORS = PADDED_DIM / LANES;

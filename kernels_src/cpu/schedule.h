@@ -13,9 +13,6 @@ constexpr int64_t MIN_SPLIT_KEYS = 512;                    /* a shorter split co
 constexpr int64_t UNITS_PER_THREAD = 4;                    /* for an even load, as units differ in length */
 constexpr int64_t MAX_TILE_STRIPS = MAX_TILE_ROWS / STRIP_ROWS;
 constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and V for fewer rows costs too much */
-constexpr int64_t ALIGNMENT = 64;
-
-AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
 
 /* unit = (tile of rows, sequence, set of KV heads, split of the keys)
  *

@@ -15,6 +15,14 @@ AITER_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 AITER_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 AITER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
+
+/* Up to this many query rows of a KV head share its loads of keys and values in row_attention.h; more go through products. */
+constexpr int MAX_ROWS = 4;
+
+/* Buffers begin at whole cache lines. */
+constexpr int64_t ALIGNMENT = 64;
+AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
 
 /* Lengths of one sequence and, when packed, the token at which it begins. */
 struct Sequence {

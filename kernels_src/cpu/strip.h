@@ -11,13 +11,7 @@
 #ifndef AITER_CPU_STRIP_H
 #define AITER_CPU_STRIP_H
 
-#include "packed.h"
-
-#if AITER_TILES
-#include "matrix_amx.h"
-#else
-#include "matrix_vector.h"
-#endif
+#include "matrix.h"
 
 constexpr float RESCALE_THRESHOLD = 8.0f;
 
