@@ -80,10 +80,11 @@ struct Weights {
     Step *grad_left;             /* dS [row][LEFT_ROW] */
 };
 
-/* A product with a strip of keys along the lanes. */
+/* A product with a strip of keys along the lanes, `part` steps summed at a time. A switch of its own: by way of strip.h's
+ * with_vectors, g++ 12 inlines the products and makes them 2 % slower. */
 template <class A>
 static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, const Step *b, int count, int steps,
-                                              bool accumulate, int part = 1 << 30) {
+                                              bool accumulate, int part) {
     switch (vectors) {
 #if !AITER_TILES
     case 1: return multiply<1, Lanes, A, Lanes>(c, a, b, count, steps, accumulate, part);
@@ -195,8 +196,8 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
         else
             differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
-        product<ValueColumns>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true);
-        product<ValueColumns>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true);
+        product<ValueColumns>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true, row_steps);
+        product<ValueColumns>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true, row_steps);
     }
     return vectors * LANES;
 }

@@ -47,7 +47,7 @@ struct Schedule {
         } else {
             set_heads = 1;
             sets = p.heads_kv;
-            tiles = cut_rows(p.batch * sets, TARGET_UNITS / 2);
+            cut_rows(p.batch * sets, TARGET_UNITS / 2);
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
         }
@@ -59,7 +59,7 @@ struct Schedule {
         starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
         counters_bytes = splits > 1 ? tiles * p.batch * sets * static_cast<int64_t>(sizeof(int32_t)) : 0;
         partials_bytes = splits > 1 ? p.batch * p.heads_kv * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
-        if (splits == 1 && !few_rows) tiles = cut_rows(p.batch * sets, UNITS_PER_THREAD * threads);
+        if (splits == 1 && !few_rows) cut_rows(p.batch * sets, UNITS_PER_THREAD * threads);
         units = tiles * p.batch * sets * splits;
     }
 
@@ -69,12 +69,12 @@ struct Schedule {
     int64_t workspace_bytes() const { return packed_at() + packed_bytes; }
 
   private:
-    /* Into the largest tiles that make so many units, if any do; returns how many tiles that are. */
-    int64_t cut_rows(int64_t heads, int64_t wanted) {
+    /* Into the largest tiles that make so many units, if any do. */
+    void cut_rows(int64_t heads, int64_t wanted) {
         tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
         while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && heads * ceil_div(rows, tile_rows) < wanted) tile_rows -= STRIP_ROWS;
         if (!serial && heads == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * LANES) * LANES;
-        return ceil_div(rows, tile_rows);
+        tiles = ceil_div(rows, tile_rows);
     }
 };
 
