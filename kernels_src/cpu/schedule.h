@@ -71,8 +71,9 @@ struct Schedule {
   private:
     /* Into the largest tiles that make so many units, if any do. */
     void cut_rows(int64_t heads, int64_t wanted) {
-        tile_rows = MAX_TILE_STRIPS * STRIP_ROWS;
-        while (tile_rows > MIN_TILE_STRIPS * STRIP_ROWS && heads * ceil_div(rows, tile_rows) < wanted) tile_rows -= STRIP_ROWS;
+        const int64_t enough = ceil_div(wanted, heads > 0 ? heads : 1);
+        const int64_t strips = enough > 1 ? (rows - 1) / (enough - 1) / STRIP_ROWS : MAX_TILE_STRIPS;
+        tile_rows = clamp(strips, MIN_TILE_STRIPS, MAX_TILE_STRIPS) * STRIP_ROWS;
         if (!serial && heads == 1 && rows <= tile_rows) tile_rows = ceil_div(rows, 2 * LANES) * LANES;
         tiles = ceil_div(rows, tile_rows);
     }
