@@ -14,15 +14,6 @@ struct Tiles { /* nothing to set up */
     static bool permitted() { return true; }
 };
 
-AITER_INLINE Vec multiply_add(Vec total, Vec a, Vec b) { return a * b + total; }
-AITER_INLINE Vec spread(float step) { return broadcast(step); }
-#if AITER_PAIRS
-AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) {
-    return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
-}
-AITER_INLINE IntVec spread(int32_t step) { return broadcast(step); }
-#endif
-
 /* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of TILE_ROWS, and VECTORS of lanes;
  * `part` steps are summed at a time. C, A and B are their layouts. */
 template <int VECTORS, class C, class A, class B>
@@ -41,7 +32,7 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
                 for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + B::at(s, v));
                 AITER_UNROLL
                 for (int i = 0; i < TILE_ROWS; i++) {
-                    const StepVec left = spread(a[i * A::ROW + s * A::STEP]);
+                    const StepVec left = broadcast(a[i * A::ROW + s * A::STEP]);
                     AITER_UNROLL
                     for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
                 }

@@ -22,6 +22,7 @@
 #define AITER_TILES 1
 #define AITER_PAIRS 1
 #elif AITER_DTYPE_BF16 && AITER_CPU_AVX512BF16
+#define AITER_DOT_PRODUCTS 1
 #define AITER_PAIRS 1
 #endif
 
@@ -108,6 +109,16 @@ using ValueSteps = Strided<DIM>;     /* V[step][d] */
 using ValueColumns = Columns<DIM>; /* the same, as V^T */
 #endif
 
+AITER_INLINE Vec multiply_add(Vec total, Vec a, Vec b) { return a * b + total; }
+#if AITER_DOT_PRODUCTS
+AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) { return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
+#endif
+
+AITER_INLINE Vec negate(Vec steps) { return -steps; }
+#if AITER_PAIRS
+AITER_INLINE IntVec negate(IntVec steps) { return steps ^ static_cast<int32_t>(0x80008000); }
+#endif
+
 AITER_INLINE StepVec load_steps(const Step *p) { return load(p); }
 AITER_INLINE void store_steps(Step *p, StepVec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE void store_steps(Step *p, StepVec v, int count) {
@@ -173,13 +184,8 @@ static AITER_OUTLINE void pack_queries(Step *queries, int v, const Element *cons
     for (int s = 0; s < DIM_STEPS; s += LANES) {
         Vec square[LANES];
         for (int i = 0; i < LANES; i++) {
-            StepVec steps = rows[i] ? row_steps(rows[i], s) : StepVec{};
-#if AITER_PAIRS
-            if (negated) steps ^= static_cast<int32_t>(0x80008000);
-#else
-            if (negated) steps = -steps;
-#endif
-            square[i] = (Vec)steps;
+            const StepVec steps = rows[i] ? row_steps(rows[i], s) : StepVec{};
+            square[i] = (Vec)(negated ? negate(steps) : steps);
         }
         transpose(square);
         for (int i = 0; i < LANES && s + i < DIM_STEPS; i++)

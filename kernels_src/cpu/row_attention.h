@@ -3,29 +3,25 @@
  * What decoding needs: memory bounds it, so nothing is packed, the rows of a group share each load and conversion, and
  * the rows of the next step travel to the cache while those of this step are worked on. head_dim runs along the lanes.
  *
- * Products are float multiply-adds in every dtype. Dot products of bf16 pairs would save the conversion, but have half
- * the throughput (VDPBF16PS: one in two cycles, measured; multiply-add of the same width: two a cycle).
+ * Scores of bf16 are dot products of pairs where the CPU is fast at these; all else is float multiply-adds.
  */
 #ifndef AITER_CPU_ROW_ATTENTION_H
 #define AITER_CPU_ROW_ATTENTION_H
 
 #include <math.h>
 
-#include "sequence.h"
+#include "packed.h"
 
 #if AITER_DTYPE_BF16
 constexpr int UNIT_VECTORS = 2; /* a vector full of elements is this many vectors of floats; rows are padded to that */
 #else
 constexpr int UNIT_VECTORS = 1;
 #endif
-constexpr int ROW_KEYS = 16;            /* keys per step of the online softmax */
+constexpr int ROWS_AT_ONCE = 4; /* that share a load from L1; more than these, up to MAX_ROWS, share one from memory */
+constexpr int ROW_KEYS = 16;    /* keys per step of the online softmax */
 constexpr int PADDED_DIM = (HEAD_DIM + UNIT_VECTORS * LANES - 1) / (UNIT_VECTORS * LANES) * UNIT_VECTORS * LANES;
 constexpr int ROW_VECTORS = PADDED_DIM / LANES;
-#if AITER_AVX512
-constexpr int KEYS_AT_ONCE = 4, SUMS_AT_ONCE = 16; /* sums that the vector registers hold beside all else */
-#else
-constexpr int KEYS_AT_ONCE = 2, SUMS_AT_ONCE = 8;
-#endif
+constexpr int SUMS_AT_ONCE = LANES == 16 ? 16 : 8; /* sums that the vector registers hold beside all else */
 static_assert(ROW_KEYS % LANES == 0, "scores of a step fill whole vectors");
 
 /* Online softmax of one row: maximum (log2 domain), sum of 2^(score - maximum), and values weighted likewise. */
@@ -40,7 +36,15 @@ struct RowState {
     }
 };
 
-typedef Vec RowQuery[ROW_VECTORS];
+#if AITER_DOT_PRODUCTS
+typedef StepVec ScoreVec; /* what a product for a score takes of a row */
+constexpr int SCORE_VECTORS = ROW_VECTORS / STEP_ELEMENTS, UNIT_SCORE_VECTORS = UNIT_VECTORS / STEP_ELEMENTS;
+#else
+typedef Vec ScoreVec;
+constexpr int SCORE_VECTORS = ROW_VECTORS, UNIT_SCORE_VECTORS = UNIT_VECTORS;
+#endif
+constexpr int SCORE_ELEMENTS = PADDED_DIM / SCORE_VECTORS; /* that one of these holds */
+typedef ScoreVec RowQuery[SCORE_VECTORS];
 
 /* Where the keys and values of one step lie; places past the last key repeat it. */
 struct RowStep {
@@ -76,10 +80,18 @@ AITER_INLINE Vec row_vector(const Element *row, int v) {
 #endif
 }
 
+AITER_INLINE ScoreVec score_vector(const Element *row, int v) {
+#if AITER_DOT_PRODUCTS
+    return row_steps(row, v * LANES);
+#else
+    return row_vector(row, v);
+#endif
+}
+
 static void load_query(RowQuery &query, const Element *row, bool negated) {
-    for (int v = 0; v < ROW_VECTORS; v++) {
-        query[v] = row_vector(row, v);
-        if (negated) query[v] = -query[v];
+    for (int v = 0; v < SCORE_VECTORS; v++) {
+        const ScoreVec steps = score_vector(row, v);
+        query[v] = negated ? negate(steps) : steps;
     }
 }
 
@@ -133,46 +145,31 @@ static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &ro
     }
 }
 
-/* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
-AITER_INLINE void prefetch_row(const Element *row) {
-    constexpr int LINE_ELEMENTS = 64 / sizeof(Element);
-    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
-}
-
-/* Scores of every key with every row, not yet scaled. */
+/* Scores of every key with every row, not yet scaled: LANES of them at a time, each in a vector until they are summed. */
 template <int ROWS>
 AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next, float (*scores)[ROW_KEYS]) {
-    Vec products[ROWS][ROW_KEYS]; /* to be summed over their lanes */
-    for (int i = 0; i < ROW_KEYS; i += KEYS_AT_ONCE) {
-        Vec total[ROWS][KEYS_AT_ONCE];
+    constexpr int KEYS = LANES / (ROWS == 3 ? 4 : ROWS);
+    for (int i = 0; i < ROW_KEYS; i += KEYS) {
+        Vec products[LANES]; /* [row][key] */
         AITER_UNROLL
-        for (int k = 0; k < KEYS_AT_ONCE; k++) {
-            prefetch_row(next.keys[i + k]);
-            AITER_UNROLL
-            for (int r = 0; r < ROWS; r++) total[r][k] = Vec{};
-        }
-        for (int first = 0; first < ROW_VECTORS; first += UNIT_VECTORS)
-            AITER_UNROLL
-            for (int v = first; v < first + UNIT_VECTORS; v++) {
-                Vec key[KEYS_AT_ONCE];
+        for (int l = 0; l < LANES; l++) products[l] = Vec{};
+        for (int first = 0; first < SCORE_VECTORS; first += UNIT_SCORE_VECTORS) {
+            if (first * SCORE_ELEMENTS % LINE_ELEMENTS == 0)
                 AITER_UNROLL
-                for (int k = 0; k < KEYS_AT_ONCE; k++) key[k] = row_vector(step.keys[i + k], v);
+                for (int k = 0; k < KEYS; k++) prefetch(next.keys[i + k] + first * SCORE_ELEMENTS);
+            AITER_UNROLL
+            for (int v = first; v < first + UNIT_SCORE_VECTORS; v++)
                 AITER_UNROLL
-                for (int r = 0; r < ROWS; r++)
+                for (int k = 0; k < KEYS; k++) {
+                    const ScoreVec key = score_vector(step.keys[i + k], v);
                     AITER_UNROLL
-                    for (int k = 0; k < KEYS_AT_ONCE; k++) total[r][k] += queries[r][v] * key[k];
-            }
-        AITER_UNROLL
-        for (int r = 0; r < ROWS; r++)
-            AITER_UNROLL
-            for (int k = 0; k < KEYS_AT_ONCE; k++) products[r][i + k] = total[r][k];
-    }
-    for (int r = 0; r < ROWS; r++)
-        for (int i = 0; i < ROW_KEYS; i += LANES) {
-            Vec square[LANES];
-            for (int l = 0; l < LANES; l++) square[l] = products[r][i + l];
-            store(scores[r] + i, sums_of(square));
+                    for (int r = 0; r < ROWS; r++) products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
+                }
         }
+        const Vec sums = sums_of(products);
+        AITER_UNROLL
+        for (int r = 0; r < ROWS; r++) memcpy(scores[r] + i, reinterpret_cast<const float *>(&sums) + r * KEYS, KEYS * sizeof(float));
+    }
 }
 
 /* Adds vectors [first, first + VECTORS) of all values to the rows' outputs, each times its weight. */
@@ -239,13 +236,17 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
     add_values<ROWS>(step, next, weights, states);
 }
 
-static void attend_rows(int count_rows, const RowQuery *queries, const RowStep &step, const RowStep &next, const int *seen,
+/* Up to MAX_ROWS rows. */
+static void attend_rows(int count, const RowQuery *queries, const RowStep &step, const RowStep &next, const int *seen,
                         float scale_log2, RowState *states) {
-    switch (count_rows) {
-    case 1: return attend_rows<1>(queries, step, next, seen, scale_log2, states);
-    case 2: return attend_rows<2>(queries, step, next, seen, scale_log2, states);
-    case 3: return attend_rows<3>(queries, step, next, seen, scale_log2, states);
-    default: return attend_rows<MAX_ROWS>(queries, step, next, seen, scale_log2, states);
+    for (int r = 0; r < count; r += ROWS_AT_ONCE) {
+        const RowStep &fetch = r == 0 ? next : step; /* once is enough */
+        switch (count - r) {
+        case 1: attend_rows<1>(queries + r, step, fetch, seen + r, scale_log2, states + r); break;
+        case 2: attend_rows<2>(queries + r, step, fetch, seen + r, scale_log2, states + r); break;
+        case 3: attend_rows<3>(queries + r, step, fetch, seen + r, scale_log2, states + r); break;
+        default: attend_rows<ROWS_AT_ONCE>(queries + r, step, fetch, seen + r, scale_log2, states + r);
+        }
     }
 }
 

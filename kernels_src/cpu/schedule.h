@@ -118,7 +118,7 @@ struct Scratch {
         take(maxima, rows, end);
         take(sums, rows, end);
         take(visible, rows, end);
-        take(packed, 2 * PACKED_BLOCK, end);
+        take(packed, StripWorker::PACKED_BLOCKS * PACKED_BLOCK, end);
         take(scores, StripWorker::SCORES, end);
         take(weights, StripWorker::WEIGHTS, end);
         return end;

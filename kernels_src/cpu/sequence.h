@@ -18,7 +18,7 @@ AITER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
 /* Up to this many query rows of a KV head share its loads of keys and values in row_attention.h; more go through products. */
-constexpr int MAX_ROWS = 4;
+constexpr int MAX_ROWS = 8;
 
 /* Buffers begin at whole cache lines. */
 constexpr int64_t ALIGNMENT = 64;
@@ -62,6 +62,14 @@ AITER_INLINE int64_t visible_keys(const Sequence &sequence, int64_t token) {
     (void)token;
     return sequence.tokens_k;
 #endif
+}
+
+constexpr int LINE_ELEMENTS = 64 / sizeof(Element); /* of a cache line */
+
+/* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
+AITER_INLINE void prefetch(const Element *p) { __builtin_prefetch(p, 0, 2); }
+AITER_INLINE void prefetch_row(const Element *row) {
+    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) prefetch(row + d);
 }
 
 /* The rows of one KV head's keys and values. */

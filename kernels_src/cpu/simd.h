@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include <utility>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -230,14 +232,20 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
     }
 }
 
-/* Lane i of the result is the sum of the lanes of rows[i]: a transpose that adds on its way. */
+/* Adds lanes that are HALF apart, those of a in the lanes without that bit and those of b in the lanes with it: one
+ * shuffle and one blend, as every second summand is where it belongs. */
+template <int HALF, int... LANE>
+AITER_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE)...)
+           + __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...);
+}
+
+/* Lane i of the result is the sum of the lanes of rows[i]. */
+template <int HALF = LANES / 2>
 AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
     AITER_UNROLL
-    for (int half = LANES / 2; half > 0; half /= 2)
-        AITER_UNROLL
-        for (int i = 0; i < half; i++)
-            rows[i] = __builtin_shufflevector(rows[i], rows[i + half], AITER_ZIP_LOW)
-                      + __builtin_shufflevector(rows[i], rows[i + half], AITER_ZIP_HIGH);
+    for (int i = 0; i < HALF; i++) rows[i] = fold<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>());
+    if constexpr (HALF > 1) return sums_of<HALF / 2>(rows);
     return rows[0];
 }
 

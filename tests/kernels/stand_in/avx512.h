@@ -66,7 +66,7 @@ inline __mmask16 vpmovd2m(__m512i a) {
     return static_cast<__mmask16>(signs);
 }
 
-/* a - floor(a); -0 where that is zero, as always when rounding down, and 0 for infinities. */
+/* a - floor(a), to the nearest float as Intel's CPUs round it (AMD's: down); -0 where that is zero, 0 for infinities. */
 inline __m512 vreduceps(__mmask16 mask, Floats a, int control) {
     require_all(mask);
     require(control == (_MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC), "VREDUCEPS is implemented for rounding down only");
