@@ -87,22 +87,22 @@ def training(dtype: str, causal: bool, goal: float) -> Case:
     )
 
 
-def grouped(dtype: str, seq_q: int, seq_k: int, batch: int) -> Case:
-    query = torch.randn(batch, seq_q, 32, 128).to(DTYPES[dtype])
+def grouped(dtype: str, group: int, seq_q: int, seq_k: int, batch: int) -> Case:
+    query = torch.randn(batch, seq_q, 8 * group, 128).to(DTYPES[dtype])
     key, value = (torch.randn(batch, seq_k, 8, 128).to(DTYPES[dtype]) for _ in "kv")
 
     def pytorch() -> object:
-        expanded = (tensor.repeat_interleave(4, 2) for tensor in (key, value))
+        expanded = (tensor.repeat_interleave(group, 2) for tensor in (key, value))
         return scaled_dot_product_attention(*heads_first(query, *expanded))
 
     what = "decoding" if seq_q == 1 else "forward"
     return Case(
-        f"{what} 32/8 heads, {batch} x {seq_k} tokens",
+        f"{what} {8 * group}/8 heads, {batch} x {seq_k} tokens",
         dtype,
-        lambda: aiter.grouped_query_attention(query, key, value, num_groups=4),
+        lambda: aiter.grouped_query_attention(query, key, value, num_groups=group),
         pytorch,
         2.0,
-        flops=4 * batch * 32 * seq_q * seq_k * 128,
+        flops=4 * batch * 8 * group * seq_q * seq_k * 128,
         reads=() if seq_q > 1 else (key, value),
     )
 
@@ -169,9 +169,10 @@ def cases() -> Iterator[Case]:
         yield decoding(dtype, goal)
         for page in (16, 128):
             yield paged(dtype, page)
-        yield grouped(dtype, 1, 8192, 4)
+        for group in (4, 8):
+            yield grouped(dtype, group, 1, 8192, 4)
     for dtype in DTYPES:
-        yield grouped(dtype, 2048, 2048, 1)
+        yield grouped(dtype, 4, 2048, 2048, 1)
         yield variable(dtype)
     for dtype in DTYPES:
         for seq in (16, 64):

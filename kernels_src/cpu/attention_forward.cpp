@@ -211,7 +211,6 @@ struct Forward {
             open_strip(strips[i], queries, seq, first_row(i), first_row(i + 1), end_key);
         }
         StripWorker worker(scratch.scores, scratch.weights, scale_log2);
-        NextRows next;
         for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
             const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
             Step *packed = scratch.packed + (j - first_key) / BLOCK_KEYS % StripWorker::PACKED_BLOCKS * PACKED_BLOCK;
@@ -219,11 +218,10 @@ struct Forward {
                 packed = packed_block(b, head, j / BLOCK_KEYS);
             } else {
                 pack_block(packed, keys, j, block);
-                const int64_t left = end_key - j - block;
-                next.find(keys, j + block, static_cast<int>(minimum(BLOCK_KEYS, left)), count * StripWorker::PIECES);
+                worker.expect(keys, j + block, static_cast<int>(minimum(BLOCK_KEYS, end_key - j - block)), count);
             }
             for (int64_t i = 0; i < count; i++)
-                worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block, next);
+                worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
         }
         worker.finish();
         for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);

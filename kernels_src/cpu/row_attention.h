@@ -43,7 +43,6 @@ constexpr int SCORE_VECTORS = ROW_VECTORS / STEP_ELEMENTS, UNIT_SCORE_VECTORS = 
 typedef Vec ScoreVec;
 constexpr int SCORE_VECTORS = ROW_VECTORS, UNIT_SCORE_VECTORS = UNIT_VECTORS;
 #endif
-constexpr int SCORE_ELEMENTS = PADDED_DIM / SCORE_VECTORS; /* that one of these holds */
 typedef ScoreVec RowQuery[SCORE_VECTORS];
 
 /* Where the keys and values of one step lie; places past the last key repeat it. */
@@ -148,23 +147,24 @@ static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &ro
 /* Scores of every key with every row, not yet scaled: LANES of them at a time, each in a vector until they are summed. */
 template <int ROWS>
 AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next, float (*scores)[ROW_KEYS]) {
-    constexpr int KEYS = LANES / (ROWS == 3 ? 4 : ROWS);
+    constexpr int KEYS = LANES / (ROWS == 3 ? 4 : ROWS), PART = LANES / ROWS_AT_ONCE;
     for (int i = 0; i < ROW_KEYS; i += KEYS) {
         Vec products[LANES]; /* [row][key] */
         AITER_UNROLL
         for (int l = 0; l < LANES; l++) products[l] = Vec{};
-        for (int first = 0; first < SCORE_VECTORS; first += UNIT_SCORE_VECTORS) {
-            if (first * SCORE_ELEMENTS % LINE_ELEMENTS == 0)
-                AITER_UNROLL
-                for (int k = 0; k < KEYS; k++) prefetch(next.keys[i + k] + first * SCORE_ELEMENTS);
+        AITER_UNROLL
+        for (int part = 0; part < KEYS; part += PART) {
             AITER_UNROLL
-            for (int v = first; v < first + UNIT_SCORE_VECTORS; v++)
+            for (int k = part; k < part + PART; k++) prefetch_row(next.keys[i + k]);
+            for (int first = 0; first < SCORE_VECTORS; first += UNIT_SCORE_VECTORS)
                 AITER_UNROLL
-                for (int k = 0; k < KEYS; k++) {
-                    const ScoreVec key = score_vector(step.keys[i + k], v);
+                for (int v = first; v < first + UNIT_SCORE_VECTORS; v++)
                     AITER_UNROLL
-                    for (int r = 0; r < ROWS; r++) products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
-                }
+                    for (int k = part; k < part + PART; k++) {
+                        const ScoreVec key = score_vector(step.keys[i + k], v);
+                        AITER_UNROLL
+                        for (int r = 0; r < ROWS; r++) products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
+                    }
         }
         const Vec sums = sums_of(products);
         AITER_UNROLL

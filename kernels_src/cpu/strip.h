@@ -25,25 +25,6 @@ struct Strip {
     bool empty;       /* nothing accumulated yet, `output` is not initialised */
 };
 
-/* Rows of keys and values that will be packed next. They are brought into L2 while others are worked on, a few at a time,
- * as the CPU can queue no more; by itself it does not see rows coming that lie far apart. */
-class NextRows {
-    const Element *rows[2 * BLOCK_KEYS];
-    int count = 0, done = 0, share = 0;
-
-  public:
-    void find(const KeyRows &source, int64_t first, int keys, int64_t pieces) {
-        source.find(first, keys, rows, rows + keys);
-        count = 2 * keys;
-        done = 0;
-        share = static_cast<int>(ceil_div(count, pieces));
-    }
-
-    void fetch_piece() {
-        for (const int end = static_cast<int>(minimum(done + share, count)); done < end; done++) prefetch_row(rows[done]);
-    }
-};
-
 template <int N>
 struct Constant {
     static constexpr int value = N;
@@ -166,23 +147,29 @@ struct Softening {
 #else
 /* Works on one strip and one block of keys after the other. */
 class StripWorker {
-    static constexpr int PIECE_ROWS = 16; /* of a product, while a piece of the next rows arrives */
-
   public:
     static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS, WEIGHTS = BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
-    static constexpr int PACKED_BLOCKS = 1;                                    /* that it needs at a time */
-    static constexpr int PIECES = (BLOCK_KEYS + DIM) / PIECE_ROWS;             /* of the next rows, for one strip */
+    static constexpr int PACKED_BLOCKS = 1; /* that it needs at a time */
 
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
         : scores(scores_buffer), weights(weights_buffer), scale_log2(scale) {}
 
+    /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. Until
+     * then their rows are brought into L2, a few at a time, as the CPU can queue no more. */
+    void expect(const KeyRows &rows, int64_t first, int count, int64_t strips) {
+        rows.find(first, count, next, next + count);
+        expected = 2 * count;
+        fetched = 0;
+        share = static_cast<int>(ceil_div(expected, strips * (BLOCK_KEYS + DIM) / PIECE));
+    }
+
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. */
-    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count, NextRows &next) {
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
         const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
         if (seen <= 0) return;
         const int padded = round_up(seen, KEY_MULTIPLE);
         with_vectors(strip, [&](auto vectors) {
-            attend<decltype(vectors)::value>(strip, keys, values, first_key, padded, next);
+            attend<decltype(vectors)::value>(strip, keys, values, first_key, padded);
         });
     }
 
@@ -190,8 +177,8 @@ class StripWorker {
 
   private:
     template <int VECTORS>
-    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count, NextRows &next) {
-        product<VECTORS, KeySteps>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART, next);
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
+        product<VECTORS, KeySteps>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART);
         if (strip.fewest_visible < first_key + count) hide_keys<VECTORS>(scores, strip, first_key, count);
         Softening softening{scores, weights, &strip, count, scale_log2, 0, {}, {}, {}};
         if (softening.begin<VECTORS>()) softening.raise<VECTORS>();
@@ -200,18 +187,21 @@ class StripWorker {
             softening.finish<VECTORS>();
         }
         const int steps = count / STEP_ELEMENTS;
-        product<VECTORS, ValueColumns>(strip.output, values, weights, DIM, steps, !strip.empty, steps, next);
+        product<VECTORS, ValueColumns>(strip.output, values, weights, DIM, steps, !strip.empty, steps);
         strip.empty = false;
     }
 
     template <int VECTORS, class A>
-    static void product(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part, NextRows &next) {
-        for (int first = 0; first < count; first += PIECE_ROWS) {
-            next.fetch_piece();
-            multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b,
-                                               static_cast<int>(minimum(PIECE_ROWS, count - first)), steps, accumulate, part);
+    void product(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
+        for (int first = 0; first < count; first += PIECE) {
+            for (int i = 0; i < share && fetched < expected; i++) prefetch_row(next[fetched++]);
+            multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b, PIECE, steps, accumulate, part);
         }
     }
+
+    static constexpr int PIECE = KEY_MULTIPLE; /* rows of a product that go with a share of the rows to fetch */
+    const Element *next[2 * BLOCK_KEYS];
+    int expected = 0, fetched = 0, share = 0; /* of them */
 
     float *scores;
     Step *weights;

@@ -27,7 +27,6 @@ class StripWorker {
   public:
     static constexpr int SCORES = 2 * CHUNK * STRIP_ROWS, WEIGHTS = 2 * BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
     static constexpr int PACKED_BLOCKS = 2; /* as it may still be busy with the last strip of the block before */
-    static constexpr int PIECES = 2 * BLOCK_KEYS / CHUNK; /* of the next rows, for one strip */
 
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
         : scores(scores_buffer), next_scores(scores_buffer + CHUNK * STRIP_ROWS), soft{nullptr, nullptr, weights_buffer, 0, 0, 0},
@@ -36,17 +35,17 @@ class StripWorker {
         softening.count = softening.done = 0;
     }
 
+    void expect(const KeyRows &, int64_t, int, int64_t) {} /* products are too fast to hide waiting for memory behind */
+
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. The values must stay until the
      * next call that sees any has returned. */
-    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count, NextRows &next) {
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
         const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
         if (seen <= 0) return;
         const int chunks = ceil_div(seen, CHUNK);
         const int part = ceil_div(DIM / CHUNK, chunks) * CHUNK;
         for (int c = 0; c < chunks; c++) {
-            next.fetch_piece();
             score(strip, keys + KeySteps::at(c * CHUNK, 0));
-            next.fetch_piece();
             finish_softening();
             if (c == 0) open(strip, values);
             begin_softening(first_key + c * CHUNK, c * CHUNK);
