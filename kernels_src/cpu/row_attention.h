@@ -3,7 +3,8 @@
  * What decoding needs: memory bounds it, so nothing is packed, the rows of a group share each load and conversion, and
  * the rows of the next step travel to the cache while those of this step are worked on. head_dim runs along the lanes.
  *
- * Scores of bf16 are dot products of pairs where the CPU is fast at these; all else is float multiply-adds.
+ * Products are float multiply-adds, or dot products of bf16 pairs where the CPU is fast at these: for scores, a pair is two
+ * elements of a row side by side; for outputs, the same element of two values.
  */
 #ifndef AITER_CPU_ROW_ATTENTION_H
 #define AITER_CPU_ROW_ATTENTION_H
@@ -36,14 +37,19 @@ struct RowState {
     }
 };
 
+/* What products take of a row, and how many elements of one lane they sum. */
 #if AITER_DOT_PRODUCTS
-typedef StepVec ScoreVec; /* what a product for a score takes of a row */
-constexpr int SCORE_VECTORS = ROW_VECTORS / STEP_ELEMENTS, UNIT_SCORE_VECTORS = UNIT_VECTORS / STEP_ELEMENTS;
+typedef StepVec RowVec;
+typedef Step Weight;
+constexpr int PAIR = 2;
 #else
-typedef Vec ScoreVec;
-constexpr int SCORE_VECTORS = ROW_VECTORS, UNIT_SCORE_VECTORS = UNIT_VECTORS;
+typedef Vec RowVec;
+typedef float Weight;
+constexpr int PAIR = 1;
 #endif
-typedef ScoreVec RowQuery[SCORE_VECTORS];
+constexpr int SCORE_VECTORS = ROW_VECTORS / PAIR, WEIGHTS = ROW_KEYS / PAIR;
+typedef RowVec RowQuery[SCORE_VECTORS];
+typedef Weight RowWeights[WEIGHTS];
 
 /* Where the keys and values of one step lie; places past the last key repeat it. */
 struct RowStep {
@@ -79,7 +85,7 @@ AITER_INLINE Vec row_vector(const Element *row, int v) {
 #endif
 }
 
-AITER_INLINE ScoreVec score_vector(const Element *row, int v) {
+AITER_INLINE RowVec score_vector(const Element *row, int v) {
 #if AITER_DOT_PRODUCTS
     return row_steps(row, v * LANES);
 #else
@@ -87,20 +93,49 @@ AITER_INLINE ScoreVec score_vector(const Element *row, int v) {
 #endif
 }
 
+/* Vector v of the next PAIR values. Pairs: elements 8 i to 8 i + 3 of 2 LANES are in the even vector, the others in the
+ * odd one, as one instruction each leaves them. */
+#define AITER_ZIP_4(first) first, first + 32, first + 1, first + 33, first + 2, first + 34, first + 3, first + 35
+#define AITER_ZIP_ELEMENTS(first) AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
+AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
+#if AITER_DOT_PRODUCTS
+    typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
+    const Elements first = (Elements)row_steps(values[0], v / 2 * LANES), second = (Elements)row_steps(values[1], v / 2 * LANES);
+    return v % 2 == 0 ? (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_ELEMENTS(0))
+                      : (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_ELEMENTS(4));
+#else
+    return row_vector(values[0], v);
+#endif
+}
+
+AITER_INLINE void store_weights(RowWeights &weights, int key, Vec values) {
+#if AITER_DOT_PRODUCTS
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(values, values);
+    memcpy(weights + key / PAIR, &rounded, LANES * sizeof(Element));
+#else
+    store(weights + key, values);
+#endif
+}
+
 static void load_query(RowQuery &query, const Element *row, bool negated) {
     for (int v = 0; v < SCORE_VECTORS; v++) {
-        const ScoreVec steps = score_vector(row, v);
-        query[v] = negated ? negate(steps) : steps;
+        const RowVec elements = score_vector(row, v);
+        query[v] = negated ? negate(elements) : elements;
     }
 }
 
-/* The order of row_vector undone. */
+/* The order that value_vector leaves undone. */
 static void restore_order(float *row) {
 #if AITER_DTYPE_BF16
     for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
         const Vec even = load(row + first), odd = load(row + first + LANES);
+#if AITER_DOT_PRODUCTS
+        store(row + first, __builtin_shufflevector(even, odd, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(row + first + LANES, __builtin_shufflevector(even, odd, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+#else
         store(row + first, __builtin_shufflevector(even, odd, AITER_ZIP_LOW));
         store(row + first + LANES, __builtin_shufflevector(even, odd, AITER_ZIP_HIGH));
+#endif
     }
 #else
     (void)row;
@@ -156,12 +191,12 @@ AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const
         for (int part = 0; part < KEYS; part += PART) {
             AITER_UNROLL
             for (int k = part; k < part + PART; k++) prefetch_row(next.keys[i + k]);
-            for (int first = 0; first < SCORE_VECTORS; first += UNIT_SCORE_VECTORS)
+            for (int first = 0; first < SCORE_VECTORS; first += UNIT_VECTORS / PAIR)
                 AITER_UNROLL
-                for (int v = first; v < first + UNIT_SCORE_VECTORS; v++)
+                for (int v = first; v < first + UNIT_VECTORS / PAIR; v++)
                     AITER_UNROLL
                     for (int k = part; k < part + PART; k++) {
-                        const ScoreVec key = score_vector(step.keys[i + k], v);
+                        const RowVec key = score_vector(step.keys[i + k], v);
                         AITER_UNROLL
                         for (int r = 0; r < ROWS; r++) products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
                     }
@@ -174,19 +209,21 @@ AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const
 
 /* Adds vectors [first, first + VECTORS) of all values to the rows' outputs, each times its weight. */
 template <int ROWS, int VECTORS>
-AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &next, const float (*weights)[ROW_KEYS], RowState *states) {
+AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &next, const RowWeights *weights, RowState *states) {
     Vec total[ROWS][VECTORS];
     AITER_UNROLL
     for (int r = 0; r < ROWS; r++)
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) total[r][v] = load(states[r].output + (first + v) * LANES);
-    for (int i = 0; i < ROW_KEYS; i++) {
-        if (first == 0) prefetch_row(next.values[i]);
+    for (int i = 0; i < WEIGHTS; i++) {
+        if (first == 0)
+            AITER_UNROLL
+            for (int k = 0; k < PAIR; k++) prefetch_row(next.values[i * PAIR + k]);
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) {
-            const Vec value = row_vector(step.values[i], first + v);
+            const RowVec value = value_vector(step.values + i * PAIR, first + v);
             AITER_UNROLL
-            for (int r = 0; r < ROWS; r++) total[r][v] += weights[r][i] * value;
+            for (int r = 0; r < ROWS; r++) total[r][v] = multiply_add(total[r][v], broadcast(weights[r][i]), value);
         }
     }
     AITER_UNROLL
@@ -196,7 +233,7 @@ AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &nex
 }
 
 template <int ROWS>
-AITER_INLINE void add_values(const RowStep &step, const RowStep &next, const float (*weights)[ROW_KEYS], RowState *states) {
+AITER_INLINE void add_values(const RowStep &step, const RowStep &next, const RowWeights *weights, RowState *states) {
     constexpr int MOST = SUMS_AT_ONCE / (ROWS == 3 ? 4 : ROWS), REST = ROW_VECTORS % MOST;
     for (int first = 0; first < ROW_VECTORS - REST; first += MOST) add_vectors<ROWS, MOST>(first, step, next, weights, states);
     if (REST > 0) add_vectors<ROWS, REST + !REST>(ROW_VECTORS - REST, step, next, weights, states);
@@ -206,19 +243,21 @@ AITER_INLINE void add_values(const RowStep &step, const RowStep &next, const flo
 template <int ROWS>
 static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &step, const RowStep &next, const int *seen,
                                       float scale_log2, RowState *states) {
-    alignas(64) float weights[ROWS][ROW_KEYS];
-    score_keys<ROWS>(queries, step, next, weights);
+    alignas(64) float all_scores[ROWS][ROW_KEYS];
+    alignas(64) RowWeights weights[ROWS];
+    score_keys<ROWS>(queries, step, next, all_scores);
     for (int r = 0; r < ROWS; r++) {
         RowState &state = states[r];
+        float *scores = all_scores[r];
         IntVec larger = IntVec{};
         for (int i = 0; i < ROW_KEYS; i += LANES) {
-            const Vec scores = lane_index() < seen[r] - i ? load(weights[r] + i) * scale_log2 : broadcast(-INFINITE);
-            larger |= scores > state.maximum;
-            store(weights[r] + i, scores);
+            const Vec scaled = lane_index() < seen[r] - i ? load(scores + i) * scale_log2 : broadcast(-INFINITE);
+            larger |= scaled > state.maximum;
+            store(scores + i, scaled);
         }
         if (any(larger)) {
             float largest = state.maximum;
-            for (int i = 0; i < ROW_KEYS; i++) largest = weights[r][i] > largest ? weights[r][i] : largest;
+            for (int i = 0; i < ROW_KEYS; i++) largest = scores[i] > largest ? scores[i] : largest;
             const float factor = exp2<EXP2_DEGREE>(broadcast(state.maximum - largest))[0];
             state.maximum = largest;
             state.sum *= factor;
@@ -227,9 +266,9 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
         const float base = state.maximum == -INFINITE ? 0.0f : state.maximum;
         Vec added = Vec{};
         for (int i = 0; i < ROW_KEYS; i += LANES) {
-            const Vec weight = exp2<EXP2_DEGREE>(load(weights[r] + i) - base);
+            const Vec weight = exp2<EXP2_DEGREE>(load(scores + i) - base);
             added += weight;
-            store(weights[r] + i, weight);
+            store_weights(weights[r], i, weight);
         }
         state.sum += sum(added);
     }
