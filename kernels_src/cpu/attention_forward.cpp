@@ -32,13 +32,11 @@ struct Forward {
     const int64_t *starts_q, *starts_k; /* packed only */
     int32_t *unfinished; /* splits still to come, for all units that differ in nothing else */
     RowState *partials;  /* [sequence][KV head][row][split] */
-    Step *packed_ahead;  /* [sequence][KV head][block], or null */
     float scale_log2, sign;
-    int64_t next_block = 0, next_unit = 0; /* taken atomically */
+    int64_t next_unit = 0; /* taken atomically */
 
     Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t, int64_t threads)
-        : problem(p), tensors(t), schedule(p, threads), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr),
-          packed_ahead(nullptr) {
+        : problem(p), tensors(t), schedule(p, threads), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr) {
         /* Scaling by a negative number is scaling by its magnitude with the query negated; and a masked score must stay
          * -inf even where the scale is zero. */
         sign = p.softmax_scale < 0.0f ? -1.0f : 1.0f;
@@ -62,34 +60,12 @@ struct Forward {
                 unfinished[i] = static_cast<int32_t>(schedule.splits);
             partials = reinterpret_cast<RowState *>(workspace + schedule.partials_at());
         }
-        if (schedule.packed_blocks > 0) packed_ahead = reinterpret_cast<Step *>(workspace + schedule.packed_at());
     }
 
     Sequence sequence(int64_t b) const {
         Sequence s = find_sequence(starts_q, tensors.seqlens_q, problem.seqlen_q, starts_k, tensors.seqlens_k, problem.seqlen_k, b);
         if (problem.page_size > 0 && problem.num_pages == 0) s.tokens_k = 0;
         return s;
-    }
-
-    Step *packed_block(int64_t b, int64_t head, int64_t block) const {
-        /* Packed sequences: each of the b before this one takes less than one block beyond its tokens. */
-        const int64_t first = starts_k ? starts_k[b] / BLOCK_KEYS + b : b * schedule.packed_blocks;
-        return packed_ahead + (head * schedule.head_blocks + first + block) * PACKED_BLOCK;
-    }
-
-    /* Packs blocks of keys until none is left: what each thread does before all others, where that pays. */
-    void pack() {
-        for (;;) {
-            const int64_t unit = __atomic_fetch_add(&next_block, 1, __ATOMIC_RELAXED);
-            /* All heads of some tokens, then all heads of the next: the order of memory, mostly. */
-            const int64_t head = unit % problem.heads_kv, block = unit / problem.heads_kv % schedule.packed_blocks;
-            const int64_t b = unit / problem.heads_kv / schedule.packed_blocks;
-            if (b >= problem.batch) return;
-            const Sequence seq = sequence(b);
-            const int64_t count = minimum(BLOCK_KEYS, seq.tokens_k - block * BLOCK_KEYS);
-            if (count > 0)
-                pack_block(packed_block(b, head, block), KeyRows(problem, tensors, seq, b, head), block * BLOCK_KEYS, static_cast<int>(count));
-        }
     }
 
     /* Takes units until none is left: what each thread does. */
@@ -214,12 +190,8 @@ struct Forward {
         for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
             const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
             Step *packed = scratch.packed + (j - first_key) / BLOCK_KEYS % StripWorker::PACKED_BLOCKS * PACKED_BLOCK;
-            if (packed_ahead) {
-                packed = packed_block(b, head, j / BLOCK_KEYS);
-            } else {
-                pack_block(packed, keys, j, block);
-                worker.expect(keys, j + block, static_cast<int>(minimum(BLOCK_KEYS, end_key - j - block)), count);
-            }
+            pack_block(packed, keys, j, block);
+            worker.expect(keys, j + block, static_cast<int>(minimum(BLOCK_KEYS, end_key - j - block)), count);
             for (int64_t i = 0; i < count; i++)
                 worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
         }
@@ -325,9 +297,7 @@ AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aite
     Forward forward(*problem, *tensors, cpu->num_threads);
     const Schedule &schedule = forward.schedule;
     const int64_t threads = schedule.serial ? 1 : minimum(cpu->num_threads, schedule.units);
-    auto pack = [&] { forward.pack(); };
     auto work = [&] { forward.work(); };
-    if (forward.packed_ahead) run_parallel(cpu, static_cast<int>(threads), pack);
     run_parallel(cpu, static_cast<int>(threads), work);
     return forward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;
 }

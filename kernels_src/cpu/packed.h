@@ -46,7 +46,6 @@ constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 128;
 constexpr int STRIP_VECTORS = 4, BLOCK_KEYS = 256; /* so that tiles of K, V and O^T come from L2 less often */
 #endif
 constexpr int MIN_TILE_ROWS = 256;
-constexpr bool PACK_AHEAD = true;
 constexpr int KEY_MULTIPLE = 32;                 /* a tile of weights takes 32 keys */
 constexpr int DIM = round_up(HEAD_DIM, 32);      /* head_dim as the products see it: padded with zeros */
 #else
@@ -58,7 +57,6 @@ constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 64;
 constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 64;
 #endif
 constexpr int MIN_TILE_ROWS = 96;
-constexpr bool PACK_AHEAD = false;
 constexpr int KEY_MULTIPLE = 8;
 constexpr int DIM = HEAD_DIM;
 #endif

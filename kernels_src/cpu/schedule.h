@@ -25,9 +25,7 @@ struct Schedule {
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
     int64_t splits, units;
-    int64_t packed_blocks; /* blocks of keys of the longest sequence, packed ahead for all tiles; 0: each tile packs its own */
-    int64_t head_blocks;   /* the same for all sequences together: packed ones count by their true lengths */
-    int64_t starts_bytes, counters_bytes, partials_bytes, packed_bytes; /* parts of the workspace */
+    int64_t starts_bytes, counters_bytes, partials_bytes; /* parts of the workspace */
 
     Schedule(const aiter_attention_problem &p, int64_t threads) {
         group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
@@ -51,11 +49,6 @@ struct Schedule {
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
         }
-        /* Matrix tiles multiply so fast that packing the same keys again for every tile of rows would cost a quarter; for
-         * two tiles, the second call of the threads would cost more. */
-        packed_blocks = PACK_AHEAD && !few_rows && tiles > 2 ? ceil_div(p.seqlen_k, BLOCK_KEYS) : 0;
-        head_blocks = packed_blocks == 0 ? 0 : p.packed_k ? p.total_k / BLOCK_KEYS + p.batch : p.batch * packed_blocks;
-        packed_bytes = p.heads_kv * head_blocks * PACKED_BLOCK * static_cast<int64_t>(sizeof(Step));
         starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
         counters_bytes = splits > 1 ? tiles * p.batch * sets * static_cast<int64_t>(sizeof(int32_t)) : 0;
         partials_bytes = splits > 1 ? p.batch * p.heads_kv * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
@@ -65,8 +58,7 @@ struct Schedule {
 
     int64_t counters_at() const { return aligned(starts_bytes); }
     int64_t partials_at() const { return counters_at() + aligned(counters_bytes); }
-    int64_t packed_at() const { return partials_at() + aligned(partials_bytes); }
-    int64_t workspace_bytes() const { return packed_at() + packed_bytes; }
+    int64_t workspace_bytes() const { return partials_at() + aligned(partials_bytes); }
 
   private:
     /* Into the largest tiles that make so many units, if any do. */
