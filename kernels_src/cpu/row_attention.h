@@ -2,26 +2,16 @@
  *
  * What decoding needs: memory bounds it, so nothing is packed, the rows of a group share each load and conversion, and
  * the rows of the next step travel to the cache while those of this step are worked on. head_dim runs along the lanes.
- *
- * Products are float multiply-adds, or dot products of bf16 pairs where the CPU is fast at these: for scores, a pair is two
- * elements of a row side by side; for outputs, the same element of two values.
  */
 #ifndef AITER_CPU_ROW_ATTENTION_H
 #define AITER_CPU_ROW_ATTENTION_H
 
 #include <math.h>
 
-#include "packed.h"
+#include "row_operands.h"
 
-#if AITER_DTYPE_BF16
-constexpr int UNIT_VECTORS = 2; /* a vector full of elements is this many vectors of floats; rows are padded to that */
-#else
-constexpr int UNIT_VECTORS = 1;
-#endif
 constexpr int ROWS_AT_ONCE = 4; /* that share a load from L1; more than these, up to MAX_ROWS, share one from memory */
 constexpr int ROW_KEYS = 16;    /* keys per step of the online softmax */
-constexpr int PADDED_DIM = (HEAD_DIM + UNIT_VECTORS * LANES - 1) / (UNIT_VECTORS * LANES) * UNIT_VECTORS * LANES;
-constexpr int ROW_VECTORS = PADDED_DIM / LANES;
 constexpr int SUMS_AT_ONCE = LANES == 16 ? 16 : 8; /* sums that the vector registers hold beside all else */
 static_assert(ROW_KEYS % LANES == 0, "scores of a step fill whole vectors");
 
@@ -37,19 +27,8 @@ struct RowState {
     }
 };
 
-/* What products take of a row, and how many elements of one lane they sum. */
-#if AITER_DOT_PRODUCTS
-typedef StepVec RowVec;
-typedef Step Weight;
-constexpr int PAIR = 2;
-#else
-typedef Vec RowVec;
-typedef float Weight;
-constexpr int PAIR = 1;
-#endif
-constexpr int SCORE_VECTORS = ROW_VECTORS / PAIR, WEIGHTS = ROW_KEYS / PAIR;
 typedef RowVec RowQuery[SCORE_VECTORS];
-typedef Weight RowWeights[WEIGHTS];
+typedef Weight RowWeights[ROW_KEYS / PAIR];
 
 /* Where the keys and values of one step lie; places past the last key repeat it. */
 struct RowStep {
@@ -65,81 +44,11 @@ struct RowStep {
     }
 };
 
-/* Vector v of a row as the products take it. Rows of bf16 are taken apart into even and odd elements, one instruction
- * each: vector 2c holds elements 2 (c LANES + lane), vector 2c + 1 those after them. */
-AITER_INLINE Vec row_vector(const Element *row, int v) {
-#if AITER_DTYPE_BF16
-    const int first = v / 2 * 2 * LANES, left = HEAD_DIM - first;
-    IntVec pairs = IntVec{};
-    if (left >= 2 * LANES)
-        memcpy(&pairs, row + first, sizeof pairs);
-    else
-#if AITER_AVX512
-        pairs = (IntVec)_mm512_maskz_loadu_epi16((uint32_t{1} << (left & 31)) - 1, row + first);
-#else
-        memcpy(&pairs, row + first, left * sizeof(Element));
-#endif
-    return (Vec)(v % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
-#else
-    return to_floats(row + v * LANES, HEAD_DIM - v * LANES);
-#endif
-}
-
-AITER_INLINE RowVec score_vector(const Element *row, int v) {
-#if AITER_DOT_PRODUCTS
-    return row_steps(row, v * LANES);
-#else
-    return row_vector(row, v);
-#endif
-}
-
-/* Vector v of the next PAIR values. Pairs: elements 8 i to 8 i + 3 of 2 LANES are in the even vector, the others in the
- * odd one, as one instruction each leaves them. */
-#define AITER_ZIP_4(first) first, first + 32, first + 1, first + 33, first + 2, first + 34, first + 3, first + 35
-#define AITER_ZIP_ELEMENTS(first) AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
-AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
-#if AITER_DOT_PRODUCTS
-    typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
-    const Elements first = (Elements)row_steps(values[0], v / 2 * LANES), second = (Elements)row_steps(values[1], v / 2 * LANES);
-    return v % 2 == 0 ? (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_ELEMENTS(0))
-                      : (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_ELEMENTS(4));
-#else
-    return row_vector(values[0], v);
-#endif
-}
-
-AITER_INLINE void store_weights(RowWeights &weights, int key, Vec values) {
-#if AITER_DOT_PRODUCTS
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(values, values);
-    memcpy(weights + key / PAIR, &rounded, LANES * sizeof(Element));
-#else
-    store(weights + key, values);
-#endif
-}
-
 static void load_query(RowQuery &query, const Element *row, bool negated) {
     for (int v = 0; v < SCORE_VECTORS; v++) {
         const RowVec elements = score_vector(row, v);
         query[v] = negated ? negate(elements) : elements;
     }
-}
-
-/* The order that value_vector leaves undone. */
-static void restore_order(float *row) {
-#if AITER_DTYPE_BF16
-    for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
-        const Vec even = load(row + first), odd = load(row + first + LANES);
-#if AITER_DOT_PRODUCTS
-        store(row + first, __builtin_shufflevector(even, odd, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-        store(row + first + LANES, __builtin_shufflevector(even, odd, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
-#else
-        store(row + first, __builtin_shufflevector(even, odd, AITER_ZIP_LOW));
-        store(row + first + LANES, __builtin_shufflevector(even, odd, AITER_ZIP_HIGH));
-#endif
-    }
-#else
-    (void)row;
-#endif
 }
 
 AITER_INLINE float exact_dot(const Element *query, const Element *key) {
@@ -215,7 +124,7 @@ AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &nex
     for (int r = 0; r < ROWS; r++)
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) total[r][v] = load(states[r].output + (first + v) * LANES);
-    for (int i = 0; i < WEIGHTS; i++) {
+    for (int i = 0; i < ROW_KEYS / PAIR; i++) {
         if (first == 0)
             AITER_UNROLL
             for (int k = 0; k < PAIR; k++) prefetch_row(next.values[i * PAIR + k]);
@@ -268,7 +177,7 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
         for (int i = 0; i < ROW_KEYS; i += LANES) {
             const Vec weight = exp2<EXP2_DEGREE>(load(scores + i) - base);
             added += weight;
-            store_weights(weights[r], i, weight);
+            store_weights(weights[r] + i / PAIR, weight);
         }
         state.sum += sum(added);
     }

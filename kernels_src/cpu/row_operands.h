@@ -1,0 +1,100 @@
+/* What row_attention.h multiplies, in the form that takes the fewest instructions to get at.
+ *
+ *                      vector v of a key                  vector v of a value              product
+ *   fp32, fp16         LANES elements as floats           the same                         multiply-add
+ *   bf16               even or odd ones of 2 LANES        the same                         multiply-add
+ *   bf16, AVX512-BF16  2 LANES elements, pairs as they    half of 2 LANES, each paired     dot product of pairs
+ *                      lie side by side                   with that of the next value
+ */
+#ifndef AITER_CPU_ROW_OPERANDS_H
+#define AITER_CPU_ROW_OPERANDS_H
+
+#include "packed.h"
+
+#if AITER_DTYPE_BF16
+constexpr int UNIT_VECTORS = 2; /* a vector full of elements is this many vectors of floats; rows are padded to that */
+#else
+constexpr int UNIT_VECTORS = 1;
+#endif
+constexpr int PADDED_DIM = round_up(HEAD_DIM, UNIT_VECTORS * LANES);
+constexpr int ROW_VECTORS = PADDED_DIM / LANES; /* of floats: what an output row fills */
+
+#if AITER_DOT_PRODUCTS
+
+typedef StepVec RowVec;
+typedef Step Weight; /* of two keys */
+constexpr int PAIR = 2;
+
+AITER_INLINE RowVec score_vector(const Element *row, int v) { return row_steps(row, v * LANES); }
+
+/* Elements 8 i to 8 i + 3 of 2 LANES are in the even vector, the others in the odd one: one instruction each. */
+#define AITER_ZIP_4(first) first, first + 32, first + 1, first + 33, first + 2, first + 34, first + 3, first + 35
+#define AITER_ZIP_QUARTERS(first) AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
+AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
+    typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
+    const Elements first = (Elements)row_steps(values[0], v / 2 * LANES), second = (Elements)row_steps(values[1], v / 2 * LANES);
+    return v % 2 == 0 ? (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(0))
+                      : (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(4));
+}
+
+AITER_INLINE void store_weights(Weight *weights, Vec values) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(values, values);
+    memcpy(weights, &rounded, LANES * sizeof(Element));
+}
+
+/* The order of elements that value_vector() leaves in an output row, undone. */
+static void restore_order(float *row) {
+    for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
+        const Vec low = load(row + first), high = load(row + first + LANES);
+        store(row + first, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(row + first + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+    }
+}
+
+#else
+
+typedef Vec RowVec;
+typedef float Weight;
+constexpr int PAIR = 1;
+
+AITER_INLINE void store_weights(Weight *weights, Vec values) { store(weights, values); }
+
+#if AITER_DTYPE_BF16
+
+/* Vector 2 c holds elements 2 (c LANES + lane), vector 2 c + 1 those after them: one instruction each. */
+AITER_INLINE RowVec score_vector(const Element *row, int v) {
+    const int first = v / 2 * 2 * LANES, left = HEAD_DIM - first;
+    IntVec pairs = IntVec{};
+    if (left >= 2 * LANES)
+        memcpy(&pairs, row + first, sizeof pairs);
+    else
+#if AITER_AVX512
+        pairs = (IntVec)_mm512_maskz_loadu_epi16((uint32_t{1} << (left & 31)) - 1, row + first);
+#else
+        memcpy(&pairs, row + first, left * sizeof(Element));
+#endif
+    return (Vec)(v % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+}
+
+static void restore_order(float *row) {
+    for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
+        const Vec even = load(row + first), odd = load(row + first + LANES);
+        store(row + first, __builtin_shufflevector(even, odd, AITER_ZIP_LOW));
+        store(row + first + LANES, __builtin_shufflevector(even, odd, AITER_ZIP_HIGH));
+    }
+}
+
+#else
+
+AITER_INLINE RowVec score_vector(const Element *row, int v) { return to_floats(row + v * LANES, HEAD_DIM - v * LANES); }
+static void restore_order(float *) {}
+
+#endif
+
+AITER_INLINE RowVec value_vector(const Element *const *values, int v) { return score_vector(values[0], v); }
+
+#endif
+
+constexpr int SCORE_VECTORS = ROW_VECTORS / PAIR; /* of a query or key */
+
+#endif
