@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import functools
 import json
-import platform
 import statistics
 import subprocess
 import tempfile
@@ -27,7 +26,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import aiter
-from aiter.jit.arch import cpu_arch
+from aiter.jit.arch import cpu_arch, cpuinfo
 from aiter.jit.toolchain import CppToolchain
 from aiter.launch import cpu_queue
 
@@ -276,7 +275,7 @@ def main() -> None:
             rows.append(measure(case, options.seconds))
             print(line(rows[-1]), flush=True)
     if options.json:
-        machine = {"arch": cpu_arch(), "threads": threads, "platform": platform.platform()}
+        machine = {"cpu": cpuinfo("model name"), "arch": cpu_arch(), "threads": threads}
         with open(options.json, "w") as file:
             json.dump({"machine": machine, "cases": rows}, file, indent=1)
     if options.plot:

@@ -151,10 +151,10 @@ def runs_here(arch: str) -> bool:
 def _slow_dot_products() -> bool:
     """Intel's bf16 dot products take longer than the multiply-adds that they replace: on a Xeon, kernels with them had
     0.55 times the speed of those without (docs/cpu.md). AMX, where it may be used, leaves both behind."""
-    return _cpuinfo("vendor_id") == "GenuineIntel"
+    return cpuinfo("vendor_id") == "GenuineIntel"
 
 
-def _cpuinfo(field: str) -> str:
+def cpuinfo(field: str) -> str:
     """What /proc/cpuinfo says of the first CPU; nothing where there is no such file or field."""
     try:
         with open("/proc/cpuinfo") as lines:
@@ -168,7 +168,7 @@ def _cpuinfo(field: str) -> str:
 
 
 def _cpuinfo_flags() -> set[str]:
-    flags = set(_cpuinfo("flags").split())  # none: what is left is the plain level
+    flags = set(cpuinfo("flags").split())  # none: what is left is the plain level
     if "amx_tile" in flags:
         if not _tiles_permitted():
             flags -= {"amx_tile", "amx_bf16", "amx_fp16"}

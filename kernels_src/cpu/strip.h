@@ -142,6 +142,26 @@ struct Softening {
     }
 };
 
+/* The rows of keys and values that will be packed next. They are brought into L2 while others are worked on, a few at a
+ * time, as the CPU can queue no more; by itself it does not see rows coming that lie far apart. */
+class NextRows {
+    const Element *rows[2 * BLOCK_KEYS];
+    int expected = 0, fetched = 0, share = 0;
+
+  public:
+    /* `count` keys from the first one on, in so many calls of fetch(). */
+    void expect(const KeyRows &source, int64_t first, int count, int64_t calls) {
+        source.find(first, count, rows, rows + count);
+        expected = 2 * count;
+        fetched = 0;
+        share = static_cast<int>(ceil_div(expected, calls));
+    }
+
+    void fetch() {
+        for (int i = 0; i < share && fetched < expected; i++) prefetch_row(rows[fetched++]);
+    }
+};
+
 #if AITER_TILES
 #include "strip_tiles.h"
 #else
@@ -154,13 +174,9 @@ class StripWorker {
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
         : scores(scores_buffer), weights(weights_buffer), scale_log2(scale) {}
 
-    /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. Until
-     * then their rows are brought into L2, a few at a time, as the CPU can queue no more. */
+    /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. */
     void expect(const KeyRows &rows, int64_t first, int count, int64_t strips) {
-        rows.find(first, count, next, next + count);
-        expected = 2 * count;
-        fetched = 0;
-        share = static_cast<int>(ceil_div(expected, strips * (BLOCK_KEYS + DIM) / PIECE));
+        next.expect(rows, first, count, strips * (BLOCK_KEYS + DIM) / PIECE);
     }
 
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. */
@@ -194,15 +210,13 @@ class StripWorker {
     template <int VECTORS, class A>
     void product(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
         for (int first = 0; first < count; first += PIECE) {
-            for (int i = 0; i < share && fetched < expected; i++) prefetch_row(next[fetched++]);
+            next.fetch();
             multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b, PIECE, steps, accumulate, part);
         }
     }
 
-    static constexpr int PIECE = KEY_MULTIPLE; /* rows of a product that go with a share of the rows to fetch */
-    const Element *next[2 * BLOCK_KEYS];
-    int expected = 0, fetched = 0, share = 0; /* of them */
-
+    static constexpr int PIECE = KEY_MULTIPLE; /* rows of a product between two calls of next.fetch() */
+    NextRows next;
     float *scores;
     Step *weights;
     float scale_log2;

@@ -35,7 +35,10 @@ class StripWorker {
         softening.count = softening.done = 0;
     }
 
-    void expect(const KeyRows &, int64_t, int, int64_t) {} /* products are too fast to hide waiting for memory behind */
+    /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. */
+    void expect(const KeyRows &rows, int64_t first, int count, int64_t strips) {
+        next.expect(rows, first, count, strips * (BLOCK_KEYS / CHUNK) * 2 * (DIM_STEPS / TILE_SIDE));
+    }
 
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. The values must stay until the
      * next call that sees any has returned. */
@@ -66,6 +69,7 @@ class StripWorker {
     auto piece(int pieces) {
         const int keys = round_up(ceil_div(softening.count - softening.done, pieces), 2);
         return [this, keys] {
+            next.fetch();
             if (softening.done < softening.count)
                 with_vectors(*soft.strip, [&](auto vectors) { softening.advance<decltype(vectors)::value>(keys); });
         };
@@ -157,6 +161,7 @@ class StripWorker {
     float *scores, *next_scores;
     Softening softening;
     Block soft, pending;
+    NextRows next;
 };
 
 #endif

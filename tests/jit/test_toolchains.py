@@ -129,7 +129,7 @@ def test_the_cpu_is_named_by_what_it_has(flags, expected, monkeypatch):
     ],
 )
 def test_dot_products_only_where_they_are_fast(vendor, able, expected, monkeypatch):
-    monkeypatch.setattr(arch, "_cpuinfo", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(arch, "cpuinfo", {"vendor_id": vendor}.get)
     monkeypatch.setattr(arch, "_slow_dot_products", arch._slow_dot_products.__wrapped__)
     monkeypatch.setattr(arch, "detect_cpu", lambda: able)
     monkeypatch.delenv("AITER_CPU_ARCH", raising=False)
