@@ -55,6 +55,18 @@ def test_other_head_dims(dtype, arch, head_dim):
         assert_sequences(output, lse, list(dense_sequences(query[:, :rows], key, value)), True)
 
 
+@archs
+def test_few_rows(dtype, arch):
+    """One to nine query rows that share keys, from one token or from several: four at a time are worked on together,
+    and more than eight go through matrix products."""
+    for seq_q, group in (*((1, group) for group in range(1, 10)), (2, 3), (2, 4), (4, 2), (8, 1), (9, 1)):
+        batch = enough_sequences(seq_q * group)
+        query = randn(batch, seq_q, group, HEAD_DIM, dtype=dtype)
+        key, value = (randn(batch, 45, 1, HEAD_DIM, dtype=dtype) for _ in "kv")
+        output, lse = attend(arch, query, key, value, True)
+        assert_sequences(output, lse, list(dense_sequences(query, key, value)), True)
+
+
 @archs_and_masks
 def test_padded(dtype, arch, causal):
     lengths_q = torch.tensor((70, 0, 3, 100, 99), dtype=torch.int32)
