@@ -10,7 +10,7 @@
  *   pack Q^T of the tile                           attend_rows reads K and V once, where they lie, for all
  *   for each block of keys                         rows of the group
  *       pack K and V of the block (L2)
- *       for each strip of the tile: attend_block (O^T stays in L2, S^T in L1)
+ *       for each strip of the tile: attend (O^T stays in L2, S^T in L1), and fetch a few rows of the next block
  *   transpose O^T back, row by row
  *
  *   one split:   finish_row divides by the sum and writes the output row
