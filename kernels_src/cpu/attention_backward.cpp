@@ -205,7 +205,7 @@ struct Backward {
             const double exact = lse * LOG2_E;
             h.row_lse[row] = blind ? INFINITE : static_cast<float>(exact);
             h.row_rest[row] = blind ? 1.0f : static_cast<float>(1.0 + (h.row_lse[row] - exact) * LN_2);
-            h.row_delta[row] = blind ? 0.0f : sum(total) - (h.grad_lse ? h.grad_lse[at] : 0.0f);
+            h.row_delta[row] = blind ? 0.0f : (whole(h) ? 0.0f : sum(total)) - (h.grad_lse ? h.grad_lse[at] : 0.0f);
             if (most_visible == 0) memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element));
         }
         for (int64_t row = end; first < end && row < ceil_div(end, KEY_MULTIPLE) * KEY_MULTIPLE; row++) {
@@ -215,6 +215,9 @@ struct Backward {
         }
         __atomic_store_n(&h.progress[block], 1, __ATOMIC_RELEASE);
     }
+
+    /* Whether one strip holds all keys of the sequence, and float32 is worth the trouble. */
+    static bool whole(const Head &h) { return FULL_PRECISION && h.seq.tokens_k <= STRIP_ROWS; }
 
     static void wait_for(const int32_t &progress, int32_t wanted) {
         for (int spins = 0; __atomic_load_n(&progress, __ATOMIC_ACQUIRE) < wanted; spins++)
@@ -255,9 +258,10 @@ struct Backward {
         block.most_visible = static_cast<int32_t>(visible_keys(h.seq, (first + count - 1) / schedule.group));
         if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
+        block.whole = whole(h);
         const bool few_rows = forward.seqlen_q * schedule.group <= MAX_ROWS;
-        block.score_part = FULL_PRECISION && few_rows ? SHORT_PART : SCORE_PART;
-        block.grad_part = FULL_PRECISION && few_rows ? SHORT_PART : GRAD_PART;
+        block.score_part = FULL_PRECISION && (few_rows || block.whole) ? SHORT_PART : SCORE_PART;
+        block.grad_part = FULL_PRECISION && (few_rows || block.whole) ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;
         block.rest = h.row_rest + first;
         block.delta = h.row_delta + first;

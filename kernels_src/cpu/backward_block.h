@@ -12,7 +12,8 @@
  *
  * In float32 the order of sums matters. S is summed as the forward pass does it: the error of a dominant score then
  * cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is lane by lane;
- * here, in short parts. dP is summed in shorter parts always, as little may remain of dP - delta.
+ * here, in short parts. dP is summed in shorter parts always, as little may remain of dP - delta. Where one strip holds all
+ * keys, neither the log-sum-exp nor the output of the forward pass is needed, nor the rounding of either (WholeRow).
  */
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
@@ -70,6 +71,7 @@ struct RowBlock {
     int32_t *visible;          /* keys below this are seen */
     int rows;                  /* a multiple of KEY_MULTIPLE */
     int score_part, grad_part; /* steps that S and dP are summed over at a time */
+    bool whole;                /* one strip holds all keys: delta is -d(lse) only, and lse says which rows take part */
     int32_t fewest_visible, most_visible;
 };
 
@@ -182,6 +184,46 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
     }
 }
 
+/* P and dS of a row, by a softmax of its own, and so without the rounding of the log-sum-exp and the output of the forward
+ * pass, which would be most of the error of few numbers: for a row that sees no key beyond the strip. */
+struct WholeRow {
+    Vec weights[STRIP_VECTORS], grads[STRIP_VECTORS];
+
+    WholeRow(const Weights &w, const RowBlock &block, int row, int vectors, float scale_log2) {
+        const bool takes_part = block.lse[row] < INFINITE || block.lse[row] != block.lse[row];
+        Vec most = broadcast(-INFINITE);
+        for (int v = 0; v < vectors; v++) {
+            const Vec scores = load(w.scores + Lanes::at(row, v)) * scale_log2;
+            weights[v] = lane_index() + v * LANES < block.visible[row] ? scores : broadcast(-INFINITE);
+            most = maximum(weights[v], most);
+        }
+        float largest = most[0];
+        for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+        Vec total = Vec{}, products = Vec{};
+        for (int v = 0; v < vectors; v++) total += weights[v] = exp2<EXP2_DEGREE>(weights[v] - largest);
+        const float factor = 1.0f / sum(total);
+        for (int v = 0; v < vectors; v++) {
+            const IntVec sees = lane_index() + v * LANES < (takes_part ? block.visible[row] : 0);
+            grads[v] = sees ? load(w.grads + Lanes::at(row, v)) : Vec{};
+            weights[v] = sees ? weights[v] * factor : Vec{};
+            products += weights[v] * grads[v];
+        }
+        const float delta = sum(products) + block.delta[row];
+        for (int v = 0; v < vectors; v++) grads[v] = weights[v] * (grads[v] - delta);
+    }
+};
+
+static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &block, int vectors, float scale_log2) {
+    for (int r = 0; r < block.rows; r += 2) {
+        const WholeRow low(w, block, r, vectors, scale_log2), high(w, block, r + 1, vectors, scale_log2);
+        for (int v = 0; v < vectors; v++) {
+            const int right = Lanes::at(r / STEP_ELEMENTS, v);
+            store_pair(w.right + right, nullptr, low.weights[v], high.weights[v]);
+            store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + v * LANES / STEP_ELEMENTS, low.grads[v], high.grads[v]);
+        }
+    }
+}
+
 /* Adds the block's part to the gradients of the tile's keys and values, and leaves dS; returns how many of its keys
  * dS covers: those that the block sees, rounded up. */
 static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, float scale_log2) {
@@ -192,7 +234,9 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
         const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
         product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false, block.score_part);
         product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false, block.grad_part);
-        if (block.fewest_visible < tile.first + first_key + width * LANES)
+        if (FULL_PRECISION && block.whole)
+            differentiate_whole(w, block, width, scale_log2);
+        else if (block.fewest_visible < tile.first + first_key + width * LANES)
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
         else
             differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
