@@ -259,9 +259,9 @@ struct Backward {
         if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
         block.whole = whole(h);
-        const bool few_rows = forward.seqlen_q * schedule.group <= MAX_ROWS;
-        block.score_part = FULL_PRECISION && (few_rows || block.whole) ? SHORT_PART : SCORE_PART;
-        block.grad_part = FULL_PRECISION && (few_rows || block.whole) ? SHORT_PART : GRAD_PART;
+        const bool few = block.whole || (FULL_PRECISION && forward.seqlen_q * schedule.group <= MAX_ROWS); /* keys or rows */
+        block.score_part = few ? SHORT_PART : SCORE_PART;
+        block.grad_part = few ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;
         block.rest = h.row_rest + first;
         block.delta = h.row_delta + first;

@@ -159,8 +159,7 @@ AITER_INLINE Vec weights_of(const RowBlock &block, int row, Vec scores, float sc
 template <bool MASKED>
 static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_first, int first_key, int vectors,
                           float scale_log2) {
-    IntVec lane = IntVec{};
-    for (int i = 0; i < LANES; i++) lane[i] = i;
+    const IntVec lane = lane_index();
     for (int r = 0; r < block.rows; r += 2) {
         for (int v = 0; v < vectors; v++) {
             const int first = Lanes::at(r, v), second = Lanes::at(r + 1, v);
@@ -190,11 +189,11 @@ struct WholeRow {
     Vec weights[STRIP_VECTORS], grads[STRIP_VECTORS];
 
     WholeRow(const Weights &w, const RowBlock &block, int row, int vectors, float scale_log2) {
-        const bool takes_part = block.lse[row] < INFINITE || block.lse[row] != block.lse[row];
+        const int32_t visible = block.lse[row] == INFINITE ? 0 : block.visible[row];
         Vec most = broadcast(-INFINITE);
         for (int v = 0; v < vectors; v++) {
             const Vec scores = load(w.scores + Lanes::at(row, v)) * scale_log2;
-            weights[v] = lane_index() + v * LANES < block.visible[row] ? scores : broadcast(-INFINITE);
+            weights[v] = lane_index() + v * LANES < visible ? scores : broadcast(-INFINITE);
             most = maximum(weights[v], most);
         }
         float largest = most[0];
@@ -203,7 +202,7 @@ struct WholeRow {
         for (int v = 0; v < vectors; v++) total += weights[v] = exp2<EXP2_DEGREE>(weights[v] - largest);
         const float factor = 1.0f / sum(total);
         for (int v = 0; v < vectors; v++) {
-            const IntVec sees = lane_index() + v * LANES < (takes_part ? block.visible[row] : 0);
+            const IntVec sees = lane_index() + v * LANES < visible;
             grads[v] = sees ? load(w.grads + Lanes::at(row, v)) : Vec{};
             weights[v] = sees ? weights[v] * factor : Vec{};
             products += weights[v] * grads[v];

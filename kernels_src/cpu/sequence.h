@@ -64,12 +64,10 @@ AITER_INLINE int64_t visible_keys(const Sequence &sequence, int64_t token) {
 #endif
 }
 
-constexpr int LINE_ELEMENTS = 64 / sizeof(Element); /* of a cache line */
-
 /* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
-AITER_INLINE void prefetch(const Element *p) { __builtin_prefetch(p, 0, 2); }
 AITER_INLINE void prefetch_row(const Element *row) {
-    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) prefetch(row + d);
+    constexpr int LINE_ELEMENTS = 64 / sizeof(Element);
+    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
 }
 
 /* The rows of one KV head's keys and values. */
