@@ -34,7 +34,7 @@ constexpr int SHORT_PART = 8;        /* steps at a time, as near to sums lane by
 /* How a problem is cut into units, and where things lie in the workspace. */
 struct Schedule {
     int64_t group, heads, blocks, tile_keys, tiles;
-    int64_t rows;                            /* of one KV head in all sequences, as far as they need memory */
+    int64_t rows; /* of one KV head in all sequences, as far as they need memory */
     int64_t first_tile_unit, units;
     int64_t starts_at, progress_at, lse_at, rest_at, delta_at, grad_queries_at, workspace_bytes;
 
@@ -78,8 +78,7 @@ struct Scratch {
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
 
-    template <class T>
-    void take(T *&pointer, int64_t count) {
+    template <class T> void take(T *&pointer, int64_t count) {
         if (memory) pointer = reinterpret_cast<T *>(memory + bytes);
         bytes += aligned(count * static_cast<int64_t>(sizeof(T)));
     }
@@ -124,19 +123,21 @@ struct Backward {
     int64_t next_unit = 0; /* taken atomically */
 
     Backward(const aiter_attention_grad_problem &p, const aiter_attention_grad_tensors &t)
-        : problem(p), forward(p.forward), tensors(t), schedule(p.forward),
-          starts_q(at<int64_t>(schedule.starts_at)), starts_k(starts_q + forward.batch + 1),
-          starts_rows(starts_k + forward.batch + 1), scale_log2(static_cast<float>(forward.softmax_scale * LOG2_E)) {
+        : problem(p), forward(p.forward), tensors(t), schedule(p.forward), starts_q(at<int64_t>(schedule.starts_at)),
+          starts_k(starts_q + forward.batch + 1), starts_rows(starts_k + forward.batch + 1),
+          scale_log2(static_cast<float>(forward.softmax_scale * LOG2_E)) {
         if (forward.packed_q) find_starts(t.seqlens_q, forward.batch, forward.seqlen_q, forward.total_q, starts_q);
         if (forward.packed_k) find_starts(t.seqlens_k, forward.batch, forward.seqlen_k, forward.total_k, starts_k);
         starts_rows[0] = 0;
         for (int64_t b = 0; b < forward.batch; b++)
-            starts_rows[b + 1] = starts_rows[b] + ceil_div(sequence(b).tokens_q * schedule.group, KEY_MULTIPLE) * KEY_MULTIPLE;
+            starts_rows[b + 1] =
+                starts_rows[b] + ceil_div(sequence(b).tokens_q * schedule.group, KEY_MULTIPLE) * KEY_MULTIPLE;
         memset(at<int32_t>(schedule.progress_at), 0, schedule.heads * schedule.blocks * sizeof(int32_t));
     }
 
-    template <class T>
-    T *at(int64_t offset) const { return reinterpret_cast<T *>(static_cast<char *>(tensors.workspace) + offset); }
+    template <class T> T *at(int64_t offset) const {
+        return reinterpret_cast<T *>(static_cast<char *>(tensors.workspace) + offset);
+    }
 
     Sequence sequence(int64_t b) const {
         return find_sequence(forward.packed_q ? starts_q : nullptr, tensors.seqlens_q, forward.seqlen_q,
@@ -179,10 +180,8 @@ struct Backward {
             const int64_t unit = __atomic_fetch_add(&next_unit, 1, __ATOMIC_RELAXED);
             if (unit >= schedule.units) return;
             const int64_t tile_unit = unit - schedule.first_tile_unit;
-            if (tile_unit < 0)
-                prepare(head(unit / schedule.blocks), unit % schedule.blocks);
-            else
-                run_tile(head(tile_unit % schedule.heads), tile_unit / schedule.heads, scratch);
+            if (tile_unit < 0) prepare(head(unit / schedule.blocks), unit % schedule.blocks);
+            else run_tile(head(tile_unit % schedule.heads), tile_unit / schedule.heads, scratch);
         }
     }
 
@@ -190,7 +189,8 @@ struct Backward {
     void prepare(const Head &h, int64_t block) const {
         const int64_t first = block * BLOCK_ROWS, end = minimum(first + BLOCK_ROWS, h.rows);
         if (!forward.packed_q)
-            for (int64_t row = first > h.rows ? first : h.rows; row < minimum(first + BLOCK_ROWS, forward.seqlen_q * schedule.group); row++)
+            for (int64_t row = first > h.rows ? first : h.rows;
+                 row < minimum(first + BLOCK_ROWS, forward.seqlen_q * schedule.group); row++)
                 memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element)); /* padding */
         const int64_t most_visible = first < end ? visible_keys(h.seq, (end - 1) / schedule.group) : 0;
         for (int64_t row = first; row < end; row++) {
@@ -229,7 +229,8 @@ struct Backward {
         tile.first = index * schedule.tile_keys;
         const int64_t end = minimum(tile.first + schedule.tile_keys, forward.seqlen_k);
         if (!forward.packed_k)
-            for (int64_t key = tile.first > h.seq.tokens_k ? tile.first : h.seq.tokens_k; key < end; key++) { /* padding */
+            for (int64_t key = tile.first > h.seq.tokens_k ? tile.first : h.seq.tokens_k; key < end;
+                 key++) { /* padding */
                 memset(h.grad_key[key], 0, HEAD_DIM * sizeof(Element));
                 memset(h.grad_value[key], 0, HEAD_DIM * sizeof(Element));
             }
@@ -259,7 +260,8 @@ struct Backward {
         if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
         block.whole = whole(h);
-        const bool few = block.whole || (FULL_PRECISION && forward.seqlen_q * schedule.group <= MAX_ROWS); /* keys or rows */
+        const bool few =
+            block.whole || (FULL_PRECISION && forward.seqlen_q * schedule.group <= MAX_ROWS); /* keys or rows */
         block.score_part = few ? SHORT_PART : SCORE_PART;
         block.grad_part = few ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;
@@ -271,7 +273,8 @@ struct Backward {
             grads[r] = h.grad_output[first + r];
         }
         for (int r = 0; r < block.rows; r++) /* rows of padding see what the last one sees: their weights are zero */
-            block.visible[r] = static_cast<int32_t>(visible_keys(h.seq, (first + minimum(r, count - 1)) / schedule.group));
+            block.visible[r] =
+                static_cast<int32_t>(visible_keys(h.seq, (first + minimum(r, count - 1)) / schedule.group));
         pack_keys(block.queries, queries, count);
         pack_keys(block.grads, grads, count);
         pack_values(block.queries_t, queries, count);
@@ -283,25 +286,28 @@ struct Backward {
         add_grad_queries(grad_queries, tile, block, scratch.weights, keys, tile_index > 0);
         if (block.most_visible <= tile.first + tile.count)
             write_grad_queries(h.grad_query, first, count, grad_queries, forward.softmax_scale);
-        else
-            __atomic_store_n(&h.progress[index], 2 + tile_index, __ATOMIC_RELEASE);
+        else __atomic_store_n(&h.progress[index], 2 + tile_index, __ATOMIC_RELEASE);
         return true;
     }
 
     /* Packed rows that belong to no sequence. */
     void clear_the_rest() const {
-        clear(tensors.grad_query, problem.grad_query_strides, forward.heads_q, forward.packed_q ? starts_q[forward.batch] : forward.total_q, forward.total_q);
-        clear(tensors.grad_key, problem.grad_key_strides, forward.heads_kv, forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
-        clear(tensors.grad_value, problem.grad_value_strides, forward.heads_kv, forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
+        clear(tensors.grad_query, problem.grad_query_strides, forward.heads_q,
+              forward.packed_q ? starts_q[forward.batch] : forward.total_q, forward.total_q);
+        clear(tensors.grad_key, problem.grad_key_strides, forward.heads_kv,
+              forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
+        clear(tensors.grad_value, problem.grad_value_strides, forward.heads_kv,
+              forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
     }
 
     static void clear(void *tensor, const int64_t *strides, int64_t heads, int64_t first, int64_t end) {
         for (int64_t token = first; token < end; token++)
-            for (int64_t head = 0; head < heads; head++) memset(Rows(tensor, strides, 0, token, head, 1)[0], 0, HEAD_DIM * sizeof(Element));
+            for (int64_t head = 0; head < heads; head++)
+                memset(Rows(tensor, strides, 0, token, head, 1)[0], 0, HEAD_DIM * sizeof(Element));
     }
 };
 
-}  // namespace
+} // namespace
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
     *description = {AITER_ABI_VERSION, sizeof(aiter_attention_grad_problem), sizeof(aiter_attention_grad_tensors)};
@@ -318,7 +324,8 @@ AITER_EXPORT int aiter_launch(const aiter_attention_grad_problem *problem, const
     Backward backward(*problem, *tensors);
     const Schedule &schedule = backward.schedule;
     backward.clear_the_rest();
-    const double flops = 10.0 * HEAD_DIM * schedule.heads * schedule.group * problem->forward.seqlen_q * problem->forward.seqlen_k;
+    const double flops =
+        10.0 * HEAD_DIM * schedule.heads * schedule.group * problem->forward.seqlen_q * problem->forward.seqlen_k;
     const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
     run_parallel(cpu, static_cast<int>(threads), backward);
     return backward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;

@@ -1,7 +1,7 @@
 /* Attention forward on the CPU: every layout of aiter_abi.h, many query tokens or one.
  *
- * Work is cut into units; threads take them from a counter, longest first, so that a late thread costs one unit at most.
- * Nothing that decides over a row's bits depends on the number of threads (schedule.h).
+ * Work is cut into units; threads take them from a counter, longest first, so that a late thread costs one unit at
+ * most. Nothing that decides over a row's bits depends on the number of threads (schedule.h).
  *
  *   unit = (sequence, KV head, tile of query rows, split of the keys)
  *
@@ -30,13 +30,14 @@ struct Forward {
     const aiter_attention_tensors &tensors;
     const Schedule schedule;
     const int64_t *starts_q, *starts_k; /* packed only */
-    int32_t *unfinished; /* splits still to come, for all units that differ in nothing else */
-    RowState *partials;  /* [sequence][KV head][row][split] */
+    int32_t *unfinished;                /* splits still to come, for all units that differ in nothing else */
+    RowState *partials;                 /* [sequence][KV head][row][split] */
     float scale_log2, sign;
     int64_t next_unit = 0; /* taken atomically */
 
     Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t, int64_t threads)
-        : problem(p), tensors(t), schedule(p, threads), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr), partials(nullptr) {
+        : problem(p), tensors(t), schedule(p, threads), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr),
+          partials(nullptr) {
         /* Scaling by a negative number is scaling by its magnitude with the query negated; and a masked score must stay
          * -inf even where the scale is zero. */
         sign = p.softmax_scale < 0.0f ? -1.0f : 1.0f;
@@ -63,7 +64,8 @@ struct Forward {
     }
 
     Sequence sequence(int64_t b) const {
-        Sequence s = find_sequence(starts_q, tensors.seqlens_q, problem.seqlen_q, starts_k, tensors.seqlens_k, problem.seqlen_k, b);
+        Sequence s = find_sequence(starts_q, tensors.seqlens_q, problem.seqlen_q, starts_k, tensors.seqlens_k,
+                                   problem.seqlen_k, b);
         if (problem.page_size > 0 && problem.num_pages == 0) s.tokens_k = 0;
         return s;
     }
@@ -92,21 +94,18 @@ struct Forward {
         const int64_t first = tile * schedule.tile_rows, limit = minimum(first + schedule.tile_rows, schedule.rows);
         const int64_t end = clamp(seq.tokens_q * schedule.group, first, limit);
         if (!problem.packed_q && split == 0)
-            for (int64_t head = first_head; head < end_head; head++) clear_padding(QueryRows(problem, tensors, seq, b, head), end, limit);
+            for (int64_t head = first_head; head < end_head; head++)
+                clear_padding(QueryRows(problem, tensors, seq, b, head), end, limit);
         if (first == end) return;
         const int64_t chunk = ceil_div(ceil_div(seq.tokens_k, schedule.splits), BLOCK_KEYS) * BLOCK_KEYS;
         const int64_t last_seen = visible_keys(seq, (end - 1) / schedule.group);
         const int64_t first_key = minimum(split * chunk, last_seen), end_key = minimum(first_key + chunk, last_seen);
         auto deliver = [&](const QueryRows &queries, const KeyRows &keys, int64_t head, int64_t row, RowState &state) {
-            if (schedule.splits == 1)
-                finish_row(queries, keys, seq, row, state);
-            else
-                partials_of(b, head, row)[split] = state;
+            if (schedule.splits == 1) finish_row(queries, keys, seq, row, state);
+            else partials_of(b, head, row)[split] = state;
         };
-        if (schedule.few_rows)
-            few_rows(seq, b, first_head, end_head, end, first_key, end_key, scratch, deliver);
-        else
-            many_rows(seq, b, first_head, first, end, first_key, end_key, scratch, deliver);
+        if (schedule.few_rows) few_rows(seq, b, first_head, end_head, end, first_key, end_key, scratch, deliver);
+        else many_rows(seq, b, first_head, first, end, first_key, end_key, scratch, deliver);
         if (schedule.splits > 1 && __atomic_sub_fetch(&unfinished[whole], 1, __ATOMIC_ACQ_REL) == 0)
             for (int64_t head = first_head; head < end_head; head++) {
                 const QueryRows queries(problem, tensors, seq, b, head);
@@ -147,7 +146,8 @@ struct Forward {
         const int64_t heads = end_head - first_head, steps = ceil_div(end_key - first_key, ROW_KEYS) * heads;
         auto locate = [&](int64_t step) {
             const int64_t j = first_key + step / heads * ROW_KEYS;
-            return RowStep(KeyRows(problem, tensors, seq, b, first_head + step % heads), j, static_cast<int>(minimum(ROW_KEYS, end_key - j)));
+            return RowStep(KeyRows(problem, tensors, seq, b, first_head + step % heads), j,
+                           static_cast<int>(minimum(ROW_KEYS, end_key - j)));
         };
         RowStep now, next;
         if (steps > 0) next = locate(0);
@@ -156,8 +156,10 @@ struct Forward {
             if (step + 1 < steps) next = locate(step + 1);
             int seen[MAX_ROWS];
             const int64_t j = first_key + step / heads * ROW_KEYS, i = step % heads * rows;
-            for (int64_t r = 0; r < rows; r++) seen[r] = static_cast<int>(clamp(visible[r] - j, 0, minimum(ROW_KEYS, end_key - j)));
-            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, seen, scale_log2, scratch.row_states + i);
+            for (int64_t r = 0; r < rows; r++)
+                seen[r] = static_cast<int>(clamp(visible[r] - j, 0, minimum(ROW_KEYS, end_key - j)));
+            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, seen, scale_log2,
+                        scratch.row_states + i);
         }
         for (int64_t head = first_head; head < end_head; head++) {
             const QueryRows queries(problem, tensors, seq, b, head);
@@ -182,8 +184,15 @@ struct Forward {
         auto first_row = [&](int64_t i) { return minimum(first + i * vectors / count * LANES, end); };
         for (int64_t i = 0; i < count; i++) {
             const int64_t offset = i * STRIP_ROWS;
-            strips[i] = {scratch.queries + offset * DIM_STEPS, scratch.outputs + offset * DIM,
-                         scratch.maxima + offset, scratch.sums + offset, scratch.visible + offset, 0, 0, 0, true};
+            strips[i] = {scratch.queries + offset * DIM_STEPS,
+                         scratch.outputs + offset * DIM,
+                         scratch.maxima + offset,
+                         scratch.sums + offset,
+                         scratch.visible + offset,
+                         0,
+                         0,
+                         0,
+                         true};
             open_strip(strips[i], queries, seq, first_row(i), first_row(i + 1), end_key);
         }
         StripWorker worker(scratch.scores, scratch.weights, scale_log2);
@@ -199,7 +208,8 @@ struct Forward {
         for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);
     }
 
-    AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first, int64_t end, int64_t end_key) const {
+    AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first,
+                                  int64_t end, int64_t end_key) const {
         const int vectors = static_cast<int>(ceil_div(end - first, LANES));
         strip.vectors = vectors <= 2 ? vectors : STRIP_VECTORS;
         strip.most_visible = 0;
@@ -256,7 +266,8 @@ struct Forward {
         }
     }
 
-    AITER_OUTLINE void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t row, RowState &state) const {
+    AITER_OUTLINE void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t row,
+                                  RowState &state) const {
         Element *output = queries.output_row(row);
         const int64_t visible = visible_keys(seq, queries.token(row));
         if (visible == 0) {
@@ -273,14 +284,15 @@ struct Forward {
             attend_exactly(queries.query_row(row), keys, visible, scale_log2 * sign, state);
         }
         const float factor = 1.0f / state.sum; /* all scores -inf: 0 * inf, NaN as it should be */
-        for (int d = 0; d < HEAD_DIM; d += LANES) store_elements(output + d, load(state.output + d) * factor, HEAD_DIM - d);
+        for (int d = 0; d < HEAD_DIM; d += LANES)
+            store_elements(output + d, load(state.output + d) * factor, HEAD_DIM - d);
         if (!queries.lse) return;
         /* In double: the gradients of a whole row are as wrong as its log-sum-exp. */
         queries.store_lse(row, static_cast<float>((state.maximum + log2(static_cast<double>(state.sum))) * LN_2));
     }
 };
 
-}  // namespace
+} // namespace
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
     *description = {AITER_ABI_VERSION, sizeof(aiter_attention_problem), sizeof(aiter_attention_tensors)};

@@ -11,10 +11,10 @@
  * that belong to a row, its log-sum-exp and delta = dO . O - d(lse), are broadcast.
  *
  * In float32 the order of sums matters. S is summed as the forward pass does it: the error of a dominant score then
- * cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is lane by lane;
- * here, in short parts. dP is summed in shorter parts always, as little may remain of dP - delta. Where one strip holds all
- * keys, neither the log-sum-exp nor the output of the forward pass is needed, nor the rounding of either (WholeRow).
- */
+ * cancels against that of the log-sum-exp, while a better sum of S would make P worse. For few rows that is lane by
+ * lane; here, in short parts. dP is summed in shorter parts always, as little may remain of dP - delta. Where one
+ * strip holds all keys, neither the log-sum-exp nor the output of the forward pass is needed, nor the rounding of
+ * either (WholeRow). */
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
 
@@ -36,7 +36,8 @@ constexpr int STRIP_MULTIPLE = 1;
 #endif
 constexpr int BLOCK_ROW_STEPS = BLOCK_ROWS / STEP_ELEMENTS;
 constexpr int GRAD_PART = FULL_PRECISION ? 32 : DIM_STEPS; /* steps that dP is summed over at a time */
-constexpr int LEFT_ROW = TILE_STEPS + LANES; /* steps from one row of dS to the next: no power of two, for the L1 cache */
+constexpr int LEFT_ROW =
+    TILE_STEPS + LANES; /* steps from one row of dS to the next: no power of two, for the L1 cache */
 
 /* Where the rows of one operand lie: row r is token r / group of head r % group. */
 struct Rows {
@@ -44,8 +45,8 @@ struct Rows {
     int64_t token_stride, head_stride, group;
 
     Rows(const void *tensor, const int64_t *strides, int64_t batch, int64_t token, int64_t head, int64_t heads)
-        : first(static_cast<Element *>(const_cast<void *>(tensor)) + batch * strides[0] + token * strides[1]
-                + head * heads * strides[2]),
+        : first(static_cast<Element *>(const_cast<void *>(tensor)) + batch * strides[0] + token * strides[1] +
+                head * heads * strides[2]),
           token_stride(strides[1]), head_stride(strides[2]), group(heads) {}
 
     Element *operator[](int64_t row) const {
@@ -77,13 +78,13 @@ struct RowBlock {
 
 /* What lies between the products. */
 struct Weights {
-    float *scores, *grads;       /* S, dP [row][STRIP_ROWS] */
-    Step *right, *grad_right;    /* P, dS [row step][STRIP_ROWS] */
-    Step *grad_left;             /* dS [row][LEFT_ROW] */
+    float *scores, *grads;    /* S, dP [row][STRIP_ROWS] */
+    Step *right, *grad_right; /* P, dS [row step][STRIP_ROWS] */
+    Step *grad_left;          /* dS [row][LEFT_ROW] */
 };
 
-/* A product with a strip of keys along the lanes, `part` steps summed at a time. A switch of its own: by way of strip.h's
- * with_vectors, g++ 12 inlines the products and makes them 2 % slower. */
+/* A product with a strip of keys along the lanes, `part` steps summed at a time. A switch of its own: by way of
+ * strip.h's with_vectors, g++ 12 inlines the products and makes them 2 % slower. */
 template <class A>
 static __attribute__((noinline)) void product(int vectors, float *c, const Step *a, const Step *b, int count, int steps,
                                               bool accumulate, int part) {
@@ -102,7 +103,8 @@ static __attribute__((noinline)) void product(int vectors, float *c, const Step 
 static void pack_columns(Step *columns, const Rows &rows, const KeyTile &tile) {
     for (int v = 0; v < tile.vectors; v++) {
         const Element *lanes[LANES];
-        for (int i = 0; i < LANES; i++) lanes[i] = v * LANES + i < tile.count ? rows[tile.first + v * LANES + i] : nullptr;
+        for (int i = 0; i < LANES; i++)
+            lanes[i] = v * LANES + i < tile.count ? rows[tile.first + v * LANES + i] : nullptr;
         pack_queries(columns + v / STRIP_VECTORS * DIM_STEPS * STRIP_ROWS, v % STRIP_VECTORS, lanes, false);
     }
 }
@@ -183,8 +185,8 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
     }
 }
 
-/* P and dS of a row, by a softmax of its own, and so without the rounding of the log-sum-exp and the output of the forward
- * pass, which would be most of the error of few numbers: for a row that sees no key beyond the strip. */
+/* P and dS of a row, by a softmax of its own, and so without the rounding of the log-sum-exp and the output of the
+ * forward pass, which would be most of the error of few numbers: for a row that sees no key beyond the strip. */
 struct WholeRow {
     Vec weights[STRIP_VECTORS], grads[STRIP_VECTORS];
 
@@ -218,7 +220,8 @@ static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &
         for (int v = 0; v < vectors; v++) {
             const int right = Lanes::at(r / STEP_ELEMENTS, v);
             store_pair(w.right + right, nullptr, low.weights[v], high.weights[v]);
-            store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + v * LANES / STEP_ELEMENTS, low.grads[v], high.grads[v]);
+            store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + v * LANES / STEP_ELEMENTS, low.grads[v],
+                       high.grads[v]);
         }
     }
 }
@@ -230,17 +233,20 @@ static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, 
     const int vectors = round_up((seen + LANES - 1) / LANES, STRIP_MULTIPLE), row_steps = block.rows / STEP_ELEMENTS;
     for (int v = 0; v < vectors; v += STRIP_VECTORS) {
         const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
-        const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS, sums = static_cast<int64_t>(first_key) * DIM;
-        product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false, block.score_part);
-        product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false, block.grad_part);
-        if (FULL_PRECISION && block.whole)
-            differentiate_whole(w, block, width, scale_log2);
+        const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS,
+                      sums = static_cast<int64_t>(first_key) * DIM;
+        product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false,
+                          block.score_part);
+        product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false,
+                          block.grad_part);
+        if (FULL_PRECISION && block.whole) differentiate_whole(w, block, width, scale_log2);
         else if (block.fewest_visible < tile.first + first_key + width * LANES)
             differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
-        else
-            differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
-        product<ValueColumns>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true, row_steps);
-        product<ValueColumns>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true, row_steps);
+        else differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
+        product<ValueColumns>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true,
+                              row_steps);
+        product<ValueColumns>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true,
+                              row_steps);
     }
     return vectors * LANES;
 }
@@ -255,9 +261,11 @@ static __attribute__((noinline)) void add_grad_queries(float *grad_queries, cons
         const int steps = static_cast<int>(minimum(QUERY_PART, keys / STEP_ELEMENTS - first));
         const Step *left = w.grad_left + first, *right = tile.keys + first * WIDTH;
         for (int d = 0; d < WHOLE; d += STRIP_ROWS)
-            multiply<STRIP_VECTORS, Right, Left, Right>(grad_queries + d, left, right + d, block.rows, steps, accumulate);
+            multiply<STRIP_VECTORS, Right, Left, Right>(grad_queries + d, left, right + d, block.rows, steps,
+                                                        accumulate);
         if constexpr (REST > 0)
-            multiply<REST, Right, Left, Right>(grad_queries + WHOLE, left, right + WHOLE, block.rows, steps, accumulate);
+            multiply<REST, Right, Left, Right>(grad_queries + WHOLE, left, right + WHOLE, block.rows, steps,
+                                               accumulate);
     }
 }
 
@@ -273,7 +281,8 @@ static void write_columns(const Rows &rows, const KeyTile &tile, const float *co
         const float *strip = columns + static_cast<int64_t>(v / STRIP_VECTORS) * DIM * STRIP_ROWS;
         for (int d = 0; d < HEAD_DIM; d += LANES) {
             Vec square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = d + i < DIM ? load(strip + Lanes::at(d + i, v % STRIP_VECTORS)) * scale : Vec{};
+            for (int i = 0; i < LANES; i++)
+                square[i] = d + i < DIM ? load(strip + Lanes::at(d + i, v % STRIP_VECTORS)) * scale : Vec{};
             transpose(square);
             for (int i = 0; i < LANES && v * LANES + i < tile.count; i++)
                 store_elements(rows[tile.first + v * LANES + i] + d, square[i], HEAD_DIM - d);

@@ -10,7 +10,8 @@ AITER_EXPORT const char *aiter_error_text(int code) {
     switch (code) {
     case OK: return "no error";
     case OUT_OF_MEMORY: return "out of memory";
-    case NO_TILES: return "Linux does not let this process use the AMX tile registers; AITER_CPU_ARCH can select another arch";
+    case NO_TILES:
+        return "Linux does not let this process use the AMX tile registers; AITER_CPU_ARCH can select another arch";
     default: return "unknown error";
     }
 }

@@ -17,12 +17,13 @@ static_assert(LANES == 16 && STRIP_VECTORS % 2 == 0, "tiles are 16 x 16");
 
 constexpr int TILE_SIDE = 16;
 
-/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for 32 i from `first` on and the lanes of vectors FROM and, where TO
- * is two more, the one after it. */
+/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for 32 i from `first` on and the lanes of vectors FROM and,
+ * where TO is two more, the one after it. */
 template <int FROM, int TO, class C, class A, class B, class Meanwhile>
 AITER_INLINE void multiply_square(float *c, const Step *a, const Step *b, int first, int steps, bool accumulate,
                                   const Meanwhile &meanwhile) {
-    constexpr int64_t A_BYTES = A::ROW * sizeof(Step), B_BYTES = B::ROW * sizeof(Step), C_BYTES = C::ROW * sizeof(float);
+    constexpr int64_t A_BYTES = A::ROW * sizeof(Step), B_BYTES = B::ROW * sizeof(Step),
+                      C_BYTES = C::ROW * sizeof(float);
     constexpr bool BOTH = TO - FROM == 2;
     float *upper = c + C::at(first, FROM), *lower = c + C::at(first + TILE_SIDE, FROM);
     if (accumulate) {
@@ -58,7 +59,8 @@ AITER_INLINE void multiply_square(float *c, const Step *a, const Step *b, int fi
 /* The same for i < count, a multiple of 32, and VECTORS of lanes, steps in sixteens. C, A and B are their layouts.
  * `meanwhile` is called after every few products, to do what the vector units can do at the same time. */
 template <int VECTORS, class C, class A, class B, class Meanwhile>
-static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, const Meanwhile &meanwhile) {
+static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate,
+                     const Meanwhile &meanwhile) {
     for (int first = 0; first < count; first += 2 * TILE_SIDE) {
         multiply_square<0, (VECTORS < 2 ? VECTORS : 2), C, A, B>(c, a, b, first, steps, accumulate, meanwhile);
         if constexpr (VECTORS > 2) multiply_square<2, VECTORS, C, A, B>(c, a, b, first, steps, accumulate, meanwhile);

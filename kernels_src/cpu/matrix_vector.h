@@ -23,9 +23,10 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
             const int end = static_cast<int>(minimum(begin + part, steps));
             Vec total[TILE_ROWS][VECTORS];
             AITER_UNROLL
-            for (int i = 0; i < TILE_ROWS; i++)
+            for (int i = 0; i < TILE_ROWS; i++) {
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) total[i][v] = Vec{};
+            }
             for (int s = begin; s < end; s++) {
                 StepVec right[VECTORS];
                 AITER_UNROLL
@@ -38,12 +39,13 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
                 }
             }
             AITER_UNROLL
-            for (int i = 0; i < TILE_ROWS; i++)
+            for (int i = 0; i < TILE_ROWS; i++) {
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) {
                     float *p = c + C::at(i, v);
                     store(p, accumulate || begin > 0 ? load(p) + total[i][v] : total[i][v]);
                 }
+            }
         }
 }
 

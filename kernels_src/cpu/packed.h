@@ -46,8 +46,8 @@ constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 128;
 constexpr int STRIP_VECTORS = 4, BLOCK_KEYS = 256; /* so that tiles of K, V and O^T come from L2 less often */
 #endif
 constexpr int MIN_TILE_ROWS = 256;
-constexpr int KEY_MULTIPLE = 32;                 /* a tile of weights takes 32 keys */
-constexpr int DIM = round_up(HEAD_DIM, 32);      /* head_dim as the products see it: padded with zeros */
+constexpr int KEY_MULTIPLE = 32;            /* a tile of weights takes 32 keys */
+constexpr int DIM = round_up(HEAD_DIM, 32); /* head_dim as the products see it: padded with zeros */
 #else
 #if AITER_AVX2
 constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 128;
@@ -63,26 +63,24 @@ constexpr int DIM = HEAD_DIM;
 constexpr int MAX_TILE_ROWS = 1024;
 /* STRIP_VECTORS: vectors of query rows that are worked on together. BLOCK_KEYS: keys per step of the online softmax;
  * scores and weights of a strip fit L1 (without tiles), packed keys and values L2. KEY_MULTIPLE: blocks are padded with
- * zero keys. MIN_TILE_ROWS: for fewer rows than this, packing keys and values costs too much of the time. MAX_TILE_ROWS:
- * Q^T and O^T of a tile lie in L2, or beside it where it is small; packing less often is worth more. */
+ * zero keys. MIN_TILE_ROWS: for fewer rows than this, packing keys and values costs too much of the time.
+ * MAX_TILE_ROWS: Q^T and O^T of a tile lie in L2, or beside it where it is small; packing less often is worth more. */
 constexpr int STRIP_ROWS = STRIP_VECTORS * LANES;
 constexpr int DIM_STEPS = DIM / STEP_ELEMENTS;
 constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else rounding to 16 bits outweighs all other */
-constexpr int SCORE_PART = FULL_PRECISION ? 64 : DIM_STEPS; /* steps that a score is summed over at a time */
+constexpr int SCORE_PART = FULL_PRECISION ? 64 : DIM_STEPS;       /* steps that a score is summed over at a time */
 constexpr int BLOCK_STEPS = BLOCK_KEYS / STEP_ELEMENTS;
-constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;                    /* where the values of a packed block begin */
+constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;           /* where the values of a packed block begin */
 constexpr int PACKED_BLOCK = PACKED_VALUES + BLOCK_STEPS * DIM; /* steps in a packed block */
 
-/* Where vector v of a row lies in a matrix: row after row, or in tiles of 16 rows by one vector, 1 KB each in one piece,
- * which matrix tiles load faster than rows that lie far apart. */
-template <int ROW_STEPS>
-struct Strided {
+/* Where vector v of a row lies in a matrix: row after row, or in tiles of 16 rows by one vector, 1 KB each in one
+ * piece, which matrix tiles load faster than rows that lie far apart. */
+template <int ROW_STEPS> struct Strided {
     static constexpr int ROW = ROW_STEPS, STEP = 1;
     static constexpr int at(int row, int v) { return row * ROW + v * LANES; }
 };
 
-template <int VECTORS>
-struct Tiled {
+template <int VECTORS> struct Tiled {
     static constexpr int ROW = LANES;
     static constexpr int at(unsigned row, unsigned v) { /* unsigned, so that divisions are shifts */
         return static_cast<int>((row / LANES * VECTORS + v) * LANES * LANES + row % LANES * LANES);
@@ -90,8 +88,7 @@ struct Tiled {
 };
 
 /* The transposed of a strided matrix, for left operands. */
-template <int ROW_STEPS>
-struct Columns {
+template <int ROW_STEPS> struct Columns {
     static constexpr int ROW = 1, STEP = ROW_STEPS;
 };
 
@@ -103,13 +100,15 @@ using ValueColumns = ValueSteps;
 #else
 using Lanes = Strided<STRIP_ROWS>;
 using KeySteps = Strided<DIM_STEPS>;
-using ValueSteps = Strided<DIM>;     /* V[step][d] */
+using ValueSteps = Strided<DIM>;   /* V[step][d] */
 using ValueColumns = Columns<DIM>; /* the same, as V^T */
 #endif
 
 AITER_INLINE Vec multiply_add(Vec total, Vec a, Vec b) { return a * b + total; }
 #if AITER_DOT_PRODUCTS
-AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) { return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
+AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) {
+    return _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b);
+}
 #endif
 
 AITER_INLINE Vec negate(Vec steps) { return -steps; }
@@ -120,10 +119,8 @@ AITER_INLINE IntVec negate(IntVec steps) { return steps ^ static_cast<int32_t>(0
 AITER_INLINE StepVec load_steps(const Step *p) { return load(p); }
 AITER_INLINE void store_steps(Step *p, StepVec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE void store_steps(Step *p, StepVec v, int count) {
-    if (count >= LANES)
-        store_steps(p, v);
-    else
-        memcpy(p, &v, count * sizeof(Step));
+    if (count >= LANES) store_steps(p, v);
+    else memcpy(p, &v, count * sizeof(Step));
 }
 
 #if AITER_PAIRS
@@ -143,8 +140,8 @@ AITER_INLINE StepVec interleave(const Element *low, const Element *high, int cou
 /* The weights of two keys. */
 AITER_INLINE StepVec to_pairs(Vec low, Vec high) {
 #if AITER_DTYPE_BF16
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (StepVec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 #else
     return widen(to_elements(low)) | (widen(to_elements(high)) << 16);
@@ -167,10 +164,8 @@ AITER_INLINE StepVec row_steps(const Element *row, int first) {
 #if AITER_PAIRS
     StepVec v = StepVec{};
     const int left = HEAD_DIM / 2 - first;
-    if (left >= LANES)
-        memcpy(&v, row + first * 2, sizeof v);
-    else if (left > 0)
-        memcpy(&v, row + first * 2, left * sizeof(Step));
+    if (left >= LANES) memcpy(&v, row + first * 2, sizeof v);
+    else if (left > 0) memcpy(&v, row + first * 2, left * sizeof(Step));
     return v;
 #else
     return to_floats(row + first, HEAD_DIM - first);
@@ -195,13 +190,13 @@ static AITER_OUTLINE void pack_queries(Step *queries, int v, const Element *cons
 static void pack_keys(Step *keys, const Element *const *rows, int count) {
     for (int i = 0; i < round_up(count, KEY_MULTIPLE); i++)
         for (int s = 0; s < DIM_STEPS; s += LANES)
-            store_steps(keys + KeySteps::at(i, s / LANES), i < count ? row_steps(rows[i], s) : StepVec{}, DIM_STEPS - s);
+            store_steps(keys + KeySteps::at(i, s / LANES), i < count ? row_steps(rows[i], s) : StepVec{},
+                        DIM_STEPS - s);
 }
 
 /* Rows as the right operand of a product that sums over them: [step][d], WIDTH values apart. Null rows and those from
  * `count` to `padded` are zeros. */
-template <int WIDTH>
-static inline void pack_steps(Step *packed, const Element *const *rows, int count, int padded) {
+template <int WIDTH> static inline void pack_steps(Step *packed, const Element *const *rows, int count, int padded) {
     for (int i = 0; i < padded; i += STEP_ELEMENTS, packed += WIDTH)
         for (int d = 0; d < WIDTH; d += LANES) {
             StepVec steps = StepVec{};
@@ -223,13 +218,15 @@ static void pack_values(Step *values, const Element *const *rows, int count) {
             Vec square[LANES];
             for (int i = 0; i < LANES; i++) {
                 const int key = first + i * STEP_ELEMENTS;
-                square[i] = key < count && d < HEAD_DIM
-                                ? (Vec)interleave(rows[key] + d, key + 1 < count ? rows[key + 1] + d : nullptr, HEAD_DIM - d)
-                                : Vec{};
+                square[i] =
+                    key < count && d < HEAD_DIM
+                        ? (Vec)interleave(rows[key] + d, key + 1 < count ? rows[key + 1] + d : nullptr, HEAD_DIM - d)
+                        : Vec{};
             }
             transpose(square);
             for (int i = 0; i < LANES; i++)
-                store(reinterpret_cast<float *>(values) + ValueSteps::at(d + i, first / STEP_ELEMENTS / LANES), square[i]);
+                store(reinterpret_cast<float *>(values) + ValueSteps::at(d + i, first / STEP_ELEMENTS / LANES),
+                      square[i]);
         }
 }
 #elif AITER_PAIRS

@@ -11,8 +11,7 @@
 
 constexpr double SERIAL_FLOPS = 1.0e6; /* for less work than this, waking a second thread costs more than it brings */
 
-template <class Body>
-static void run_parallel(const aiter_cpu_executor *executor, int threads, Body &body) {
+template <class Body> static void run_parallel(const aiter_cpu_executor *executor, int threads, Body &body) {
     if (threads <= 1) {
         body();
         return;

@@ -53,14 +53,16 @@ static void load_query(RowQuery &query, const Element *row, bool negated) {
 
 AITER_INLINE float exact_dot(const Element *query, const Element *key) {
     Vec total = Vec{};
-    for (int d = 0; d < HEAD_DIM; d += LANES) total += to_floats(query + d, HEAD_DIM - d) * to_floats(key + d, HEAD_DIM - d);
+    for (int d = 0; d < HEAD_DIM; d += LANES)
+        total += to_floats(query + d, HEAD_DIM - d) * to_floats(key + d, HEAD_DIM - d);
     return sum(total);
 }
 
 /* The exact answer for one row, in two passes over its keys: for rows in which a value that is not finite met a weight
  * that is zero, where the fast path has produced a NaN that the mathematics may not have. Leaves weights relative to
  * the true maximum in `state`. The scale may be negative here. */
-static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &rows, int64_t keys, float scale_log2, RowState &state) {
+static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &rows, int64_t keys, float scale_log2,
+                                         RowState &state) {
     const Element *key, *value;
     bool nan = false;
     state.clear();
@@ -88,9 +90,10 @@ static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &ro
     }
 }
 
-/* Scores of every key with every row, not yet scaled: LANES of them at a time, each in a vector until they are summed. */
+/* Scores of every key with every row, not yet scaled: LANES at a time, each in a vector until they are summed. */
 template <int ROWS>
-AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next, float (*scores)[ROW_KEYS]) {
+AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next,
+                             float (*scores)[ROW_KEYS]) {
     constexpr int KEYS = LANES / (ROWS == 3 ? 4 : ROWS), PART = LANES / ROWS_AT_ONCE;
     for (int i = 0; i < ROW_KEYS; i += KEYS) {
         Vec products[LANES]; /* [row][key] */
@@ -100,34 +103,41 @@ AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const
         for (int part = 0; part < KEYS; part += PART) {
             AITER_UNROLL
             for (int k = part; k < part + PART; k++) prefetch_row(next.keys[i + k]);
-            for (int first = 0; first < SCORE_VECTORS; first += UNIT_VECTORS / PAIR)
+            for (int first = 0; first < SCORE_VECTORS; first += UNIT_VECTORS / PAIR) {
                 AITER_UNROLL
-                for (int v = first; v < first + UNIT_VECTORS / PAIR; v++)
+                for (int v = first; v < first + UNIT_VECTORS / PAIR; v++) {
                     AITER_UNROLL
                     for (int k = part; k < part + PART; k++) {
                         const RowVec key = score_vector(step.keys[i + k], v);
                         AITER_UNROLL
-                        for (int r = 0; r < ROWS; r++) products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
+                        for (int r = 0; r < ROWS; r++)
+                            products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
                     }
+                }
+            }
         }
         const Vec sums = sums_of(products);
         AITER_UNROLL
-        for (int r = 0; r < ROWS; r++) memcpy(scores[r] + i, reinterpret_cast<const float *>(&sums) + r * KEYS, KEYS * sizeof(float));
+        for (int r = 0; r < ROWS; r++)
+            memcpy(scores[r] + i, reinterpret_cast<const float *>(&sums) + r * KEYS, KEYS * sizeof(float));
     }
 }
 
 /* Adds vectors [first, first + VECTORS) of all values to the rows' outputs, each times its weight. */
 template <int ROWS, int VECTORS>
-AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &next, const RowWeights *weights, RowState *states) {
+AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &next, const RowWeights *weights,
+                              RowState *states) {
     Vec total[ROWS][VECTORS];
     AITER_UNROLL
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) total[r][v] = load(states[r].output + (first + v) * LANES);
+    }
     for (int i = 0; i < ROW_KEYS / PAIR; i++) {
-        if (first == 0)
+        if (first == 0) {
             AITER_UNROLL
             for (int k = 0; k < PAIR; k++) prefetch_row(next.values[i * PAIR + k]);
+        }
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) {
             const RowVec value = value_vector(step.values + i * PAIR, first + v);
@@ -136,22 +146,24 @@ AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &nex
         }
     }
     AITER_UNROLL
-    for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++) {
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) store(states[r].output + (first + v) * LANES, total[r][v]);
+    }
 }
 
 template <int ROWS>
 AITER_INLINE void add_values(const RowStep &step, const RowStep &next, const RowWeights *weights, RowState *states) {
     constexpr int MOST = SUMS_AT_ONCE / (ROWS == 3 ? 4 : ROWS), REST = ROW_VECTORS % MOST;
-    for (int first = 0; first < ROW_VECTORS - REST; first += MOST) add_vectors<ROWS, MOST>(first, step, next, weights, states);
+    for (int first = 0; first < ROW_VECTORS - REST; first += MOST)
+        add_vectors<ROWS, MOST>(first, step, next, weights, states);
     if (REST > 0) add_vectors<ROWS, REST + !REST>(ROW_VECTORS - REST, step, next, weights, states);
 }
 
 /* ROWS rows of one KV head over the keys of a step; row r sees the first seen[r] of them. */
 template <int ROWS>
-static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &step, const RowStep &next, const int *seen,
-                                      float scale_log2, RowState *states) {
+static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &step, const RowStep &next,
+                                      const int *seen, float scale_log2, RowState *states) {
     alignas(64) float all_scores[ROWS][ROW_KEYS];
     alignas(64) RowWeights weights[ROWS];
     score_keys<ROWS>(queries, step, next, all_scores);

@@ -16,7 +16,7 @@ constexpr int UNIT_VECTORS = 2; /* a vector full of elements is this many vector
 #else
 constexpr int UNIT_VECTORS = 1;
 #endif
-constexpr int PADDED_DIM = round_up(HEAD_DIM, UNIT_VECTORS * LANES);
+constexpr int PADDED_DIM = round_up(HEAD_DIM, UNIT_VECTORS *LANES);
 constexpr int ROW_VECTORS = PADDED_DIM / LANES; /* of floats: what an output row fills */
 
 #if AITER_DOT_PRODUCTS
@@ -29,10 +29,12 @@ AITER_INLINE RowVec score_vector(const Element *row, int v) { return row_steps(r
 
 /* Elements 8 i to 8 i + 3 of 2 LANES are in the even vector, the others in the odd one: one instruction each. */
 #define AITER_ZIP_4(first) first, first + 32, first + 1, first + 33, first + 2, first + 34, first + 3, first + 35
-#define AITER_ZIP_QUARTERS(first) AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
+#define AITER_ZIP_QUARTERS(first)                                                                                      \
+    AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
 AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
     typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
-    const Elements first = (Elements)row_steps(values[0], v / 2 * LANES), second = (Elements)row_steps(values[1], v / 2 * LANES);
+    const Elements first = (Elements)row_steps(values[0], v / 2 * LANES),
+                   second = (Elements)row_steps(values[1], v / 2 * LANES);
     return v % 2 == 0 ? (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(0))
                       : (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(4));
 }
@@ -47,7 +49,8 @@ static void restore_order(float *row) {
     for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
         const Vec low = load(row + first), high = load(row + first + LANES);
         store(row + first, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-        store(row + first + LANES, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+        store(row + first + LANES,
+              __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
     }
 }
 
@@ -65,8 +68,7 @@ AITER_INLINE void store_weights(Weight *weights, Vec values) { store(weights, va
 AITER_INLINE RowVec score_vector(const Element *row, int v) {
     const int first = v / 2 * 2 * LANES, left = HEAD_DIM - first;
     IntVec pairs = IntVec{};
-    if (left >= 2 * LANES)
-        memcpy(&pairs, row + first, sizeof pairs);
+    if (left >= 2 * LANES) memcpy(&pairs, row + first, sizeof pairs);
     else
 #if AITER_AVX512
         pairs = (IntVec)_mm512_maskz_loadu_epi16((uint32_t{1} << (left & 31)) - 1, row + first);

@@ -8,19 +8,19 @@
 #include "row_attention.h"
 #include "strip.h"
 
-constexpr int64_t TARGET_UNITS = 64;                       /* enough to keep the cores of a large socket busy */
-constexpr int64_t MIN_SPLIT_KEYS = 512;                    /* a shorter split costs more in merging than it gains */
-constexpr int64_t UNITS_PER_THREAD = 4;                    /* for an even load, as units differ in length */
+constexpr int64_t TARGET_UNITS = 64;    /* enough to keep the cores of a large socket busy */
+constexpr int64_t MIN_SPLIT_KEYS = 512; /* a shorter split costs more in merging than it gains */
+constexpr int64_t UNITS_PER_THREAD = 4; /* for an even load, as units differ in length */
 constexpr int64_t MAX_TILE_STRIPS = MAX_TILE_ROWS / STRIP_ROWS;
 constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and V for fewer rows costs too much */
 
 /* unit = (tile of rows, sequence, set of KV heads, split of the keys)
  *
- * Where keys are split, and so what the workspace holds, depends on the problem alone. How many rows a tile has is up to
- * the number of threads: large tiles pack keys less often, and no bit of a row depends on the others of its tile. */
+ * Where keys are split, and so what the workspace holds, depends on the problem alone. How many rows a tile has is up
+ * to the number of threads: large tiles pack keys less often, and no bit of a row depends on the others of its tile. */
 struct Schedule {
     int64_t group, rows; /* query heads per KV head; rows of one KV head in the longest sequence */
-    bool serial;             /* one thread will do */
+    bool serial;         /* one thread will do */
     bool few_rows;
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
@@ -90,8 +90,7 @@ struct Scratch {
     Scratch &operator=(const Scratch &) = delete;
 
   private:
-    template <class T>
-    void take(T *&buffer, int64_t count, int64_t &offset) {
+    template <class T> void take(T *&buffer, int64_t count, int64_t &offset) {
         buffer = reinterpret_cast<T *>(memory + offset);
         offset += aligned(count * static_cast<int64_t>(sizeof(T)));
     }

@@ -17,7 +17,8 @@ AITER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr double LOG2_E = 1.4426950408889634, LN_2 = 0.6931471805599453;
 
-/* Up to this many query rows of a KV head share its loads of keys and values in row_attention.h; more go through products. */
+/* Up to this many query rows of a KV head share its loads of keys and values in row_attention.h; more go through
+ * products. */
 constexpr int MAX_ROWS = 8;
 
 /* Buffers begin at whole cache lines. */
@@ -40,8 +41,8 @@ static inline void find_starts(const int32_t *lengths, int64_t batch, int64_t mo
     for (int64_t b = 0; b < batch; b++) starts[b + 1] = minimum(starts[b] + length_of(lengths, b, most), total);
 }
 
-static inline Sequence find_sequence(const int64_t *starts_q, const int32_t *seqlens_q, int64_t most_q, const int64_t *starts_k,
-                                     const int32_t *seqlens_k, int64_t most_k, int64_t b) {
+static inline Sequence find_sequence(const int64_t *starts_q, const int32_t *seqlens_q, int64_t most_q,
+                                     const int64_t *starts_k, const int32_t *seqlens_k, int64_t most_k, int64_t b) {
     Sequence s{length_of(seqlens_q, b, most_q), length_of(seqlens_k, b, most_k), 0, 0};
     if (starts_q) {
         s.first_q = starts_q[b];
@@ -80,9 +81,9 @@ struct KeyRows {
     KeyRows(const aiter_attention_problem &p, const aiter_attention_tensors &t, const Sequence &sequence, int64_t b,
             int64_t head)
         : key(static_cast<const Element *>(t.key) + head * p.key_strides[2]),
-          value(static_cast<const Element *>(t.value) + head * p.value_strides[2]),
-          key_stride(p.key_strides[1]), value_stride(p.value_strides[1]), pages(nullptr), page_size(p.page_size),
-          num_pages(p.num_pages), key_page_stride(p.key_strides[0]), value_page_stride(p.value_strides[0]) {
+          value(static_cast<const Element *>(t.value) + head * p.value_strides[2]), key_stride(p.key_strides[1]),
+          value_stride(p.value_strides[1]), pages(nullptr), page_size(p.page_size), num_pages(p.num_pages),
+          key_page_stride(p.key_strides[0]), value_page_stride(p.value_strides[0]) {
         if (page_size > 0) {
             pages = t.page_table + b * p.page_table_stride;
         } else {
@@ -124,10 +125,10 @@ struct QueryRows {
         : group(p.heads_q / p.heads_kv), query_strides{p.query_strides[1], p.query_strides[2]},
           output_strides{p.output_strides[1], p.output_strides[2]}, lse_head_stride(p.lse_strides[1]) {
         const int64_t first_head = head * group, batch = p.packed_q ? 0 : b, token = sequence.first_q;
-        query = static_cast<const Element *>(t.query) + batch * p.query_strides[0] + token * p.query_strides[1]
-                + first_head * p.query_strides[2];
-        output = static_cast<Element *>(t.output) + batch * p.output_strides[0] + token * p.output_strides[1]
-                 + first_head * p.output_strides[2];
+        query = static_cast<const Element *>(t.query) + batch * p.query_strides[0] + token * p.query_strides[1] +
+                first_head * p.query_strides[2];
+        output = static_cast<Element *>(t.output) + batch * p.output_strides[0] + token * p.output_strides[1] +
+                 first_head * p.output_strides[2];
         lse = t.lse ? t.lse + batch * p.lse_strides[0] + first_head * p.lse_strides[1] + token : nullptr;
     }
 

@@ -46,8 +46,16 @@ typedef uint16_t HalfVec __attribute__((vector_size(LANES * 2)));
 
 constexpr float INFINITE = __builtin_inff();
 
-AITER_INLINE Vec load(const float *p) { Vec v; memcpy(&v, p, sizeof v); return v; }
-AITER_INLINE IntVec load(const int32_t *p) { IntVec v; memcpy(&v, p, sizeof v); return v; }
+AITER_INLINE Vec load(const float *p) {
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+AITER_INLINE IntVec load(const int32_t *p) {
+    IntVec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
@@ -101,27 +109,33 @@ AITER_INLINE bool any(IntVec mask) {
 #endif
 }
 
+/* The polynomial with these coefficients, that of x^0 first, at x. */
+AITER_INLINE Vec horner(Vec, float last) { return broadcast(last); }
+template <class... Rest> AITER_INLINE Vec horner(Vec x, float first, Rest... rest) {
+    return horner(x, rest...) * x + first;
+}
+
 /* 2^x to about DEGREE x 4 bits: 13 bits for DEGREE 3, 18 for 4, all of a float for 6. 2^-inf is exactly 0; a result too
- * small for a normal number is a subnormal one on AVX-512, elsewhere 0. The coefficients are minimax in relative error on
- * [0, 1]. */
-template <int DEGREE>
-AITER_INLINE Vec exp2(Vec x) {
+ * small for a normal number is a subnormal one on AVX-512, elsewhere 0. The coefficients are minimax in relative error
+ * on [0, 1]. */
+template <int DEGREE> AITER_INLINE Vec exp2(Vec x) {
     static_assert(DEGREE == 3 || DEGREE == 4 || DEGREE == 6, "no coefficients");
 #if AITER_AVX512
-    const Vec f = _mm512_maskz_reduce_ps(ALL_LANES, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x); 0 for infinities */
+    /* x - floor(x); 0 for infinities */
+    const Vec f = _mm512_maskz_reduce_ps(ALL_LANES, x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
     const Vec whole = floor(x);
     const Vec f = x - whole;
 #endif
     Vec p;
-    if (DEGREE == 3)
-        p = ((7.802411169e-02f * f + 2.260679007e-01f) * f + 6.958331466e-01f) * f + 9.999252558e-01f;
-    else if (DEGREE == 4)
-        p = (((1.353414636e-02f * f + 5.201156065e-02f) * f + 2.414426506e-01f) * f + 6.930038929e-01f) * f
-            + 1.000002623e+00f;
-    else
-        p = (((((2.170226653e-04f * f + 1.243969309e-03f) * f + 9.678839706e-03f) * f + 5.548334494e-02f) * f
-              + 2.402298301e-01f) * f + 6.931470037e-01f) * f + 1.0f;
+    if (DEGREE == 3) {
+        p = horner(f, 9.999252558e-01f, 6.958331466e-01f, 2.260679007e-01f, 7.802411169e-02f);
+    } else if (DEGREE == 4) {
+        p = horner(f, 1.000002623e+00f, 6.930038929e-01f, 2.414426506e-01f, 5.201156065e-02f, 1.353414636e-02f);
+    } else {
+        p = horner(f, 1.0f, 6.931470037e-01f, 2.402298301e-01f, 5.548334494e-02f, 9.678839706e-03f, 1.243969309e-03f,
+                   2.170226653e-04f);
+    }
 #if AITER_AVX512
     return _mm512_maskz_scalef_ps(ALL_LANES, p, x); /* p * 2^floor(x) */
 #else
@@ -142,7 +156,11 @@ typedef Vec ElementVec;
 #else
 typedef uint16_t Element;
 typedef HalfVec ElementVec;
-AITER_INLINE HalfVec load(const Element *p) { HalfVec v; memcpy(&v, p, sizeof v); return v; }
+AITER_INLINE HalfVec load(const Element *p) {
+    HalfVec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
 
 #if AITER_DTYPE_BF16
 constexpr int EXP2_DEGREE = 3;
@@ -199,10 +217,8 @@ AITER_INLINE Vec to_floats(const Element *p, int count) {
 
 AITER_INLINE void store_elements(Element *p, Vec v, int count) {
     const ElementVec elements = to_elements(v);
-    if (count >= LANES)
-        memcpy(p, &elements, sizeof elements);
-    else
-        memcpy(p, &elements, count * sizeof(Element));
+    if (count >= LANES) memcpy(p, &elements, sizeof elements);
+    else memcpy(p, &elements, count * sizeof(Element));
 }
 
 /* ---- a square of LANES x LANES values, rows become columns ---- */
@@ -234,17 +250,16 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
 
 /* Adds lanes that are HALF apart, those of a in the lanes without that bit and those of b in the lanes with it: one
  * shuffle and one blend, as every second summand is where it belongs. */
-template <int HALF, int... LANE>
-AITER_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
-    return __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE)...)
-           + __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...);
+template <int HALF, int... LANE> AITER_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
+    return __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE)...) +
+           __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...);
 }
 
 /* Lane i of the result is the sum of the lanes of rows[i]. */
-template <int HALF = LANES / 2>
-AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
+template <int HALF = LANES / 2> AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
     AITER_UNROLL
-    for (int i = 0; i < HALF; i++) rows[i] = fold<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>());
+    for (int i = 0; i < HALF; i++)
+        rows[i] = fold<HALF>(rows[i], rows[i + HALF], std::make_integer_sequence<int, LANES>());
     if constexpr (HALF > 1) return sums_of<HALF / 2>(rows);
     return rows[0];
 }

@@ -19,20 +19,18 @@ struct Strip {
     Step *queries; /* Q^T [DIM_STEPS][STRIP_ROWS] */
     float *output; /* O^T [DIM][STRIP_ROWS], relative to `maximum`, not yet divided by `sum` */
     float *maximum, *sum;
-    int32_t *visible; /* row sees the keys below this */
+    int32_t *visible;                     /* row sees the keys below this */
     int32_t fewest_visible, most_visible; /* over the rows of the strip */
-    int vectors;      /* that hold rows: 1, 2 or STRIP_VECTORS */
-    bool empty;       /* nothing accumulated yet, `output` is not initialised */
+    int vectors;                          /* that hold rows: 1, 2 or STRIP_VECTORS */
+    bool empty;                           /* nothing accumulated yet, `output` is not initialised */
 };
 
-template <int N>
-struct Constant {
+template <int N> struct Constant {
     static constexpr int value = N;
 };
 
 /* Calls body(Constant<vectors of the strip>()). */
-template <class Body>
-AITER_INLINE void with_vectors(const Strip &strip, const Body &body) {
+template <class Body> AITER_INLINE void with_vectors(const Strip &strip, const Body &body) {
     switch (strip.vectors) {
     case 1: return body(Constant<1>());
     case 2: return body(Constant<2>());
@@ -40,8 +38,7 @@ AITER_INLINE void with_vectors(const Strip &strip, const Body &body) {
     }
 }
 
-template <int VECTORS>
-static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count) {
+template <int VECTORS> static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count) {
     for (int v = 0; v < VECTORS; v++) {
         const IntVec visible = load(strip.visible + v * LANES) - first_key;
         for (int j = 0; j < count; j++) {
@@ -51,8 +48,8 @@ static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count
     }
 }
 
-/* From the scores of some keys to weights, in one pass that hopes that the maximum need not move, and in pieces, so that
- * it can be worked off while matrix tiles multiply:
+/* From the scores of some keys to weights, in one pass that hopes that the maximum need not move, and in pieces, so
+ * that it can be worked off while matrix tiles multiply:
  *
  *     if (begin()) raise();                      a row has no maximum yet
  *     advance(), advance(), ...
@@ -68,8 +65,7 @@ struct Softening {
     int done;
     Vec base[STRIP_VECTORS], largest[STRIP_VECTORS], total[STRIP_VECTORS];
 
-    template <int VECTORS>
-    bool begin() {
+    template <int VECTORS> bool begin() {
         IntVec none = IntVec{};
         for (int v = 0; v < VECTORS; v++) {
             const Vec maximum = load(strip->maximum + v * LANES);
@@ -83,14 +79,13 @@ struct Softening {
     }
 
     /* The next `keys` keys, an even number. */
-    template <int VECTORS>
-    void advance(int keys) {
+    template <int VECTORS> void advance(int keys) {
         const int end = static_cast<int>(minimum(done + keys, count));
         const Softening from = *this; /* a copy, as storing weights could change what only this points to */
         Vec most[VECTORS], sum[VECTORS];
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) most[v] = largest[v], sum[v] = total[v];
-        for (int j = done; j < end; j += 2)
+        for (int j = done; j < end; j += 2) {
             AITER_UNROLL
             for (int v = 0; v < VECTORS; v++) {
                 const Vec low = load(from.scores + Lanes::at(j, v)) * from.scale_log2 - from.base[v];
@@ -100,13 +95,13 @@ struct Softening {
                 sum[v] += low_weight + high_weight;
                 store_weights(from.weights, j, v, low_weight, high_weight);
             }
+        }
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) largest[v] = most[v], total[v] = sum[v];
         done = end;
     }
 
-    template <int VECTORS>
-    bool finish() {
+    template <int VECTORS> bool finish() {
         advance<VECTORS>(count - done);
         IntVec exceeds = IntVec{};
         for (int v = 0; v < VECTORS; v++) exceeds |= largest[v] > RESCALE_THRESHOLD;
@@ -115,15 +110,15 @@ struct Softening {
         return true;
     }
 
-    template <int VECTORS>
-    AITER_OUTLINE void raise() {
+    template <int VECTORS> AITER_OUTLINE void raise() {
         for (int v = 0; v < VECTORS; v++) {
             Vec candidate = broadcast(-INFINITE);
             for (int j = 0; j < count; j++) candidate = maximum(candidate, load(scores + Lanes::at(j, v)));
             candidate *= scale_log2;
             const Vec old = load(strip->maximum + v * LANES);
             /* Each row decides for itself, so that its bits do not depend on which rows share the strip. */
-            const IntVec first = (old == -INFINITE) & (candidate > -INFINITE), moves = first | (largest[v] > RESCALE_THRESHOLD);
+            const IntVec first = (old == -INFINITE) & (candidate > -INFINITE),
+                         moves = first | (largest[v] > RESCALE_THRESHOLD);
             if (!any(moves)) continue;
             const Vec moved = moves ? candidate : old;
             store(strip->maximum + v * LANES, moved);
@@ -168,8 +163,9 @@ class NextRows {
 /* Works on one strip and one block of keys after the other. */
 class StripWorker {
   public:
-    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS, WEIGHTS = BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
-    static constexpr int PACKED_BLOCKS = 1; /* that it needs at a time */
+    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS,
+                         WEIGHTS = BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
+    static constexpr int PACKED_BLOCKS = 1;                  /* that it needs at a time */
 
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
         : scores(scores_buffer), weights(weights_buffer), scale_log2(scale) {}
@@ -184,9 +180,8 @@ class StripWorker {
         const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
         if (seen <= 0) return;
         const int padded = round_up(seen, KEY_MULTIPLE);
-        with_vectors(strip, [&](auto vectors) {
-            attend<decltype(vectors)::value>(strip, keys, values, first_key, padded);
-        });
+        with_vectors(strip,
+                     [&](auto vectors) { attend<decltype(vectors)::value>(strip, keys, values, first_key, padded); });
     }
 
     void finish() {}
@@ -211,7 +206,8 @@ class StripWorker {
     void product(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
         for (int first = 0; first < count; first += PIECE) {
             next.fetch();
-            multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b, PIECE, steps, accumulate, part);
+            multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b, PIECE, steps, accumulate,
+                                               part);
         }
     }
 

@@ -25,11 +25,13 @@ class StripWorker {
     };
 
   public:
-    static constexpr int SCORES = 2 * CHUNK * STRIP_ROWS, WEIGHTS = 2 * BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
+    static constexpr int SCORES = 2 * CHUNK * STRIP_ROWS,
+                         WEIGHTS = 2 * BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
     static constexpr int PACKED_BLOCKS = 2; /* as it may still be busy with the last strip of the block before */
 
     StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
-        : scores(scores_buffer), next_scores(scores_buffer + CHUNK * STRIP_ROWS), soft{nullptr, nullptr, weights_buffer, 0, 0, 0},
+        : scores(scores_buffer), next_scores(scores_buffer + CHUNK * STRIP_ROWS),
+          soft{nullptr, nullptr, weights_buffer, 0, 0, 0},
           pending{nullptr, nullptr, weights_buffer + BLOCK_STEPS * STRIP_ROWS, 0, 0, 0} {
         softening.scale_log2 = scale;
         softening.count = softening.done = 0;
@@ -81,7 +83,8 @@ class StripWorker {
     void score(const Strip &strip, const Step *keys) {
         const auto meanwhile = piece(groups(strip, DIM_STEPS));
         with_vectors(strip, [&](auto vectors) {
-            multiply<decltype(vectors)::value, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK, DIM_STEPS, false, meanwhile);
+            multiply<decltype(vectors)::value, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK,
+                                                                       DIM_STEPS, false, meanwhile);
         });
     }
 
@@ -104,8 +107,7 @@ class StripWorker {
         with_vectors(*soft.strip, [&](auto vectors) { begin<decltype(vectors)::value>(first_key); });
     }
 
-    template <int VECTORS>
-    void begin(int32_t first_key) {
+    template <int VECTORS> void begin(int32_t first_key) {
         if (soft.strip->fewest_visible < first_key + CHUNK) hide_keys<VECTORS>(scores, *soft.strip, first_key, CHUNK);
         if (softening.begin<VECTORS>()) raise<VECTORS>();
     }
@@ -117,15 +119,13 @@ class StripWorker {
         softening.count = softening.done = 0;
     }
 
-    template <int VECTORS>
-    void finish() {
+    template <int VECTORS> void finish() {
         if (softening.finish<VECTORS>()) return;
         raise<VECTORS>();
         softening.finish<VECTORS>();
     }
 
-    template <int VECTORS>
-    AITER_OUTLINE void raise() {
+    template <int VECTORS> AITER_OUTLINE void raise() {
         if (pending.strip == soft.strip) accumulate_all(pending);
         if (soft.first < soft.end) {
             Block so_far = soft;
@@ -137,9 +137,11 @@ class StripWorker {
 
     /* The next `dimensions` of the values of a block. */
     void accumulate(Block &block, int dimensions) {
-        const int count = static_cast<int>(minimum(dimensions, DIM - block.dimensions)), steps = (block.end - block.first) / STEP_ELEMENTS;
+        const int count = static_cast<int>(minimum(dimensions, DIM - block.dimensions)),
+                  steps = (block.end - block.first) / STEP_ELEMENTS;
         const auto meanwhile = piece(groups(*block.strip, count / CHUNK * steps + DIM_STEPS));
-        with_vectors(*block.strip, [&](auto vectors) { accumulate<decltype(vectors)::value>(block, count, steps, meanwhile); });
+        with_vectors(*block.strip,
+                     [&](auto vectors) { accumulate<decltype(vectors)::value>(block, count, steps, meanwhile); });
         block.dimensions += count;
         if (block.dimensions < DIM) return;
         block.strip->empty = false;
@@ -148,10 +150,10 @@ class StripWorker {
 
     template <int VECTORS, class Meanwhile>
     void accumulate(const Block &block, int count, int steps, const Meanwhile &meanwhile) {
-        multiply<VECTORS, Lanes, ValueColumns, Lanes>(block.strip->output + Lanes::at(block.dimensions, 0),
-                                                      block.values + ValueColumns::at(block.dimensions, block.first / CHUNK),
-                                                      block.weights + Lanes::at(block.first / STEP_ELEMENTS, 0), count, steps,
-                                                      !block.strip->empty, meanwhile);
+        multiply<VECTORS, Lanes, ValueColumns, Lanes>(
+            block.strip->output + Lanes::at(block.dimensions, 0),
+            block.values + ValueColumns::at(block.dimensions, block.first / CHUNK),
+            block.weights + Lanes::at(block.first / STEP_ELEMENTS, 0), count, steps, !block.strip->empty, meanwhile);
     }
 
     AITER_OUTLINE void accumulate_all(Block &block) {

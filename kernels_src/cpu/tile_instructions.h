@@ -1,5 +1,5 @@
-/* The AMX instructions, each as a function, and the tile registers while a thread has them. Included by its path from the
- * root of the sources, so that tests can put others in its place (tests/kernels/stand_in). */
+/* The AMX instructions, each as a function, and the tile registers while a thread has them. Included by its path from
+ * the root of the sources, so that tests can put others in its place (tests/kernels/stand_in). */
 #ifndef AITER_CPU_TILE_INSTRUCTIONS_H
 #define AITER_CPU_TILE_INSTRUCTIONS_H
 
@@ -8,24 +8,18 @@
 
 #include "simd.h"
 
-template <int TILE>
-AITER_INLINE void load_tile(const void *p, int64_t row_bytes) {
+template <int TILE> AITER_INLINE void load_tile(const void *p, int64_t row_bytes) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row_bytes), "i"(TILE) : "memory");
 }
 
-template <int TILE>
-AITER_INLINE void store_tile(void *p, int64_t row_bytes) {
+template <int TILE> AITER_INLINE void store_tile(void *p, int64_t row_bytes) {
     asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(TILE) : "memory");
 }
 
-template <int TILE>
-AITER_INLINE void zero_tile() {
-    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
-}
+template <int TILE> AITER_INLINE void zero_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(TILE)); }
 
-/* sums += left * right: VEX.128.{F3: bf16, F2: fp16}.0F38.W0 5C /r, in bytes because older assemblers lack the latter. */
-template <int SUMS, int LEFT, int RIGHT>
-AITER_INLINE void multiply_tiles() {
+/* sums += left * right: VEX.128.{F3: bf16, F2: fp16}.0F38.W0 5C /r, in bytes as older assemblers lack the latter. */
+template <int SUMS, int LEFT, int RIGHT> AITER_INLINE void multiply_tiles() {
 #if AITER_DTYPE_BF16
     constexpr int PREFIX = 2;
 #else

@@ -22,8 +22,8 @@
  *     at the end       waves of a row tile add up what they have, halving their number through shared memory; the
  *                      first writes it: the whole of a unit to the output, a part of one to the workspace
  *
- * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results do
- * not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
+ * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results
+ * do not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
  *
  * What arch/ *_decode.h provides:
  *   Decode<HEAD_DIM>                  ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
@@ -76,8 +76,9 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
 
     Stream stream(shared, rows, first_key, group, groups);
     Tile::Queries queries;
-    queries.load(stream.query_memory(),
-                 [&](int row) { return wave_row + row < unit.rows ? unit.query(wave_row + row) : nullptr; }, negate);
+    queries.load(
+        stream.query_memory(),
+        [&](int row) { return wave_row + row < unit.rows ? unit.query(wave_row + row) : nullptr; }, negate);
     /* All waves make the same number of rounds: they may have to meet in each. */
     const int last_step = (end - first_key - 1) / STEP_KEYS;
     for (int tile = group; tile < (last_step + 1) * WAVES; tile += groups) {
@@ -93,7 +94,8 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
 }
 
 /* Adds up what the groups of waves have: those with a higher number hand theirs to those with a lower one. */
-__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax, Output &o) {
+__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax,
+                                       Output &o) {
     for (int distance = groups / 2; distance > 0; distance /= 2) {
         barrier();
         const bool gives = group >= distance && group < 2 * distance, takes = group < distance;
@@ -163,7 +165,8 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &s
             Pack<uint32_t, RUN / 2> run;
 #pragma unroll
             for (int j = 0; j < RUN; j += 2) run.item[j / 2] = to_elements(o.get(slot, i + j), o.get(slot, i + j + 1));
-            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column_of_lane(i)) = run;
+            if (Output::column_of_lane(i) < HEAD_DIM)
+                *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column_of_lane(i)) = run;
         }
     }
 }
@@ -181,10 +184,12 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
             Pack<float, RUN> run;
 #pragma unroll
             for (int j = 0; j < RUN; ++j) run.item[j] = o.get(slot, i + j);
-            if (Output::column_of_lane(i) < HEAD_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + Output::column_of_lane(i)) = run;
+            if (Output::column_of_lane(i) < HEAD_DIM)
+                *reinterpret_cast<Pack<float, RUN> *>(to + Output::column_of_lane(i)) = run;
         }
         if (Tile::leads_row())
-            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {{softmax.maximum[slot], sum}};
+            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {
+                {softmax.maximum[slot], sum}};
     }
 }
 
@@ -233,8 +238,8 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const 
 
 constexpr int MERGE_ROWS = 2, MERGE_SLICES = 4, MERGE_WAVES = MERGE_ROWS * MERGE_SLICES;
 
-/* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units, or
- * over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
+/* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units,
+ * or over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments arguments, int grid, int over_units) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
     __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE];

@@ -114,8 +114,7 @@ struct Window {
     int low, high;
 };
 
-template <bool CAUSAL, int PASS>
-__device__ __forceinline__ Window window(const GradSequence &sequence, int own_row) {
+template <bool CAUSAL, int PASS> __device__ __forceinline__ Window window(const GradSequence &sequence, int own_row) {
     if (owns_queries(PASS))
         return {0, CAUSAL ? clamp(own_row + sequence.diagonal + 1, 0, sequence.key.count) : sequence.key.count};
     return {CAUSAL ? clamp(own_row - sequence.diagonal, 0, sequence.query.count) : 0, sequence.query.count};

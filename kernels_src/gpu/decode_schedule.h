@@ -53,10 +53,10 @@ struct Schedule {
     int steps, blocks;      /* of all sequences; blocks that have a range of them */
     int each, longer;       /* steps in a range; that many ranges at the beginning have one more */
 
-    struct Place {          /* of a step */
+    struct Place { /* of a step */
         int batch;
-        int begin;          /* first step of this sequence */
-        int steps;          /* of each of its units */
+        int begin; /* first step of this sequence */
+        int steps; /* of each of its units */
     };
 
     __device__ __forceinline__ Schedule(const Arguments &a, int grid)
@@ -131,7 +131,7 @@ struct Parts {
 struct Unit {
     const Arguments &arguments;
     int batch, group, first_head;
-    Problem sequence; /* of the first head */
+    Problem sequence;                 /* of the first head */
     int first_row, rows, padded_rows; /* of this part of the rows; padded_rows are written */
 
     __device__ __forceinline__ Unit(const Arguments &a, int batch, int index, int parts)
@@ -154,8 +154,8 @@ struct Unit {
         if (sequence.lse != nullptr)
             sequence.lse[head(row) * arguments.problem.lse_strides[1] + token(row)] = log_sum * LN_2;
     }
-    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a whole
-     * wave, for one row; true if the row was then computed again and stored. */
+    /* A row that is NaN though its log-sum-exp is finite: was it a masked value, 0 * inf in a matrix product? By a
+     * whole wave, for one row; true if the row was then computed again and stored. */
     __device__ __forceinline__ bool repair(int row, float log_sum) const {
         const Problem own(arguments, batch, first_head + head(row));
         const bool masked = values_not_finite<HEAD_DIM>(own, own.visible(token(row)), own.keys.count);

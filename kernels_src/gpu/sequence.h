@@ -75,8 +75,12 @@ template <> struct KeyValueRows<false> {
     };
     __device__ __forceinline__ Tile tile(int first) const {
         const uint32_t last = static_cast<uint32_t>(lesser(count - 1 - first, 127));
-        return {key + static_cast<int64_t>(first) * key_stride, value + static_cast<int64_t>(first) * value_stride,
-                key_stride, value_stride, last * key_stride, last * value_stride};
+        return {key + static_cast<int64_t>(first) * key_stride,
+                value + static_cast<int64_t>(first) * value_stride,
+                key_stride,
+                value_stride,
+                last * key_stride,
+                last * value_stride};
     }
 };
 
@@ -85,8 +89,8 @@ template <> struct KeyValueRows<true> {
     int64_t key_page_stride, value_page_stride; /* bytes */
     uint32_t key_stride, value_stride;
     int count;
-    const int32_t *pages;                       /* of this sequence */
-    int page_size, last_page;                   /* last_page: of the cache */
+    const int32_t *pages;     /* of this sequence */
+    int page_size, last_page; /* last_page: of the cache */
 
     struct Tile {
         const KeyValueRows &rows;
@@ -106,8 +110,8 @@ template <> struct KeyValueRows<true> {
             return rows.key + p.page * rows.key_page_stride + static_cast<int64_t>(p.position) * rows.key_stride + byte;
         }
         __device__ __forceinline__ const char *value(Place p, int byte) const {
-            return rows.value + p.page * rows.value_page_stride +
-                   static_cast<int64_t>(p.position) * rows.value_stride + byte;
+            return rows.value + p.page * rows.value_page_stride + static_cast<int64_t>(p.position) * rows.value_stride +
+                   byte;
         }
     };
     __device__ __forceinline__ Tile tile(int first) const { return {*this, first}; }
@@ -117,12 +121,12 @@ template <> struct KeyValueRows<true> {
 template <bool CAUSAL, bool PAGED> struct Sequence {
     const Element *query;
     Element *output;
-    float *lse;                                   /* null when not wanted */
-    int64_t query_stride, output_stride;          /* elements from row to row */
-    int rows;                                     /* query rows that exist */
-    int padded_rows;                              /* rows to be written; past `rows` they are zeros */
+    float *lse;                          /* null when not wanted */
+    int64_t query_stride, output_stride; /* elements from row to row */
+    int rows;                            /* query rows that exist */
+    int padded_rows;                     /* rows to be written; past `rows` they are zeros */
     KeyValueRows<PAGED> keys;
-    int diagonal;                                 /* causal: keys that row 0 sees, minus 1; may be negative */
+    int diagonal; /* causal: keys that row 0 sees, minus 1; may be negative */
 
     __device__ __forceinline__ int visible(int row) const {
         return CAUSAL ? clamp(row + diagonal + 1, 0, keys.count) : keys.count;

@@ -48,12 +48,13 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
         KeysAndValues tile(shared, thread_in_block());
         tile.issue(sequence.keys, 0);
         Queries queries;
-        queries.load(query_memory(shared),
-                     [&](int row) {
-                         row += wave_row;
-                         return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
-                     },
-                     negate);
+        queries.load(
+            query_memory(shared),
+            [&](int row) {
+                row += wave_row;
+                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
+            },
+            negate);
 
         for (int first = 0; first < keys_end; first += Tile::KEYS) {
             tile.publish(barrier);

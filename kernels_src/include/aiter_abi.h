@@ -39,23 +39,23 @@
 typedef struct aiter_attention_problem {
     int32_t batch;
     int32_t heads_q;
-    int32_t heads_kv;           /* divides heads_q; query head h reads KV head h / (heads_q / heads_kv) */
-    int32_t seqlen_q;           /* rows per sequence, or the most that any sequence has */
-    int32_t seqlen_k;           /* the same for keys; paged: the most tokens that a row of the page table holds */
-    int32_t packed_q;           /* 0 or 1 */
-    int32_t packed_k;           /* 0 or 1; never together with pages */
-    int32_t page_size;          /* tokens per page; 0 when key and value are not paged */
-    int64_t total_q;            /* packed: rows in query, else 0 */
-    int64_t total_k;            /* packed: rows in key, else 0 */
-    int64_t num_pages;          /* paged: pages in the cache, else 0 */
-    int64_t page_table_stride;  /* paged: elements from one row of the table to the next, else 0 */
-    int64_t query_strides[3];   /* batch, token, head */
-    int64_t key_strides[3];     /* batch, token, head; paged: page, position, head */
+    int32_t heads_kv;          /* divides heads_q; query head h reads KV head h / (heads_q / heads_kv) */
+    int32_t seqlen_q;          /* rows per sequence, or the most that any sequence has */
+    int32_t seqlen_k;          /* the same for keys; paged: the most tokens that a row of the page table holds */
+    int32_t packed_q;          /* 0 or 1 */
+    int32_t packed_k;          /* 0 or 1; never together with pages */
+    int32_t page_size;         /* tokens per page; 0 when key and value are not paged */
+    int64_t total_q;           /* packed: rows in query, else 0 */
+    int64_t total_k;           /* packed: rows in key, else 0 */
+    int64_t num_pages;         /* paged: pages in the cache, else 0 */
+    int64_t page_table_stride; /* paged: elements from one row of the table to the next, else 0 */
+    int64_t query_strides[3];  /* batch, token, head */
+    int64_t key_strides[3];    /* batch, token, head; paged: page, position, head */
     int64_t value_strides[3];
     int64_t output_strides[3];
-    int64_t lse_strides[2];     /* batch, head; consecutive tokens are adjacent */
+    int64_t lse_strides[2]; /* batch, head; consecutive tokens are adjacent */
     float softmax_scale;
-    int32_t reserved;           /* 0 */
+    int32_t reserved; /* 0 */
 } aiter_attention_problem;
 
 typedef struct aiter_attention_tensors {
@@ -63,11 +63,11 @@ typedef struct aiter_attention_tensors {
     const void *key;
     const void *value;
     void *output;
-    float *lse;                 /* null when not wanted; natural logarithm */
-    const int32_t *seqlens_q;   /* (batch,) or null */
-    const int32_t *seqlens_k;   /* (batch,) or null */
-    const int32_t *page_table;  /* (batch, pages) or null */
-    void *workspace;            /* aiter_workspace_bytes(problem) bytes, 256-byte aligned, or null when that is 0 */
+    float *lse;                /* null when not wanted; natural logarithm */
+    const int32_t *seqlens_q;  /* (batch,) or null */
+    const int32_t *seqlens_k;  /* (batch,) or null */
+    const int32_t *page_table; /* (batch, pages) or null */
+    void *workspace;           /* aiter_workspace_bytes(problem) bytes, 256-byte aligned, or null when that is 0 */
 } aiter_attention_tensors;
 
 /* The backward pass, from the saved output and log-sum-exp; never with pages. Every element of the three gradients is
@@ -87,7 +87,7 @@ typedef struct aiter_attention_grad_tensors {
     const void *output;
     const float *lse;
     const void *grad_output;
-    const float *grad_lse;      /* laid out as lse, or null when it is zero */
+    const float *grad_lse; /* laid out as lse, or null when it is zero */
     void *grad_query;
     void *grad_key;
     void *grad_value;
@@ -101,14 +101,14 @@ typedef struct aiter_attention_grad_tensors {
 typedef void (*aiter_parallel)(void (*body)(void *), void *data, unsigned num_threads, unsigned flags);
 
 typedef struct aiter_cpu_executor {
-    aiter_parallel parallel;    /* null: the kernel starts its own short-lived threads */
-    int32_t num_threads;        /* at least 1 */
-    int32_t reserved;           /* 0 */
+    aiter_parallel parallel; /* null: the kernel starts its own short-lived threads */
+    int32_t num_threads;     /* at least 1 */
+    int32_t reserved;        /* 0 */
 } aiter_cpu_executor;
 
 typedef struct aiter_description {
-    uint32_t abi_version;       /* AITER_ABI_VERSION of the build */
-    uint32_t problem_bytes;     /* sizeof the structs that this kernel's launch takes */
+    uint32_t abi_version;   /* AITER_ABI_VERSION of the build */
+    uint32_t problem_bytes; /* sizeof the structs that this kernel's launch takes */
     uint32_t tensors_bytes;
 } aiter_description;
 

@@ -31,7 +31,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
     static __device__ __forceinline__ int forget(int x) { return opaque_scalar(x); }
 
     using Own = Query<HEAD_DIM, 1>;
-    using Layout = KeyValueTile<HEAD_DIM, TOKENS, THREADS>; /* by rows as its keys, transposed as its values */
+    using Layout = KeyValueTile<HEAD_DIM, TOKENS, THREADS>;        /* by rows as its keys, transposed as its values */
     static constexpr bool BY_ROWS[2] = {true, PASS != GRAD_VALUE}; /* of x, of y */
     static constexpr bool TRANSPOSED[2] = {gives_x(PASS), gives_y(PASS)};
     static constexpr int COPIES = round_up(2 * Layout::UNITS, THREADS) / THREADS;
@@ -56,8 +56,8 @@ template <int HEAD_DIM, int PASS> struct Backward {
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
             const int u = unit(copy), chunk = Layout::unit_chunk(u), place = Layout::unit_place(u), is_y = tensor(copy);
-            to_rows[copy] = opaque(shared + is_y * BY_ROWS[0] * ROW_BYTES +
-                                   RowLayout<HEAD_DIM>::chunk(Layout::unit_key(u), chunk));
+            to_rows[copy] =
+                opaque(shared + is_y * BY_ROWS[0] * ROW_BYTES + RowLayout<HEAD_DIM>::chunk(Layout::unit_key(u), chunk));
             to_columns[copy] = opaque(shared + TRANSPOSED_AT + is_y * TRANSPOSED[0] * TRANSPOSED_BYTES +
                                       Layout::value_offset(chunk * 8, place / 2) + place % 2 * 8);
         }
@@ -77,9 +77,7 @@ template <int HEAD_DIM, int PASS> struct Backward {
     }
 
     /* Which tensor, wave by wave, and which unit of it. */
-    static __device__ __forceinline__ int tensor(int copy) {
-        return (wave() * WAVE + copy * THREADS) / Layout::UNITS;
-    }
+    static __device__ __forceinline__ int tensor(int copy) { return (wave() * WAVE + copy * THREADS) / Layout::UNITS; }
     static __device__ __forceinline__ bool carries(int copy) { return EVEN || tensor(copy) < 2; }
     static __device__ __forceinline__ int unit(int copy) {
         return thread_in_block() + copy * THREADS - tensor(copy) * Layout::UNITS;

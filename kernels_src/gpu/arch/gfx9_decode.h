@@ -55,8 +55,7 @@ template <int HEAD_DIM> struct DecodeQueries {
     static constexpr int STEPS = round_up(HEAD_DIM, 32) / 32;
     u32x4 operand[STEPS];
 
-    template <class RowPointer>
-    __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
+    template <class RowPointer> __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
         const uint32_t sign = negate ? 0x80008000u : 0u;
         const Element *source = row(lane() % 16);
         u32x4 chunk[STEPS] = {};
@@ -147,7 +146,7 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
     int current, coming; /* first token of the tile in use, and of the one on its way */
     Place place, next;   /* of token `coming + lane % 32`, and of the one a tile further: looked up a tile ahead */
     u32x4 key[2][STEPS];
-    u32x4 wide[WIDE + 1][2][4];   /* one more than there are: an array of none is not C++ */
+    u32x4 wide[WIDE + 1][2][4]; /* one more than there are: an array of none is not C++ */
     u32x2 narrow[NARROW + 1][2][4];
 
     __device__ __forceinline__ KeyValueStream(SharedAddress, const Rows &rows, int first, int group, int groups)
@@ -216,10 +215,9 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
     /* The halves' eight tokens of element pair h, and which of the pair: an operand of V^T. */
     template <class Piece> static __device__ __forceinline__ u32x4 transposed(const Piece (&v)[2][4], int h, int odd) {
         const uint32_t which = odd ? 0x07060302u : 0x05040100u;
-        return u32x4{__builtin_amdgcn_perm(v[0][1][h], v[0][0][h], which),
-                     __builtin_amdgcn_perm(v[0][3][h], v[0][2][h], which),
-                     __builtin_amdgcn_perm(v[1][1][h], v[1][0][h], which),
-                     __builtin_amdgcn_perm(v[1][3][h], v[1][2][h], which)};
+        return u32x4{
+            __builtin_amdgcn_perm(v[0][1][h], v[0][0][h], which), __builtin_amdgcn_perm(v[0][3][h], v[0][2][h], which),
+            __builtin_amdgcn_perm(v[1][1][h], v[1][0][h], which), __builtin_amdgcn_perm(v[1][3][h], v[1][2][h], which)};
     }
 
     __device__ __forceinline__ void accumulate(const DecodeScores &s, DecodeOutput<HEAD_DIM> &o) {

@@ -106,8 +106,7 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
     static constexpr int SHARED_BYTES = 0;
     u32x4 operand[ROW_TILES][STEPS];
 
-    template <class RowPointer>
-    __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
+    template <class RowPointer> __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
         const uint32_t sign = negate ? 0x80008000u : 0u;
         const int half = lane() / 32;
 #pragma unroll
@@ -227,8 +226,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
             if (CHUNKS % LANE_CHUNKS == 0 && CHUNKS == STEPS * 2 || chunk < STEPS * 2) {
                 const SharedAddress to = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(unit_key(unit), chunk));
 #pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), key[copy][k]);
+                for (int k = 0; k < 4; ++k) shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), key[copy][k]);
             }
             if (CHUNKS % LANE_CHUNKS == 0 || chunk < CHUNKS) {
                 const int place = unit_place(unit);

@@ -305,8 +305,8 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
                 const int chunk = line * 8 + thread % 8;
                 if (line * 8 + 8 > STEPS * 2 && chunk >= STEPS * 2) continue; /* no product reads this chunk */
                 const bool valid = exists && (line * 8 + 8 <= HEAD_DIM / 8 || chunk < HEAD_DIM / 8);
-                const SharedAddress chunk_to = (to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 +
-                                               pass * PASS_ROWS * RowLayout<HEAD_DIM>::BYTES;
+                const SharedAddress chunk_to =
+                    (to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 + pass * PASS_ROWS * RowLayout<HEAD_DIM>::BYTES;
                 copy_async(chunk_to, tile.key(place, chunk * 16), valid);
                 copy_async(chunk_to + KEY_BYTES, tile.value(place, chunk * 16), valid);
             }

@@ -2,8 +2,8 @@
  * Implements the interface described in attention_decode.hip; matrices and tiles are those of arch/sm80.h.
  *
  *   a stage     WAVES tiles, of KEYS tokens each: tile w is fetched by wave w
- *   the ring    stage i is in use, stages i + 1 ... i + STAGES - 1 are on their way: about 64 KB of a block, 128 KB of an
- *               SM. 132 SMs with 1 us of latency at 3 TB/s ask for 23 KB each.
+ *   the ring    stage i is in use, stages i + 1 ... i + STAGES - 1 are on their way: about 64 KB of a block, 128 KB of
+ *               an SM. 132 SMs with 1 us of latency at 3 TB/s ask for 23 KB each.
  *
  * With up to 16 query rows (one row tile) a wave uses the tile that it has fetched, and no wave ever waits for another.
  * With more, waves of different row tiles use the same tiles, and the block meets once a stage. */
@@ -32,7 +32,9 @@ __device__ __forceinline__ void wait_for_previous() {
 }
 
 template <int HEAD_DIM> struct DecodeOutput : Accumulator<1, HEAD_DIM> {
-    static __device__ __forceinline__ int column_of_lane(int i) { return DecodeOutput::column(i) + DecodeOutput::lane_column(); }
+    static __device__ __forceinline__ int column_of_lane(int i) {
+        return DecodeOutput::column(i) + DecodeOutput::lane_column();
+    }
 };
 
 template <int HEAD_DIM> struct Decode {
@@ -62,10 +64,10 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
     const Rows &rows;
     SharedAddress shared;
     int group, groups;
-    int coming;                 /* first token of the tile that this wave fetches next */
+    int coming;                       /* first token of the tile that this wave fetches next */
     typename Rows::Tile::Place place; /* of token `coming + lane`, looked up a stage ahead */
-    int stage = STAGES - 1;     /* the one in use: none yet */
-    int sub = 0;                /* tile of the stage that comes next for this wave's rows */
+    int stage = STAGES - 1;           /* the one in use: none yet */
+    int sub = 0;                      /* tile of the stage that comes next for this wave's rows */
     Tile tile;
 
     __device__ __forceinline__ KeyValueStream(SharedAddress shared, const Rows &rows, int first, int group, int groups)

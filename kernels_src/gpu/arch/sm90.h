@@ -1,5 +1,5 @@
-/* NVIDIA sm_90a: wgmma, with which four waves (a warpgroup) multiply 64 rows by tiles in shared memory while they go on.
- *
+/* NVIDIA sm_90a: wgmma, with which four waves (a warpgroup) multiply 64 rows by tiles in shared memory while they go
+ *on. 
  * The results and the operands in registers have the layout of mma.sync (arch/sm80.h): wave w of the four has rows
  * 16 w ... 16 w + 15. Matrices in shared memory are blocks of rows of 128 bytes with the 128-byte swizzle, 1024-byte
  * aligned (PTX ISA, "Matrix descriptor" and "Shared memory layouts" of wgmma); the distance from eight rows to the next
@@ -91,9 +91,11 @@ __device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
 }
 /* Until the phase of this parity is complete; the phase before the first one, of parity 1, is. */
 __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
-    asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}"
-                 ::"r"(at), "r"(parity)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
+            at),
+        "r"(parity)
+        : "memory");
 }
 
 } // namespace mbarrier

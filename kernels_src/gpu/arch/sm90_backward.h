@@ -43,10 +43,10 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
     using Output = Accumulator<1, round_up(HEAD_DIM, 64)>;
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
 
-    int current = 0;      /* stage */
-    uint32_t turn = 0;    /* how often, modulo 2, the stages have been gone through */
-    SharedAddress tile;   /* the current stage */
-    int unreleased = -1;  /* the stage before, while products that read it may run */
+    int current = 0;     /* stage */
+    uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
+    SharedAddress tile;  /* the current stage */
+    int unreleased = -1; /* the stage before, while products that read it may run */
 
     __device__ __forceinline__ explicit Backward(SharedAddress shared) : Tiles(shared) {
         if (thread_in_block() == 0)

@@ -107,8 +107,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
         for (int j = 0; j < KEYS / 16; ++j)
 #pragma unroll
             for (int n = 0; n < LINES; ++n)
-                wgmma::multiply_transposed(&o.tile[0][n * 8], p[j],
-                                           wgmma::matrix(values + (n * KEYS + j * 16) * 128));
+                wgmma::multiply_transposed(&o.tile[0][n * 8], p[j], wgmma::matrix(values + (n * KEYS + j * 16) * 128));
         wgmma::end();
     }
     template <class Matrix> static __device__ __forceinline__ void changed(Matrix &m) {
@@ -168,12 +167,13 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
                                                     bool negate, Softmax &softmax, Output &o) {
         const int unmasked_keys = sequence.visible(wave_row);
         Queries queries;
-        queries.load(query_memory(ring.shared),
-                     [&](int row) {
-                         row += wave_row;
-                         return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
-                     },
-                     negate);
+        queries.load(
+            query_memory(ring.shared),
+            [&](int row) {
+                row += wave_row;
+                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
+            },
+            negate);
         Scores s;
         uint32_t p[KEYS / 16][4];
         float shrink[2];
