@@ -6,11 +6,11 @@ tests/test_abi.py compiles the header and compares every field's offset and size
 import ctypes
 import struct
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class AttentionProblem(ctypes.Structure):
-    """Sizes, strides and scale of one attention call; the same for every call with tensors of the same layout."""
+    """Sizes, strides and scalars of one attention call."""
 
     _fields_ = (
         ("batch", ctypes.c_int32),
@@ -30,18 +30,32 @@ class AttentionProblem(ctypes.Structure):
         ("value_strides", ctypes.c_int64 * 3),
         ("output_strides", ctypes.c_int64 * 3),
         ("lse_strides", ctypes.c_int64 * 2),
+        ("alibi_stride", ctypes.c_int64),
         ("softmax_scale", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("softcap", ctypes.c_float),
+        ("window_left", ctypes.c_int32),
+        ("window_right", ctypes.c_int32),
+        ("clear_rest", ctypes.c_int32),
+        ("batch_invariant", ctypes.c_int32),
     )
 
 
 class AttentionTensors(ctypes.Structure):
-    """Addresses of one call. Calls pass `pack_tensors(...)`, which is these fields as bytes and cheaper to make."""
+    """Addresses of one call."""
 
     _fields_ = tuple(
         (name, ctypes.c_void_p)
-        for name in ("query", "key", "value", "output", "lse", "seqlens_q", "seqlens_k", "page_table", "workspace")
+        for name in (
+            *("query", "key", "value", "output", "lse", "seqlens_q", "seqlens_k", "starts_q", "starts_k"),
+            *("query_offsets", "page_table", "alibi_slopes", "sinks", "workspace"),
+        )
     )
+
+
+class AttentionCall(ctypes.Structure):
+    """What a launch takes."""
+
+    _fields_ = (("problem", AttentionProblem), ("tensors", AttentionTensors))
 
 
 class AttentionGradProblem(ctypes.Structure):
@@ -53,19 +67,28 @@ class AttentionGradProblem(ctypes.Structure):
         ("grad_query_strides", ctypes.c_int64 * 3),
         ("grad_key_strides", ctypes.c_int64 * 3),
         ("grad_value_strides", ctypes.c_int64 * 3),
+        ("lse_is_given", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
 class AttentionGradTensors(ctypes.Structure):
-    """Addresses of one backward call; passed as bytes by `pack_grad_tensors(...)`."""
+    """Addresses of one backward call."""
 
     _fields_ = tuple(
         (name, ctypes.c_void_p)
         for name in (
-            *("query", "key", "value", "output", "lse", "grad_output", "grad_lse"),
-            *("grad_query", "grad_key", "grad_value", "seqlens_q", "seqlens_k", "workspace"),
+            *("query", "key", "value", "output", "lse", "grad_output", "grad_lse", "grad_query", "grad_key"),
+            *("grad_value", "seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes"),
+            "workspace",
         )
     )
+
+
+class AttentionGradCall(ctypes.Structure):
+    """What a backward launch takes."""
+
+    _fields_ = (("problem", AttentionGradProblem), ("tensors", AttentionGradTensors))
 
 
 class CpuExecutor(ctypes.Structure):
@@ -77,18 +100,26 @@ class CpuExecutor(ctypes.Structure):
 class Description(ctypes.Structure):
     """What a kernel says of itself; the loader compares it with this module before the first launch."""
 
-    _fields_ = (
-        ("abi_version", ctypes.c_uint32),
-        ("problem_bytes", ctypes.c_uint32),
-        ("tensors_bytes", ctypes.c_uint32),
-    )
+    _fields_ = (("abi_version", ctypes.c_uint32), ("call_bytes", ctypes.c_uint32))
 
 
-pack_tensors = struct.Struct(f"{len(AttentionTensors._fields_)}P").pack
-pack_grad_tensors = struct.Struct(f"{len(AttentionGradTensors._fields_)}P").pack
+def call_struct(kernel: str) -> type[ctypes.Structure]:
+    """The struct that launches of `kernel` take."""
+    return AttentionGradCall if kernel == "attention_backward" else AttentionCall
 
 
-def launch_structs(kernel: str) -> tuple[type[ctypes.Structure], type[ctypes.Structure]]:
-    """The problem and tensors structs that launches of `kernel` take."""
-    backward = kernel == "attention_backward"
-    return (AttentionGradProblem, AttentionGradTensors) if backward else (AttentionProblem, AttentionTensors)
+def _format(field_type: type) -> str:
+    """What `struct` calls a field: arrays and inner structs laid flat. The structs have no gaps."""
+    if issubclass(field_type, ctypes.Structure):
+        return "".join(_format(inner) for _, inner in field_type._fields_)
+    if issubclass(field_type, ctypes.Array):
+        return _format(field_type._type_) * field_type._length_
+    return {ctypes.c_int32: "i", ctypes.c_int64: "q", ctypes.c_float: "f", ctypes.c_void_p: "Q"}[field_type]
+
+
+# A call as bytes, from the values of all fields in their order, in the two pieces in which they are known: how large the
+# workspace, the last field, must be follows from the others. Six times as fast as filling a ctypes struct.
+pack_call = struct.Struct("=" + _format(AttentionCall)[:-1]).pack
+pack_grad_call = struct.Struct("=" + _format(AttentionGradCall)[:-1]).pack
+pack_workspace = struct.Struct("=Q").pack
+NO_WORKSPACE = pack_workspace(0)

@@ -40,23 +40,23 @@ class CpuQueue:
 cpu_queue = CpuQueue()
 
 
-def launcher(kernel: jit.Kernel, problem: ctypes.Structure, device: torch.device) -> Callable[[bytes], None]:
-    """A function of the packed tensors that launches where PyTorch would: on its CPU threads, or on the current stream
-    of the tensors' GPU."""
-    launch_raw, check, address = kernel.launch_raw, kernel.check, ctypes.addressof(problem)
+def launcher(kernel: jit.Kernel, device: torch.device) -> Callable[[bytes], None]:
+    """A function of a packed call that launches where PyTorch would: on its CPU threads, or on the current stream of
+    the tensors' GPU."""
+    launch_raw, check = kernel.launch_raw, kernel.check
 
-    def on_cpu(tensors: bytes) -> None:
-        code = launch_raw(address, tensors, cpu_queue.executor())
+    def on_cpu(call: bytes) -> None:
+        code = launch_raw(call, cpu_queue.executor())
         if code:
             check(code)
 
-    def on_gpu(tensors: bytes) -> None:
+    def on_gpu(call: bytes) -> None:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         if device.index == torch.cuda.current_device():
-            code = launch_raw(address, tensors, stream)
+            code = launch_raw(call, stream)
         else:
             with torch.cuda.device(device.index):
-                code = launch_raw(address, tensors, stream)
+                code = launch_raw(call, stream)
         if code:
             check(code)
 

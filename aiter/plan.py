@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
 from typing import NamedTuple
 
 import torch
@@ -107,12 +108,13 @@ class Plan:
             output_strides=(0 if packed else seqlen_q * heads_q * head_dim, heads_q * head_dim, head_dim),
             lse_strides=(0, query.shape[0]) if packed else (heads_q * seqlen_q, seqlen_q),
             softmax_scale=softmax_scale,
+            clear_rest=1,
         )
         name = kernel_name(arch, seqlen_q * (heads_q // heads_kv))
         dtype = checks.DTYPE_NAMES[query.dtype]
         self.kernel = jit.get_kernel(kernel_spec(name, dtype, head_dim, causal, arch, page_table is not None))
-        self.workspace_bytes = self.kernel.workspace_bytes(self.problem)
-        self.launch = launcher(self.kernel, self.problem, self.device)
+        self.workspace_bytes = self.kernel.workspace_raw(bytes(self.problem))
+        self.launch = launcher(self.kernel, self.device)
 
     def run(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices, return_lse: bool
@@ -126,7 +128,8 @@ class Plan:
             query, key, value = self.readable(query, key, value)
         seqlens_q, seqlens_k, page_table = indices
         workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
-        tensors = abi.pack_tensors(
+        tensors = struct.pack(
+            "=14Q",
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -134,10 +137,12 @@ class Plan:
             0 if lse is None else lse.data_ptr(),
             0 if seqlens_q is None else seqlens_q.data_ptr(),
             0 if seqlens_k is None else seqlens_k.data_ptr(),
+            *(0, 0, 0),
             0 if page_table is None else page_table.data_ptr(),
+            *(0, 0),
             0 if workspace is None else workspace.data_ptr(),
         )
-        self.launch(tensors)
+        self.launch(bytes(self.problem) + tensors)
         return output, lse
 
     def readable(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -173,8 +178,8 @@ class BackwardPlan:
             grad_value_strides=like_key,
         )
         self.kernel = jit.get_kernel(dataclasses.replace(spec, kernel="attention_backward"))
-        self.workspace_bytes = self.kernel.workspace_bytes(self.problem)
-        self.launch = launcher(self.kernel, self.problem, forward.device)
+        self.workspace_bytes = self.kernel.workspace_raw(bytes(self.problem))
+        self.launch = launcher(self.kernel, forward.device)
 
     def run(
         self,
@@ -196,7 +201,8 @@ class BackwardPlan:
             grad_output = grad_output.clone(memory_format=torch.contiguous_format)
         seqlens_q, seqlens_k, _ = indices
         workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
-        tensors = abi.pack_grad_tensors(
+        tensors = struct.pack(
+            "=17Q",
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -207,9 +213,10 @@ class BackwardPlan:
             *(grad.data_ptr() for grad in grads),
             0 if seqlens_q is None else seqlens_q.data_ptr(),
             0 if seqlens_k is None else seqlens_k.data_ptr(),
+            *(0, 0, 0, 0),
             0 if workspace is None else workspace.data_ptr(),
         )
-        self.launch(tensors)
+        self.launch(bytes(self.problem) + tensors)
         return grads
 
 

@@ -47,3 +47,27 @@ def test_layouts(tmp_path):
     printed = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
     assert printed.splitlines() == expected
     assert len(expected) > 30
+
+
+@pytest.mark.parametrize(
+    ("call", "pack"), [(abi.AttentionCall, abi.pack_call), (abi.AttentionGradCall, abi.pack_grad_call)]
+)
+def test_packing(call, pack):
+    """Packed in two pieces, a call is what its struct says."""
+
+    def fill(struct):
+        for name, kind in struct._fields_:
+            if issubclass(kind, ctypes.Structure):
+                fill(getattr(struct, name))
+            elif issubclass(kind, ctypes.Array):
+                for index in range(kind._length_):
+                    values.append(len(values) + 1)
+                    getattr(struct, name)[index] = values[-1]
+            else:
+                values.append(len(values) + 1)
+                setattr(struct, name, values[-1])
+
+    values: list[int] = []
+    filled = call()
+    fill(filled)
+    assert pack(*values[:-1]) + abi.pack_workspace(values[-1]) == bytes(filled)

@@ -5,7 +5,6 @@ emulator, which lets a kernel touch nothing but the tensors of the call. The ker
 in kernels/.
 """
 
-import ctypes
 import os
 import shutil
 from unittest import mock
@@ -54,15 +53,16 @@ def ranges(problem, tensors, head_dim, workspace_bytes):
 def gpu(request, monkeypatch):
     with emulator.session(request.param, threads=2) as emulated:
 
-        def launcher(kernel, problem, device):
+        def launcher(kernel, device):
             def launch(packed):
-                tensors = abi.AttentionTensors.from_buffer_copy(packed)
+                call = abi.AttentionCall.from_buffer_copy(packed)
                 emulated.forbid_all()
-                needed = kernel.workspace_bytes(problem)
-                for address, nbytes, writable in ranges(problem, tensors, kernel.spec.head_dim, needed):
+                for address, nbytes, writable in ranges(
+                    call.problem, call.tensors, kernel.spec.head_dim, kernel.workspace_raw(packed)
+                ):
                     if address and nbytes:
                         emulated.allow(address, nbytes, writable)
-                code = kernel.launch_raw(ctypes.addressof(problem), packed, None)
+                code = kernel.launch_raw(packed, None)
                 emulated.check()
                 kernel.check(code)
                 launched.add(kernel.spec.kernel)

@@ -15,8 +15,9 @@ from aiter.jit.spec import Spec
 class Kernel:
     """A loaded kernel, ready to launch; safe to use from any number of threads.
 
-    launch_raw(problem, tensors, executor) is the launch itself, without checks: the address of the problem struct, the
-    tensors struct as bytes, the stream or the address of a CPU executor. It returns 0, or a code for `check`.
+    launch_raw(call, executor) is the launch itself, without checks: the call struct as bytes, and the stream or the
+    address of a CPU executor. It returns 0, or a code for `check`. workspace_raw(call) is how many bytes of scratch
+    memory the launch needs; the call's last field, the workspace, may be missing.
     """
 
     __slots__ = ("_library", "launch_raw", "spec", "workspace_raw")
@@ -25,10 +26,10 @@ class Kernel:
         self.spec = spec
         self._library = library
         self.launch_raw = library.aiter_launch
-        self.launch_raw.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        self.launch_raw.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
         self.launch_raw.restype = ctypes.c_int
         self.workspace_raw = library.aiter_workspace_bytes
-        self.workspace_raw.argtypes = (ctypes.c_void_p,)
+        self.workspace_raw.argtypes = (ctypes.c_char_p,)
         self.workspace_raw.restype = ctypes.c_int64
         library.aiter_error_text.argtypes = (ctypes.c_int,)
         library.aiter_error_text.restype = ctypes.c_char_p
@@ -36,21 +37,11 @@ class Kernel:
     def __repr__(self) -> str:
         return f"<aiter kernel {self.spec.name}>"
 
-    def launch(self, problem: ctypes.Structure, tensors: bytes, executor: int) -> None:
-        """Launches on `executor`: a stream, or the address of an abi.CpuExecutor. Raises LaunchError."""
-        code = self.launch_raw(ctypes.addressof(problem), tensors, executor)
-        if code:
-            self.check(code)
-
     def check(self, code: int) -> None:
         """Raises LaunchError with the kernel's own words if `code`, which a launch returned, is not 0."""
         if code:
             text = (self._library.aiter_error_text(code) or b"").decode(errors="replace")
             raise LaunchError(f"{self.spec.name}: {text} (code {code})", code)
-
-    def workspace_bytes(self, problem: ctypes.Structure) -> int:
-        """How much scratch memory a launch of this problem needs."""
-        return self.workspace_raw(ctypes.addressof(problem))
 
 
 def load(spec: Spec, path: Path) -> Kernel:
@@ -66,11 +57,11 @@ def load(spec: Spec, path: Path) -> Kernel:
     describe.argtypes, describe.restype = (ctypes.c_void_p,), None
     said = abi.Description()
     describe(ctypes.byref(said))
-    expected = (abi.ABI_VERSION, *(ctypes.sizeof(struct) for struct in abi.launch_structs(spec.kernel)))
-    actual = (said.abi_version, said.problem_bytes, said.tensors_bytes)
+    expected = (abi.ABI_VERSION, ctypes.sizeof(abi.call_struct(spec.kernel)))
+    actual = (said.abi_version, said.call_bytes)
     if actual != expected:
         raise LoadError(
-            f"the kernel {spec.name} has another launch ABI: version, problem bytes, tensors bytes are {actual}, "
+            f"the kernel {spec.name} has another launch ABI: version and bytes of a call are {actual}, "
             f"expected {expected}. kernels_src/include/aiter_abi.h and aiter/abi.py disagree."
         )
     return kernel

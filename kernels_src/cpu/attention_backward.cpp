@@ -310,22 +310,22 @@ struct Backward {
 } // namespace
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
-    *description = {AITER_ABI_VERSION, sizeof(aiter_attention_grad_problem), sizeof(aiter_attention_grad_tensors)};
+    *description = {AITER_ABI_VERSION, sizeof(aiter_call)};
 }
 
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_grad_problem *problem) {
-    return Schedule(problem->forward).workspace_bytes;
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
+    return Schedule(call->problem.forward).workspace_bytes;
 }
 
-AITER_EXPORT int aiter_launch(const aiter_attention_grad_problem *problem, const aiter_attention_grad_tensors *tensors,
-                              void *executor) {
+AITER_EXPORT int aiter_launch(const aiter_call *call, void *executor) {
     const aiter_cpu_executor *cpu = static_cast<const aiter_cpu_executor *>(executor);
     if (!Tiles::permitted()) return NO_TILES;
-    Backward backward(*problem, *tensors);
+    Backward backward(call->problem, call->tensors);
+    const aiter_attention_problem &problem = call->problem.forward;
     const Schedule &schedule = backward.schedule;
     backward.clear_the_rest();
     const double flops =
-        10.0 * HEAD_DIM * schedule.heads * schedule.group * problem->forward.seqlen_q * problem->forward.seqlen_k;
+        10.0 * HEAD_DIM * schedule.heads * schedule.group * problem.seqlen_q * problem.seqlen_k;
     const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
     run_parallel(cpu, static_cast<int>(threads), backward);
     return backward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;

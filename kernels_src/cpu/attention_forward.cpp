@@ -295,18 +295,17 @@ struct Forward {
 } // namespace
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
-    *description = {AITER_ABI_VERSION, sizeof(aiter_attention_problem), sizeof(aiter_attention_tensors)};
+    *description = {AITER_ABI_VERSION, sizeof(aiter_call)};
 }
 
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *problem) {
-    return Schedule(*problem, 1).workspace_bytes();
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
+    return Schedule(call->problem, 1).workspace_bytes();
 }
 
-AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
-                              void *executor) {
+AITER_EXPORT int aiter_launch(const aiter_call *call, void *executor) {
     const aiter_cpu_executor *cpu = static_cast<const aiter_cpu_executor *>(executor);
     if (!Tiles::permitted()) return NO_TILES;
-    Forward forward(*problem, *tensors, cpu->num_threads);
+    Forward forward(call->problem, call->tensors, cpu->num_threads);
     const Schedule &schedule = forward.schedule;
     const int64_t threads = schedule.serial ? 1 : minimum(cpu->num_threads, schedule.units);
     auto work = [&] { forward.work(); };

@@ -331,30 +331,28 @@ template <int PASS> int launch_pass(const GradArguments &arguments, void *stream
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
     description->abi_version = AITER_ABI_VERSION;
-    description->problem_bytes = sizeof(aiter_problem);
-    description->tensors_bytes = sizeof(aiter_tensors);
+    description->call_bytes = sizeof(aiter_call);
 }
 
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_problem *problem) {
-    const aiter_attention_problem &p = problem->forward;
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
+    const aiter_attention_problem &p = call->problem.forward;
     return sizeof(aiter::Terms) * p.heads_q * (p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q);
 }
 
-AITER_EXPORT int aiter_launch(const aiter_problem *problem, const aiter_tensors *tensors, void *stream) {
-    const aiter_attention_problem &p = problem->forward;
+AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
+    const aiter_attention_problem &p = call->problem.forward;
     if (const int error = aiter::check_problem(p)) return error;
     const int64_t limit = int64_t(1) << 24; /* for queries as for keys: either may pass by */
-    if (p.query_strides[1] >= limit || problem->grad_output_strides[1] >= limit) return aiter::LAUNCH_STRIDE_TOO_LARGE;
-    const aiter::GradArguments arguments = {*problem, *tensors};
+    if (p.query_strides[1] >= limit || call->problem.grad_output_strides[1] >= limit) return aiter::LAUNCH_STRIDE_TOO_LARGE;
     const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::TERM_ROWS) - 1) / aiter::TERM_ROWS;
     const int64_t blocks = row_blocks * p.heads_q * p.batch;
-    int error = aiter::launch(aiter::row_terms, blocks, aiter::TERM_THREADS, 0, stream, arguments);
-    if (error == 0) error = aiter::launch_pass<aiter::GRAD_QUERY>(arguments, stream);
+    int error = aiter::launch(aiter::row_terms, blocks, aiter::TERM_THREADS, 0, stream, *call);
+    if (error == 0) error = aiter::launch_pass<aiter::GRAD_QUERY>(*call, stream);
     if constexpr (aiter::TileOf<aiter::GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
-        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY_VALUE>(arguments, stream);
+        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY_VALUE>(*call, stream);
     } else {
-        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY>(arguments, stream);
-        if (error == 0) error = aiter::launch_pass<aiter::GRAD_VALUE>(arguments, stream);
+        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY>(*call, stream);
+        if (error == 0) error = aiter::launch_pass<aiter::GRAD_VALUE>(*call, stream);
     }
     return error;
 }

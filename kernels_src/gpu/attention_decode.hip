@@ -324,39 +324,37 @@ inline int compute_units(int device) {
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
     description->abi_version = AITER_ABI_VERSION;
-    description->problem_bytes = sizeof(aiter_attention_problem);
-    description->tensors_bytes = sizeof(aiter_attention_tensors);
+    description->call_bytes = sizeof(aiter_call);
 }
 
 /* Enough for whichever of the machine's GPUs the launch will be on. */
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *problem) {
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
     int devices = 0, most = 0;
     if (hipGetDeviceCount(&devices) != hipSuccess) return 0;
     for (int device = 0; device < devices; ++device) {
         const int count = aiter::compute_units(device);
         if (count > most) most = count;
     }
-    const aiter::Plan plan(*problem, most);
-    return plan.cuts() ? aiter::Parts::bytes(plan.grid, aiter::rows_of_unit(*problem)) : 0;
+    const aiter::Plan plan(call->problem, most);
+    return plan.cuts() ? aiter::Parts::bytes(plan.grid, aiter::rows_of_unit(call->problem)) : 0;
 }
 
-AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
-                              void *stream) {
-    if (const int error = aiter::check_problem(*problem)) return error;
+AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
+    const aiter_attention_problem &problem = call->problem;
+    if (const int error = aiter::check_problem(problem)) return error;
     int device = 0;
     if (const int error = hipGetDevice(&device)) return error;
-    const aiter::Plan plan(*problem, aiter::compute_units(device));
+    const aiter::Plan plan(problem, aiter::compute_units(device));
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     const int grid = static_cast<int>(plan.grid);
-    const aiter::Arguments arguments = {*problem, *tensors};
     if (const int error =
-            aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::SHARED_BYTES, stream, arguments, grid))
+            aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::SHARED_BYTES, stream, *call, grid))
         return error;
     if (!plan.cuts()) return 0;
     const int over_units = plan.units < grid - 1;
-    const int64_t row_blocks = (aiter::rows_of_unit(*problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
+    const int64_t row_blocks = (aiter::rows_of_unit(problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
     return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
-                              aiter::MERGE_WAVES * aiter::WAVE, stream, arguments, grid, over_units);
+                              aiter::MERGE_WAVES * aiter::WAVE, stream, *call, grid, over_units);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -123,18 +123,17 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS) attention_forward
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
     description->abi_version = AITER_ABI_VERSION;
-    description->problem_bytes = sizeof(aiter_attention_problem);
-    description->tensors_bytes = sizeof(aiter_attention_tensors);
+    description->call_bytes = sizeof(aiter_call);
 }
 
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_attention_problem *) { return 0; }
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *) { return 0; }
 
-AITER_EXPORT int aiter_launch(const aiter_attention_problem *problem, const aiter_attention_tensors *tensors,
-                              void *stream) {
-    if (const int error = aiter::check_problem(*problem)) return error;
-    const int64_t row_blocks = (problem->seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
-    return aiter::launch(aiter::attention_forward, row_blocks * problem->heads_q * problem->batch, aiter::Loop::THREADS,
-                         aiter::Loop::SHARED_BYTES, stream, aiter::Arguments{*problem, *tensors});
+AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
+    const aiter_attention_problem &p = call->problem;
+    if (const int error = aiter::check_problem(p)) return error;
+    const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
+    return aiter::launch(aiter::attention_forward, row_blocks * p.heads_q * p.batch, aiter::Loop::THREADS,
+                         aiter::Loop::SHARED_BYTES, stream, *call);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -27,10 +27,7 @@ __host__ __device__ constexpr bool owns_queries(int pass) { return pass == GRAD_
 __host__ __device__ constexpr bool gives_x(int pass) { return pass != GRAD_VALUE; }
 __host__ __device__ constexpr bool gives_y(int pass) { return pass == GRAD_KEY_VALUE || pass == GRAD_VALUE; }
 
-struct GradArguments { /* the kernel parameter */
-    aiter_attention_grad_problem problem;
-    aiter_attention_grad_tensors tensors;
-};
+using GradArguments = aiter_attention_grad_call; /* the kernel parameter */
 
 /* Rows of one head of one sequence in one tensor. */
 struct Rows {

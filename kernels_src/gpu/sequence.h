@@ -9,10 +9,7 @@
 
 namespace aiter {
 
-struct Arguments { /* the kernel parameter */
-    aiter_attention_problem problem;
-    aiter_attention_tensors tensors;
-};
+using Arguments = aiter_attention_call; /* the kernel parameter */
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 template <class T> __device__ __forceinline__ T lesser(T x, T y) { return x < y ? x : y; }

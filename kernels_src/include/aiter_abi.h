@@ -2,11 +2,13 @@
  *
  *   Python                                         kernel .so (one per spec)
  *   ------                                         -------------------------
- *   problem  sizes, strides, scale ------------->  aiter_launch(problem, tensors, executor)
- *            made once per shape, then reused
- *   tensors  addresses, new for every call ----->
- *   executor where it runs: a HIP/CUDA stream, --> returns 0, or a code that aiter_error_text
- *            or on a CPU an aiter_cpu_executor     turns into words; it never aborts
+ *   call     problem: sizes, strides, scalars -->  aiter_launch(call, executor)
+ *            tensors: addresses
+ *            packed anew for every call            returns 0, or a code that aiter_error_text
+ *   executor where it runs: a HIP/CUDA stream, --> turns into words; it never aborts
+ *            or on a CPU an aiter_cpu_executor
+ *
+ * What selects code is in the spec, and reaches the source as macros; what is only a number is in the call.
  *
  * aiter/abi.py mirrors these structs with ctypes; tests/test_abi.py compares the two field by field. Plain C, so that
  * a kernel needs no framework header and builds in seconds.
@@ -16,19 +18,37 @@
  *            With seqlens_q / seqlens_k given, sequence b has only that many valid rows (padded batch): rows of the
  *            output past them are zeros (log-sum-exp -inf), and what stands in the padding has no effect.
  *   packed   (packed_q / packed_k = 1) query, or key and value, are (total, heads, head_dim), sequences one after the
- *            other; sequence b begins at seqlens[0] + ... + seqlens[b-1]. The batch stride is not used.
+ *            other. Sequence b begins at starts[b] and ends at starts[b + 1] or, where there are seqlens too, after
+ *            that many rows if that comes first; without starts, it begins at seqlens[0] + ... + seqlens[b-1]. The
+ *            batch stride is not used.
  *   paged    (page_size > 0) token t of sequence b lies in page page_table[b * page_table_stride + t / page_size] at
  *            position t % page_size. The strides of key and value are then {page, position, head}.
  *
- * Values that live in device memory (seqlens, page_table) are not checked by the host: kernels clamp lengths to
- * [0, seqlen_q/k], packed ends to [0, total] and page numbers to [0, num_pages), so that no access leaves the tensors.
+ * Rows of the output that belong to no sequence (padding, and packed rows before, between and past the sequences)
+ * become zeros, their log-sum-exp -inf, where clear_rest is 1; else they are left as they are.
+ *
+ * Which keys a row sees. Query token i of a sequence stands at key i + offset, where offset is query_offsets[b] or, by
+ * default, seqlen_k - seqlen_q of that sequence: the last query at the last key. AITER_CAUSAL: it sees the keys up to
+ * there. AITER_WINDOW, never together with AITER_CAUSAL: it sees key j where
+ * i + offset - window_left <= j <= i + offset + window_right; -1 is no limit on that side. Only keys from 0 to
+ * seqlen_k - 1 exist. A row that sees none is zeros, log-sum-exp -inf. Pages that no row of a tile sees are not read.
+ *
+ * Scores. s = softmax_scale * q.k; then AITER_SOFTCAP: s = softcap * tanh(s / softcap); then AITER_ALIBI:
+ * s = s - slope * |i + offset - j|, the slope of query head h being alibi_slopes[b * alibi_stride + h].
+ *
+ * A sink is a score of a query head that joins the sum of the softmax with no value to weight: the output is multiplied
+ * by 1 / (1 + exp(sink - log-sum-exp)); the log-sum-exp that is returned is that of the keys alone.
+ *
+ * Values that live in device memory (seqlens, starts, page_table, offsets) are not checked by the host: kernels clamp
+ * lengths to [0, seqlen_q/k], packed rows to [0, total] and page numbers to [0, num_pages), so that no access leaves
+ * the tensors.
  */
 #ifndef AITER_ABI_H
 #define AITER_ABI_H
 
 #include <stdint.h>
 
-#define AITER_ABI_VERSION 1
+#define AITER_ABI_VERSION 2
 
 #ifdef __cplusplus
 #define AITER_EXPORT extern "C" __attribute__((visibility("default")))
@@ -54,8 +74,13 @@ typedef struct aiter_attention_problem {
     int64_t value_strides[3];
     int64_t output_strides[3];
     int64_t lse_strides[2]; /* batch, head; consecutive tokens are adjacent */
+    int64_t alibi_stride;   /* from one sequence's slopes to the next one's; 0 where all have the same */
     float softmax_scale;
-    int32_t reserved; /* 0 */
+    float softcap;           /* positive where AITER_SOFTCAP */
+    int32_t window_left;     /* where AITER_WINDOW: keys before a row's own that it sees, or -1: all */
+    int32_t window_right;    /* the same for keys after it */
+    int32_t clear_rest;      /* 0 or 1 */
+    int32_t batch_invariant; /* 1: no bit of a sequence's result may depend on the rest of the batch */
 } aiter_attention_problem;
 
 typedef struct aiter_attention_tensors {
@@ -63,21 +88,35 @@ typedef struct aiter_attention_tensors {
     const void *key;
     const void *value;
     void *output;
-    float *lse;                /* null when not wanted; natural logarithm */
-    const int32_t *seqlens_q;  /* (batch,) or null */
-    const int32_t *seqlens_k;  /* (batch,) or null */
-    const int32_t *page_table; /* (batch, pages) or null */
-    void *workspace;           /* aiter_workspace_bytes(problem) bytes, 256-byte aligned, or null when that is 0 */
+    float *lse;                   /* null when not wanted; natural logarithm */
+    const int32_t *seqlens_q;     /* (batch,) or null */
+    const int32_t *seqlens_k;     /* (batch,) or null */
+    const int32_t *starts_q;      /* packed: (batch + 1,) or null */
+    const int32_t *starts_k;      /* packed: (batch + 1,) or null */
+    const int32_t *query_offsets; /* (batch,) or null */
+    const int32_t *page_table;    /* (batch, pages) or null */
+    const float *alibi_slopes;    /* (heads_q,) or (batch, heads_q); where AITER_ALIBI */
+    const float *sinks;           /* (heads_q,) or null */
+    void *workspace;              /* aiter_workspace_bytes(call) bytes, 256-byte aligned, or null when that is 0 */
 } aiter_attention_tensors;
 
+typedef struct aiter_attention_call {
+    aiter_attention_problem problem;
+    aiter_attention_tensors tensors;
+} aiter_attention_call;
+
 /* The backward pass, from the saved output and log-sum-exp; never with pages. Every element of the three gradients is
- * written, zeros for padding rows. Gradients of keys and values sum over the query heads that share a KV head. */
+ * written, zeros for rows that belong to no sequence. Gradients of keys and values sum over the query heads that share
+ * a KV head. The weights are exp(s - lse): where lse_is_given, it need not follow from the keys at hand alone, but may
+ * have a sink or the keys of other devices in it. */
 typedef struct aiter_attention_grad_problem {
     aiter_attention_problem forward;
     int64_t grad_output_strides[3]; /* batch, token, head */
     int64_t grad_query_strides[3];
     int64_t grad_key_strides[3];
     int64_t grad_value_strides[3];
+    int32_t lse_is_given; /* 0: lse is the log-sum-exp of these very keys */
+    int32_t reserved;     /* 0 */
 } aiter_attention_grad_problem;
 
 typedef struct aiter_attention_grad_tensors {
@@ -91,10 +130,19 @@ typedef struct aiter_attention_grad_tensors {
     void *grad_query;
     void *grad_key;
     void *grad_value;
-    const int32_t *seqlens_q;
+    const int32_t *seqlens_q; /* as in the forward pass, these five */
     const int32_t *seqlens_k;
+    const int32_t *starts_q;
+    const int32_t *starts_k;
+    const int32_t *query_offsets;
+    const float *alibi_slopes;
     void *workspace;
 } aiter_attention_grad_tensors;
+
+typedef struct aiter_attention_grad_call {
+    aiter_attention_grad_problem problem;
+    aiter_attention_grad_tensors tensors;
+} aiter_attention_grad_call;
 
 /* Runs body(data) once on each of num_threads threads, the caller among them, and returns when all are done: the
  * signature of libgomp's GOMP_parallel, so that kernels share the thread pool that PyTorch has already started. */
@@ -107,23 +155,20 @@ typedef struct aiter_cpu_executor {
 } aiter_cpu_executor;
 
 typedef struct aiter_description {
-    uint32_t abi_version;   /* AITER_ABI_VERSION of the build */
-    uint32_t problem_bytes; /* sizeof the structs that this kernel's launch takes */
-    uint32_t tensors_bytes;
+    uint32_t abi_version; /* AITER_ABI_VERSION of the build */
+    uint32_t call_bytes;  /* sizeof the aiter_call that this kernel's launch takes */
 } aiter_description;
 
 /* What every kernel .so exports; a backward kernel defines AITER_BACKWARD before it includes this header. */
 #ifdef AITER_BACKWARD
-typedef aiter_attention_grad_problem aiter_problem;
-typedef aiter_attention_grad_tensors aiter_tensors;
+typedef aiter_attention_grad_call aiter_call;
 #else
-typedef aiter_attention_problem aiter_problem;
-typedef aiter_attention_tensors aiter_tensors;
+typedef aiter_attention_call aiter_call;
 #endif
 
 AITER_EXPORT void aiter_describe(aiter_description *description);
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_problem *problem);
-AITER_EXPORT int aiter_launch(const aiter_problem *problem, const aiter_tensors *tensors, void *executor);
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call); /* reads call->problem alone */
+AITER_EXPORT int aiter_launch(const aiter_call *call, void *executor);
 AITER_EXPORT const char *aiter_error_text(int code); /* never null; valid until this thread's next launch */
 
 #endif

@@ -17,20 +17,20 @@ pytestmark = pytest.mark.usefixtures("tree", "cache_dir")
 
 def test_launch_workspace_and_error_text(spec):
     kernel = jit.get_kernel(spec)
-    problem, tensors = abi.AttentionProblem(), bytes(ctypes.sizeof(abi.AttentionTensors))
-    kernel.launch(problem, tensors, 0)
-    assert kernel.launch_raw(ctypes.addressof(problem), tensors, 0) == 0
-    problem.batch = 7
-    assert kernel.workspace_bytes(problem) == 64 + 7
+    call = abi.AttentionCall()
+    assert kernel.launch_raw(bytes(call), 0) == 0
+    kernel.check(0)
+    call.problem.batch = 7
+    assert kernel.workspace_raw(bytes(call)) == 64 + 7
     with pytest.raises(LaunchError, match=rf"{spec.name[:12]}.*: seven \(code 7\)") as error:
-        kernel.launch(problem, tensors, 0)
+        kernel.check(kernel.launch_raw(bytes(call), 0))
     assert error.value.code == 7
 
 
-@pytest.mark.parametrize("field", ["abi_version", "problem_bytes", "tensors_bytes"])
+@pytest.mark.parametrize("field", ["abi_version", "call_bytes"])
 def test_another_abi_is_refused(field, spec, tree):
     source = tree / "cpu" / "tiny.cpp"
-    source.write_text(source.read_text().replace("};\n}", f"}};\n    d->{field} += 1;\n}}", 1))
+    source.write_text(source.read_text().replace("}; }", f"}}; d->{field} += 1; }}", 1))
     with pytest.raises(LoadError, match="another launch ABI"):
         jit.get_kernel(spec)
 

@@ -11,11 +11,9 @@ from aiter.jit.spec import Spec
 TINY = """
 #include "aiter_abi.h"
 #include "answer.h"
-void aiter_describe(aiter_description *d) {
-    *d = {AITER_ABI_VERSION, sizeof(aiter_problem), sizeof(aiter_tensors)};
-}
-int64_t aiter_workspace_bytes(const aiter_problem *problem) { return ANSWER * AITER_HEAD_DIM + problem->batch; }
-int aiter_launch(const aiter_problem *problem, const aiter_tensors *, void *) { return problem->batch; }
+void aiter_describe(aiter_description *d) { *d = {AITER_ABI_VERSION, sizeof(aiter_call)}; }
+int64_t aiter_workspace_bytes(const aiter_call *call) { return ANSWER * AITER_HEAD_DIM + call->problem.batch; }
+int aiter_launch(const aiter_call *call, void *) { return call->problem.batch; }
 const char *aiter_error_text(int code) { return code == 7 ? "seven" : "not seven"; }
 """
 

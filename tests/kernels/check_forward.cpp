@@ -31,8 +31,9 @@ static double error_of(int batch, int heads, int group, int seq_q, int seq_k) {
     const int64_t all_heads = heads * group, row_q = all_heads * HEAD_DIM, row_k = static_cast<int64_t>(heads) * HEAD_DIM;
     const Rows query(batch * seq_q * row_q), key(batch * seq_k * row_k), value(batch * seq_k * row_k);
     std::vector<Element> output(batch * seq_q * row_q);
-    aiter_attention_problem problem;
-    memset(&problem, 0, sizeof problem);
+    aiter_attention_call call;
+    memset(&call, 0, sizeof call);
+    aiter_attention_problem &problem = call.problem;
     problem.batch = batch;
     problem.heads_q = static_cast<int32_t>(all_heads);
     problem.heads_kv = heads;
@@ -44,12 +45,14 @@ static double error_of(int batch, int heads, int group, int seq_q, int seq_k) {
     memcpy(problem.output_strides, strides_q, sizeof strides_q);
     memcpy(problem.key_strides, strides_k, sizeof strides_k);
     memcpy(problem.value_strides, strides_k, sizeof strides_k);
-    void *workspace = aligned_alloc(256, (aiter_workspace_bytes(&problem) / 256 + 1) * 256);
-    const aiter_attention_tensors tensors = {query.elements.data(), key.elements.data(), value.elements.data(),
-                                             output.data(), nullptr, nullptr, nullptr, nullptr, workspace};
+    call.tensors.query = query.elements.data();
+    call.tensors.key = key.elements.data();
+    call.tensors.value = value.elements.data();
+    call.tensors.output = output.data();
+    call.tensors.workspace = aligned_alloc(256, (aiter_workspace_bytes(&call) / 256 + 1) * 256);
     aiter_cpu_executor executor = {nullptr, 2, 0};
-    const int code = aiter_launch(&problem, &tensors, &executor);
-    free(workspace);
+    const int code = aiter_launch(&call, &executor);
+    free(call.tensors.workspace);
     if (code != 0) {
         printf("%s\n", aiter_error_text(code));
         return INFINITY;

@@ -50,6 +50,7 @@ STOOD_IN = [path for path in _CODE_PATHS if STAND_IN and path not in NATIVE]
 CPUS = NATIVE + STOOD_IN
 # With each mask; what is stood in for with one of them, as compiling for the other adds little but time.
 CPUS_AND_MASKS = [(*path, causal) for path in CPUS for causal in (False, True) if causal or path in NATIVE]
+_GRADIENTS = ("grad_query", "grad_key", "grad_value")
 GOMP_PARALLEL = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
 
 
@@ -113,9 +114,10 @@ def attend(
     lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
     lse = torch.full(lse_shape, math.nan, device=query.device)
     problem = _problem(query, key, value, lse, scale, seqlens_q, page_table, max_seqlen)
-    reads = (query, key, value), (seqlens_q, seqlens_k, page_table)
+    reads = {"query": query, "key": key, "value": value}
+    reads |= {"seqlens_q": seqlens_q, "seqlens_k": seqlens_k, "page_table": page_table}
     built = _kernel(target, name, query.dtype, query.shape[-1], causal, page_table is not None)
-    _run(target, built, problem, abi.pack_tensors, reads, (output, lse), **running)
+    _run(target, built, problem, reads, {"output": output, "lse": lse}, **running)
     return output, lse
 
 
@@ -137,14 +139,15 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK and dV, from what `attend` returned. Tensors are dense, or packed with `max_seqlen`."""
     results = tuple(_unwritten(tensor) for tensor in (query, key, value))
-    names = ("grad_output_strides", "grad_query_strides", "grad_key_strides", "grad_value_strides")
+    tensors = zip(("grad_output", *_GRADIENTS), (grad_output, *results), strict=True)
     problem = abi.AttentionGradProblem(
         forward=_problem(query, key, value, lse, scale, seqlens_q, None, max_seqlen),
-        **{name: _strides(tensor) for name, tensor in zip(names, (grad_output, *results), strict=True)},
+        **{f"{name}_strides": _strides(tensor) for name, tensor in tensors},
     )
-    reads = (query, key, value, output, lse, grad_output, grad_lse), (seqlens_q, seqlens_k)
+    reads = {"query": query, "key": key, "value": value, "output": output, "lse": lse}
+    reads |= {"grad_output": grad_output, "grad_lse": grad_lse, "seqlens_q": seqlens_q, "seqlens_k": seqlens_k}
     built = _kernel(target, "attention_backward", query.dtype, query.shape[-1], causal, False)
-    _run(target, built, problem, abi.pack_grad_tensors, reads, results, **running)
+    _run(target, built, problem, reads, dict(zip(_GRADIENTS, results, strict=True)), **running)
     return results
 
 
@@ -188,6 +191,7 @@ def _problem(
         output_strides=_strides(torch.empty(query.shape, device="meta")),
         lse_strides=(0, query.shape[0]) if packed_q else lse.stride()[:2],
         softmax_scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        clear_rest=1,
     )
 
 
@@ -221,28 +225,30 @@ def _run(
     target: str,
     built: Kernel,
     problem: ctypes.Structure,
-    pack,
-    reads: tuple[tuple, tuple],
-    results: tuple[torch.Tensor, ...],
+    reads: dict[str, torch.Tensor | None],
+    writes: dict[str, torch.Tensor],
     threads: int = 2,
     parallel: int | None = GOMP_PARALLEL,
     stats: dict | None = None,
 ) -> None:
-    """Launches on a workspace that holds garbage. `threads` and `parallel` make a CPU's executor; `stats` receives what
-    the emulator has counted."""
-    workspace = torch.full((built.workspace_bytes(problem),), 0x7F, dtype=torch.uint8, device=results[0].device)
-    (before, after), writes = reads, (*results, workspace)
-    tensors = (*before, *results, *after, workspace)
+    """Launches on a workspace that holds garbage. `reads` and `writes` are fields of the call's tensors. `threads` and
+    `parallel` make a CPU's executor; `stats` receives what the emulator has counted."""
+    call = abi.call_struct(built.spec.kernel)(problem=problem)
+    device = next(iter(writes.values())).device
+    writes["workspace"] = torch.full((built.workspace_raw(bytes(call)),), 0x7F, dtype=torch.uint8, device=device)
+    tensors = {name: tensor for name, tensor in (reads | writes).items() if tensor is not None}
+    for name, tensor in tensors.items():
+        setattr(call.tensors, name, tensor.data_ptr())
 
     def launch(queue: int) -> None:
-        built.launch(problem, pack(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors)), queue)
+        built.check(built.launch_raw(bytes(call), queue))
 
     if target == "cuda":
         launch(torch.cuda.current_stream().cuda_stream)
     elif target in EMULATED:
         with emulator.session(target, threads=2) as gpu:
-            for tensor in tensors:
-                gpu.allow(tensor, writable=any(tensor is written for written in writes))
+            for name, tensor in tensors.items():
+                gpu.allow(tensor, writable=name in writes)
             launch(0)
             gpu.check()
             if stats is not None:
