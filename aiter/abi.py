@@ -37,6 +37,8 @@ class AttentionProblem(ctypes.Structure):
         ("window_right", ctypes.c_int32),
         ("clear_rest", ctypes.c_int32),
         ("batch_invariant", ctypes.c_int32),
+        ("check_values", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
@@ -123,3 +125,5 @@ pack_call = struct.Struct("=" + _format(AttentionCall)[:-1]).pack
 pack_grad_call = struct.Struct("=" + _format(AttentionGradCall)[:-1]).pack
 pack_workspace = struct.Struct("=Q").pack
 NO_WORKSPACE = pack_workspace(0)
+# What a CPU kernel answers where check_values is set and values are out of range: launch_errors.h.
+BAD_VALUES = 3

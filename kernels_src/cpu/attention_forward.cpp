@@ -20,6 +20,7 @@
  * Masked keys take part with weight zero. Where such a key holds inf or NaN the row comes out NaN; finish_row sees that
  * and recomputes the row without the masked keys (attend_exactly).
  */
+#include "check_values.h"
 #include "launch_errors.h"
 #include "schedule.h"
 
@@ -305,6 +306,7 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *executor) {
     const aiter_cpu_executor *cpu = static_cast<const aiter_cpu_executor *>(executor);
     if (!Tiles::permitted()) return NO_TILES;
+    if (!values_fit(call->problem, call->tensors)) return BAD_VALUES;
     Forward forward(call->problem, call->tensors, cpu->num_threads);
     const Schedule &schedule = forward.schedule;
     const int64_t threads = schedule.serial ? 1 : minimum(cpu->num_threads, schedule.units);

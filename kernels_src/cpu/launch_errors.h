@@ -4,7 +4,7 @@
 
 #include "aiter_abi.h"
 
-enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2 };
+enum { OK = 0, OUT_OF_MEMORY = 1, NO_TILES = 2, BAD_VALUES = 3 };
 
 AITER_EXPORT const char *aiter_error_text(int code) {
     switch (code) {
@@ -12,6 +12,7 @@ AITER_EXPORT const char *aiter_error_text(int code) {
     case OUT_OF_MEMORY: return "out of memory";
     case NO_TILES:
         return "Linux does not let this process use the AMX tile registers; AITER_CPU_ARCH can select another arch";
+    case BAD_VALUES: return "a length or a page number is out of range";
     default: return "unknown error";
     }
 }

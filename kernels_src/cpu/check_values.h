@@ -1,0 +1,52 @@
+/* Are lengths and page numbers, which callers give in tensors, in range? A look at each costs nothing beside the rows
+ * that it stands for, so every call looks; which of them is wrong, the caller finds out for the message. */
+#ifndef AITER_CPU_CHECK_VALUES_H
+#define AITER_CPU_CHECK_VALUES_H
+
+#include "aiter_abi.h"
+
+/* Lengths from 0 to `most`; `total` rows in all where `fill`, else no more than those. */
+static inline bool lengths_fit(const int32_t *lengths, int64_t batch, int64_t most, bool packed, int64_t total,
+                               bool fill) {
+    if (!lengths) return true;
+    int64_t sum = 0;
+    for (int64_t b = 0; b < batch; b++) {
+        if (lengths[b] < 0 || lengths[b] > most) return false;
+        sum += lengths[b];
+    }
+    return !packed || (fill ? sum == total : sum <= total);
+}
+
+/* Starts that do not fall and end within the rows. */
+static inline bool starts_fit(const int32_t *starts, int64_t batch, int64_t most, int64_t total) {
+    if (!starts) return true;
+    if (starts[0] < 0 || starts[batch] > total) return false;
+    for (int64_t b = 0; b < batch; b++) {
+        const int64_t length = static_cast<int64_t>(starts[b + 1]) - starts[b];
+        if (length < 0 || length > most) return false;
+    }
+    return true;
+}
+
+/* Where pages are named, those that the valid tokens lie in. */
+static inline bool pages_fit(const aiter_attention_problem &p, const aiter_attention_tensors &t) {
+    if (p.page_size <= 0) return true;
+    for (int64_t b = 0; b < p.batch; b++) {
+        const int64_t tokens = t.seqlens_k ? t.seqlens_k[b] : p.seqlen_k;
+        const int32_t *pages = t.page_table + b * p.page_table_stride;
+        for (int64_t i = 0; i * p.page_size < tokens; i++)
+            if (pages[i] < 0 || pages[i] >= p.num_pages) return false;
+    }
+    return true;
+}
+
+static inline bool values_fit(const aiter_attention_problem &p, const aiter_attention_tensors &t) {
+    if (!p.check_values) return true;
+    const bool sums_q = p.packed_q && !t.starts_q, sums_k = p.packed_k && !t.starts_k;
+    return lengths_fit(t.seqlens_q, p.batch, p.seqlen_q, sums_q, p.total_q, p.check_values == 2) &&
+           lengths_fit(t.seqlens_k, p.batch, p.seqlen_k, sums_k, p.total_k, false) &&
+           starts_fit(t.starts_q, p.batch, p.seqlen_q, p.total_q) &&
+           starts_fit(t.starts_k, p.batch, p.seqlen_k, p.total_k) && pages_fit(p, t);
+}
+
+#endif
