@@ -119,8 +119,8 @@ def _format(field_type: type) -> str:
     return {ctypes.c_int32: "i", ctypes.c_int64: "q", ctypes.c_float: "f", ctypes.c_void_p: "Q"}[field_type]
 
 
-# A call as bytes, from the values of all fields in their order, in the two pieces in which they are known: how large the
-# workspace, the last field, must be follows from the others. Six times as fast as filling a ctypes struct.
+# A call as bytes, from the values of all fields in their order, in the two pieces in which they are known: how large
+# the workspace, the last field, must be follows from the others. Six times as fast as filling a ctypes struct.
 pack_call = struct.Struct("=" + _format(AttentionCall)[:-1]).pack
 pack_grad_call = struct.Struct("=" + _format(AttentionGradCall)[:-1]).pack
 pack_workspace = struct.Struct("=Q").pack

@@ -6,17 +6,27 @@ unless AITER_CHECK_VALUES=1 asks for it: a call must not synchronise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from numbers import Real
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 
-from aiter.jit import settings
+if TYPE_CHECKING:
+    from aiter.layout import Indices, Sizes
 
 HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
+HEAD_DIMS = frozenset(range(HEAD_DIM_STEP, HEAD_DIM_MAX + 1, HEAD_DIM_STEP))
 INT32_MAX = 2**31 - 1
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+INDEX_DTYPES = frozenset((torch.int32, torch.int64))
+
+# Layouts, for messages.
+BSHD = "(batch, seq, heads, head_dim)"
+PACKED = "(total_tokens, heads, head_dim)"
+CACHE = "(num_blocks, heads_kv, block_size, head_dim)"
 
 
 def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -> None:
@@ -49,10 +59,12 @@ def same_device(name: str, value: torch.Tensor, first_name: str, first: torch.Te
         raise ValueError(f"{name} is on device {value.device}; it must be where {first_name} is, on {first.device}")
 
 
-def same_shape(name: str, value: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
-    if value.shape != first.shape:
+def same_shape(name: str, value: torch.Tensor, first_name: str, first: torch.Tensor, *, but_last: bool = False) -> None:
+    got, expected = (tensor.shape[:-1] if but_last else tensor.shape for tensor in (value, first))
+    if got != expected:
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; it must be that of {first_name}, {tuple(first.shape)}"
+            + (", but for head_dim" if but_last else "")
         )
 
 
@@ -61,11 +73,11 @@ def equal_size(name: str, size: int, meaning: str, expected_name: str, expected:
         raise ValueError(f"{name} has {meaning} {size}; it must be that of {expected_name}, {expected}")
 
 
-def head_dim(query: torch.Tensor) -> int:
-    size = query.shape[-1]
+def head_dim(tensor: torch.Tensor, name: str = "query") -> int:
+    size = tensor.shape[-1]
     if size % HEAD_DIM_STEP or not 0 < size <= HEAD_DIM_MAX:
         raise ValueError(
-            f"query has head_dim {size} (its last dimension); it must be a multiple of {HEAD_DIM_STEP} from "
+            f"{name} has head_dim {size} (its last dimension); it must be a multiple of {HEAD_DIM_STEP} from "
             f"{HEAD_DIM_STEP} to {HEAD_DIM_MAX}"
         )
     return size
@@ -87,10 +99,16 @@ def sizes(**named: int) -> None:
             raise ValueError(f"{name} is {size}; at most {INT32_MAX} is supported")
 
 
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether `value` is an integer: Python's, a compiler's symbol of one, or one of another library (NumPy)."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    return not isinstance(value, torch.Tensor) and hasattr(value, "__index__")
+
+
 def positive_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_int(value):
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    value = value.__index__()
     if value <= 0:
         raise ValueError(f"{name} is {value}; it must be at least 1")
     return value
@@ -106,6 +124,8 @@ def softmax_scale(value: object, size: int) -> float:
     """The scale to use: `value`, or 1/sqrt(head_dim) when it is None."""
     if value is None:
         return 1.0 / math.sqrt(size)
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        return value  # perhaps a symbol, that no question may be asked of; the operator looks at its value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"softmax_scale must be a float or None, not {type(value).__name__}")
     if not math.isfinite(value):
@@ -126,31 +146,59 @@ def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str
     same_device(name, value, "query", first)
 
 
-def values_readable(value: torch.Tensor) -> bool:
-    """Whether values may be looked at: they live on the host, or AITER_CHECK_VALUES=1 accepts a synchronisation."""
-    if torch.compiler.is_compiling() or type(value) is not torch.Tensor:
-        return False  # a traced call has no values yet
-    return value.is_cpu or settings.flag("AITER_CHECK_VALUES")
+class Names(NamedTuple):
+    """What messages about values call things."""
+
+    seqlens_q: str = "seqlens_q"
+    seqlens_k: str = "seqlens_k"
+    longest_q: str = "the longest that the query has room for"
+    longest_k: str = "the longest that the key has room for"
+    fill: bool = False  # the lengths of packed queries must add up to the rows there are
 
 
-def lengths_in_range(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None) -> None:
-    """Checks values in [0, longest] and, for packed tensors, that they add up to `total`."""
-    if not values_readable(lengths):
-        return
-    values = lengths.tolist()
-    for index, length in enumerate(values):
+def values(sizes: Sizes, indices: Indices, names: Names) -> None:
+    """Raises ValueError for the first length or page number that is out of range. Waits for a GPU."""
+    seqlens_q, seqlens_k, page_table, starts_q, starts_k = indices
+    if seqlens_q is not None:
+        total = sizes.total_q if sizes.packed_q and starts_q is None else None
+        _lengths(names.seqlens_q, seqlens_q, sizes.seqlen_q, names.longest_q, total, names.fill)
+    if seqlens_k is not None:
+        total = sizes.total_k if sizes.packed_k and starts_k is None else None
+        name = names.seqlens_q if seqlens_k is seqlens_q else names.seqlens_k
+        _lengths(name, seqlens_k, sizes.seqlen_k, names.longest_k, total, False)
+    for name, starts, longest, total in (
+        ("starts_q", starts_q, sizes.seqlen_q, sizes.total_q),
+        ("starts_k", starts_k, sizes.seqlen_k, sizes.total_k),
+    ):
+        if starts is not None:
+            _starts(name, starts, longest, total)
+    if page_table is not None:
+        _pages(page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k)
+
+
+def _lengths(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None, fill: bool) -> None:
+    numbers = lengths.tolist()
+    for index, length in enumerate(numbers):
         if not 0 <= length <= longest:
             raise ValueError(f"{name}[{index}] is {length}; it must be from 0 to {longest_name}, {longest}")
-    if total is not None and sum(values) != total:
-        raise ValueError(f"{name} adds up to {sum(values)} tokens, but the packed query holds {total}")
+    if total is not None and (sum(numbers) != total if fill else sum(numbers) > total):
+        raise ValueError(f"{name} adds up to {sum(numbers)} tokens, but the packed tensor holds {total}")
 
 
-def pages_in_range(
+def _starts(name: str, starts: torch.Tensor, longest: int, total: int) -> None:
+    numbers = starts.tolist()
+    for index, (start, end) in enumerate(itertools.pairwise(numbers)):
+        if not (0 <= start <= end <= total and end - start <= longest):
+            raise ValueError(
+                f"{name}[{index}] is {start} and the next {end}; they must rise from 0 to the {total} rows there are, "
+                f"by at most {longest}"
+            )
+
+
+def _pages(
     page_table: torch.Tensor, num_pages: int, page_size: int, lengths: torch.Tensor | None, seqlen_k: int
 ) -> None:
-    """Checks the page numbers that the valid tokens need; what stands past them may be anything."""
-    if not values_readable(page_table):
-        return
+    """The page numbers that the valid tokens need; what stands past them may be anything."""
     wrong = (page_table < 0) | (page_table >= num_pages)
     if lengths is not None:
         needed = (lengths.clamp(max=seqlen_k) + (page_size - 1)) // page_size

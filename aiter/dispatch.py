@@ -1,93 +1,140 @@
-"""From an operation's arguments to a launch: finds the plan of their layout, or makes it, and runs it.
+"""Which way a call takes: straight to a launch, or through PyTorch's dispatcher, where something else must see it.
 
-    operation ── query, key, value, options ──> Plan (checked; problem struct, kernel, what to allocate)
-                                            ──> addresses ──> launch
-
-A repeated call costs the look-up of its plan, the allocation of its result and one foreign call.
+operation ── plain tensors ───────────────────────────> plan.forward
+          ── plain tensors, and a gradient is wanted ─> library.Attention ──> plan.forward
+          ── anything else (torch_state.py says what) > torch.ops.aiter.attention, or its form for torch.func
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from aiter import checks
-from aiter.library import TransformedAttention, autocast
-from aiter.plan import NO_INDICES, Indices, Plan
-from aiter.plan_cache import keep, plans, signature_of
+from aiter import checks, library, plan, torch_state
+from aiter.jit import settings
+from aiter.layout import NO_INDICES, Indices, Sizes, check_common, sizes_of
+from aiter.options import NO_OPTIONS, OptionKeywords, read_options
+from aiter.plan import Call
 
-# Bound once, as they are asked at every call.
-_Tensor = torch.Tensor
-_is_grad_enabled = torch.is_grad_enabled
-_is_compiling = torch.compiler.is_compiling
-_is_autocast_enabled = torch._C._is_any_autocast_enabled
-_active_dispatch_modes = torch._C._len_torch_dispatch_stack
-_active_transform = torch._C._functorch.peek_interpreter_stack
+_new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
-# The last call of each operation, tried first: to compare a signature costs a third of hashing it.
-_latest: dict[Callable[..., None], tuple[tuple, Plan]] = {}
-_NO_PLAN = None, None
+
+class Operation(NamedTuple):
+    """What one public operation asks of its arguments beyond the common form of all (layout.py).
+
+    check(query, key, value, *own) raises for a bad argument; it looks at shapes, dtypes and devices alone, and may be
+    traced. fits(sizes, *own) says whether there is no need to: the same question about own arguments, asked cheaply.
+    """
+
+    check: Callable[..., None]
+    fits: Callable[..., bool]
+    names: checks.Names = checks.Names()
 
 
 def attend(
-    check: Callable[..., None],
-    options: tuple,
+    operation: Operation,
+    own: tuple,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     causal: bool,
     softmax_scale: float | None,
     return_lse: bool,
+    keywords: OptionKeywords,
     indices: Indices = NO_INDICES,
-    max_seqlen: int = 0,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Runs one attention call. `check(query, key, value, *options)` raises where an argument is bad; it sees each
-    layout of arguments once, so it must look at nothing but shapes, dtypes and devices."""
-    if not _is_plain(query, key, value):
-        if _is_autocast_enabled():
-            query, key, value = autocast(query, key, value)
-        check(query, key, value, *options)
-        checks.flag("causal", causal)
-        scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-        output, lse = _operator()(query, key, value, *indices, causal, scale, max_seqlen)
-        return (output, lse) if return_lse else output
+    """Runs one call of an operation; `own` are the arguments that only it has."""
+    plain = False
     try:
-        signature = signature_of(query, key, value, indices, causal, softmax_scale, max_seqlen, options)
-        latest, plan = _latest.get(check, _NO_PLAN)
-        if signature != latest:
-            plan = plans.get((check, signature))
-            if plan is not None:
-                _latest[check] = signature, plan
-    except (TypeError, RuntimeError):  # an unhashable option or a tensor without strides, which check names
-        check(query, key, value, *options)
+        plain = torch_state.is_plain(query, key, value)
+    except AttributeError:  # not a tensor
+        operation.check(query, key, value, *own)
         raise
-    if plan is None:
-        check(query, key, value, *options)
+    if not plain:
+        output, lse = _through_dispatcher(
+            operation, own, query, key, value, causal, softmax_scale, keywords, indices, max_seqlen_q, max_seqlen_k
+        )
+        return (output, lse) if return_lse else output
+
+    sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
+    if sizes is None or not operation.fits(sizes, *own):
+        operation.check(query, key, value, *own)
+        if sizes is None:
+            check_common(query, key, value, indices)
+    if causal is not True and causal is not False:
         checks.flag("causal", causal)
-        scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-        plan = keep((check, signature), Plan(query, key, value, indices, causal, scale, max_seqlen))
-        _latest[check] = signature, plan
-    output, lse = plan.run(query, key, value, indices, return_lse)
+    if softmax_scale is None:
+        softmax_scale = query.shape[-1] ** -0.5
+    elif type(softmax_scale) is not float or softmax_scale - softmax_scale != 0.0:
+        softmax_scale = checks.softmax_scale(softmax_scale, query.shape[-1])
+    options = NO_OPTIONS
+    if keywords:
+        causal, options = read_options(query, causal, keywords)
+    call = _new(Call, (sizes, indices, options, causal, softmax_scale, operation.names))
+    if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
+        _look_at_values(call)
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (options.sinks is not None and options.sinks.requires_grad)
+    ):
+        output, lse = library.Attention.apply(query, key, value, options.sinks, call)
+    else:
+        output, lse = plan.forward(call, query, key, value, return_lse)
     return (output, lse) if return_lse else output
 
 
-def _operator() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Attention as PyTorch's dispatcher takes it at this moment."""
-    if _active_transform() is None or _is_compiling():
-        return torch.ops.aiter.attention
-    return TransformedAttention.apply
-
-
-def _is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a call needs nothing of PyTorch's dispatcher: no gradient, autocast, tracing, transform or subclass."""
-    return (
-        type(query) is _Tensor
-        and type(key) is _Tensor
-        and type(value) is _Tensor
-        and not (_is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        and not _is_compiling()
-        and not _is_autocast_enabled()
-        and not _active_dispatch_modes()
-        and _active_transform() is None
+def _through_dispatcher(
+    operation: Operation,
+    own: tuple,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    keywords: OptionKeywords,
+    indices: Indices,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for a call that something of PyTorch must see. Whatever is wrong is found here, or by the operator."""
+    query, key, value = library.autocast(query, key, value)
+    operation.check(query, key, value, *own)
+    checks.flag("causal", causal)
+    scale = checks.softmax_scale(softmax_scale, query.shape[-1])
+    causal, options = read_options(query, causal, keywords)
+    return library.operator()(
+        *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
+        *(max_seqlen_k, indices.starts_q, indices.starts_k, *options),
     )
+
+
+# The index tensors whose values were looked at last, each with its version then and what it was held against: layers
+# of a model share them, and a look waits for the GPU.
+_latest: dict[str, tuple[weakref.ref[torch.Tensor], int, Sizes]] = {}
+
+
+def _look_at_values(call: Call) -> None:
+    seen = True
+    for name, tensor in call.indices._asdict().items():
+        if tensor is None:
+            continue
+        if tensor.is_inference():  # counts no versions: it may have changed
+            seen = False
+            continue
+        known = _latest.get(name)
+        if not (known and known[0]() is tensor and known[1:] == (tensor._version, call.sizes)):
+            seen = False
+            _latest[name] = weakref.ref(tensor), tensor._version, call.sizes
+    if not seen:
+        try:
+            checks.values(call.sizes, call.indices, call.names)
+        except ValueError:
+            _latest.clear()
+            raise

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from aiter.errors import UnsupportedDtypeError
 from aiter.jit.arch import is_gpu
 from aiter.jit.spec import Spec
+
+if TYPE_CHECKING:
+    from aiter.layout import Sizes
 
 # Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
 
 
-def kernel_name(arch: str, rows: int) -> str:
-    """The kernel for this many rows of one KV head in a sequence; the CPU has one kernel for all."""
-    return "attention_decode" if is_gpu(arch) and rows <= DECODE_ROWS else "attention_forward"
+def forward_kernel(sizes: Sizes) -> str:
+    """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all."""
+    decodes = sizes.seqlen_q * (sizes.heads_q // sizes.heads_kv) <= DECODE_ROWS
+    return "attention_decode" if decodes else "attention_forward"
 
 
-def kernel_spec(kernel: str, dtype: str, head_dim: int, causal: bool, arch: str, paged: bool) -> Spec:
+def kernel_spec(
+    kernel: str,
+    dtype: str,
+    head_dim: int,
+    causal: bool,
+    arch: str,
+    paged: bool = False,
+    value_dim: int | None = None,
+    options: tuple[str, ...] = (),
+) -> Spec:
+    """options: which of the call's options select code (Options.that_select_code)."""
     if is_gpu(arch) and dtype == "fp32":
         raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")
-    options = (("paged", 1),) if paged and is_gpu(arch) else ()
-    return Spec(kernel, dtype, head_dim, causal, arch, options)
+    chosen = dict.fromkeys(options, 1)
+    if paged and is_gpu(arch):
+        chosen["paged"] = 1
+    if value_dim not in (None, head_dim):
+        chosen["value_dim"] = value_dim
+    return Spec(kernel, dtype, head_dim, causal, arch, tuple(sorted(chosen.items())))
 
 
 # The public operations, and with which kinds of keys and values each is called: in pages or not.
@@ -38,5 +58,5 @@ def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str
     kernels = ("attention_forward", "attention_decode") if is_gpu(arch) else ("attention_forward",)
     specs = [kernel_spec(k, dtype, head_dim, causal, arch, paged) for paged in OPERATIONS[operation] for k in kernels]
     if backward and False in OPERATIONS[operation]:
-        specs.append(kernel_spec("attention_backward", dtype, head_dim, causal, arch, False))
+        specs.append(kernel_spec("attention_backward", dtype, head_dim, causal, arch))
     return list(dict.fromkeys(specs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,10 @@ from aiter import abi, jit
 
 _get_num_threads = torch.get_num_threads
 
+# A workspace up to this size is not worth an allocation where launches return when all is done.
+SCRATCH_BYTES = 1 << 16
+WORKSPACE_ALIGNMENT = 256
+
 
 class CpuQueue:
     """Where CPU kernels run: PyTorch's own thread pool, so that no second pool fights it for the cores."""
@@ -19,9 +24,20 @@ class CpuQueue:
     def __init__(self) -> None:
         # PyTorch loads its OpenMP runtime with global symbols; where that is not libgomp, kernels start own threads.
         self.parallel = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
+        self.thread = threading.local()
         self.executors: dict[int, tuple[abi.CpuExecutor, int]] = {}
         # A forked child inherits the pool's data but not its threads: using it there would wait for ever.
         os.register_at_fork(after_in_child=self.leave_pool)
+
+    def scratch(self) -> int:
+        """The address of SCRATCH_BYTES that are this thread's, for as long as a launch takes."""
+        try:
+            return self.thread.address
+        except AttributeError:
+            self.thread.memory = ctypes.create_string_buffer(SCRATCH_BYTES + WORKSPACE_ALIGNMENT)
+            first = ctypes.addressof(self.thread.memory)
+            self.thread.address = first + -first % WORKSPACE_ALIGNMENT
+            return self.thread.address
 
     def leave_pool(self) -> None:
         self.parallel = None
@@ -40,17 +56,18 @@ class CpuQueue:
 cpu_queue = CpuQueue()
 
 
-def launcher(kernel: jit.Kernel, device: torch.device) -> Callable[[bytes], None]:
+def launcher(kernel: jit.Kernel, device: torch.device) -> Callable[[bytes], int]:
     """A function of a packed call that launches where PyTorch would: on its CPU threads, or on the current stream of
-    the tensors' GPU."""
+    the tensors' GPU. Returns 0 or, for values that a CPU kernel refuses, BAD_VALUES; raises LaunchError."""
     launch_raw, check = kernel.launch_raw, kernel.check
 
-    def on_cpu(call: bytes) -> None:
+    def on_cpu(call: bytes) -> int:
         code = launch_raw(call, cpu_queue.executor())
-        if code:
+        if code and code != abi.BAD_VALUES:
             check(code)
+        return code
 
-    def on_gpu(call: bytes) -> None:
+    def on_gpu(call: bytes) -> int:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         if device.index == torch.cuda.current_device():
             code = launch_raw(call, stream)
@@ -59,5 +76,6 @@ def launcher(kernel: jit.Kernel, device: torch.device) -> Callable[[bytes], None
                 code = launch_raw(call, stream)
         if code:
             check(code)
+        return 0
 
     return on_cpu if device.type == "cpu" else on_gpu

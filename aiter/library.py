@@ -1,55 +1,93 @@
 """The operations as PyTorch's compiler, autograd and autocast see them: one operator and its gradient.
 
-    aiter.flash_attn_func(...)  ── plain tensors, no gradient ──> plan.Plan (no dispatcher in between)
-                                ── anything else ──> torch.ops.aiter.attention ──> autocast, autograd ──> plan.Plan
+`aiter::attention` is the common form of all operations (layout.py, options.py); it always returns the log-sum-exp too,
+which the backward pass needs. It takes what it can read, converts what it can (int64 or strided lengths, any strides)
+and refuses the rest by name.
 
-`aiter::attention` is the common form of the five operations (see plan.Plan for the layouts it takes); it always
-returns the log-sum-exp too, which the backward pass needs.
+What is here twice is so because PyTorch has three kinds of autograd, each with a form of its own: registered formulas
+for torch.compile and torch.export, functions with setup_context for torch.func, and plain functions, which cost least,
+for calls that need nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.autograd import forward_ad
 
-from aiter import checks, plan_cache
-from aiter.plan import Indices
+from aiter import checks, plan, torch_state
+from aiter.layout import NO_INDICES, Indices, check_common, sizes_of
+from aiter.options import Options, one_mask, readable_index
+from aiter.plan import Call
 
+# Everything after max_seqlen is optional. max_seqlen bounds packed keys too unless max_seqlen_k is given (0: not).
+_OPTIONS = (
+    "SymInt max_seqlen_k=0, Tensor? starts_q=None, Tensor? starts_k=None, SymInt window_left=-1, "
+    "SymInt window_right=-1, Scalar softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+    "Tensor? query_offsets=None, bool batch_invariant=False"
+)
 _library = torch.library.Library("aiter", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? page_table, "
-    "bool causal, float softmax_scale, SymInt max_seqlen) -> (Tensor, Tensor)",
+    f"bool causal, Scalar softmax_scale, SymInt max_seqlen, {_OPTIONS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, "
-    "Tensor lse, Tensor? seqlens_q, Tensor? seqlens_k, bool causal, float softmax_scale, SymInt max_seqlen) -> "
-    "(Tensor, Tensor, Tensor)",
+    "Tensor lse, Tensor? seqlens_q, Tensor? seqlens_k, bool causal, Scalar softmax_scale, SymInt max_seqlen, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# Their defaults: PyTorch leaves out inputs that are equal to these at the end.
+_DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False)
+_FIRST_OPTION, _SINKS = 9, 16  # where attention's inputs have the first of them, and the sinks
 
 
-def _attention(query, key, value, seqlens_q, seqlens_k, page_table, causal, softmax_scale, max_seqlen):
-    return plan_cache.forward(
-        query, key, value, Indices(seqlens_q, seqlens_k, page_table), causal, softmax_scale, max_seqlen
-    )
+def read_call(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seqlens_q: torch.Tensor | None,
+    seqlens_k: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    causal: bool,
+    softmax_scale: float,
+    max_seqlen_q: int,
+    max_seqlen_k: int = 0,
+    starts_q: torch.Tensor | None = None,
+    starts_k: torch.Tensor | None = None,
+    window_left: int = -1,
+    window_right: int = -1,
+    *options: Any,
+) -> Call:
+    """The operator's arguments, checked and made readable."""
+    given = (seqlens_q, seqlens_k, page_table, starts_q, starts_k)
+    indices = NO_INDICES
+    if any(tensor is not None for tensor in given):
+        for name, tensor in zip(Indices._fields, given, strict=True):
+            if tensor is not None:
+                checks.indices(name, tensor, (None,) * (2 if name == "page_table" else 1), "int32", query)
+        indices = Indices(*(tensor if tensor is None else readable_index(tensor) for tensor in given))
+    sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k or max_seqlen_q)
+    if sizes is None:
+        check_common(query, key, value, indices)
+        raise AssertionError("check_common raises")
+    causal, left, right = one_mask(causal, window_left, window_right)
+    scale = checks.softmax_scale(softmax_scale, query.shape[-1])
+    return Call(sizes, indices, Options(left, right, *options).readable(), causal, scale, checks.Names())
+
+
+def _attention(query, key, value, *inputs):
+    return plan.forward(read_call(query, key, value, *inputs), query, key, value, True)
 
 
 def _attention_backward(
-    grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale, max_seqlen
+    grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale, *inputs
 ):
-    return plan_cache.backward(
-        grad_output,
-        grad_lse,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        Indices(seqlens_q, seqlens_k),
-        causal,
-        softmax_scale,
-        max_seqlen,
-    )
+    call = read_call(query, key, value, seqlens_q, seqlens_k, None, causal, softmax_scale, *inputs)
+    return _gradients(call, grad_output, grad_lse, query, key, value, output, lse)
 
 
 for _device in ("CPU", "CUDA"):
@@ -57,13 +95,48 @@ for _device in ("CPU", "CUDA"):
     _library.impl("attention_backward", _attention_backward, _device)
 
 
+def _gradients(call, grad_output, grad_lse, query, key, value, output, lse):
+    """Of query, key and value. With sinks, weights are divided by what includes them."""
+    sinks = call.options.sinks
+    if sinks is None:
+        return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, False)
+    total = _with_sinks(lse, sinks)
+    if grad_lse is not None:
+        # A gradient of the keys' own log-sum-exp goes to their own weights, which are larger by this.
+        grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse * (total - lse).exp())
+    return plan.backward(call, query, key, value, output, total, grad_output, grad_lse, True)
+
+
+def _with_sinks(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp of each row's keys and its head's sink."""
+    return torch.logaddexp(lse, sinks.unsqueeze(-1))  # (heads, total) and (batch, heads, seq) alike
+
+
+def _sink_gradient(
+    grad_output: torch.Tensor | None, output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
+) -> torch.Tensor:
+    """The weight of a row's sink, times what all other weights lose for it: -rowsum(grad_output * output)."""
+    if grad_output is None:
+        return torch.zeros_like(sinks)
+    delta = (grad_output.float() * output.float()).sum(-1).transpose(-1, -2)  # as lse lies
+    values = sinks.float()
+    weights = (values.unsqueeze(-1) - _with_sinks(lse, values)).exp()
+    gradient = -(weights * delta).sum(-1)
+    return (gradient if gradient.dim() == 1 else gradient.sum(0)).to(sinks.dtype)
+
+
+_NO_FORWARD_MODE = "attention has no forward-mode derivative here; use reverse mode (torch.func.vjp, backward())"
+_NO_PAGED_GRADIENT = (
+    "a paged cache takes no gradient: use contiguous key and value where one is needed, or torch.no_grad()"
+)
+_NO_SECOND_DERIVATIVE = "attention has no second derivative here: the backward pass is not differentiable"
+
+
 @torch.library.register_fake("aiter::attention", lib=_library)
-def _(query, key, value, seqlens_q, seqlens_k, page_table, causal, softmax_scale, max_seqlen):
-    if query.dim() == 3:
-        lse_shape = (query.shape[1], query.shape[0])
-    else:
-        lse_shape = (query.shape[0], query.shape[2], query.shape[1])
-    return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
+def _(query, key, value, *rest):
+    shape = query.shape
+    lse_shape = (shape[1], shape[0]) if query.dim() == 3 else (shape[0], shape[2], shape[1])
+    return query.new_empty((*shape[:-1], value.shape[-1])), query.new_empty(lse_shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("aiter::attention_backward", lib=_library)
@@ -71,33 +144,86 @@ def _(grad_output, grad_lse, query, key, value, *rest):
     return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
 
 
+# ---- gradients ----
+
+
+class Attention(torch.autograd.Function):
+    """The gradient of a plain call, past the dispatcher: forward(query, key, value, sinks, call)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, call):
+        if sinks is not None:
+            call = call._replace(options=call.options.readable())
+        output, lse = plan.forward(call, query, key, value, True)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        # The indices too: PyTorch then sees when one was changed before the backward pass.
+        ctx.save_for_backward(query, key, value, output, lse, sinks, *call.indices)
+        return output, lse
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_lse):
+        if ctx.call.indices.page_table is not None:
+            raise NotImplementedError(_NO_PAGED_GRADIENT)
+        query, key, value, output, lse, sinks, *_ = ctx.saved_tensors
+        if grad_output is None and grad_lse is None:
+            return (None,) * 5
+        call = ctx.call
+        if torch.is_grad_enabled() or not torch_state.is_plain(query, key, lse if grad_output is None else grad_output):
+            # Someone watches: a second derivative is wanted, or a compiler traces.
+            grads = torch.ops.aiter.attention_backward(
+                *(grad_output, grad_lse, query, key, value, output, lse, *call.indices[:2], call.causal),
+                *(call.softmax_scale, call.sizes.seqlen_q, call.sizes.seqlen_k, *call.indices[3:], *call.options),
+            )
+        else:
+            grads = _gradients(call, grad_output, grad_lse, query, key, value, output, lse)
+        grad_sinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            grad_sinks = _sink_gradient(grad_output, output, lse, sinks)
+        return (*grads, grad_sinks, None)
+
+
 def _save_for_backward(ctx, inputs, output):
-    query, key, value, seqlens_q, seqlens_k, page_table, *ctx.options = inputs
+    query, key, value, seqlens_q, seqlens_k, page_table, *numbers = inputs
+    options = (*inputs[_FIRST_OPTION:], *_DEFAULTS[len(inputs) - _FIRST_OPTION :])
+    max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets, invariant = options
     ctx.set_materialize_grads(False)
-    ctx.paged = page_table is not None
-    ctx.save_for_backward(query, key, value, *output, seqlens_q, seqlens_k)
+    ctx.paged, ctx.count = page_table is not None, len(inputs)
+    ctx.numbers = *numbers[:3], max_seqlen_k, left, right, softcap, invariant
+    tensors = seqlens_q, seqlens_k, starts_q, starts_k, alibi_slopes, sinks, query_offsets
+    ctx.save_for_backward(query, key, value, *output, *tensors)
 
 
 def _backward(ctx, grad_output, grad_lse, operator=torch.ops.aiter.attention_backward):
     if ctx.paged:
-        raise NotImplementedError(
-            "a paged cache takes no gradient: use contiguous key and value where one is needed, or torch.no_grad()"
-        )
+        raise NotImplementedError(_NO_PAGED_GRADIENT)
     if grad_output is None and grad_lse is None:
-        return (None,) * 9
-    query, key, value, output, lse, seqlens_q, seqlens_k = ctx.saved_tensors
-    grads = operator(grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, *ctx.options)
-    return (*grads, *(None,) * 6)
+        return (None,) * ctx.count
+    query, key, value, output, lse, *tensors = ctx.saved_tensors
+    seqlens_q, seqlens_k, starts_q, starts_k, alibi_slopes, sinks, query_offsets = tensors
+    causal, softmax_scale, max_seqlen, max_seqlen_k, left, right, softcap, invariant = ctx.numbers
+    grads = operator(
+        *(grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale),
+        *(max_seqlen, max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets),
+        invariant,
+    )
+    result = [*grads, *(None,) * (ctx.count - 3)]
+    if sinks is not None and ctx.needs_input_grad[_SINKS]:
+        result[_SINKS] = _sink_gradient(grad_output, output, lse, sinks)
+    return tuple(result)
 
 
 torch.library.register_autograd("aiter::attention", _backward, setup_context=_save_for_backward, lib=_library)
 
 
 def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("attention has no second derivative here: the backward pass is not differentiable")
+    raise NotImplementedError(_NO_SECOND_DERIVATIVE)
 
 
 torch.library.register_autograd("aiter::attention_backward", _no_second_derivative, lib=_library)
+
+
+# ---- autocast ----
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -105,6 +231,7 @@ def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(
         tensor.to(torch.get_autocast_dtype(tensor.device.type))
         if isinstance(tensor, torch.Tensor)
+        and tensor.device.type in ("cpu", "cuda")
         and torch.is_autocast_enabled(tensor.device.type)
         and tensor.dtype in checks.DTYPE_NAMES
         else tensor
@@ -127,11 +254,16 @@ _library.impl("attention", _autocast("cpu"), "AutocastCPU", with_keyset=False)
 _library.impl("attention", _autocast("cuda"), "AutocastCUDA", with_keyset=False)
 
 
+# ---- torch.func ----
+
+
 def _fold(operator, count, info, in_dims, *inputs):
-    """Calls `operator` with the mapped dimension of its first `count` inputs, tensors, folded into the batch."""
+    """Calls `operator` with the mapped dimension of its first `count` inputs, tensors, folded into the batch. What
+    belongs to heads alone (sinks, slopes) stays as it is."""
     tensors, rest = inputs[:count], inputs[count:]
-    if any(isinstance(other, torch.Tensor) for other in rest):
-        raise NotImplementedError("torch.vmap over variable-length or paged attention is not supported; loop over it")
+    for other, dim in zip(rest, in_dims[count:], strict=False):
+        if isinstance(other, torch.Tensor) and (dim is not None or other.dim() != 1 or not other.is_floating_point()):
+            raise NotImplementedError("torch.vmap over variable-length or paged attention is not offered; loop over it")
     folded = [
         tensor
         if tensor is None
@@ -152,10 +284,9 @@ def _(info, in_dims, *inputs):
     return _fold(torch.ops.aiter.attention_backward, 7, info, in_dims, *inputs)
 
 
-# torch.func.grad and its like take no gradient that is registered with an operator: they are given these.
+class _TransformedAttention(torch.autograd.Function):
+    """The operator for torch.func.grad and its like, which take no gradient that is registered with an operator."""
 
-
-class TransformedAttention(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):
         return torch.ops.aiter.attention(*inputs)
@@ -167,8 +298,12 @@ class TransformedAttention(torch.autograd.Function):
         return _backward(ctx, grad_output, grad_lse, _TransformedBackward.apply)
 
     @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+    @staticmethod
     def vmap(info, in_dims, *inputs):
-        return _fold(TransformedAttention.apply, 3, info, in_dims, *inputs)
+        return _fold(_TransformedAttention.apply, 3, info, in_dims, *inputs)
 
 
 class _TransformedBackward(torch.autograd.Function):
@@ -183,5 +318,18 @@ class _TransformedBackward(torch.autograd.Function):
     backward = staticmethod(_no_second_derivative)
 
     @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+    @staticmethod
     def vmap(info, in_dims, *inputs):
         return _fold(_TransformedBackward.apply, 7, info, in_dims, *inputs)
+
+
+def operator() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Attention as PyTorch's dispatcher takes it at this moment."""
+    if torch.compiler.is_compiling():
+        return torch.ops.aiter.attention
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return _TransformedAttention.apply
+    return torch.ops.aiter.attention

@@ -4,8 +4,11 @@ Common to all. Tensors are (batch, seq, heads, head_dim) in float16, bfloat16 or
 share dtype and device. head_dim is a multiple of 8 up to 256. Any strides are taken; tensors whose last dimension is
 adjacent are used in place. Query head h reads KV head h // (heads_q / heads_kv). `causal` aligns the last query with
 the last key: query i sees key j where j <= i + seq_k - seq_q. A row that sees no key gives zeros (log-sum-exp -inf).
-`softmax_scale` defaults to 1/sqrt(head_dim). The result is a new contiguous tensor of the shape of query; with
-`return_lse=True` it is a pair with the log-sum-exp of the scaled scores, float32 (batch, heads, seq).
+`softmax_scale` defaults to 1/sqrt(head_dim). value may have a head_dim of its own. The result is a new contiguous
+tensor of the shape of query, with value's head_dim; with `return_lse=True` it is a pair with the log-sum-exp of the
+scores,
+float32 (batch, heads, seq). Further keywords, the same for all: windows, soft caps, ALiBi, sinks, positions
+(`aiter.options.OptionKeywords`).
 
 The algorithm is FlashAttention's (Dao et al., 2022, https://arxiv.org/abs/2205.14135): scores are never stored.
 
@@ -15,17 +18,59 @@ Raises TypeError or ValueError for bad arguments, before anything is compiled or
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 
 from aiter import checks
-from aiter.dispatch import attend
-from aiter.plan import Indices
+from aiter.checks import BSHD, CACHE, PACKED, Names
+from aiter.dispatch import Operation, attend
+from aiter.layout import NO_INDICES, Indices, Sizes
+from aiter.options import OptionKeywords, readable_index
 
-BSHD = "(batch, seq, heads, head_dim)"
-PACKED = "(total_tokens, heads, head_dim)"
-CACHE = "(num_blocks, heads_kv, block_size, head_dim)"
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@overload
+def flash_attn_func(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    *,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor: ...
+@overload
+def flash_attn_func(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    *,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[OptionKeywords],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def flash_attn_func(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = ...,
+    softmax_scale: float | None = ...,
+    *,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: bool,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def flash_attn_func(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -33,15 +78,63 @@ def flash_attn_func(
     causal: bool = False,
     softmax_scale: float | None = None,
     *,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of query (batch, seq_q, heads_q, head_dim) over key and value (batch, seq_k, heads_kv, head_dim).
 
-    heads_q must be a multiple of heads_kv; seq_q and seq_k may differ.
+    heads_q must be a multiple of heads_kv; seq_q and seq_k may differ. seqlens_q, seqlens_k: int32 (batch,), how many
+    rows of each sequence of a padded batch are valid, by default all: output rows past them are zeros, and what stands
+    in the padding, NaN included, has no effect.
     """
-    return attend(_check_dense, (), query, key, value, causal, softmax_scale, return_lse)
+    indices = _lengths(query, seqlens_q, seqlens_k)
+    return attend(_DENSE, (), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
+@overload
+def grouped_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_groups: int,
+    causal: bool = ...,
+    *,
+    softmax_scale: float | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor: ...
+@overload
+def grouped_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_groups: int,
+    causal: bool = ...,
+    *,
+    softmax_scale: float | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[OptionKeywords],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def grouped_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    num_groups: int,
+    causal: bool = ...,
+    *,
+    softmax_scale: float | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: bool,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def grouped_query_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -50,12 +143,55 @@ def grouped_query_attention(
     causal: bool = False,
     *,
     softmax_scale: float | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` where `num_groups` query heads share each KV head: heads_q = num_groups * heads_kv."""
-    return attend(_check_grouped, (num_groups,), query, key, value, causal, softmax_scale, return_lse)
+    indices = _lengths(query, seqlens_q, seqlens_k)
+    return attend(_GROUPED, (num_groups,), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
+@overload
+def multi_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = ...,
+    *,
+    softmax_scale: float | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor: ...
+@overload
+def multi_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = ...,
+    *,
+    softmax_scale: float | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[OptionKeywords],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def multi_query_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = ...,
+    *,
+    softmax_scale: float | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    return_lse: bool,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def multi_query_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -63,12 +199,58 @@ def multi_query_attention(
     causal: bool = False,
     *,
     softmax_scale: float | None = None,
+    seqlens_q: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` where all query heads share one KV head: key and value are (batch, seq_k, 1, head_dim)."""
-    return attend(_check_multi_query, (), query, key, value, causal, softmax_scale, return_lse)
+    indices = _lengths(query, seqlens_q, seqlens_k)
+    return attend(_MULTI_QUERY, (), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
+@overload
+def flash_attn_with_kvcache(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    page_table: torch.Tensor,
+    block_size: int,
+    causal: bool = ...,
+    *,
+    cache_seqlens: torch.Tensor | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    softmax_scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor: ...
+@overload
+def flash_attn_with_kvcache(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    page_table: torch.Tensor,
+    block_size: int,
+    causal: bool = ...,
+    *,
+    cache_seqlens: torch.Tensor | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    softmax_scale: float | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[OptionKeywords],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def flash_attn_with_kvcache(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    page_table: torch.Tensor,
+    block_size: int,
+    causal: bool = ...,
+    *,
+    cache_seqlens: torch.Tensor | None = ...,
+    seqlens_q: torch.Tensor | None = ...,
+    softmax_scale: float | None = ...,
+    return_lse: bool,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def flash_attn_with_kvcache(
     query: torch.Tensor,
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -77,8 +259,10 @@ def flash_attn_with_kvcache(
     causal: bool = True,
     *,
     cache_seqlens: torch.Tensor | None = None,
+    seqlens_q: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of query (batch, seq_q, heads_q, head_dim) over cached keys and values that lie in pages.
 
@@ -86,24 +270,70 @@ def flash_attn_with_kvcache(
     (k_cache, v_cache) of those, or one stacked tensor (2, num_blocks, heads_kv, block_size, head_dim).
     page_table: int32 (batch, max_blocks); entry [b, i] is the page that holds tokens i * block_size and on of sequence
     b. cache_seqlens: int32 (batch,), how many cached tokens are valid; by default all pages are full. Only the entries
-    of page_table that the valid tokens need are read.
+    of page_table that the valid tokens need are read. seqlens_q: int32 (batch,), how many rows of a padded query are
+    valid.
     """
     key, value = _split_cache(kv_cache)
-    checks.tensor("query", query, 4, BSHD)
-    checks.indices("page_table", page_table, (query.shape[0], None), "int32 (batch, max_blocks)", query)
-    page_table = page_table.to(torch.int32).contiguous()
-    if cache_seqlens is not None:
-        checks.indices("cache_seqlens", cache_seqlens, (query.shape[0],), "int32 (batch,)", query)
-    _check_paged(query, key, value, block_size)
-    longest = page_table.shape[1] * key.shape[2]
-    if cache_seqlens is not None:
-        checks.lengths_in_range("cache_seqlens", cache_seqlens, longest, "max_blocks * block_size", None)
-        cache_seqlens = cache_seqlens.to(torch.int32).contiguous()
-    checks.pages_in_range(page_table, key.shape[0], key.shape[2], cache_seqlens, longest)
-    indices = Indices(None, cache_seqlens, page_table)
-    return attend(_check_paged, (block_size,), query, key, value, causal, softmax_scale, return_lse, indices)
+    if not isinstance(query, torch.Tensor) or query.dim() != 4:
+        checks.tensor("query", query, 4, BSHD)
+    batch = query.shape[0]
+    page_table = _index("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
+    cache_seqlens = _index("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
+    indices = Indices(_index("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query), cache_seqlens, page_table)
+    return attend(_PAGED, (block_size,), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
+@overload
+def variable_length_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seq_lengths: torch.Tensor,
+    max_seq_len: int,
+    causal: bool = ...,
+    *,
+    seqlens_k: torch.Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
+    page_table: torch.Tensor | None = ...,
+    block_size: int | None = ...,
+    softmax_scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor: ...
+@overload
+def variable_length_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seq_lengths: torch.Tensor,
+    max_seq_len: int,
+    causal: bool = ...,
+    *,
+    seqlens_k: torch.Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
+    page_table: torch.Tensor | None = ...,
+    block_size: int | None = ...,
+    softmax_scale: float | None = ...,
+    return_lse: Literal[True],
+    **options: Unpack[OptionKeywords],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def variable_length_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seq_lengths: torch.Tensor,
+    max_seq_len: int,
+    causal: bool = ...,
+    *,
+    seqlens_k: torch.Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
+    page_table: torch.Tensor | None = ...,
+    block_size: int | None = ...,
+    softmax_scale: float | None = ...,
+    return_lse: bool,
+    **options: Unpack[OptionKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 def variable_length_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -112,55 +342,90 @@ def variable_length_attention(
     max_seq_len: int,
     causal: bool = False,
     *,
+    seqlens_k: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
     page_table: torch.Tensor | None = None,
     block_size: int | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
+    **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Self-attention of a batch of sequences of different lengths, seq_lengths int32 (batch,).
+    """Attention of a batch of sequences of different lengths, seq_lengths int32 (batch,).
 
     Padded: tensors are (batch, max_seq_len, heads, head_dim); output rows past a sequence's length are zeros, and what
     stands in the padding, NaN included, has no effect. Packed: tensors are (total_tokens, heads, head_dim), sequences
     one after the other; the log-sum-exp is then (heads, total_tokens). With `page_table` (and `block_size`), key and
     value are paged caches (num_blocks, heads_kv, block_size, head_dim) as in `flash_attn_with_kvcache`.
+    seqlens_k: int32 (batch,), the lengths of keys and values where they are not those of the queries (cross-attention,
+    queries that come on top of a cache); max_seqlen_k bounds them (packed; by default by the rows there are). Lengths
+    may be 0.
     """
-    max_seq_len = checks.positive_int("max_seq_len", max_seq_len)
-    checks.tensor("query", query, (3, 4), f"{BSHD}, or packed {PACKED}")
-    packed = query.dim() == 3
-    batch = None if packed else query.shape[0]
-    checks.indices("seq_lengths", seq_lengths, (batch,), "int32 (batch,)", query)
-    if page_table is None:
-        if block_size is not None:
-            raise ValueError(f"block_size is {block_size}, but there is no page_table; give both or neither")
-        check, options = _check_variable_length, (max_seq_len,)
-        check(query, key, value, *options)
-        longest, longest_name = max_seq_len, "max_seq_len"
-    else:
-        if block_size is None:
-            raise ValueError("page_table is given without block_size; give both or neither")
-        batch = seq_lengths.shape[0]
-        checks.indices("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
-        page_table = page_table.to(torch.int32).contiguous()
-        check, options = _check_variable_length_paged, (max_seq_len, block_size)
-        check(query, key, value, *options)
-        held = page_table.shape[1] * key.shape[2]
-        longest, longest_name = min((max_seq_len, "max_seq_len"), (held, "what page_table holds"))
-    checks.lengths_in_range("seq_lengths", seq_lengths, longest, longest_name, query.shape[0] if packed else None)
-    seq_lengths = seq_lengths.to(torch.int32).contiguous()
-    if page_table is not None:
-        checks.pages_in_range(page_table, key.shape[0], key.shape[2], seq_lengths, longest)
-    indices = Indices(seq_lengths, seq_lengths, page_table)
-    return attend(check, options, query, key, value, causal, softmax_scale, return_lse, indices, max_seq_len)
+    if type(max_seq_len) is not int or max_seq_len <= 0:
+        max_seq_len = checks.positive_int("max_seq_len", max_seq_len)
+    if not isinstance(query, torch.Tensor) or not 3 <= query.dim() <= 4:
+        checks.tensor("query", query, (3, 4), f"{BSHD}, or packed {PACKED}")
+    batch = None if query.dim() == 3 else query.shape[0]
+    lengths = _index("seq_lengths", seq_lengths, (batch,), "int32 (batch,)", query)
+    if lengths is None:
+        raise TypeError("seq_lengths must be a torch.Tensor int32 (batch,), not NoneType")
+    batch = lengths.shape[0]
+    keys = lengths if seqlens_k is None else _index("seqlens_k", seqlens_k, (batch,), "int32 (batch,)", query)
+    if page_table is None and block_size is not None:
+        raise ValueError(f"block_size is {block_size}, but there is no page_table; give both or neither")
+    if page_table is not None and block_size is None:
+        raise ValueError("page_table is given without block_size; give both or neither")
+    pages = _index("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
+    if seqlens_k is None:
+        max_seqlen_k = max_seq_len
+    elif max_seqlen_k is None:
+        max_seqlen_k = key.shape[0]
+    operation = _VARIABLE_LENGTH if page_table is None else _VARIABLE_LENGTH_PAGED
+    own = (max_seq_len, seqlens_k is None, block_size)
+    indices = Indices(lengths, keys, pages)
+    return attend(
+        *(operation, own, query, key, value, causal, softmax_scale, return_lse, options, indices),
+        max_seqlen_q=max_seq_len,
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
+def _index(
+    name: str, index: object, shape: tuple[int | None, ...], layout: str, query: torch.Tensor
+) -> torch.Tensor | None:
+    """An index tensor as kernels read it; None stays None."""
+    if index is None:
+        return None
+    if not (
+        isinstance(index, torch.Tensor)
+        and index.dtype is torch.int32
+        and index.dim() == len(shape)
+        and (shape[0] is None or index.shape[0] == shape[0])
+        and index.get_device() == query.get_device()
+        and index.is_cpu == query.is_cpu
+    ):
+        checks.indices(name, index, shape, layout, query)
+        assert isinstance(index, torch.Tensor)
+    return readable_index(index)
+
+
+def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: torch.Tensor | None) -> Indices:
+    if seqlens_q is None and seqlens_k is None:
+        return NO_INDICES
+    checks.tensor("query", query, 4, BSHD)
+    shape, layout = (query.shape[0],), "int32 (batch,)"
+    return Indices(
+        _index("seqlens_q", seqlens_q, shape, layout, query), _index("seqlens_k", seqlens_k, shape, layout, query)
+    )
 
 
 def _check_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, 4, BSHD)
     checks.same_kind(query=query, key=key, value=value)
-    head_dim = checks.head_dim(query)
-    checks.equal_size("key", key.shape[3], "head_dim", "query", head_dim)
+    checks.equal_size("key", key.shape[3], "head_dim", "query", checks.head_dim(query))
     checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
-    checks.same_shape("value", value, "key", key)
+    checks.same_shape("value", value, "key", key, but_last=True)
+    checks.head_dim(value, "value")
     checks.heads(query.shape[2], key.shape[2])
 
 
@@ -188,6 +453,7 @@ def _split_cache(kv_cache: object) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = kv_cache
     else:
         checks.tensor("kv_cache", kv_cache, (4, 5), forms)
+        assert isinstance(kv_cache, torch.Tensor)
         if kv_cache.dim() == 5 and kv_cache.shape[0] != 2:
             raise ValueError(f"kv_cache has shape {tuple(kv_cache.shape)}; it must be {forms}")
         key, value = kv_cache if kv_cache.dim() == 5 else (kv_cache, kv_cache)
@@ -198,39 +464,42 @@ def _check_cache(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bl
     for part, tensor in ((f"{name}key", key), (f"{name}value", value)):
         checks.tensor(part, tensor, 4, CACHE)
     checks.same_kind(query=query, **{f"{name}key": key, f"{name}value": value})
-    checks.same_shape(f"{name}value", value, f"{name}key", key)
-    head_dim = checks.head_dim(query)
-    checks.equal_size(f"{name}key", key.shape[3], "head_dim", "query", head_dim)
+    checks.same_shape(f"{name}value", value, f"{name}key", key, but_last=True)
+    checks.head_dim(value, f"{name}value")
+    checks.equal_size(f"{name}key", key.shape[3], "head_dim", "query", checks.head_dim(query))
     checks.heads(query.shape[-2], key.shape[1], f"{name}key")
     checks.equal_size("block_size", checks.positive_int("block_size", block_size), "the value", CACHE, key.shape[2])
 
 
 def _check_paged(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int) -> None:
+    checks.tensor("query", query, 4, BSHD)
     _check_cache(query, key, value, block_size, "kv_cache ")
 
 
-def _check_variable_length(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int) -> None:
+def _check_variable_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int, alike: bool, block_size: None
+) -> None:
+    """alike: keys have the lengths of the queries."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, (3, 4), f"{BSHD}, or packed {PACKED}")
     checks.same_kind(query=query, key=key, value=value)
-    head_dim = checks.head_dim(query)
     checks.equal_size("key", key.dim(), "number of dimensions", "query", query.dim())
-    checks.equal_size("key", key.shape[-1], "head_dim", "query", head_dim)
-    checks.same_shape("value", value, "key", key)
-    if query.shape[:-2] != key.shape[:-2]:
+    checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
+    checks.same_shape("value", value, "key", key, but_last=True)
+    checks.head_dim(value, "value")
+    if alike and query.shape[:-2] != key.shape[:-2]:
         raise ValueError(
-            f"key has shape {tuple(key.shape)}; it must hold as many tokens as query, {tuple(query.shape)}"
+            f"key has shape {tuple(key.shape)}; it must hold as many tokens as query, {tuple(query.shape)}, or have "
+            "lengths of its own (seqlens_k)"
         )
+    if query.dim() == 4:
+        checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
     _check_padded_length(query, max_seq_len)
     checks.heads(query.shape[-2], key.shape[-2])
 
 
 def _check_variable_length_paged(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    max_seq_len: int,
-    block_size: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int, alike: bool, block_size: int
 ) -> None:
     _check_cache(query, key, value, block_size, "")
     _check_padded_length(query, max_seq_len)
@@ -241,3 +510,37 @@ def _check_padded_length(query: torch.Tensor, max_seq_len: int) -> None:
         raise ValueError(
             f"query is padded to {query.shape[1]} tokens (shape {tuple(query.shape)}), but max_seq_len is {max_seq_len}"
         )
+
+
+def _fits_grouped(sizes: Sizes, num_groups: int) -> bool:
+    return type(num_groups) is int and sizes.heads_q == num_groups * sizes.heads_kv and num_groups > 0
+
+
+def _fits_paged(sizes: Sizes, block_size: int) -> bool:
+    return type(block_size) is int and sizes.page_size == block_size and block_size > 0
+
+
+def _fits_variable_length(sizes: Sizes, max_seq_len: int, alike: bool, block_size: int | None) -> bool:
+    return (
+        sizes.seqlen_q == max_seq_len
+        and sizes.page_size == (block_size or 0)
+        and sizes.packed_q == sizes.packed_k
+        and (not alike or (sizes.total_q == sizes.total_k and sizes.seqlen_q == sizes.seqlen_k))
+    )
+
+
+def _fits_variable_length_paged(sizes: Sizes, max_seq_len: int, alike: bool, block_size: int) -> bool:
+    return sizes.seqlen_q == max_seq_len and _fits_paged(sizes, block_size)
+
+
+_DENSE = Operation(_check_dense, lambda sizes: True)
+_GROUPED = Operation(_check_grouped, _fits_grouped)
+_MULTI_QUERY = Operation(_check_multi_query, lambda sizes: sizes.heads_kv == 1)
+_PAGED = Operation(_check_paged, _fits_paged, Names(seqlens_k="cache_seqlens", longest_k="max_blocks * block_size"))
+_LENGTHS = Names("seq_lengths", "seqlens_k", "max_seq_len", "max_seqlen_k", fill=True)
+_VARIABLE_LENGTH = Operation(_check_variable_length, _fits_variable_length, _LENGTHS)
+_VARIABLE_LENGTH_PAGED = Operation(
+    _check_variable_length_paged,
+    _fits_variable_length_paged,
+    _LENGTHS._replace(longest_k="what page_table holds"),
+)

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from aiter import checks
+from aiter.jit import settings
 
 NO_LIMIT = -1
 
@@ -39,7 +40,7 @@ class OptionKeywords(TypedDict, total=False):
 
 
 class Options(NamedTuple):
-    """Checked, as kernels take them. The window is (NO_LIMIT, NO_LIMIT) where causal says all."""
+    """The window is (NO_LIMIT, NO_LIMIT) where `causal` says all: see `one_mask`."""
 
     window_left: int = NO_LIMIT
     window_right: int = NO_LIMIT
@@ -49,28 +50,63 @@ class Options(NamedTuple):
     query_offsets: torch.Tensor | None = None
     batch_invariant: bool = False
 
+    @property
+    def that_select_code(self) -> tuple[str, ...]:
+        """Names of the spec's options that these ask for, sorted."""
+        alibi = ("alibi",) if self.alibi_slopes is not None else ()
+        softcap = ("softcap",) if self.softcap else ()
+        return (*alibi, *softcap, "window") if self.has_window else (*alibi, *softcap)
 
-NO_OPTIONS = Options()
+    @property
+    def has_window(self) -> bool:
+        return self.window_left != NO_LIMIT or self.window_right != NO_LIMIT
+
+    def readable(self) -> Options:
+        """With tensors as kernels read them."""
+        alibi_slopes, sinks, query_offsets = self.alibi_slopes, self.sinks, self.query_offsets
+        if alibi_slopes is None and sinks is None and query_offsets is None:
+            return self
+        return self._replace(
+            alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous(),
+            sinks=None if sinks is None else sinks.detach().to(torch.float32).contiguous(),
+            query_offsets=None if query_offsets is None else readable_index(query_offsets),
+        )
+
+
+# Read once, when the package is imported: a call should not pay for a look at the environment.
+BATCH_INVARIANT = settings.flag("AITER_BATCH_INVARIANT")
+NO_OPTIONS = Options(batch_invariant=BATCH_INVARIANT)
+
+
+def readable_index(index: torch.Tensor) -> torch.Tensor:
+    """An index tensor as kernels read it: int32, the last dimension adjacent."""
+    if index.dtype is not torch.int32:
+        index = index.clamp(-1, checks.INT32_MAX).to(torch.int32)  # what is out of range stays so
+    return index if index.stride(-1) == 1 else index.contiguous()
+
+
+def one_mask(causal: bool, left: int, right: int) -> tuple[bool, int, int]:
+    """causal and window as kernels know them, one or the other: a window that limits nothing before a row's own key and
+    everything after it is the causal mask, for which there is code already."""
+    if causal:
+        right = 0
+    if left == NO_LIMIT and right == 0:
+        return True, NO_LIMIT, NO_LIMIT
+    return False, left, right
 
 
 def read_options(query: torch.Tensor, causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]:
-    """`causal` and the options that an operation's keywords ask for. Raises TypeError and ValueError that name the
-    keyword, for unknown ones too.
-
-    A window that limits only what comes after a row's own key is a causal mask, for which there is code already.
-    """
+    """The mask and the options that an operation's `causal` and keywords ask for. Raises TypeError and ValueError that
+    name the keyword, for unknown ones too."""
     if not keywords:
         return causal, NO_OPTIONS
     checks.flag("causal", causal)
     unknown = keywords.keys() - OptionKeywords.__annotations__.keys()
     if unknown:
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are: {', '.join(OptionKeywords.__annotations__)}")
-    left, right = _window(keywords.get("window_size", (NO_LIMIT, NO_LIMIT)))
-    if causal:
-        right = 0
-    causal = (left, right) == (NO_LIMIT, 0)
-    if causal:
-        right = NO_LIMIT
+        known = ", ".join(OptionKeywords.__annotations__)
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; there are: {known}")
+    window = keywords.get("window_size", (NO_LIMIT, NO_LIMIT))
+    causal, left, right = one_mask(causal, *_window(window))
     batch_invariant = keywords.get("batch_invariant")
     return causal, Options(
         left,
@@ -79,7 +115,7 @@ def read_options(query: torch.Tensor, causal: bool, keywords: OptionKeywords) ->
         _per_head("alibi_slopes", keywords.get("alibi_slopes"), query, (1, 2)),
         _per_head("sinks", keywords.get("sinks"), query, (1,)),
         _offsets(keywords.get("query_offsets"), query),
-        checks.flag("batch_invariant", batch_invariant) if batch_invariant is not None else checks.BATCH_INVARIANT,
+        BATCH_INVARIANT if batch_invariant is None else checks.flag("batch_invariant", batch_invariant),
     )
 
 
@@ -99,7 +135,7 @@ def _softcap(value: object) -> float:
         raise TypeError(f"softcap must be a float, 0.0 for none, not {type(value).__name__}")
     if not torch.compiler.is_compiling() and not (math.isfinite(value) and value >= 0):
         raise ValueError(f"softcap is {value}; it must be 0 (none) or a positive, finite number")
-    return value
+    return float(value)
 
 
 def _per_head(name: str, value: object, query: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor | None:
@@ -112,7 +148,9 @@ def _per_head(name: str, value: object, query: torch.Tensor, ranks: tuple[int, .
     if value.dtype not in checks.DTYPE_NAMES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.float32 (or query's)")
     if value.shape[-1] != query.shape[-2]:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be {layout}: query has {query.shape[-2]} heads")
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; it must be {layout}: query has {query.shape[-2]} heads"
+        )
     return value
 
 

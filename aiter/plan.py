@@ -1,238 +1,299 @@
-"""Plans: all that follows from the shapes, strides, dtypes, device and options of a call, worked out once."""
+"""From a checked call to a launch.
+
+    what selects code     ── key ──> Plan: a loaded kernel on a device
+    what is only a number ── sizes, strides, scalars, addresses ──> one struct.pack ──> one foreign call
+
+So what a call costs, and whether it is taken or refused, does not depend on the calls before it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import struct
-from typing import NamedTuple
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from aiter import abi, checks, jit
-from aiter.jit.arch import arch_of, is_gpu
-from aiter.kernels import kernel_name, kernel_spec
-from aiter.launch import launcher
+from aiter import checks, jit, kernels
+from aiter.abi import NO_WORKSPACE, pack_call, pack_grad_call, pack_workspace
+from aiter.jit.arch import arch_of
+from aiter.launch import SCRATCH_BYTES, cpu_queue, launcher
+from aiter.layout import NO_INDICES, Indices, Sizes
+from aiter.options import NO_OPTIONS, Options
+from aiter.plan_cache import plans
 
 # GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
 GPU_ALIGNMENT = 16
 
 # Bound once, as they are used at every call.
-_empty_like, _contiguous_format = torch.empty_like, torch.contiguous_format
+_empty, _empty_like, _contiguous_format = torch.empty, torch.empty_like, torch.contiguous_format
+
+# kernel, device index (-1: CPU), dtype, head_dim of key and of value, causal, paged, options that select code
+Key: TypeAlias = tuple[str, int, torch.dtype, int, int, bool, bool, tuple[str, ...]]
 
 
-class Indices(NamedTuple):
-    """The int32 tensors that say which rows are valid and where they lie; None where an operation has none."""
-
-    seqlens_q: torch.Tensor | None = None
-    seqlens_k: torch.Tensor | None = None
-    page_table: torch.Tensor | None = None
+def on_gpu(tensor: torch.Tensor) -> bool:
+    return not tensor.is_cpu
 
 
-NO_INDICES = Indices()
+class Call(NamedTuple):
+    """A checked call, but for query, key and value. `names` are for messages: see checks.values."""
+
+    sizes: Sizes
+    indices: Indices
+    options: Options
+    causal: bool
+    softmax_scale: float
+    names: checks.Names
 
 
 class Plan:
-    """One checked layout of arguments, ready to launch; immutable, so that any number of threads may use it at once.
+    """One kernel on one device, ready to launch; immutable, so that any number of threads may use it at once."""
 
-    query is (batch, seqlen_q, heads_q, head_dim), or packed (total, heads_q, head_dim); key and value are
-    (batch, seqlen_k, heads_kv, head_dim), packed (total, heads_kv, head_dim) if query is, or, with a page table,
-    (pages, heads_kv, page_size, head_dim). `max_seqlen` bounds the lengths of packed sequences.
-    """
+    __slots__ = ("kernel", "launch", "workspace_raw")
 
-    __slots__ = (
-        "copies",
-        "device",
-        "kernel",
-        "launch",
-        "lse_shape",
-        "problem",
-        "trivial",
-        "workspace_bytes",
+    def __init__(self, key: Key, device: torch.device) -> None:
+        name, _, dtype, head_dim, value_dim, causal, paged, options = key
+        spec = kernels.kernel_spec(
+            name, checks.DTYPE_NAMES[dtype], head_dim, causal, arch_of(device), paged, value_dim, options
+        )
+        self.kernel = jit.get_kernel(spec)
+        self.workspace_raw = self.kernel.workspace_raw
+        self.launch = launcher(self.kernel, device)
+
+    def run(self, packed: bytes, like: torch.Tensor) -> int:
+        """Launches a call that is packed but for its workspace, which is made where `like` is. Returns 0 or BAD_VALUES;
+        raises LaunchError."""
+        needed = self.workspace_raw(packed)
+        if not needed:
+            return self.launch(packed + NO_WORKSPACE)
+        if needed <= SCRATCH_BYTES and like.is_cpu:
+            return self.launch(packed + pack_workspace(cpu_queue.scratch()))
+        workspace = _empty(needed, dtype=torch.uint8, device=like.device)
+        return self.launch(packed + pack_workspace(workspace.data_ptr()))
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, never traced by torch.compile, whoever calls it: it holds addresses, and a trace lets go of the
+    memory behind them. Loads no compiler where none is in use."""
+    disabled: Callable[..., Any] | None = None
+
+    def entry(*arguments: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        if disabled is None:
+            disabled = sys.modules["torch._dynamo"].disable(function)
+        return disabled(*arguments)
+
+    return entry
+
+
+@untraced
+def forward(
+    call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Output (new, contiguous) and, if wanted, log-sum-exp; launched on the current stream."""
+    sizes, indices, options, causal, _, _ = call
+    head_dim, value_dim, gpu = query.shape[-1], value.shape[-1], on_gpu(query)
+    if value_dim != head_dim:
+        output = _empty((*query.shape[:-1], value_dim), dtype=query.dtype, device=query.device)
+    elif query.is_contiguous():
+        output = _empty_like(query)
+    else:
+        output = _empty_like(query, memory_format=_contiguous_format)
+    lse = None
+    if return_lse:
+        lse = _empty(_lse_shape(sizes), dtype=torch.float32, device=query.device)
+    if is_trivial(sizes, indices):
+        return output.zero_(), None if lse is None else lse.fill_(-math.inf)
+
+    strides = query.stride(), key.stride(), value.stride()
+    if gpu or not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:
+        query, key, value = _readable(query), _readable(key), _readable(value)
+        strides = query.stride(), key.stride(), value.stride()
+    plan_key = (
+        kernels.forward_kernel(sizes) if gpu else "attention_forward",
+        query.get_device(),
+        query.dtype,
+        head_dim,
+        value_dim,
+        causal,
+        indices.page_table is not None,
+        () if options is NO_OPTIONS else options.that_select_code,
     )
-
-    def __init__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        indices: Indices,
-        causal: bool,
-        softmax_scale: float,
-        max_seqlen: int,
-    ) -> None:
-        packed, page_table = query.dim() == 3, indices.page_table
-        *_, heads_q, head_dim = query.shape
-        if packed:
-            batch, seqlen_q = indices.seqlens_q.shape[0], max_seqlen
-            self.lse_shape = (heads_q, query.shape[0])
-        else:
-            batch, seqlen_q = query.shape[:2]
-            self.lse_shape = (batch, heads_q, seqlen_q)
-        if page_table is not None:
-            heads_kv, page_size = key.shape[1:3]
-            seqlen_k = page_table.shape[1] * page_size
-        else:
-            heads_kv, page_size = key.shape[-2], 0
-            seqlen_k = max_seqlen if packed else key.shape[1]
-        checks.sizes(batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads_q)
-        self.device = query.device
-        # Nothing to write, or no key to read: nothing to compile.
-        self.trivial = query.numel() == 0 or seqlen_k == 0 or key.numel() == 0
-        if self.trivial:
-            return
-        arch = arch_of(self.device)
-        copies = tuple(_needs_copy(tensor, is_gpu(arch)) for tensor in (query, key, value))
-        self.copies = copies if any(copies) else None
-        query, key, value = (
-            _contiguous(tensor) if copy else tensor for tensor, copy in zip((query, key, value), copies, strict=True)
-        )
-        key_packed = packed and page_table is None
-        key_dims = (0, 1, 2) if page_table is None else (0, 2, 1)
-        self.problem = abi.AttentionProblem(
-            batch=batch,
-            heads_q=heads_q,
-            heads_kv=heads_kv,
-            seqlen_q=seqlen_q,
-            seqlen_k=seqlen_k,
-            packed_q=packed,
-            packed_k=key_packed,
-            page_size=page_size,
-            total_q=query.shape[0] if packed else 0,
-            total_k=key.shape[0] if key_packed else 0,
-            num_pages=0 if page_table is None else key.shape[0],
-            page_table_stride=0 if page_table is None else page_table.shape[1],
-            query_strides=_strides(query, packed),
-            key_strides=_strides(key, key_packed, key_dims),
-            value_strides=_strides(value, key_packed, key_dims),
-            output_strides=(0 if packed else seqlen_q * heads_q * head_dim, heads_q * head_dim, head_dim),
-            lse_strides=(0, query.shape[0]) if packed else (heads_q * seqlen_q, seqlen_q),
-            softmax_scale=softmax_scale,
-            clear_rest=1,
-        )
-        name = kernel_name(arch, seqlen_q * (heads_q // heads_kv))
-        dtype = checks.DTYPE_NAMES[query.dtype]
-        self.kernel = jit.get_kernel(kernel_spec(name, dtype, head_dim, causal, arch, page_table is not None))
-        self.workspace_bytes = self.kernel.workspace_raw(bytes(self.problem))
-        self.launch = launcher(self.kernel, self.device)
-
-    def run(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices, return_lse: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Allocates the output and, if wanted, the log-sum-exp, and launches on the current stream."""
-        output = _empty_like(query, memory_format=_contiguous_format)  # new_empty takes twice as long
-        lse = torch.empty(self.lse_shape, dtype=torch.float32, device=query.device) if return_lse else None
-        if self.trivial:
-            return output.zero_(), lse.fill_(-math.inf) if return_lse else None
-        if self.copies:
-            query, key, value = self.readable(query, key, value)
-        seqlens_q, seqlens_k, page_table = indices
-        workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
-        tensors = struct.pack(
-            "=14Q",
+    plan = plans.get(plan_key)
+    if plan is None:
+        plan = _make_plan(plan_key, call, query)
+    try:
+        packed = pack_call(
+            *sizes,
+            *_strides(sizes, *strides, output.stride()),
+            *((0, 0) if lse is None else _lse_strides(lse)),
+            *_scalars(call, gpu),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             output.data_ptr(),
             0 if lse is None else lse.data_ptr(),
-            0 if seqlens_q is None else seqlens_q.data_ptr(),
-            0 if seqlens_k is None else seqlens_k.data_ptr(),
-            *(0, 0, 0),
-            0 if page_table is None else page_table.data_ptr(),
-            *(0, 0),
-            0 if workspace is None else workspace.data_ptr(),
+            *(_NO_ADDRESSES if indices is NO_INDICES and options is NO_OPTIONS else _addresses(call)),
         )
-        self.launch(bytes(self.problem) + tensors)
-        return output, lse
-
-    def readable(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """query, key and value as the kernel can read them: in place, or copied where it cannot take their strides."""
-        if not self.copies:
-            return tensors
-        return tuple(
-            tensor.clone(memory_format=torch.contiguous_format) if copy else tensor
-            for tensor, copy in zip(tensors, self.copies, strict=True)
-        )
+    except struct.error:
+        checks.sizes(**sizes._asdict())
+        raise
+    if plan.run(packed, query):
+        _refuse_values(call)
+    return output, lse
 
 
-class BackwardPlan:
-    """The backward pass of one layout of arguments: the forward's Plan, and the layouts of the gradients.
+@untraced
+def backward(
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    grad_output: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    lse_is_given: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of query, key and value: new, contiguous. A gradient of output or log-sum-exp that is None is zero.
 
-    Gradients are new contiguous tensors; that of the output is read in place where its strides allow."""
-
-    __slots__ = ("copy_grad_output", "forward", "kernel", "launch", "problem", "workspace_bytes")
-
-    def __init__(self, forward: Plan, grad_output: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> None:
-        self.forward = forward
-        if forward.trivial:
-            return
-        spec = forward.kernel.spec
-        self.copy_grad_output = _needs_copy(grad_output, is_gpu(spec.arch))
-        packed = query.dim() == 3
-        like_query, like_key = (_strides(_contiguous(tensor), packed) for tensor in (query, key))
-        self.problem = abi.AttentionGradProblem(
-            forward=forward.problem,
-            grad_output_strides=like_query if self.copy_grad_output else _strides(grad_output, packed),
-            grad_query_strides=like_query,
-            grad_key_strides=like_key,
-            grad_value_strides=like_key,
-        )
-        self.kernel = jit.get_kernel(dataclasses.replace(spec, kernel="attention_backward"))
-        self.workspace_bytes = self.kernel.workspace_raw(bytes(self.problem))
-        self.launch = launcher(self.kernel, forward.device)
-
-    def run(
-        self,
-        grad_output: torch.Tensor,
-        grad_lse: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-        indices: Indices,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The gradients of query, key and value."""
-        grads = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-        if self.forward.trivial:
-            return tuple(grad.zero_() for grad in grads)
-        query, key, value = self.forward.readable(query, key, value)
-        if self.copy_grad_output:
-            grad_output = grad_output.clone(memory_format=torch.contiguous_format)
-        seqlens_q, seqlens_k, _ = indices
-        workspace = query.new_empty(self.workspace_bytes, dtype=torch.uint8) if self.workspace_bytes else None
-        tensors = struct.pack(
-            "=17Q",
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            output.data_ptr(),
-            lse.data_ptr(),
-            grad_output.data_ptr(),
-            0 if grad_lse is None else grad_lse.data_ptr(),
-            *(grad.data_ptr() for grad in grads),
-            0 if seqlens_q is None else seqlens_q.data_ptr(),
-            0 if seqlens_k is None else seqlens_k.data_ptr(),
-            *(0, 0, 0, 0),
-            0 if workspace is None else workspace.data_ptr(),
-        )
-        self.launch(bytes(self.problem) + tensors)
-        return grads
+    lse_is_given: lse is not that of these keys alone, but what their weights are to be divided by.
+    """
+    sizes, gpu = call.sizes, on_gpu(query)
+    grads = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+    if is_trivial(sizes, call.indices) or (grad_output is None and grad_lse is None):
+        return tuple(grad.zero_() for grad in grads)
+    if grad_output is None:
+        grad_output = torch.zeros_like(output)
+    query, key, value, output, grad_output = (_readable(tensor) for tensor in (query, key, value, output, grad_output))
+    if lse.stride(-1) != 1 or (grad_lse is not None and grad_lse.stride() != lse.stride()):
+        lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
+    plan_key: Key = (
+        *("attention_backward", query.get_device(), query.dtype, query.shape[-1], value.shape[-1]),
+        *(call.causal, False, call.options.that_select_code),
+    )
+    plan = plans.get(plan_key) or _make_plan(plan_key, call, query)
+    *addresses, _, alibi_slopes, _ = _addresses(call)
+    grad_strides = _strides(sizes, *(tensor.stride() for tensor in (grad_output, grads[1], grads[2], grads[0])))
+    packed = pack_grad_call(
+        *sizes,
+        *_strides(sizes, query.stride(), key.stride(), value.stride(), output.stride()),
+        *_lse_strides(lse),
+        *_scalars(call, gpu),
+        *(*grad_strides[:3], *grad_strides[9:], *grad_strides[3:9]),
+        lse_is_given,
+        0,
+        *(tensor.data_ptr() for tensor in (query, key, value, output, lse, grad_output)),
+        0 if grad_lse is None else grad_lse.data_ptr(),
+        *(grad.data_ptr() for grad in grads),
+        *addresses,
+        alibi_slopes,
+    )
+    plan.run(packed, query)
+    return grads
 
 
-def _needs_copy(tensor: torch.Tensor, on_gpu: bool) -> bool:
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    if tensor.stride(-1) != 1:
-        return True
-    unit = GPU_ALIGNMENT // tensor.element_size()
-    return on_gpu and (tensor.data_ptr() % GPU_ALIGNMENT != 0 or any(stride % unit for stride in strides[:-1]))
+def is_trivial(sizes: Sizes, indices: Indices) -> bool:
+    """Nothing to write, or no key to read: nothing to compile."""
+    if 0 in sizes[:5] or indices is NO_INDICES:
+        return 0 in sizes[:5]
+    _, _, _, _, _, packed_q, packed_k, page_size, total_q, total_k, num_pages, _ = sizes
+    return bool((packed_q and not total_q) or (packed_k and not total_k) or (page_size and not num_pages))
 
 
-def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without memory that has the strides of a contiguous copy."""
-    return torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+def _make_plan(key: Key, call: Call, query: torch.Tensor) -> Plan:
+    """A kernel that is yet to be compiled cannot look at values: so they are looked at here, if they may be."""
+    if not on_gpu(query):
+        checks.values(call.sizes, call.indices, call.names)
+    plan = plans[key] = Plan(key, query.device)
+    return plan
 
 
-def _strides(tensor: torch.Tensor, packed: bool, dims: tuple[int, int, int] = (0, 1, 2)) -> tuple[int, int, int]:
+def _refuse_values(call: Call) -> None:
+    """After a kernel has said that a value is out of range."""
+    checks.values(call.sizes, call.indices, call.names)
+    raise ValueError("a length or page number changed to one out of range while it was in use")
+
+
+def _lse_shape(sizes: Sizes) -> tuple[int, ...]:
+    batch, heads_q, _, seqlen_q, _, packed, _, _, total_q, *_ = sizes
+    return (heads_q, total_q) if packed else (batch, heads_q, seqlen_q)
+
+
+Strides: TypeAlias = tuple[int, ...]
+
+
+def _strides(sizes: Sizes, q: Strides, k: Strides, v: Strides, o: Strides) -> tuple[int, ...]:
+    """Batch, token and head of query, key, value and output; page, position and head of pages."""
+    _, _, _, _, _, packed_q, packed_k, page_size, *_ = sizes
+    if packed_q:
+        q, o = (0, *q), (0, *o)
+    if page_size:
+        k, v = (k[0], k[2], k[1]), (v[0], v[2], v[1])
+    elif packed_k:
+        k, v = (0, *k), (0, *v)
+    return (*q[:3], *k[:3], *v[:3], *o[:3])
+
+
+def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
+    """Batch, head."""
+    stride = lse.stride()
+    return (0, stride[0]) if len(stride) == 2 else (stride[0], stride[1])
+
+
+def _scalars(call: Call, gpu: bool) -> tuple[float, ...]:
+    """The last fields of the problem struct."""
+    window_left, window_right, softcap, slopes, _, _, batch_invariant = call.options
+    return (
+        0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
+        call.softmax_scale,
+        softcap,
+        window_left,
+        window_right,
+        1,
+        batch_invariant,
+        0 if gpu or call.indices is NO_INDICES else 2 if call.names.fill else 1,
+        0,
+    )
+
+
+_NO_ADDRESSES = (0,) * 8
+
+
+def _addresses(call: Call) -> tuple[int, ...]:
+    """Of what a call has beside the large tensors, in the order of the tensors struct."""
+    seqlens_q, seqlens_k, page_table, starts_q, starts_k = call.indices
+    _, _, _, alibi_slopes, sinks, query_offsets, _ = call.options
+    return (
+        0 if seqlens_q is None else seqlens_q.data_ptr(),
+        0 if seqlens_k is None else seqlens_k.data_ptr(),
+        0 if starts_q is None else starts_q.data_ptr(),
+        0 if starts_k is None else starts_k.data_ptr(),
+        0 if query_offsets is None else query_offsets.data_ptr(),
+        0 if page_table is None else page_table.data_ptr(),
+        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+    )
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as a kernel can read it: in place, or copied where it cannot take its strides."""
     strides = tensor.stride()
-    return (0, strides[0], strides[1]) if packed else tuple(strides[d] for d in dims)
+    if strides[-1] == 1:
+        if not on_gpu(tensor):
+            return tensor
+        address, size = tensor.data_ptr(), tensor.element_size()
+        together = 0
+        for stride in strides[:-1]:
+            together |= stride
+        if not (address | together * size) % GPU_ALIGNMENT:
+            return tensor
+        used = [stride for count, stride in zip(tensor.shape[:-1], strides, strict=False) if count > 1]
+        if not (address % GPU_ALIGNMENT or any(stride * size % GPU_ALIGNMENT for stride in used)):
+            return tensor
+    return tensor.clone(memory_format=_contiguous_format)

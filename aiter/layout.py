@@ -1,0 +1,170 @@
+"""How the tensors of a call lie: the sizes and strides that a kernel is told, and the rules that they must keep.
+
+All operations have one common form. query is (batch, seqlen_q, heads_q, head_dim), or packed (total_q, heads_q,
+head_dim); key and value are (batch, seqlen_k, heads_kv, head_dim), packed (total_k, heads_kv, head_dim), or, with a
+page table, (pages, heads_kv, page_size, head_dim). The last dimension of value, and so of the output, may be another.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from aiter import checks
+
+
+class Indices(NamedTuple):
+    """The int32 tensors, on the device of the query, that say which rows are valid and where they lie; None where a
+    call has none. The launch ABI (kernels_src/include/aiter_abi.h) describes each."""
+
+    seqlens_q: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    starts_q: torch.Tensor | None = None
+    starts_k: torch.Tensor | None = None
+
+
+NO_INDICES = Indices()
+
+
+class Sizes(NamedTuple):
+    """The first fields of the problem struct."""
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    packed_q: int
+    packed_k: int
+    page_size: int
+    total_q: int
+    total_k: int
+    num_pages: int
+    page_table_stride: int
+
+
+_new = tuple.__new__  # a third of the time that a NamedTuple's own takes
+
+
+def sizes_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    indices: Indices,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Sizes | None:
+    """The sizes of a call, or None where a rule is broken: `check_common` says which. Index tensors are checked for
+    their shapes alone.
+
+    max_seqlen_q and max_seqlen_k bound the lengths of packed sequences.
+    """
+    query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    dtype, device, head_dim = query.dtype, query.get_device(), query_shape[-1]
+    if not (
+        key.dtype is dtype
+        and value.dtype is dtype
+        and key.get_device() == device
+        and value.get_device() == device
+        and dtype in checks.DTYPE_NAMES
+        and (key_shape == value_shape or key_shape[:-1] == value_shape[:-1])
+        and key_shape[-1] == head_dim
+        and head_dim in checks.HEAD_DIMS
+        and value_shape[-1] in checks.HEAD_DIMS
+    ):
+        return None
+    if indices is NO_INDICES:
+        if len(query_shape) != 4 or len(key_shape) != 4:
+            return None
+        batch, seqlen_q, heads_q, _ = query_shape
+        batch_k, seqlen_k, heads_kv, _ = key_shape
+        if batch_k != batch or (heads_q % heads_kv if heads_kv else heads_q):
+            return None
+        return _new(Sizes, (batch, heads_q, heads_kv, seqlen_q, seqlen_k, 0, 0, 0, 0, 0, 0, 0))
+
+    seqlens_q, seqlens_k, page_table, starts_q, starts_k = indices
+    heads_q, total_q, total_k, num_pages, page_size, table_stride = query_shape[-2], 0, 0, 0, 0, 0
+    packed_q, packed_k = len(query_shape) == 3, len(key_shape) == 3
+    if packed_q:
+        if starts_q is not None:
+            batch = starts_q.shape[0] - 1
+        elif seqlens_q is not None:
+            batch = seqlens_q.shape[0]
+        else:
+            return None
+        total_q, seqlen_q = query_shape[0], max_seqlen_q
+    elif len(query_shape) == 4:
+        batch, seqlen_q = query_shape[0], query_shape[1]
+    else:
+        return None
+    if page_table is not None:
+        if len(key_shape) != 4 or page_table.dim() != 2 or page_table.shape[0] != batch:
+            return None
+        num_pages, heads_kv, page_size, _ = key_shape
+        seqlen_k, table_stride = page_table.shape[1] * page_size, page_table.stride(0)
+    elif packed_k:
+        if seqlens_k is None and starts_k is None:
+            return None
+        total_k, heads_kv, seqlen_k = key_shape[0], key_shape[1], max_seqlen_k
+    else:
+        if len(key_shape) != 4 or key_shape[0] != batch:
+            return None
+        seqlen_k, heads_kv = key_shape[1], key_shape[2]
+    if (
+        (heads_q % heads_kv if heads_kv else heads_q)
+        or batch < 0
+        or seqlen_q < 0
+        or seqlen_k < 0
+        or (seqlens_q is not None and seqlens_q.shape != (batch,))
+        or (seqlens_k is not None and seqlens_k.shape != (batch,))
+        or (starts_q is not None and (not packed_q or starts_q.shape != (batch + 1,)))
+        or (starts_k is not None and (not packed_k or starts_k.shape != (batch + 1,)))
+    ):
+        return None
+    sizes = (batch, heads_q, heads_kv, seqlen_q, seqlen_k, packed_q, packed_k, page_size, total_q, total_k, num_pages)
+    return _new(Sizes, (*sizes, table_stride))
+
+
+def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices) -> None:
+    """Raises for a call that `sizes_of` refuses; says which rule it breaks."""
+    packed_q, paged = query.dim() == 3, indices.page_table is not None
+    checks.tensor("query", query, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
+    layout = checks.CACHE if paged else f"{checks.BSHD}, or packed {checks.PACKED}"
+    for name, tensor in (("key", key), ("value", value)):
+        checks.tensor(name, tensor, 4 if paged else (3, 4), layout)
+    checks.same_kind(query=query, key=key, value=value)
+    checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
+    checks.head_dim(value, "value")
+    checks.same_shape("value", value, "key", key, but_last=True)
+    packed_k = key.dim() == 3
+    if packed_q and indices.seqlens_q is None and indices.starts_q is None:
+        raise ValueError(f"query is packed {checks.PACKED}: its lengths, seqlens_q int32 (batch,), must be given")
+    if packed_k and indices.seqlens_k is None and indices.starts_k is None:
+        raise ValueError(f"key is packed {checks.PACKED}: its lengths, seqlens_k int32 (batch,), must be given")
+    if not packed_q:
+        batch = query.shape[0]
+    elif indices.starts_q is not None:
+        batch = indices.starts_q.numel() - 1
+    else:
+        batch = indices.seqlens_q.numel() if indices.seqlens_q is not None else 0
+    if not (paged or packed_k):
+        checks.equal_size("key", key.shape[0], "batch size", "query", batch)
+    shapes = {
+        "seqlens_q": ((batch,), "int32 (batch,)"),
+        "seqlens_k": ((batch,), "int32 (batch,)"),
+        "page_table": ((batch, None), "int32 (batch, max_blocks)"),
+        "starts_q": ((batch + 1,), "int32 (batch + 1,)"),
+        "starts_k": ((batch + 1,), "int32 (batch + 1,)"),
+    }
+    for name, index in indices._asdict().items():
+        if index is not None:
+            checks.indices(name, index, *shapes[name], query)
+    for name, starts, packed in (("starts_q", indices.starts_q, packed_q), ("starts_k", indices.starts_k, packed_k)):
+        if starts is not None and not packed:
+            raise ValueError(f"{name} is given, but its tensor is not packed {checks.PACKED}")
+    checks.heads(query.shape[-2], key.shape[1] if paged else key.shape[-2])
+    raise ValueError(
+        f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together"
+    )
