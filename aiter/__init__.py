@@ -17,22 +17,26 @@ if TYPE_CHECKING:
         multi_query_attention,
         variable_length_attention,
     )
+    from aiter.parts import attention_backward, merge_attention_states
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "attention_backward",
     "flash_attn_func",
     "flash_attn_with_kvcache",
     "grouped_query_attention",
+    "merge_attention_states",
     "multi_query_attention",
     "variable_length_attention",
 ]
 
 
 def _load() -> None:
-    from aiter import operations
+    from aiter import operations, parts
 
-    globals().update({name: getattr(operations, name) for name in __all__})
+    for module in (operations, parts):
+        globals().update({name: getattr(module, name) for name in __all__ if hasattr(module, name)})
 
 
 def __getattr__(name: str) -> object:

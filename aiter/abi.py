@@ -5,6 +5,7 @@ tests/test_abi.py compiles the header and compares every field's offset and size
 
 import ctypes
 import struct
+from typing import Any
 
 ABI_VERSION = 2
 
@@ -110,10 +111,10 @@ def call_struct(kernel: str) -> type[ctypes.Structure]:
     return AttentionGradCall if kernel == "attention_backward" else AttentionCall
 
 
-def _format(field_type: type) -> str:
+def _format(field_type: Any) -> str:
     """What `struct` calls a field: arrays and inner structs laid flat. The structs have no gaps."""
     if issubclass(field_type, ctypes.Structure):
-        return "".join(_format(inner) for _, inner in field_type._fields_)
+        return "".join(_format(inner) for _, inner, *_ in field_type._fields_)
     if issubclass(field_type, ctypes.Array):
         return _format(field_type._type_) * field_type._length_
     return {ctypes.c_int32: "i", ctypes.c_int64: "q", ctypes.c_float: "f", ctypes.c_void_p: "Q"}[field_type]

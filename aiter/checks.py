@@ -29,8 +29,8 @@ PACKED = "(total_tokens, heads, head_dim)"
 CACHE = "(num_blocks, heads_kv, block_size, head_dim)"
 
 
-def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -> None:
-    """Checks that `value` is a strided tensor of one of the ranks that `layout` describes."""
+def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -> torch.Tensor:
+    """Returns `value` if it is a strided tensor of one of the ranks that `layout` describes."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {layout}, not {type(value).__name__}")
     if value.layout != torch.strided:
@@ -38,6 +38,7 @@ def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -
     ranks = (ndim,) if isinstance(ndim, int) else ndim
     if value.dim() not in ranks:
         raise ValueError(f"{name} must be {layout}, but has {value.dim()} dimensions: {tuple(value.shape)}")
+    return value
 
 
 def same_kind(**tensors: torch.Tensor) -> None:
@@ -135,7 +136,7 @@ def softmax_scale(value: object, size: int) -> float:
 
 def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str, first: torch.Tensor) -> None:
     """Checks an int32 or int64 tensor of lengths or page numbers on the device of query."""
-    tensor(name, value, len(shape), layout)
+    value = tensor(name, value, len(shape), layout)
     if value.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int32 (or torch.int64)")
     for got, expected in zip(value.shape, shape, strict=True):

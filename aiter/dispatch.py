@@ -122,7 +122,7 @@ _latest: dict[str, tuple[weakref.ref[torch.Tensor], int, Sizes]] = {}
 
 def _look_at_values(call: Call) -> None:
     seen = True
-    for name, tensor in call.indices._asdict().items():
+    for name, tensor in zip(Indices._fields, call.indices, strict=True):
         if tensor is None:
             continue
         if tensor.is_inference():  # counts no versions: it may have changed

@@ -23,7 +23,8 @@ class CpuQueue:
 
     def __init__(self) -> None:
         # PyTorch loads its OpenMP runtime with global symbols; where that is not libgomp, kernels start own threads.
-        self.parallel = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value
+        function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        self.parallel = None if function is None else ctypes.cast(function, ctypes.c_void_p).value
         self.thread = threading.local()
         self.executors: dict[int, tuple[abi.CpuExecutor, int]] = {}
         # A forked child inherits the pool's data but not its threads: using it there would wait for ever.

@@ -37,7 +37,7 @@ _library.define(
 _library.define(
     "attention_backward(Tensor? grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output, "
     "Tensor lse, Tensor? seqlens_q, Tensor? seqlens_k, bool causal, Scalar softmax_scale, SymInt max_seqlen, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool lse_is_given=False) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Their defaults: PyTorch leaves out inputs that are equal to these at the end.
@@ -86,8 +86,9 @@ def _attention(query, key, value, *inputs):
 def _attention_backward(
     grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale, *inputs
 ):
-    call = read_call(query, key, value, seqlens_q, seqlens_k, None, causal, softmax_scale, *inputs)
-    return _gradients(call, grad_output, grad_lse, query, key, value, output, lse)
+    numbers, lse_is_given = inputs[: 1 + len(_DEFAULTS)], inputs[1 + len(_DEFAULTS) :] == (True,)
+    call = read_call(query, key, value, seqlens_q, seqlens_k, None, causal, softmax_scale, *numbers)
+    return _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_is_given)
 
 
 for _device in ("CPU", "CUDA"):
@@ -95,24 +96,24 @@ for _device in ("CPU", "CUDA"):
     _library.impl("attention_backward", _attention_backward, _device)
 
 
-def _gradients(call, grad_output, grad_lse, query, key, value, output, lse):
+def _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_is_given=False):
     """Of query, key and value. With sinks, weights are divided by what includes them."""
     sinks = call.options.sinks
     if sinks is None:
-        return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, False)
-    total = _with_sinks(lse, sinks)
+        return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, lse_is_given)
+    total = with_sinks(lse, sinks)
     if grad_lse is not None:
         # A gradient of the keys' own log-sum-exp goes to their own weights, which are larger by this.
         grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse * (total - lse).exp())
     return plan.backward(call, query, key, value, output, total, grad_output, grad_lse, True)
 
 
-def _with_sinks(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def with_sinks(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """The log-sum-exp of each row's keys and its head's sink."""
     return torch.logaddexp(lse, sinks.unsqueeze(-1))  # (heads, total) and (batch, heads, seq) alike
 
 
-def _sink_gradient(
+def sink_gradient(
     grad_output: torch.Tensor | None, output: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor
 ) -> torch.Tensor:
     """The weight of a row's sink, times what all other weights lose for it: -rowsum(grad_output * output)."""
@@ -120,7 +121,7 @@ def _sink_gradient(
         return torch.zeros_like(sinks)
     delta = (grad_output.float() * output.float()).sum(-1).transpose(-1, -2)  # as lse lies
     values = sinks.float()
-    weights = (values.unsqueeze(-1) - _with_sinks(lse, values)).exp()
+    weights = (values.unsqueeze(-1) - with_sinks(lse, values)).exp()
     gradient = -(weights * delta).sum(-1)
     return (gradient if gradient.dim() == 1 else gradient.sum(0)).to(sinks.dtype)
 
@@ -179,7 +180,7 @@ class Attention(torch.autograd.Function):
             grads = _gradients(call, grad_output, grad_lse, query, key, value, output, lse)
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
-            grad_sinks = _sink_gradient(grad_output, output, lse, sinks)
+            grad_sinks = sink_gradient(grad_output, output, lse, sinks)
         return (*grads, grad_sinks, None)
 
 
@@ -209,7 +210,7 @@ def _backward(ctx, grad_output, grad_lse, operator=torch.ops.aiter.attention_bac
     )
     result = [*grads, *(None,) * (ctx.count - 3)]
     if sinks is not None and ctx.needs_input_grad[_SINKS]:
-        result[_SINKS] = _sink_gradient(grad_output, output, lse, sinks)
+        result[_SINKS] = sink_gradient(grad_output, output, lse, sinks)
     return tuple(result)
 
 

@@ -277,9 +277,9 @@ def flash_attn_with_kvcache(
     if not isinstance(query, torch.Tensor) or query.dim() != 4:
         checks.tensor("query", query, 4, BSHD)
     batch = query.shape[0]
-    page_table = _index("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
-    cache_seqlens = _index("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
-    indices = Indices(_index("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query), cache_seqlens, page_table)
+    pages = _index("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
+    lengths = _index("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
+    indices = Indices(_index("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query), lengths, pages)
     return attend(_PAGED, (block_size,), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 

@@ -112,8 +112,8 @@ def read_options(query: torch.Tensor, causal: bool, keywords: OptionKeywords) ->
         left,
         right,
         _softcap(keywords.get("softcap", 0.0)),
-        _per_head("alibi_slopes", keywords.get("alibi_slopes"), query, (1, 2)),
-        _per_head("sinks", keywords.get("sinks"), query, (1,)),
+        per_head("alibi_slopes", keywords.get("alibi_slopes"), query, (1, 2)),
+        per_head("sinks", keywords.get("sinks"), query, (1,)),
         _offsets(keywords.get("query_offsets"), query),
         BATCH_INVARIANT if batch_invariant is None else checks.flag("batch_invariant", batch_invariant),
     )
@@ -138,12 +138,11 @@ def _softcap(value: object) -> float:
     return float(value)
 
 
-def _per_head(name: str, value: object, query: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor | None:
+def per_head(name: str, value: object, query: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor | None:
     if value is None:
         return None
     layout = "(heads_q,)" if ranks == (1,) else "(heads_q,) or (batch, heads_q)"
-    checks.tensor(name, value, ranks, layout)
-    assert isinstance(value, torch.Tensor)
+    value = checks.tensor(name, value, ranks, layout)
     checks.same_device(name, value, "query", query)
     if value.dtype not in checks.DTYPE_NAMES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.float32 (or query's)")

@@ -1,6 +1,5 @@
 """Loading: the launch ABI is checked, launches report errors, and kernels for AMD find the HIP runtime."""
 
-import ctypes
 import subprocess
 import sys
 
