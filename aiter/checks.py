@@ -84,6 +84,18 @@ def head_dim(tensor: torch.Tensor, name: str = "query") -> int:
     return size
 
 
+def output(out: object, query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Returns `out` if the output of a call can go there."""
+    out = tensor("out", out, query.dim(), "of the shape of query, with value's head_dim")
+    expected = (*query.shape[:-1], value.shape[-1])
+    if out.shape != torch.Size(expected):
+        raise ValueError(f"out has shape {tuple(out.shape)}; it must be {expected}")
+    if out.dtype != query.dtype:
+        raise TypeError(f"out has dtype {out.dtype}; it must be that of query, {query.dtype}")
+    same_device("out", out, "query", query)
+    return out
+
+
 def heads(heads_q: int, heads_kv: int, key_name: str = "key") -> None:
     if heads_q == 0 and heads_kv == 0:
         return

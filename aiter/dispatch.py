@@ -47,8 +47,10 @@ def attend(
     indices: Indices = NO_INDICES,
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Runs one call of an operation; `own` are the arguments that only it has."""
+    """Runs one call of an operation; `own` are the arguments that only it has. out: where the output goes, of which
+    rows that belong to no sequence are left alone."""
     plain = False
     try:
         plain = torch_state.is_plain(query, key, value)
@@ -57,7 +59,8 @@ def attend(
         raise
     if not plain:
         output, lse = _through_dispatcher(
-            operation, own, query, key, value, causal, softmax_scale, keywords, indices, max_seqlen_q, max_seqlen_k
+            *(operation, own, query, key, value, causal, softmax_scale, keywords, indices, max_seqlen_q, max_seqlen_k),
+            out,
         )
         return (output, lse) if return_lse else output
 
@@ -75,6 +78,8 @@ def attend(
     options = NO_OPTIONS
     if keywords:
         causal, options = read_options(query, causal, keywords)
+    if out is not None:
+        checks.output(out, query, value)
     call = _new(Call, (sizes, indices, options, causal, softmax_scale, operation.names))
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
@@ -84,9 +89,11 @@ def attend(
         or value.requires_grad
         or (options.sinks is not None and options.sinks.requires_grad)
     ):
+        if out is not None:
+            raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
         output, lse = library.Attention.apply(query, key, value, options.sinks, call)
     else:
-        output, lse = plan.forward(call, query, key, value, return_lse)
+        output, lse = plan.forward(call, query, key, value, return_lse, out)
     return (output, lse) if return_lse else output
 
 
@@ -102,6 +109,7 @@ def _through_dispatcher(
     indices: Indices,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for a call that something of PyTorch must see. Whatever is wrong is found here, or by the operator."""
     query, key, value = library.autocast(query, key, value)
@@ -109,10 +117,15 @@ def _through_dispatcher(
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(query, causal, keywords)
-    return library.operator()(
+    inputs = (
         *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
         *(max_seqlen_k, indices.starts_q, indices.starts_k, *options),
     )
+    if out is None:
+        return library.operator()(*inputs)
+    if torch_state.wants_gradient(query, key, value):
+        raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
+    return out, torch.ops.aiter.attention_out(out, *inputs)
 
 
 # The index tensors whose values were looked at last, each with its version then and what it was held against: layers

@@ -40,6 +40,11 @@ _library.define(
     f"{_OPTIONS}, bool lse_is_given=False) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "attention_out(Tensor(a!) output, Tensor query, Tensor key, Tensor value, Tensor? seqlens_q, Tensor? seqlens_k, "
+    f"Tensor? page_table, bool causal, Scalar softmax_scale, SymInt max_seqlen, {_OPTIONS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 # Their defaults: PyTorch leaves out inputs that are equal to these at the end.
 _DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False)
 _FIRST_OPTION, _SINKS = 9, 16  # where attention's inputs have the first of them, and the sinks
@@ -83,6 +88,11 @@ def _attention(query, key, value, *inputs):
     return plan.forward(read_call(query, key, value, *inputs), query, key, value, True)
 
 
+def _attention_out(output, query, key, value, *inputs):
+    call = read_call(query, key, value, *inputs)
+    return plan.forward(call, query, key, value, True, checks.output(output, query, value))[1]
+
+
 def _attention_backward(
     grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale, *inputs
 ):
@@ -93,6 +103,7 @@ def _attention_backward(
 
 for _device in ("CPU", "CUDA"):
     _library.impl("attention", _attention, _device)
+    _library.impl("attention_out", _attention_out, _device)
     _library.impl("attention_backward", _attention_backward, _device)
 
 
@@ -133,11 +144,19 @@ _NO_PAGED_GRADIENT = (
 _NO_SECOND_DERIVATIVE = "attention has no second derivative here: the backward pass is not differentiable"
 
 
+def _fake_lse(query: torch.Tensor) -> torch.Tensor:
+    *batch, tokens, heads, _ = query.shape
+    return query.new_empty((*batch, heads, tokens), dtype=torch.float32)
+
+
 @torch.library.register_fake("aiter::attention", lib=_library)
 def _(query, key, value, *rest):
-    shape = query.shape
-    lse_shape = (shape[1], shape[0]) if query.dim() == 3 else (shape[0], shape[2], shape[1])
-    return query.new_empty((*shape[:-1], value.shape[-1])), query.new_empty(lse_shape, dtype=torch.float32)
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), _fake_lse(query)
+
+
+@torch.library.register_fake("aiter::attention_out", lib=_library)
+def _(output, query, *rest):
+    return _fake_lse(query)
 
 
 @torch.library.register_fake("aiter::attention_backward", lib=_library)

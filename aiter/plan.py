@@ -27,6 +27,8 @@ from aiter.plan_cache import plans
 # GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
 GPU_ALIGNMENT = 16
 
+_READABLE = "the last dimension adjacent and, on a GPU, every row at a multiple of 16 bytes"
+
 # Bound once, as they are used at every call.
 _empty, _empty_like, _contiguous_format = torch.empty, torch.empty_like, torch.contiguous_format
 
@@ -93,12 +95,21 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @untraced
 def forward(
-    call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, return_lse: bool
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    return_lse: bool,
+    output: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Output (new, contiguous) and, if wanted, log-sum-exp; launched on the current stream."""
+    """Output (new and contiguous, or the given one, of which rows that belong to no sequence are left alone) and, if
+    wanted, log-sum-exp; launched on the current stream."""
     sizes, indices, options, causal, _, _ = call
-    head_dim, value_dim, gpu = query.shape[-1], value.shape[-1], on_gpu(query)
-    if value_dim != head_dim:
+    head_dim, value_dim, gpu, given = query.shape[-1], value.shape[-1], on_gpu(query), output is not None
+    if output is not None:
+        if _readable(output) is not output:
+            raise ValueError(f"out has strides {output.stride()} that no kernel can write to: {_READABLE}")
+    elif value_dim != head_dim:
         output = _empty((*query.shape[:-1], value_dim), dtype=query.dtype, device=query.device)
     elif query.is_contiguous():
         output = _empty_like(query)
@@ -108,7 +119,7 @@ def forward(
     if return_lse:
         lse = _empty(_lse_shape(sizes), dtype=torch.float32, device=query.device)
     if is_trivial(sizes, indices):
-        return output.zero_(), None if lse is None else lse.fill_(-math.inf)
+        return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
 
     strides = query.stride(), key.stride(), value.stride()
     if gpu or not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:
@@ -132,7 +143,7 @@ def forward(
             *sizes,
             *_strides(sizes, *strides, output.stride()),
             *((0, 0) if lse is None else _lse_strides(lse)),
-            *_scalars(call, gpu),
+            *_scalars(call, gpu, not given),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -184,7 +195,7 @@ def backward(
         *sizes,
         *_strides(sizes, query.stride(), key.stride(), value.stride(), output.stride()),
         *_lse_strides(lse),
-        *_scalars(call, gpu),
+        *_scalars(call, gpu, True),
         *(*grad_strides[:3], *grad_strides[9:], *grad_strides[3:9]),
         lse_is_given,
         0,
@@ -204,6 +215,28 @@ def is_trivial(sizes: Sizes, indices: Indices) -> bool:
         return 0 in sizes[:5]
     _, _, _, _, _, packed_q, packed_k, page_size, total_q, total_k, num_pages, _ = sizes
     return bool((packed_q and not total_q) or (packed_k and not total_k) or (page_size and not num_pages))
+
+
+def _without_keys(call: Call, output: torch.Tensor, given: bool) -> torch.Tensor:
+    """Zeros, but for rows of a given output that belong to no sequence."""
+    sizes, (seqlens_q, _, _, starts_q, _) = call.sizes, call.indices
+    if not given or (seqlens_q is None and starts_q is None) or output.numel() == 0:
+        return output.zero_()
+    if not sizes.packed_q:
+        assert seqlens_q is not None
+        valid = torch.arange(sizes.seqlen_q, device=output.device) < seqlens_q.unsqueeze(1)
+        return output.masked_fill_(valid[:, :, None, None], 0.0)
+    rows = torch.arange(sizes.total_q, device=output.device)
+    if starts_q is None:
+        assert seqlens_q is not None
+        valid = rows < seqlens_q.sum()
+    else:
+        sequence = torch.searchsorted(starts_q, rows, right=True, out_int32=True) - 1
+        valid = (rows >= starts_q[0]) & (rows < starts_q[-1])
+        if seqlens_q is not None:
+            sequence = sequence.clamp(0, sizes.batch - 1)
+            valid &= rows < starts_q[sequence] + seqlens_q[sequence]
+    return output.masked_fill_(valid[:, None, None], 0.0)
 
 
 def _make_plan(key: Key, call: Call, query: torch.Tensor) -> Plan:
@@ -246,7 +279,7 @@ def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
     return (0, stride[0]) if len(stride) == 2 else (stride[0], stride[1])
 
 
-def _scalars(call: Call, gpu: bool) -> tuple[float, ...]:
+def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
     """The last fields of the problem struct."""
     window_left, window_right, softcap, slopes, _, _, batch_invariant = call.options
     return (
@@ -255,7 +288,7 @@ def _scalars(call: Call, gpu: bool) -> tuple[float, ...]:
         softcap,
         window_left,
         window_right,
-        1,
+        clear_rest,
         batch_invariant,
         0 if gpu or call.indices is NO_INDICES else 2 if call.names.fill else 1,
         0,
