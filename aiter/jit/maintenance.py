@@ -14,9 +14,8 @@ from pathlib import Path
 
 from aiter.errors import UntrustedCacheError
 from aiter.jit import trust
-from aiter.jit.disk import remove
-from aiter.jit.entry import DamagedEntry, read
-from aiter.jit.store import DAMAGED, FAILED, Store
+from aiter.jit.entry import NAME, DamagedEntry, read
+from aiter.jit.store import Store
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,17 @@ class Item:
     bytes: int
     built: float
     used: float
+
+    @property
+    def kernel(self) -> str:
+        """The name of its spec, which ends in the arch."""
+        return NAME.fullmatch(self.name)["spec"]
+
+    @property
+    def key(self) -> str:
+        """What tells it from other entries of its spec, short enough to read."""
+        match = NAME.fullmatch(self.name)
+        return match["key"][:8] + (match[3] or "")
 
 
 def items(folder: Path) -> list[Item]:
@@ -56,7 +66,7 @@ def clear(
     folder: Path, older_than: float | None = None, max_bytes: int | None = None, dry_run: bool = False
 ) -> list[Item]:
     """Removes entries and says which: all; or those not used for `older_than` seconds; or those longest unused, until
-    the rest takes no more than `max_bytes`. What was set aside or abandoned goes too."""
+    the rest takes no more than `max_bytes`. What was set aside or abandoned goes too; what is not of ours stays."""
     everything = older_than is None and max_bytes is None
     present = sorted(items(folder), key=lambda item: item.used)
     doomed = [
@@ -70,13 +80,12 @@ def clear(
                 break
             doomed.append(item)
             excess -= item.bytes
-    if not dry_run and folder.is_dir():
+    if not dry_run and os.path.isdir(folder):
         store = Store(folder)
         for item in doomed:
             store.discard(item.name)
         store.sweep()
-        for name in (DAMAGED, FAILED):
-            remove(folder / name)
+        store.clear_reports()
     return doomed
 
 
