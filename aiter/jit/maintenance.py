@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiter.errors import UntrustedCacheError
 from aiter.jit import trust
-from aiter.jit.entry import NAME, DamagedEntry, read
+from aiter.jit.entry import MANIFEST, NAME, DamagedEntry, read
 from aiter.jit.store import Store
 
 
@@ -46,10 +46,11 @@ def items(folder: Path) -> list[Item]:
     found = []
     for name in Store(folder).names():
         with contextlib.suppress(OSError):  # it may go while we look
-            files = [entry.stat() for entry in os.scandir(folder / name)]
-            built = max(file.st_mtime for file in files)
-            used = max(file.st_atime for file in files)
-            found.append(Item(name, folder / name, sum(f.st_size for f in files), built, max(built, used)))
+            files = {entry.name: entry.stat() for entry in os.scandir(folder / name)}
+            built = max(file.st_mtime for file in files.values())
+            # Not of the manifest, which looking at a cache reads.
+            used = max((file.st_atime for other, file in files.items() if other != MANIFEST), default=built)
+            found.append(Item(name, folder / name, sum(f.st_size for f in files.values()), built, max(built, used)))
     return found
 
 
