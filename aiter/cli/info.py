@@ -82,11 +82,11 @@ def _caches() -> list[dict]:
 
 def _cache(folder: Path) -> dict:
     facts: dict = {"folder": str(folder), "exists": os.path.isdir(folder)}
-    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    real = Path(os.path.realpath(folder))
+    existing = next(path for path in (real, *real.parents) if os.path.exists(path))
     facts["writable"] = os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
     facts["noexec"] = forbids_execution(folder)
     try:
-        real = Path(os.path.realpath(folder))
         trust.check_chain(real) if facts["exists"] else trust.check_parents(real)
         present = items(folder)
         facts |= {"entries": len(present), "bytes": sum(item.bytes for item in present)}

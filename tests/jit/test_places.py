@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import left_behind, tiny_spec
 
-from aiter import jit
+from aiter import cli, jit
 from aiter.errors import CacheError, CompilationDisabledError
 from aiter.jit import disk, settings
 from aiter.jit.cache import Cache
@@ -193,13 +193,18 @@ def test_what_a_killed_process_left_among_the_temporary_files_is_cleared(spec, t
     assert list(temporary.iterdir()) == [young]
 
 
-def test_noexec_folders_are_passed_over_and_named(spec, entry, private, mount, tmp_path, monkeypatch, caplog):
+def test_noexec_folders_are_passed_over_and_named(
+    spec, entry, private, mount, tmp_path, monkeypatch, caplog, capsys
+):
     noexec = mount("tmpfs", "noexec,mode=0755", "noexec")
     shutil.copytree(entry.folder.parent, noexec / "layer")
     monkeypatch.setenv("AITER_PREBUILT_DIRS", str(noexec / "layer"))
     assert use(spec) == 64
     (warning,) = warnings(caplog)
     assert f"{noexec / 'layer'} is on a file system that is mounted noexec" in warning and "passed over" in warning
+
+    assert cli.main(["info"]) == 0
+    assert "mounted noexec: kernels cannot be loaded from there" in capsys.readouterr().out
 
     monkeypatch.delenv("AITER_PREBUILT_DIRS")
     monkeypatch.setenv("AITER_CACHE_DIR", str(noexec / "cache"))
