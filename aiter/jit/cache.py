@@ -66,7 +66,7 @@ class Cache:
                 try:
                     entry = self._take(store, recipe, refusals)
                 except CacheError as error:
-                    refusals.append(str(error))
+                    refusals += [str(error)] if str(error) not in refusals else []
                     continue
                 if refusals:
                     _warn_once(
@@ -111,7 +111,9 @@ class Cache:
         """The entry from one store, built if need be. Raises CacheError where the store cannot be used."""
         _require_execution(store.folder)
         entry, reason = _find(store, recipe)
-        return entry or self.build(recipe, "; ".join(refusals) or reason, store)
+        if refusals:  # of which a warning will tell, unless nothing is built
+            reason = "; ".join(refusals) if settings.flag("AITER_NO_COMPILE") else "the cache cannot be used"
+        return entry or self.build(recipe, reason, store)
 
 
 def _find(store: Store, recipe: Recipe) -> tuple[Entry | None, str]:
