@@ -14,6 +14,7 @@ import stat
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -101,11 +102,8 @@ def import_entries(folder: Path, path: Path) -> tuple[list[str], list[str]]:
                 read(workplace / name)
         except (tarfile.TarError, DamagedEntry, ValueError, OverflowError, RecursionError) as error:
             raise CacheError(f"{path} is not an archive made by `aiter cache export`: {error}") from None
-        new, present = [], []
-        for name in names:
-            placed = store.place(workplace / name, name, lambda name=name: _is_good(store.folder / name))
-            (new if placed else present).append(name)
-        return new, present
+        new = [name for name in names if store.place(workplace / name, name, partial(_is_good, store.folder / name))]
+        return new, [name for name in names if name not in new]
 
 
 def _is_good(folder: Path) -> bool:

@@ -7,7 +7,7 @@ A folder that cannot be used is passed over with one warning: a layer for the ne
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from aiter.errors import CacheError, CompilationDisabledError
@@ -101,7 +101,7 @@ class Cache:
                 _warn_once("the prebuilt kernels in %s are passed over: %s", folder, error)
         return None
 
-    def _stores(self) -> Iterator[Store]:
+    def _stores(self) -> Generator[Store]:
         yield self.store
         for store in private.stores():
             if store.folder != self.store.folder:

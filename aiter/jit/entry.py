@@ -30,7 +30,7 @@ FILES = ("kernel.so", "build.log")
 # No real manifest or log comes near; more would only fill the memory of who reads it.
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
-NAME = re.compile(r"(?P<spec>[a-z0-9_+-]{1,200})-(?P<key>[0-9a-f]{32})(\.[0-9a-f]{8})?")
+NAME = re.compile(r"[a-z0-9_+-]{1,200}-[0-9a-f]{32}(\.[0-9a-f]{8})?")
 
 
 class DamagedEntry(Exception):

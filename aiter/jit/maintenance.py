@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiter.errors import UntrustedCacheError
 from aiter.jit import trust
-from aiter.jit.entry import MANIFEST, NAME, DamagedEntry, read
+from aiter.jit.entry import MANIFEST, DamagedEntry, read
 from aiter.jit.store import Store
 
 
@@ -32,13 +32,13 @@ class Item:
     @property
     def kernel(self) -> str:
         """The name of its spec, which ends in the arch."""
-        return NAME.fullmatch(self.name)["spec"]
+        return self.name.partition(".")[0][:-33]
 
     @property
     def key(self) -> str:
         """What tells it from other entries of its spec, short enough to read."""
-        match = NAME.fullmatch(self.name)
-        return match["key"][:8] + (match[3] or "")
+        key, dot, compiler = self.name[len(self.kernel) + 1 :].partition(".")
+        return key[:8] + dot + compiler
 
 
 def items(folder: Path) -> list[Item]:

@@ -111,7 +111,7 @@ class Store:
         if damage is not None:
             damage.entry = others[0] if others else None
             raise damage
-        if not others:
+        if compiler is None or not others:
             return None
         try:
             version = compiler.version()
