@@ -328,7 +328,7 @@ class Store:
             with contextlib.suppress(OSError):
                 make_folder(self.folder / FAILED)
                 path = self.folder / FAILED / f"{recipe.name}.log"
-                path.write_text(error.output)
+                path.write_text(error.output, encoding="utf-8", errors="surrogateescape")
                 path.chmod(0o644)
                 log = path
         words = error.output if len(error.output) < 6000 else "…\n" + error.output[-6000:]
