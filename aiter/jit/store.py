@@ -53,6 +53,8 @@ TAG_TEXT = """Signature: 8a477f597d28d172789f06886806bc55
 _TASK = rf"({NAME.pattern}|[a-z]+-\d+-[0-9a-f]+)"
 # What another host, or a process of ours, has in the making is taken for abandoned after this time.
 ABANDONED_S = 24 * 3600.0
+# A compiler fails for the first file that someone deletes of the folder that it works in; the others follow.
+DELETION_S = 0.1
 # How much longer than a compilation a lock may be held.
 LOCK_MARGIN_S = 60.0
 
@@ -188,6 +190,7 @@ class Store:
                 compile_library(commands, folder, settings.compile_timeout())
             version = compiler.version()
         except CompilationError as error:
+            time.sleep(DELETION_S)
             if not all(os.path.exists(folder / name) for name in (*recipe.files, TEMPORARY)):
                 raise Unwritable(self.folder, "it was deleted while a kernel was built", vanished=True) from None
             refused = refuses_writes(folder, error.output)
