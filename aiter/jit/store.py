@@ -110,22 +110,22 @@ class Store:
             return None
         except OSError as error:
             raise Stale(f"the entry in the cache cannot be read: {error}", recipe.name) from None
+        if compiler is not None and others:
+            try:
+                version = compiler.version()
+            except CompilationError:
+                return others[0]  # not a compiler that could build it anew
+            for entry in others:
+                if version == entry.compiler["version"]:
+                    return entry
+            was = str(others[0].compiler["version"]).splitlines()
+            lines = itertools.zip_longest(was, version.splitlines(), fillvalue="nothing")
+            differing = next(pair for pair in lines if pair[0] != pair[1])
+            damage = damage or Stale("the compiler changed from {} to {}".format(*differing))
+            damage.entry = others[0]
         if damage is not None:
-            damage.entry = others[0] if others else None
             raise damage
-        if compiler is None or not others:
-            return None
-        try:
-            version = compiler.version()
-        except CompilationError:
-            return others[0]  # not a compiler that could build it anew
-        for entry in others:
-            if version == entry.compiler["version"]:
-                return entry
-        was = str(others[0].compiler["version"]).splitlines()
-        lines = itertools.zip_longest(was, version.splitlines(), fillvalue="nothing")
-        differing = next(pair for pair in lines if pair[0] != pair[1])
-        raise Stale("the compiler changed from {} to {}".format(*differing), entry=others[0])
+        return None
 
     def build(self, recipe: Recipe, compiler: Compiler, reason: str) -> Entry:
         """Builds a recipe's entry unless someone else does so first; returns it verified.
@@ -304,7 +304,7 @@ class Store:
         if not self.fleeting:
             folder = Path(os.path.realpath(self.folder))
             trust.check_parents(folder)  # before anything is made there
-            make_folder(folder, 0o700 if folder in settings.private_dirs() else 0o755)
+            make_folder(folder, 0o700 if self.folder in settings.private_dirs() else 0o755)
         self.folder = self._checked()
         for name in (BUILDING, LOCKS):
             make_folder(self.folder / name)
