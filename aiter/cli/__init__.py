@@ -87,7 +87,8 @@ def _add_cache(commands) -> None:
     listing = _command(verbs, "list", "cache", "list_entries", "the entries")
     verify = _command(verbs, "verify", "cache", "verify", "check every entry; status 1 if one is bad")
     path = _command(verbs, "path", "cache", "path", "print the folder")
-    clear = _command(verbs, "clear", "cache", "clear", "remove entries; safe while other processes run")
+    text = "remove all kernels, or those that the options name, and no other file; safe while other processes run"
+    clear = _command(verbs, "clear", "cache", "clear", text)
     clear.add_argument("--older-than", metavar="AGE", type=_age, help="only those not used for 30d, 12h, 10m, 5s")
     clear.add_argument("--max-size", metavar="SIZE", type=_size, help="the longest unused, until 500M, 2G are left")
     clear.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")

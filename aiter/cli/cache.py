@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -24,10 +25,7 @@ def list_entries(options: argparse.Namespace) -> int:
         print(f"{folder} holds no kernels")
     else:
         now = time.time()
-        rows = [
-            (item.name[:-33], item.name[-32:-24], size(item.bytes), duration(max(0.0, now - item.built)))
-            for item in present
-        ]
+        rows = [(item.kernel, item.key, size(item.bytes), duration(max(0.0, now - item.built))) for item in present]
         print(table(("kernel", "key", "size", "age"), rows))
         print(f"\n{count_kernels(len(present))}, {size(sum(item.bytes for item in present))}, in {folder}")
     return 0
@@ -68,15 +66,18 @@ def clear(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     folder, target = _folder(options), Path(options.file).absolute()
-    names = [item.name for item in items(folder)]
+    chosen = items(folder)
     if options.arch:
-        archs = tuple(arch.strip() for arch in options.arch.split(","))
-        names = [name for name in names if name[:-33].endswith(tuple(f"-{arch}" for arch in archs))]
-    done = export_entries(folder, names, target)
+        archs = tuple(f"-{arch.strip()}" for arch in options.arch.split(","))
+        chosen = [item for item in chosen if item.kernel.endswith(archs)]
+    done = export_entries(folder, [item.name for item in chosen], target)
+    # The archive may have gone to the standard output, or to where that goes.
+    report = sys.stdout if target.is_file() and not target.is_relative_to("/dev") else sys.stderr
+    total = sum(item.bytes for item in chosen)
     if options.json:
-        print(json.dumps({"file": str(target), "bytes": target.stat().st_size, "entries": done}, indent=2))
+        print(json.dumps({"file": str(target), "bytes": total, "entries": done}, indent=2), file=report)
     else:
-        print(f"wrote {count_kernels(len(done))}, {size(target.stat().st_size)}, to {target}")
+        print(f"wrote {count_kernels(len(done))}, {size(total)}, to {target}", file=report)
     return 0
 
 

@@ -8,10 +8,11 @@ import os
 import platform
 from pathlib import Path
 
-from aiter.cli.table import size
+from aiter.cli.table import count_kernels, size
 from aiter.errors import AiterError
 from aiter.jit import settings, trust
 from aiter.jit.arch import arch_of, cpu_arch
+from aiter.jit.disk import forbids_execution
 from aiter.jit.maintenance import items
 from aiter.jit.toolchain import TOOLCHAINS, Toolchain
 
@@ -25,10 +26,7 @@ def run(options: argparse.Namespace) -> int:
         "versions": {"aiter": aiter.__version__, "python": platform.python_version(), "torch": torch.__version__},
         "devices": _devices(torch),
         "compilers": {toolchain.language: _compiler(toolchain) for toolchain in TOOLCHAINS},
-        "caches": [
-            *({"layer": "prebuilt", **_cache(folder)} for folder in settings.prebuilt_dirs()),
-            {"layer": "writable", **_cache(settings.cache_dir())},
-        ],
+        "caches": _caches(),
         "settings": {name: os.environ[name] for name in settings.VARIABLES if name in os.environ},
     }
     print(json.dumps(facts, indent=2) if options.json else _text(facts))
@@ -72,17 +70,28 @@ def _compiler(toolchain: Toolchain) -> dict:
     return {"path": compiler.path, "version": version, "variable": toolchain.variable}
 
 
+def _caches() -> list[dict]:
+    """Each folder that calls look into. A private one is used where the cache cannot be."""
+    prebuilt, own, private = settings.prebuilt_dirs(), settings.cache_dir(), settings.private_dirs()
+    return [
+        *({"layer": "prebuilt", **_cache(folder)} for folder in prebuilt),
+        {"layer": "writable", **_cache(own)},
+        *({"layer": "private", **_cache(folder)} for folder in private if os.path.isdir(folder) and folder != own),
+    ]
+
+
 def _cache(folder: Path) -> dict:
-    facts: dict = {"folder": str(folder), "exists": folder.is_dir()}
+    facts: dict = {"folder": str(folder), "exists": os.path.isdir(folder)}
+    real = Path(os.path.realpath(folder))
+    existing = next(path for path in (real, *real.parents) if os.path.exists(path))
+    facts["writable"] = os.path.isdir(existing) and os.access(existing, os.W_OK | os.X_OK)
+    facts["noexec"] = forbids_execution(folder)
     try:
-        if folder.is_dir():
-            trust.check_chain(folder)
+        trust.check_chain(real) if facts["exists"] else trust.check_parents(real)
         present = items(folder)
         facts |= {"entries": len(present), "bytes": sum(item.bytes for item in present)}
     except (AiterError, OSError) as error:
         facts["problem"] = str(error)
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    facts["writable"] = os.access(existing, os.W_OK | os.X_OK)
     return facts
 
 
@@ -105,8 +114,10 @@ def _text(facts: dict) -> str:
         elif not cache["exists"]:
             state = "not there yet" if cache["writable"] else "not there, and cannot be made"
         else:
-            state = f"{cache['entries']} kernels, {size(cache['bytes'])}"
+            state = f"{count_kernels(cache['entries'])}, {size(cache['bytes'])}"
             state += "" if cache["writable"] or cache["layer"] == "prebuilt" else "; cannot be written"
+        if cache["noexec"]:
+            state += "; mounted noexec: kernels cannot be loaded from there"
         lines.append(f"  {cache['layer']:<8} {cache['folder']}  ({state})")
     if facts["settings"]:
         lines += ["", "Settings", *(f"  {name}={value}" for name, value in facts["settings"].items())]

@@ -14,6 +14,7 @@ from aiter.cli.table import count_kernels, size, table
 from aiter.errors import AiterError, UnsupportedError
 from aiter.jit import arch, settings
 from aiter.jit.cache import Cache
+from aiter.jit.disk import closed_to_others
 from aiter.jit.log import logger
 from aiter.jit.prewarm import BUILT, FAILED, MISSING, PRESENT, Outcome, prewarm
 from aiter.jit.record import read_record
@@ -52,6 +53,9 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         print(_summary(outcomes, seconds, cache.store.folder))
+        closed = closed_to_others(cache.store.folder) if options.cache_dir and cache.store.folder.is_dir() else None
+        if closed and os.geteuid() == 0:
+            print(f"\nOther users cannot read these kernels: `chmod a+rx {closed}` lets them.")
         _print_failures(failed)
     return 1 if failed else 0
 

@@ -7,11 +7,13 @@ It knows nothing about attention beyond the fields of a Spec. get_kernel is all 
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 
 from aiter.errors import LoadError
 from aiter.jit.cache import Cache
+from aiter.jit.disk import forbid_execution
 from aiter.jit.loader import Kernel, load
 from aiter.jit.recipe import recipe_for
 from aiter.jit.record import record
@@ -40,13 +42,16 @@ def get_kernel(spec: Spec) -> Kernel:
 
 def _load(spec: Spec) -> Kernel:
     recipe = recipe_for(spec)
-    for attempt in range(3):
+    for attempt in itertools.count():
         with Cache().obtain(recipe) as entry:
             try:
                 kernel = load(spec, entry.library)
                 break
-            except LoadError:
-                if attempt == 2 or entry.library.exists():
+            except LoadError as error:
+                # What a noexec mount says, and other rules of the system that statvfs does not tell: the next folder.
+                if "failed to map segment" in str(error) and forbid_execution(entry.folder.parent):
+                    continue
+                if attempt >= 2 or entry.library.exists():
                     raise
                 # Someone cleared the cache between our look and our load.
     record(spec)

@@ -7,48 +7,81 @@ who made the archive: its kernels will run.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import stat
 import tarfile
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from aiter.errors import CacheError
 from aiter.jit import trust
 from aiter.jit.disk import sync
-from aiter.jit.entry import FILES, MANIFEST, MAX_FILE_BYTES, MAX_MANIFEST_BYTES, DamagedEntry, read, seal
+from aiter.jit.entry import FILES, MANIFEST, MAX_FILE_BYTES, MAX_MANIFEST_BYTES, NAME, DamagedEntry, read, seal
 from aiter.jit.store import Store
 
-_MEMBER = re.compile(rf"([a-z0-9_+-]{{1,200}}-[0-9a-f]{{32}})/({'|'.join(map(re.escape, (*FILES, MANIFEST)))})")
+_MEMBER = re.compile(rf"(?P<entry>{NAME.pattern})/(?P<file>{'|'.join(map(re.escape, (*FILES, MANIFEST)))})")
 
 
 def export_entries(folder: Path, names: Iterable[str], path: Path) -> list[str]:
-    """Writes the named entries of a cache folder to the tar file `path`, each verified first; returns their names."""
-    folder = trust.check_chain(folder)
+    """Writes the named entries of a cache folder to the tar file `path`, each verified first; returns their names.
+
+    A file is replaced when the archive is complete, the file that a link points to likewise. A pipe or a device such as
+    /dev/stdout is written to. Raises CacheError for anything else, and where there is nothing to write.
+    """
     names = sorted(names)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    if not names:
+        raise CacheError(f"there is nothing to write to {path}: no such kernel is in {folder}")
+    folder = trust.check_chain(folder)
+    for name in names:
+        try:
+            read(folder / name)
+        except DamagedEntry as damage:
+            raise CacheError(f"{folder / name} {damage}; `aiter cache verify` shows all such entries") from None
+    with _target(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+        for name in names:
+            for member in (MANIFEST, *FILES):
+                info = tarfile.TarInfo(f"{name}/{member}")
+                info.size = (folder / name / member).stat().st_size
+                info.mode = 0o644
+                with open(folder / name / member, "rb") as content:
+                    archive.addfile(info, content)
+    return names
+
+
+@contextlib.contextmanager
+def _target(path: Path) -> Iterator[BinaryIO]:
+    """The file to write an archive to."""
     try:
-        with open(handle, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for name in names:
-                try:
-                    entry = read(folder / name)
-                except DamagedEntry as damage:
-                    raise CacheError(f"{folder / name} {damage}; `aiter cache verify` shows all such entries") from None
-                for member in (MANIFEST, *FILES):
-                    info = tarfile.TarInfo(f"{name}/{member}")
-                    info.size = (entry.folder / member).stat().st_size
-                    info.mode = 0o644
-                    with open(entry.folder / member, "rb") as content:
-                        archive.addfile(info, content)
-        os.chmod(temporary, 0o644)
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        kind = stat.S_IFREG | 0o644
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        with open(path, "wb") as file:
+            yield file
+        return
+    if not stat.S_ISREG(kind):
+        raise CacheError(f"{path} is not a file, a pipe or a character device: name a file to write the archive to")
+    path = Path(os.path.realpath(path))
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written ({error.strerror})") from None
+    try:
+        with open(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, stat.S_IMODE(kind))
         sync(Path(temporary))
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # of the writing itself
+            raise CacheError(f"{path} cannot be written ({error.strerror})") from None
         raise
-    return names
 
 
 def import_entries(folder: Path, path: Path) -> tuple[list[str], list[str]]:
@@ -59,19 +92,18 @@ def import_entries(folder: Path, path: Path) -> tuple[list[str], list[str]]:
         try:
             _unpack(file, workplace)
             names = sorted(os.listdir(workplace))
+            if not names:
+                raise ValueError("it holds no kernel")
             for name in names:
                 missing = {*FILES, MANIFEST}.difference(os.listdir(workplace / name))
                 if missing:
                     raise ValueError(f"{name} lacks {', '.join(sorted(missing))}")
                 seal(workplace / name)
                 read(workplace / name)
-        except (tarfile.TarError, DamagedEntry, ValueError, EOFError, OverflowError, RecursionError) as error:
+        except (tarfile.TarError, DamagedEntry, ValueError, OverflowError, RecursionError) as error:
             raise CacheError(f"{path} is not an archive made by `aiter cache export`: {error}") from None
-        new, present = [], []
-        for name in names:
-            placed = store.place(workplace / name, name, lambda name=name: _is_good(store.folder / name))
-            (new if placed else present).append(name)
-        return new, present
+        new = [name for name in names if store.place(workplace / name, name, partial(_is_good, store.folder / name))]
+        return new, [name for name in names if name not in new]
 
 
 def _is_good(folder: Path) -> bool:
@@ -83,29 +115,26 @@ def _is_good(folder: Path) -> bool:
 
 
 def _unpack(file: BinaryIO, folder: Path) -> None:
-    size = os.fstat(file.fileno()).st_size
-    with tarfile.open(fileobj=file, mode="r:") as archive:
-        while (member := archive.next()) is not None:
-            match = _MEMBER.fullmatch(member.name)
-            if not match or not member.isreg() or member.issparse():
-                raise ValueError(f"it holds {member.name[:200]!r}, which is no file of an entry")
-            entry, name = match.groups()
-            limit = MAX_MANIFEST_BYTES if name == MANIFEST else MAX_FILE_BYTES
-            if member.size > min(limit, size):
-                raise ValueError(f"{member.name} claims {member.size} bytes")
-            if (folder / entry / name).exists():
-                raise ValueError(f"it holds {member.name} twice")
-            (folder / entry).mkdir(mode=0o700, exist_ok=True)
-            with open(folder / entry / name, "xb") as target:
-                _copy(archive.extractfile(member), target, member)
-            archive.members = []  # or a long archive would be kept in memory
+    """Reads an archive from its first byte to its last, as it comes out of a pipe."""
+    while (header := _read(file, tarfile.BLOCKSIZE)).strip(b"\0"):
+        member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+        match = _MEMBER.fullmatch(member.name)
+        if not match or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise ValueError(f"it holds {member.name[:200]!r}, which is no file of an entry")
+        entry, name = match["entry"], match["file"]
+        if not 0 <= member.size <= (MAX_MANIFEST_BYTES if name == MANIFEST else MAX_FILE_BYTES):
+            raise ValueError(f"{member.name} claims {member.size} bytes")
+        if (folder / entry / name).exists():
+            raise ValueError(f"it holds {member.name} twice")
+        (folder / entry).mkdir(mode=0o700, exist_ok=True)
+        with open(folder / entry / name, "xb") as target:
+            for begin in range(0, member.size, 1 << 20):
+                target.write(_read(file, min(member.size - begin, 1 << 20)))
+        _read(file, -member.size % tarfile.BLOCKSIZE)
 
 
-def _copy(source: BinaryIO, target: BinaryIO, member: tarfile.TarInfo) -> None:
-    left = member.size
-    while left:
-        chunk = source.read(min(left, 1 << 20))
-        if not chunk:
-            raise ValueError(f"{member.name} ends before its {member.size} bytes")
-        target.write(chunk)
-        left -= len(chunk)
+def _read(file: BinaryIO, count: int) -> bytes:
+    content = file.read(count)
+    if len(content) < count:
+        raise ValueError("it ends too early")
+    return content

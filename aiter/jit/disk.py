@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 # Less room than this, and a failed build is put down to the full disk.
@@ -19,6 +20,64 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path, mode: int = 0o755) -> None:
+    """Makes a folder, and those above it that are missing, which no umask closes to readers or opens to writers. One
+    that is there stays as it is."""
+    if os.path.isdir(path):
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
+        return  # someone else made it meanwhile
+    os.chmod(path, os.stat(path).st_mode | mode)
+
+
+def move(path: Path, target: Path, first: str) -> None:
+    """Renames a file or a folder, `first` being the file without which the folder is nothing.
+
+    A folder in the lower layer of an overlay file system has to stay (EXDEV). There its files move one by one, `first`
+    before all others, so that at no time it looks whole without being it.
+    """
+    try:
+        os.rename(path, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV or os.path.islink(path) or not os.path.isdir(path):
+            raise
+    os.mkdir(target, 0o700)
+    for name in sorted(os.listdir(path), key=lambda name: name != first):
+        move(path / name, target / name, first)
+    os.rmdir(path)
+
+
+def closed_to_others(folder: Path) -> Path | None:
+    """The folder in the path to `folder` that only its owner or a group can enter, if there is one."""
+    return next((path for path in (folder, *folder.parents) if not os.stat(path).st_mode & stat.S_IXOTH), None)
+
+
+_unmappable: set[Path] = set()
+
+
+def forbid_execution(folder: Path) -> bool:
+    """Notes, for this process, that the system does not run what is in a folder; False if that was known."""
+    folder = Path(os.path.realpath(folder))
+    known = folder in _unmappable
+    _unmappable.add(folder)
+    return not known
+
+
+def forbids_execution(folder: Path) -> bool:
+    """Whether libraries cannot be loaded from a folder, or from where it would be made: its file system is mounted
+    noexec, or a load has failed for such a reason."""
+    folder = Path(os.path.realpath(folder))
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    return folder in _unmappable or bool(os.statvfs(existing).f_flag & os.ST_NOEXEC)
 
 
 def remove(path: Path) -> None:

@@ -5,7 +5,9 @@
         build.log
         manifest.json     spec, key, size and SHA-256 of each file, compiler, command line, build time
 
-The manifest's last field is a digest of itself, so that no bit of an entry can change unnoticed.
+The manifest's last field is a digest of itself, so that no bit of an entry can change unnoticed. The folder's name ends
+in the key; where compilers of two versions share a cache, entries of the second one's go on after it with a dot and a
+digest of what that compiler says of its version.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +30,7 @@ FILES = ("kernel.so", "build.log")
 # No real manifest or log comes near; more would only fill the memory of who reads it.
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 1 << 30
+NAME = re.compile(r"[a-z0-9_+-]{1,200}-[0-9a-f]{32}(\.[0-9a-f]{8})?")
 
 
 class DamagedEntry(Exception):
@@ -48,8 +53,38 @@ class Entry:
         return Spec.from_json(self.manifest["spec"])
 
     @property
+    def compiler(self) -> dict:
+        """`stamp` and `version` of the compiler that built it."""
+        return self.manifest["compiler"]
+
+    @property
     def bytes(self) -> int:
         return sum(file["bytes"] for file in self.manifest["files"].values())
+
+
+def of_compiler(name: str, version: str) -> str:
+    """The name of an entry beside the one called `name`, which a compiler of another version has built."""
+    return f"{name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}"
+
+
+def candidates(folder: Path, name: str) -> Iterator[Path]:
+    """Where a cache folder may have entries for the key in `name`: the first that was built, then other compilers'."""
+    yield folder / name
+    yield from sorted(path for path in folder.glob(f"{name}.*") if NAME.fullmatch(path.name))
+
+
+def looks_like_entry(folder: Path, in_cache: bool) -> bool:
+    """Whether a folder is an entry by its name and its manifest, sound or not. In a folder that is a cache (`in_cache`)
+    one with a spoilt manifest is an entry too, if it holds nothing that an entry does not hold."""
+    if not NAME.fullmatch(folder.name) or not stat.S_ISDIR(os.lstat(folder).st_mode):
+        return False
+    try:
+        manifest = json.loads(_read_file(folder / MANIFEST))
+        if folder.name.startswith(f"{Spec.from_json(manifest['spec']).name}-{manifest['key']}"):
+            return True
+    except (OSError, DamagedEntry, KeyError, TypeError, ValueError, RecursionError):
+        pass
+    return in_cache and {*FILES, MANIFEST}.issuperset(os.listdir(folder))
 
 
 def write_manifest(folder: Path, spec: Spec, key: str, build: dict) -> None:
@@ -81,10 +116,12 @@ def read(folder: Path, name: str | None = None) -> Entry:
     manifest = _read_manifest(folder)
     try:
         actual = f"{Spec.from_json(manifest['spec']).name}-{manifest['key']}"
+        compiler = str(manifest["compiler"]["version"])
         files = {file: (manifest["files"][file]["bytes"], manifest["files"][file]["sha256"]) for file in FILES}
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedEntry(f"{MANIFEST} lacks or garbles a field: {error}") from None
-    if actual != (name or folder.name):
+    name = name or folder.name
+    if name not in (actual, of_compiler(actual, compiler)):
         raise DamagedEntry(f"is the entry {actual} under another name")
     for file, (size, digest) in files.items():
         path = folder / file
@@ -102,15 +139,12 @@ def read(folder: Path, name: str | None = None) -> Entry:
 
 
 def _read_manifest(folder: Path) -> dict:
-    path = folder / MANIFEST
     try:
-        status = trust.check(path)
+        trust.check(folder / MANIFEST)
+        content = _read_file(folder / MANIFEST)
     except FileNotFoundError:
         os.stat(folder)  # gone altogether since we looked: that is a miss, not damage
         raise DamagedEntry(f"{MANIFEST} is missing") from None
-    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
-        raise DamagedEntry(f"{MANIFEST} is not a manifest")
-    content = path.read_bytes()
     try:
         manifest = json.loads(content)
         intact = _render({k: v for k, v in manifest.items() if k != "digest"}).encode() == content
@@ -119,6 +153,14 @@ def _read_manifest(folder: Path) -> dict:
     if not intact:
         raise DamagedEntry(f"{MANIFEST} does not match its own digest")
     return manifest
+
+
+def _read_file(path: Path) -> bytes:
+    """The content of what may be a manifest. Raises DamagedEntry for a device, a link or too large a file."""
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
+        raise DamagedEntry(f"{path.name} is not a manifest")
+    return path.read_bytes()
 
 
 def _render(manifest: dict) -> str:

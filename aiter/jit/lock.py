@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from aiter.jit.log import logger
 
@@ -127,7 +128,7 @@ class _Attempt:
 def _file_lock(path: Path):
     import filelock  # here, because its import takes longer than a warm start
 
-    options = {"thread_local": False, "mode": 0o644}
+    options: dict[str, Any] = {"thread_local": False, "mode": 0o644}
     try:
         # A lock that is a mere file outlives its holder: better none.
         return filelock.FileLock(path, fallback_to_soft=False, **options)

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from aiter.errors import UntrustedCacheError
 from aiter.jit import trust
-from aiter.jit.disk import remove
-from aiter.jit.entry import DamagedEntry, read
-from aiter.jit.store import DAMAGED, FAILED, Store
+from aiter.jit.entry import MANIFEST, DamagedEntry, read
+from aiter.jit.store import Store
 
 
 @dataclass(frozen=True)
@@ -30,16 +29,28 @@ class Item:
     built: float
     used: float
 
+    @property
+    def kernel(self) -> str:
+        """The name of its spec, which ends in the arch."""
+        return self.name.partition(".")[0][:-33]
+
+    @property
+    def key(self) -> str:
+        """What tells it from other entries of its spec, short enough to read."""
+        key, dot, compiler = self.name[len(self.kernel) + 1 :].partition(".")
+        return key[:8] + dot + compiler
+
 
 def items(folder: Path) -> list[Item]:
     """What is in a cache folder, sorted by name."""
     found = []
     for name in Store(folder).names():
         with contextlib.suppress(OSError):  # it may go while we look
-            files = [entry.stat() for entry in os.scandir(folder / name)]
-            built = max(file.st_mtime for file in files)
-            used = max(file.st_atime for file in files)
-            found.append(Item(name, folder / name, sum(f.st_size for f in files), built, max(built, used)))
+            files = {entry.name: entry.stat() for entry in os.scandir(folder / name)}
+            built = max(file.st_mtime for file in files.values())
+            # Not of the manifest, which looking at a cache reads.
+            used = max((file.st_atime for other, file in files.items() if other != MANIFEST), default=built)
+            found.append(Item(name, folder / name, sum(f.st_size for f in files.values()), built, max(built, used)))
     return found
 
 
@@ -56,7 +67,7 @@ def clear(
     folder: Path, older_than: float | None = None, max_bytes: int | None = None, dry_run: bool = False
 ) -> list[Item]:
     """Removes entries and says which: all; or those not used for `older_than` seconds; or those longest unused, until
-    the rest takes no more than `max_bytes`. What was set aside or abandoned goes too."""
+    the rest takes no more than `max_bytes`. What was set aside or abandoned goes too; what is not of ours stays."""
     everything = older_than is None and max_bytes is None
     present = sorted(items(folder), key=lambda item: item.used)
     doomed = [
@@ -70,13 +81,12 @@ def clear(
                 break
             doomed.append(item)
             excess -= item.bytes
-    if not dry_run and folder.is_dir():
+    if not dry_run and os.path.isdir(folder):
         store = Store(folder)
         for item in doomed:
             store.discard(item.name)
         store.sweep()
-        for name in (DAMAGED, FAILED):
-            remove(folder / name)
+        store.clear_reports()
     return doomed
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from aiter.errors import SettingError
 
 DEFAULT_COMPILE_TIMEOUT = 600.0
+# Folders for temporary files, besides those that the environment names.
+TEMPORARY_DIRS = ("/tmp", "/var/tmp", "/dev/shm")
 
 VARIABLES = {
     "AITER_CACHE_DIR": "folder of the kernel cache; default: the user's cache folder, such as ~/.cache/aiter",
@@ -56,13 +58,36 @@ def compile_timeout() -> float:
 
 
 def cache_dir() -> Path:
-    """The writable cache folder; it need not exist yet."""
-    value = text("AITER_CACHE_DIR")
-    if not value:
-        import platformdirs  # here, because most calls never need it
+    """The writable cache folder; it need not exist yet. Without a home folder it is the first of `private_dirs`."""
+    return user_cache_dir() or private_dirs()[0]
 
-        return Path(platformdirs.user_cache_path("aiter"))
-    return _absolute("AITER_CACHE_DIR", value)
+
+def user_cache_dir() -> Path | None:
+    """The cache folder that AITER_CACHE_DIR names, else that of the user's home, else None."""
+    value = text("AITER_CACHE_DIR")
+    if value:
+        return _absolute("AITER_CACHE_DIR", value)
+    import platformdirs  # here, because most calls never need it
+
+    try:
+        path = Path(platformdirs.user_cache_path("aiter"))
+    except RuntimeError:
+        return None
+    # Some releases give "~/.cache/aiter" for a user without a home. That, like any relative path, would be a folder of
+    # whatever folder the program is in.
+    return path if path.is_absolute() else None
+
+
+def private_dirs() -> list[Path]:
+    """Folders of this user's own, at least one, for the kernels of processes whose cache cannot be used. Processes that
+    see the same temporary folder share them."""
+    return [base / f"aiter-{os.geteuid()}" for base in temporary_dirs()] or [Path(f"/tmp/aiter-{os.geteuid()}")]
+
+
+def temporary_dirs() -> list[Path]:
+    """Folders for temporary files that are there, best first; never the working folder."""
+    candidates = (text("TMPDIR"), *TEMPORARY_DIRS, text("XDG_RUNTIME_DIR"))
+    return [Path(path) for path in dict.fromkeys(candidates) if os.path.isabs(path) and os.path.isdir(path)]
 
 
 def prebuilt_dirs() -> list[Path]:

@@ -19,13 +19,21 @@ def check_chain(folder: Path) -> Path:
     """
     folder = Path(os.path.realpath(folder))
     check(folder)
+    check_parents(folder)
+    return folder
+
+
+def check_parents(folder: Path) -> None:
+    """The part of `check_chain` that can be asked before there is the folder, whose links are resolved."""
     for parent in folder.parents:
-        status = os.stat(parent)
+        try:
+            status = os.stat(parent)
+        except FileNotFoundError:
+            continue  # to be made, by us
         if status.st_uid not in _trusted() and not _is_unmapped(status.st_uid):
             _refuse(parent, f"belongs to {_user(status.st_uid)}", "")
         if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
-            _refuse(parent, "can be written by others", f"chmod go-w {shlex.quote(str(parent))}")
-    return folder
+            _refuse(parent, "can be written by others", _if_ours(status, f"chmod go-w {shlex.quote(str(parent))}"))
 
 
 def check(path: Path) -> os.stat_result:
@@ -34,9 +42,10 @@ def check(path: Path) -> os.stat_result:
     if stat.S_ISLNK(status.st_mode):
         _refuse(path, "is a symbolic link", f"rm {shlex.quote(str(path))}")
     if status.st_uid not in _trusted():
-        _refuse(path, f"belongs to {_user(status.st_uid)}", f"chown -R {os.geteuid()} {shlex.quote(str(path))}")
+        command = f"chown -R {os.geteuid()} {shlex.quote(str(path))}"
+        _refuse(path, f"belongs to {_user(status.st_uid)}", command if os.geteuid() == 0 else "")
     if status.st_mode & 0o022:
-        _refuse(path, "can be written by others", f"chmod -R go-w {shlex.quote(str(path))}")
+        _refuse(path, "can be written by others", _if_ours(status, f"chmod -R go-w {shlex.quote(str(path))}"))
     return status
 
 
@@ -72,9 +81,14 @@ def _user(uid: int) -> str:
         return f"user {uid}"
 
 
+def _if_ours(status: os.stat_result, command: str) -> str:
+    """The command, if this user can run it."""
+    return command if os.geteuid() in (0, status.st_uid) else ""
+
+
 def _refuse(path: Path, reason: str, command: str) -> None:
-    mend = f"Mend it with `{command}`, if it may be trusted, or use" if command else "Use"
+    mend = f" (`{command}` mends that, if what is there may be trusted)" if command else ""
     raise UntrustedCacheError(
-        f"refusing to load kernels: {path} {reason}, and loading runs code. {mend} a folder that belongs to you or "
-        "root and that nobody else can write (AITER_CACHE_DIR, AITER_PREBUILT_DIRS)."
+        f"{path} {reason}{mend}, and loading a kernel runs its code: kernels are only kept in a folder that belongs to "
+        "you or root and that nobody else can write"
     )

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import stat
 import subprocess
 import sys
 
@@ -22,6 +24,10 @@ def own_cache(tmp_path, monkeypatch):
     for name in {"CXX", *settings.VARIABLES}:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AITER_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(settings, "TEMPORARY_DIRS", ())
     level = logger.level
     yield tmp_path / "cache"
     logger.setLevel(level)
@@ -60,6 +66,88 @@ def test_info(capsys, own_cache, monkeypatch):
     ):
         assert words in text
     assert not own_cache.exists()
+
+
+def test_info_without_a_home(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "user_cache_dir", lambda: None)
+    private = tmp_path / "temporary" / f"aiter-{os.geteuid()}"
+    status, facts = run_json(capsys, "info")
+    assert status == 0 and [cache["folder"] for cache in facts["caches"]] == [str(private)]
+    assert run(capsys, "cache", "path")[1].strip() == str(private)
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda folder: folder.mkdir() or folder.chmod(0o777), "can be written by others"),
+        (lambda folder: folder.parent.chmod(0o777), "can be written by others"),
+        (lambda folder: folder.write_text(""), "not there, and cannot be made"),
+        (lambda folder: folder.symlink_to("/proc/nowhere"), "  (not there"),
+    ],
+)
+def test_info_says_what_is_wrong_with_a_cache(make, words, capsys, tmp_path, monkeypatch):
+    folder = tmp_path / "volume" / "cache"
+    folder.parent.mkdir()
+    make(folder)
+    monkeypatch.setenv("AITER_CACHE_DIR", str(folder))
+    (tmp_path / "temporary" / f"aiter-{os.geteuid()}").mkdir()
+    status, text, _ = run(capsys, "info")
+    (writable,) = [line for line in text.splitlines() if line.startswith("  writable")]
+    assert status == 0 and words in writable
+    assert "  private  " in text, "where kernels are instead"
+
+
+ONE_KERNEL = ("--arch", "cpu", "--ops", "flash_attn_func", "--dtypes", "fp32", "--head-dims", "8", "--causal", "no")
+
+
+def put_one_kernel(capsys, folder):
+    """Makes `folder` a cache that holds ONE_KERNEL, compiled at most once for all tests."""
+    _, report = run_json(capsys, "prewarm", *ONE_KERNEL, "--cache-dir", SHARED_CACHE)
+    name = report["kernels"][0]["name"]
+    shutil.copytree(os.path.join(SHARED_CACHE, name), folder / name)
+
+
+def test_archives_through_pipes(capsys, own_cache, tmp_path):
+    put_one_kernel(capsys, own_cache)
+    aiter = f"{sys.executable} -m aiter.cli cache"
+    script = f"{aiter} export /dev/stdout | {aiter} import /dev/stdin --cache-dir {tmp_path / 'other'}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {script}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("imported 1 kernel into") and done.stderr.startswith("wrote 1 kernel")
+    assert run_json(capsys, "cache", "verify", "--cache-dir", str(tmp_path / "other"))[1]["sound"] == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("export", "FILE"),
+        ("export", "FILE", "--arch", "gfx942"),
+        ("import", "FILE"),
+        ("import", "FOLDER"),
+        ("import", "/dev/null"),
+        ("export", "FOLDER"),
+    ],
+)
+def test_errors_of_archives_name_the_file(arguments, capsys, tmp_path):
+    paths = {"FILE": str(tmp_path / "k.tar"), "FOLDER": str(tmp_path)}
+    arguments = [paths.get(argument, argument) for argument in arguments]
+    status, _, errors = run(capsys, "cache", *arguments)
+    assert status == 1 and arguments[1] in errors
+    assert not (tmp_path / "k.tar").exists()
+
+
+def test_the_help_of_clear_says_what_goes_and_what_stays(capsys):
+    text = " ".join(run(capsys, "cache", "clear", "--help")[1].split())
+    assert "Remove all kernels, or those that the options name, and no other file" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a layer is for others where root fills it")
+def test_prewarm_says_where_others_cannot_read(capsys, tmp_path):
+    put_one_kernel(capsys, tmp_path / "closed")
+    (tmp_path / "closed").chmod(0o700)
+    text = run(capsys, "prewarm", *ONE_KERNEL, "--cache-dir", str(tmp_path / "closed"))[1]
+    assert f"`chmod a+rx {tmp_path / 'closed'}`" in text
+    assert stat.S_IMODE((tmp_path / "closed").stat().st_mode) == 0o700
 
 
 def test_a_small_prewarm_from_dry_run_to_clear(capsys, own_cache):

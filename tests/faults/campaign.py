@@ -36,7 +36,7 @@ from tiny import left_behind, make_tree, tiny_spec  # noqa: E402
 
 from aiter import jit  # noqa: E402
 from aiter.errors import AiterError, CacheError  # noqa: E402
-from aiter.jit import sources  # noqa: E402
+from aiter.jit import settings, sources  # noqa: E402
 from aiter.jit.archive import export_entries, import_entries  # noqa: E402
 from aiter.jit.entry import FILES, MANIFEST, DamagedEntry, read  # noqa: E402
 from aiter.jit.maintenance import items, verify  # noqa: E402
@@ -110,8 +110,14 @@ def check_sound(cache: Path) -> None:
     Store(cache).sweep()  # as the next build does
     if left_behind(cache):
         raise Wrong(f"left behind: {left_behind(cache)}")
-    if os.listdir(tempfile.gettempdir()):
-        raise Wrong(f"left in the temporary folder: {os.listdir(tempfile.gettempdir())}")
+    private = {folder.name: folder for folder in settings.private_dirs()}
+    for folder in private.values():
+        Store(folder).sweep()
+        if left_behind(folder):
+            raise Wrong(f"left behind: {left_behind(folder)}")
+    others = set(os.listdir(os.environ["TMPDIR"])) - {*private, "aiter-65534"}  # nobody's
+    if others:
+        raise Wrong(f"left in the temporary folder: {others}")
 
 
 def kills_of_a_build(cache: Path, count: int, rng: random.Random) -> Counter:
@@ -377,16 +383,17 @@ def run(fault: Callable, count: int, seed: int) -> Counter:
     base.chmod(0o755)
     (base / "tmp").mkdir()
     (base / "tmp").chmod(0o1777)
-    kept = tempfile.tempdir, sources.find_root, dict(os.environ), logging.root.manager.disable
+    kept = settings.TEMPORARY_DIRS, sources.find_root, dict(os.environ), logging.root.manager.disable
     try:
         root = make_tree(base / "kernels_src")
         sources.find_root = lambda: root
-        tempfile.tempdir = str(base / "tmp")
+        settings.TEMPORARY_DIRS = ()
+        os.environ["TMPDIR"] = str(base / "tmp")
         os.environ["AITER_CACHE_DIR"] = str(base / "cache")
         logging.disable(logging.CRITICAL)  # what is reported is counted here
         return fault(base / "cache", count, random.Random(seed))
     finally:
-        tempfile.tempdir, sources.find_root = kept[:2]
+        settings.TEMPORARY_DIRS, sources.find_root = kept[:2]
         os.environ.clear()
         os.environ.update(kept[2])
         logging.disable(kept[3])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,19 @@ def tree(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def cache_dir(tmp_path, monkeypatch) -> Path:
+def temporary(tmp_path, monkeypatch) -> Path:
+    """The one folder for temporary files."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(settings, "TEMPORARY_DIRS", ())
+    return folder
+
+
+@pytest.fixture
+def cache_dir(tmp_path, temporary, monkeypatch) -> Path:
     """An empty cache, in use, and a process that has loaded nothing."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("AITER_CACHE_DIR", str(folder))
@@ -36,6 +50,25 @@ def cache_dir(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(jit, "_kernels", {})
     monkeypatch.setattr(cache, "_warned", set())
     return folder
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """mount(type, options, name) is a folder on which a file system of that type is mounted."""
+    mounted = []
+
+    def install(kind: str, options: str, name: str = "disk") -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        command = ["mount", "-t", kind, "-o", options, "aiter-test", str(folder)]
+        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+            pytest.skip("mounting a file system takes root")
+        mounted.append(folder)
+        return folder
+
+    yield install
+    for folder in reversed(mounted):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import tarfile
+import threading
 
 import pytest
 from tiny import left_behind, tiny_spec
@@ -159,7 +160,107 @@ def test_clear_by_age_and_by_size(entry, cache_dir):
     assert young.exists() and not old.exists()
     (cache_dir / "precious").write_text("not an entry")
     assert [item.folder for item in clear(cache_dir)] == [young]
-    assert sorted(os.listdir(cache_dir)) == [".building", ".locks", "precious"]
+    assert sorted(os.listdir(cache_dir)) == [".building", ".locks", "CACHEDIR.TAG", "precious"]
+
+
+def test_clear_leaves_what_is_not_of_ours(entry, cache_dir, tmp_path):
+    """Neither a name nor a folder like those of a cache makes a file an entry."""
+    foreign = [
+        f"thesis-{'d' * 32}/chapter",
+        f"build-{'0' * 32}/build.log",
+        f"app-{'1' * 32}/manifest.json",
+        ".failed/mine",
+        ".failed/mine.log",
+        ".damaged/mine/file",
+        ".building/mine",
+        ".building/mine~elsewhere~1~x",
+        ".locks/mine.lock",
+    ]
+    for folder in (cache_dir, tmp_path / "documents"):
+        for name in foreign:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+            os.utime(folder / name, (1, 1))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".building").symlink_to(tmp_path / "documents")
+    for folder in (tmp_path / "documents", tmp_path / "linked"):
+        assert items(folder) == [] == clear(folder) and verify(folder) == {}
+    os.rename(cache_dir / f"build-{'0' * 32}", cache_dir / "build")  # in a cache it would be a damaged entry
+    os.rename(cache_dir / f"app-{'1' * 32}", cache_dir / "app")
+    assert [item.name for item in clear(cache_dir)] == [entry.folder.name]
+    for name in foreign:
+        assert (tmp_path / "documents" / name).read_text() == "{}"
+        assert (cache_dir / name.replace("-" + "0" * 32, "").replace("-" + "1" * 32, "")).read_text() == "{}"
+
+
+def test_clear_removes_damaged_entries_of_a_cache_and_what_was_left_there(entry, spec, cache_dir):
+    (entry.folder / MANIFEST).write_text("garbage")
+    (cache_dir / ".failed").mkdir()
+    (cache_dir / ".failed" / f"{entry.folder.name}.log").write_text("")
+    shutil.copytree(entry.folder, cache_dir / ".damaged" / entry.folder.name)
+    assert [item.name for item in clear(cache_dir)] == [entry.folder.name]
+    assert sorted(os.listdir(cache_dir)) == [".building", ".locks", "CACHEDIR.TAG"]
+
+
+def test_an_archive_is_written_to_what_is_there(archive, cache_dir, tmp_path):
+    names, whole = [item.name for item in items(cache_dir)], archive.read_bytes()
+    (tmp_path / "link.tar").symlink_to(tmp_path / "target.tar")
+    export_entries(cache_dir, names, tmp_path / "link.tar")
+    assert (tmp_path / "link.tar").is_symlink() and (tmp_path / "target.tar").read_bytes() == whole
+    (tmp_path / "target.tar").chmod(0o600)
+    export_entries(cache_dir, names, tmp_path / "link.tar")
+    assert (tmp_path / "target.tar").stat().st_mode & 0o777 == 0o600
+
+    os.mkfifo(tmp_path / "pipe")
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    export_entries(cache_dir, names, tmp_path / "pipe")
+    reader.join()
+    assert received == [whole] and (tmp_path / "pipe").is_fifo()
+    (tmp_path / "null").symlink_to("/dev/null")
+    export_entries(cache_dir, names, tmp_path / "null")
+    assert (tmp_path / "null").is_char_device() and (tmp_path / "null").is_symlink()
+    with pytest.raises(CacheError, match=f"{tmp_path} is not a file"):
+        export_entries(cache_dir, names, tmp_path)
+    with pytest.raises(CacheError, match=f"{tmp_path}/nowhere/k.tar cannot be written"):
+        export_entries(cache_dir, names, tmp_path / "nowhere" / "k.tar")
+
+
+def test_an_archive_without_kernels_is_none(tmp_path, cache_dir):
+    with pytest.raises(CacheError, match="there is nothing to write"):
+        export_entries(cache_dir, [], tmp_path / "kernels.tar")
+    assert not (tmp_path / "kernels.tar").exists()
+    with tarfile.open(tmp_path / "kernels.tar", "w"):
+        pass
+    _refused(tmp_path / "kernels.tar", tmp_path)
+
+
+def test_half_an_archive_is_never_left(archive, entry, cache_dir, mount):
+    disk = mount("tmpfs", "size=16k,mode=0755")
+    before = sorted(os.listdir(archive.parent))
+    with pytest.raises(CacheError, match=r"disk/k\.tar cannot be written \(No space left on device\)"):
+        export_entries(cache_dir, [entry.folder.name], disk / "k.tar")
+    assert os.listdir(disk) == [] and sorted(os.listdir(archive.parent)) == before
+
+
+def test_import_from_a_pipe(archive, cache_dir, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(archive.read_bytes()))
+    writer.start()
+    names = [item.name for item in items(cache_dir)]
+    assert import_entries(tmp_path / "other", tmp_path / "pipe") == (names, [])
+    writer.join()
+
+
+def test_damage_in_the_middle_is_not_the_end(archive, tmp_path):
+    """tarfile itself takes a spoilt header for the end of an archive."""
+    with tarfile.open(archive) as tar:
+        third = tar.getmembers()[3]  # the first file of the second entry
+    content = bytearray(archive.read_bytes())
+    content[third.offset] ^= 1
+    archive.write_bytes(content)
+    _refused(archive, tmp_path)
 
 
 def test_a_kernel_that_is_in_use_survives_clearing(entry, spec, cache_dir):
