@@ -133,9 +133,9 @@ def flash_attn_varlen_func(
     """Attention of packed sequences of different lengths.
 
     q: (total_q, heads_q, head_dim); sequence b has its rows from cu_seqlens_q[b] to before cu_seqlens_q[b + 1], int32
-    (batch + 1,). k, v: packed likewise, by cu_seqlens_k; or, with block_table int32 (batch, max_blocks), caches (num_blocks,
-    block_size, heads_kv, head_dim) of any strides, in which sequence b has seqused_k[b] tokens (or as many as
-    cu_seqlens_k says). seqused_q, seqused_k: int32 (batch,), how many rows of each sequence count. max_seqlen_q and
+    (batch + 1,). k, v: packed likewise, by cu_seqlens_k; or, with block_table int32 (batch, max_blocks), caches
+    (num_blocks, block_size, heads_kv, head_dim) of any strides, in which sequence b has seqused_k[b] tokens (or as many
+    as cu_seqlens_k says). seqused_q, seqused_k: int32 (batch,), how many rows of each sequence count. max_seqlen_q and
     max_seqlen_k bound the lengths. Rows of q that belong to no sequence give zeros, or are left alone in `out`.
     """
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others)
