@@ -75,23 +75,22 @@ def attend(
         softmax_scale = query.shape[-1] ** -0.5
     elif type(softmax_scale) is not float or softmax_scale - softmax_scale != 0.0:
         softmax_scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    options = NO_OPTIONS
+    options, sinks = NO_OPTIONS, None
     if keywords:
-        causal, options = read_options(query, causal, keywords)
+        causal, options = read_options(causal, keywords)
+        options.check(query, sizes.batch)
+        sinks, options = options.sinks, options.readable()
     if out is not None:
         checks.output(out, query, value)
     call = _new(Call, (sizes, indices, options, causal, softmax_scale, operation.names))
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
     if torch.is_grad_enabled() and (
-        query.requires_grad
-        or key.requires_grad
-        or value.requires_grad
-        or (options.sinks is not None and options.sinks.requires_grad)
+        query.requires_grad or key.requires_grad or value.requires_grad or (sinks is not None and sinks.requires_grad)
     ):
         if out is not None:
             raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
-        output, lse = library.Attention.apply(query, key, value, options.sinks, call)
+        output, lse = library.Attention.apply(query, key, value, sinks, call)
     else:
         output, lse = plan.forward(call, query, key, value, return_lse, out)
     return (output, lse) if return_lse else output
@@ -116,7 +115,8 @@ def _through_dispatcher(
     operation.check(query, key, value, *own)
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    causal, options = read_options(query, causal, keywords)
+    causal, options = read_options(causal, keywords)
+    options.check(query, None if query.dim() == 3 else query.shape[0])
     inputs = (
         *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
         *(max_seqlen_k, indices.starts_q, indices.starts_k, *options),

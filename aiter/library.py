@@ -81,7 +81,9 @@ def read_call(
         raise AssertionError("check_common raises")
     causal, left, right = one_mask(causal, window_left, window_right)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    return Call(sizes, indices, Options(left, right, *options).readable(), causal, scale, checks.Names())
+    chosen = Options(left, right, *options)
+    chosen.check(query, sizes.batch)
+    return Call(sizes, indices, chosen.readable(), causal, scale, checks.Names())
 
 
 def _attention(query, key, value, *inputs):
@@ -172,8 +174,6 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, sinks, call):
-        if sinks is not None:
-            call = call._replace(options=call.options.readable())
         output, lse = plan.forward(call, query, key, value, True)
         ctx.call = call
         ctx.set_materialize_grads(False)

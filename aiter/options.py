@@ -61,6 +61,15 @@ class Options(NamedTuple):
     def has_window(self) -> bool:
         return self.window_left != NO_LIMIT or self.window_right != NO_LIMIT
 
+    def check(self, query: torch.Tensor, batch: int | None = None) -> None:
+        """Raises for tensors that do not fit query, and, where it is known, the batch size."""
+        if self.alibi_slopes is not None:
+            per_head("alibi_slopes", self.alibi_slopes, query, (1, 2), batch)
+        if self.sinks is not None:
+            per_head("sinks", self.sinks, query, (1,))
+        if self.query_offsets is not None:
+            checks.indices("query_offsets", self.query_offsets, (batch,), "int32 (batch,)", query)
+
     def readable(self) -> Options:
         """With tensors as kernels read them."""
         alibi_slopes, sinks, query_offsets = self.alibi_slopes, self.sinks, self.query_offsets
@@ -95,9 +104,9 @@ def one_mask(causal: bool, left: int, right: int) -> tuple[bool, int, int]:
     return False, left, right
 
 
-def read_options(query: torch.Tensor, causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]:
-    """The mask and the options that an operation's `causal` and keywords ask for. Raises TypeError and ValueError that
-    name the keyword, for unknown ones too."""
+def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]:
+    """The mask and the options that an operation's `causal` and keywords ask for; tensors are yet to be checked
+    (`Options.check`). Raises TypeError and ValueError that name the keyword, for unknown ones too."""
     if not keywords:
         return causal, NO_OPTIONS
     checks.flag("causal", causal)
@@ -112,9 +121,9 @@ def read_options(query: torch.Tensor, causal: bool, keywords: OptionKeywords) ->
         left,
         right,
         _softcap(keywords.get("softcap", 0.0)),
-        per_head("alibi_slopes", keywords.get("alibi_slopes"), query, (1, 2)),
-        per_head("sinks", keywords.get("sinks"), query, (1,)),
-        _offsets(keywords.get("query_offsets"), query),
+        keywords.get("alibi_slopes"),
+        keywords.get("sinks"),
+        keywords.get("query_offsets"),
         BATCH_INVARIANT if batch_invariant is None else checks.flag("batch_invariant", batch_invariant),
     )
 
@@ -138,24 +147,18 @@ def _softcap(value: object) -> float:
     return float(value)
 
 
-def per_head(name: str, value: object, query: torch.Tensor, ranks: tuple[int, ...]) -> torch.Tensor | None:
-    if value is None:
-        return None
+def per_head(
+    name: str, value: object, query: torch.Tensor, ranks: tuple[int, ...], batch: int | None = None
+) -> torch.Tensor:
+    """Checks numbers of which each query head has one, or each head of each sequence."""
     layout = "(heads_q,)" if ranks == (1,) else "(heads_q,) or (batch, heads_q)"
     value = checks.tensor(name, value, ranks, layout)
     checks.same_device(name, value, "query", query)
     if value.dtype not in checks.DTYPE_NAMES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.float32 (or query's)")
-    if value.shape[-1] != query.shape[-2]:
+    if value.shape[-1] != query.shape[-2] or (value.dim() == 2 and batch is not None and value.shape[0] != batch):
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}; it must be {layout}: query has {query.shape[-2]} heads"
+            + ("" if batch is None else f", the batch size is {batch}")
         )
-    return value
-
-
-def _offsets(value: object, query: torch.Tensor) -> torch.Tensor | None:
-    if value is None:
-        return None
-    checks.indices("query_offsets", value, (None if query.dim() == 3 else query.shape[0],), "int32 (batch,)", query)
-    assert isinstance(value, torch.Tensor)
     return value

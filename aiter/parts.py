@@ -116,7 +116,7 @@ def attention_backward(
             checks.same_device(name, given, "query", query)
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    causal, chosen = read_options(query, causal, options)
+    causal, chosen = read_options(causal, options)
     grad_query, grad_key, grad_value = torch.ops.aiter.attention_backward(
         *(grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, scale, max_seqlen_q),
         *(max_seqlen_k, None, None, *chosen, True),
