@@ -149,8 +149,9 @@ def _before_default_action() -> Iterator[None]:
 
 
 def _has_default_action(number: int) -> bool:
-    """Whether neither this program nor a library of it does something of its own at a signal, or ignores it."""
-    if signal.getsignal(number) != signal.SIG_DFL:
+    """Whether neither this program nor a library of it does something of its own at a signal, or ignores it, as the
+    first process of a container does by default."""
+    if signal.getsignal(number) != signal.SIG_DFL or os.getpid() == 1:
         return False
     try:
         with open("/proc/self/status") as status:  # handlers that were not set by Python
