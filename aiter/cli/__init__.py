@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parser().parse_args(arguments)
     except SystemExit as end:  # help, or a bad command line: argparse has told
-        return streams.finish(end.code)
+        return streams.finish(end.code if isinstance(end.code, int) else 0)
     if options.run is None:
         options.parser.print_help()
         return streams.finish(2)

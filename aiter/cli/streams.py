@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import io
 import os
 import sys
 from typing import TextIO
@@ -20,7 +21,7 @@ def prepare() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     codecs.register_error("aiter.plain", _show)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # not a stream of Python's own
+        if isinstance(stream, io.TextIOWrapper):  # not a stand-in that somebody has put there
             stream.reconfigure(errors="aiter.plain")
 
 

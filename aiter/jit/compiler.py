@@ -78,9 +78,10 @@ def stamp(path: str) -> dict | None:
     except OSError:
         return None
     # Whole seconds: images and archives keep no more.
-    found = {"name": os.path.basename(path), "bytes": status.st_size, "modified": int(status.st_mtime)}
+    modified = int(status.st_mtime)
     # In the stores of Nix and Guix all times are 0 or 1, and the path is what tells programs apart.
-    return found if found["modified"] > 1 else {**found, "path": os.path.realpath(path)}
+    place = {"path": os.path.realpath(path)} if modified <= 1 else {}
+    return {"name": os.path.basename(path), "bytes": status.st_size, "modified": modified, **place}
 
 
 def locate(candidate: str) -> str | None:

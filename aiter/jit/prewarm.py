@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 from aiter.errors import AiterError, CompilationError
@@ -65,7 +65,7 @@ def prewarm(
     return [outcomes[spec] for spec in specs]
 
 
-def _side_by_side(task: Callable[[Spec], Outcome], specs: list[Spec], threads: int) -> Iterator[Outcome]:
+def _side_by_side(task: Callable[[Spec], Outcome], specs: list[Spec], threads: int) -> Generator[Outcome, None, None]:
     """The outcomes of `task` for each spec, as they come, from that many threads, or as many as can be started. When
     the caller stops asking, or is interrupted, compilers are stopped and the threads end."""
     waiting = collections.deque(specs)

@@ -187,6 +187,7 @@ def _guard() -> Iterator[Callable[[int], None]]:
         yield lambda group: None
         return
     pipe = shell.stdin
+    assert pipe is not None
 
     def watch(group: int) -> None:
         with contextlib.suppress(OSError):
