@@ -16,7 +16,7 @@ from aiter.jit.machine import compilers_at_once
 from aiter.jit.process import compilers_stopped
 from aiter.jit.recipe import recipe_for
 from aiter.jit.spec import Spec
-from aiter.jit.toolchain import lacked_memory
+from aiter.jit.toolchain import starved
 
 BUILT, PRESENT, MISSING, FAILED = "built", "present", "missing", "failed"
 
@@ -31,7 +31,7 @@ class Outcome:
     seconds: float = 0.0
     bytes: int = 0
     error: str = ""
-    starved: bool = False  # failed for want of memory
+    starved: bool = False  # failed for want of memory or processes
 
 
 def prewarm(
@@ -45,21 +45,21 @@ def prewarm(
 
     What counts as there has been looked up as a call would look it up, after it was built too. `jobs` compilers run at
     once: by default as many as this machine, or container, has CPUs and memory for; fewer where no more threads can be
-    started. One that failed for want of memory is tried once more alone. An interrupt stops the compilers and leaves
-    nothing half done.
+    started. One that failed for want of memory or processes is tried once more alone. An interrupt stops the compilers
+    and leaves nothing half done.
     """
     specs = list(dict.fromkeys(specs))
     outcomes: dict[Spec, Outcome] = {}
-    starved: list[Outcome] = []
+    again: list[Outcome] = []
     jobs = min(jobs or compilers_at_once(), len(specs))
     with contextlib.closing(_side_by_side(lambda spec: _one(spec, cache, dry_run), specs, jobs)) as coming:
         for outcome in coming:
             if outcome.starved and jobs > 1:
-                starved.append(outcome)
+                again.append(outcome)
                 continue
             outcomes[outcome.spec] = outcome
             progress(outcome)
-    for outcome in starved:
+    for outcome in again:
         outcomes[outcome.spec] = _one(outcome.spec, cache, dry_run)
         progress(outcomes[outcome.spec])
     return [outcomes[spec] for spec in specs]
@@ -99,6 +99,8 @@ def _side_by_side(task: Callable[[Spec], Outcome], specs: list[Spec], threads: i
             if isinstance(outcome, BaseException):
                 raise outcome
             yield outcome
+        for thread in started:
+            thread.join()
     except BaseException:
         waiting.clear()
         with compilers_stopped():
@@ -124,5 +126,5 @@ def _one(spec: Spec, cache: Cache, dry_run: bool) -> Outcome:
             return Outcome(spec, FAILED, name, error=f"a call would not take what is there: {reason}")
         return Outcome(spec, state, name, entry.manifest.get("seconds", 0.0), entry.bytes)
     except (AiterError, OSError) as error:
-        starved = isinstance(error, CompilationError) and lacked_memory(error)
-        return Outcome(spec, FAILED, name, time.monotonic() - begin, error=str(error), starved=starved)
+        alone = isinstance(error, CompilationError) and starved(error)
+        return Outcome(spec, FAILED, name, time.monotonic() - begin, error=str(error), starved=alone)

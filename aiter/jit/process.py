@@ -31,6 +31,8 @@ PASSED_ON = (
     "HIP_CLANG_PATH",
 )
 
+NO_MORE_PROCESSES = "no further process may be started (see `ulimit -u`, and the limit of processes of the container)"
+
 
 def search_path() -> str:
     """Where programs are looked for, here and by the compilers: PATH, or the system's own where that is not set."""
@@ -216,7 +218,7 @@ os.register_at_fork(after_in_child=_forget_compilers)
 
 def _hint(error: OSError) -> str:
     if error.errno == errno.EAGAIN:
-        return ": no further process may be started (see `ulimit -u`, and the limit of processes of the container)"
+        return f": {NO_MORE_PROCESSES}"
     if error.errno == errno.ENOMEM:
         return ": there is no memory to start it"
     return ""

@@ -223,18 +223,19 @@ def toolchain_for(arch: str) -> Toolchain:
     return HIP if is_amd(arch) else NVCC if is_nvidia(arch) else CPP
 
 
-# What compilers say for want of memory, and for want of knowledge of a chip.
-_STARVED = re.compile(
+# What compilers say for want of memory, of processes that may be started, and of knowledge of a chip.
+_NO_MEMORY = re.compile(
     r"\bKilled\b|signal 9|signal terminated program|out of memory|bad_alloc|memory exhausted|Cannot allocate memory"
 )
+_NO_PROCESS = re.compile(r"Resource temporarily unavailable")
 _UNKNOWN_CHIP = re.compile(
     r"[Uu]nsupported gpu architecture|invalid target ID|unknown target CPU|is not defined for option"
 )
 
 
-def lacked_memory(error: CompilationError) -> bool:
-    """Whether a compiler seems to have failed for want of memory: alone, it may have enough."""
-    return bool(_STARVED.search(f"{error}\n{error.output}"))
+def starved(error: CompilationError) -> bool:
+    """Whether a compiler seems to have failed for want of memory or processes: alone, it may have enough."""
+    return any(pattern.search(f"{error}\n{error.output}") for pattern in (_NO_MEMORY, _NO_PROCESS))
 
 
 def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> None:
@@ -261,10 +262,12 @@ def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> 
 
 def _explained(error: CompilationError) -> CompilationError:
     """The error with what to do about it, where the compiler's words tell."""
-    hint = ""
-    if lacked_memory(error):
+    hint, words = "", f"{error}\n{error.output}"
+    if _NO_MEMORY.search(words):
         hint = " for want of memory, it seems: leave it more, or let fewer run at once (`aiter prewarm --jobs 1`)"
-    elif _UNKNOWN_CHIP.search(error.output):
+    elif _NO_PROCESS.search(words):
+        hint = f": {process.NO_MORE_PROCESSES}"
+    elif _UNKNOWN_CHIP.search(words):
         hint = (
             ", because it is too old for this chip, it seems: gfx942 needs ROCm 6, gfx950 ROCm 7, sm_90a CUDA 12.0, "
             "sm_100 and sm_120 CUDA 12.8, or newer"

@@ -152,10 +152,14 @@ def test_a_limit_of_threads_costs_time_alone(allowed, cache_dir, monkeypatch, ca
     assert "building without one" in caplog.text and left_behind(cache_dir) == []
 
 
-def test_compilers_killed_for_want_of_memory_are_tried_again_alone(cache_dir, compiler, tmp_path):
+FAILURES = {"memory": "kill -KILL $$", "processes": "echo 'vfork: Resource temporarily unavailable' >&2; exit 1"}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+def test_compilers_that_lacked_something_are_tried_again_alone(failure, cache_dir, compiler, tmp_path):
     specs = [tiny_spec(head_dim) for head_dim in (8, 16, 24)]
     # As the kernel does it to the largest process where two are too many.
-    one_at_a_time = f"mkdir {tmp_path}/busy || kill -KILL $$; trap 'rmdir {tmp_path}/busy' EXIT"
+    one_at_a_time = f"mkdir {tmp_path}/busy || {{ {failure}; }}; trap 'rmdir {tmp_path}/busy' EXIT"
     calls = compiler(f'{one_at_a_time}\nsleep 0.5\n"$REAL" "$@"')
     told = []
     outcomes = prewarm(specs, Cache(), jobs=3, progress=told.append)
