@@ -3,14 +3,13 @@
 # ruff: noqa: E501 (tables: one case a line)
 
 import re
-import shutil
 import subprocess
 
 import emulator
 import pytest
 from emulator import assembly
 
-LLVM_MC = shutil.which("llvm-mc-19") or shutil.which("llvm-mc")
+LLVM_MC = assembly.llvm("llvm-mc")
 
 # For each encoding: how many opcodes, and words with operands that are legal for most of them. A name counts where any
 # of the variants is an instruction. Field positions: "Microcode Formats" in AMD's ISA documents.
@@ -74,7 +73,7 @@ def disassembled(arch: str) -> dict[tuple[str, int], list[tuple[str, str]]]:
 @pytest.fixture(scope="module")
 def llvm_names():
     if not LLVM_MC:
-        pytest.skip("LLVM 19's llvm-mc is not installed")
+        pytest.skip(f"no llvm-mc of LLVM {assembly.OLDEST_LLVM} or newer on PATH")
     return {arch: disassembled(arch) for arch in ("gfx90a", "gfx942")}
 
 

@@ -5,21 +5,15 @@ emulator, which lets a kernel touch nothing but the tensors of the call. The ker
 in kernels/.
 """
 
-import os
-import shutil
 from unittest import mock
 
 import emulator
 import pytest
 import torch
+from emulator import hipcc
 from problems import check_dense, check_grouped, check_kvcache, check_variable_length
 
 from aiter import abi, plan_cache
-
-pytestmark = pytest.mark.skipif(
-    not (os.environ.get("AITER_HIPCC") or shutil.which("hipcc")),
-    reason="no hipcc: set AITER_HIPCC, or let .ci/amd-toolchain install one",
-)
 
 
 def extent(outer, strides, heads, head_dim, tokens):
@@ -51,6 +45,8 @@ def ranges(problem, tensors, head_dim, workspace_bytes):
 
 @pytest.fixture(params=emulator.ARCHS)
 def gpu(request, monkeypatch):
+    if reason := hipcc.missing(request.param):
+        pytest.skip(reason)
     with emulator.session(request.param, threads=2) as emulated:
 
         def launcher(kernel, device):

@@ -12,13 +12,20 @@ command line, 130 for an interrupt.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
+
+from aiter.cli import streams
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    options = parser().parse_args(arguments)
+    streams.prepare()
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as end:  # help, or a bad command line: argparse has told
+        return streams.finish(end.code if isinstance(end.code, int) else 0)
+    if options.run is None:
+        options.parser.print_help()
+        return streams.finish(2)
     # Each command's module is loaded when it runs: `aiter --help` should not wait for PyTorch.
     import importlib
 
@@ -27,27 +34,36 @@ def main(arguments: list[str] | None = None) -> int:
     module, function = options.run
     try:
         status = getattr(importlib.import_module(f"aiter.cli.{module}"), function)(options)
-        sys.stdout.flush()
-        return status
     except AiterError as error:
-        print(f"aiter: {error}", file=sys.stderr)
-        return 1
+        streams.tell(f"aiter: {error}")
+        status = 1
+    except BrokenPipeError:
+        status = 1
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            # Whoever read the output has seen enough. Nothing more can be written, not even when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        print(f"aiter: {error}", file=sys.stderr)
-        return 1
+        files = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        streams.tell(f"aiter: {files}: {error.strerror}" if files else f"aiter: {error.strerror or error}")
+        status = 1
     except KeyboardInterrupt:
-        print("aiter: interrupted; nothing was left half done", file=sys.stderr)
-        return 130
+        streams.tell("aiter: interrupted; nothing was left half done")
+        status = 130
+    return streams.finish(status)
 
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(prog="aiter", description="JIT-compiled attention: kernels, their cache, a demo.")
-    commands = root.add_subparsers(metavar="COMMAND", required=True)
+    from aiter import __version__
+
+    examples = (
+        "aiter info                                    # what this machine has",
+        "aiter demo                                    # the five operations, beside PyTorch's own",
+        "aiter prewarm --arch gfx942 --dtypes bf16     # build kernels ahead of time",
+        "aiter cache list",
+    )
+    root = argparse.ArgumentParser(
+        prog="aiter", description="JIT-compiled attention: kernels, their cache, a demo.", **_examples(*examples)
+    )
+    root.add_argument("--version", action="version", version=f"aiter {__version__}")
+    commands = _add_commands(root)
 
     info = _command(commands, "info", "info", "run", "versions, devices and their arch, compilers, caches")
     _add_json(info)
@@ -64,7 +80,13 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_prewarm(commands) -> None:
     text = "build kernels ahead of time, for chips that need not be here"
-    prewarm = _command(commands, "prewarm", "prewarm", "run", text)
+    examples = (
+        "aiter prewarm                                                     # what this machine's devices need",
+        "aiter prewarm --arch gfx942,gfx950 --dtypes bf16 --head-dims 128  # for GPUs that are elsewhere",
+        "aiter prewarm --arch gfx942 --model config.json                   # what a model needs",
+        "aiter prewarm --replay kernels.jsonl                              # what a program with AITER_RECORD used",
+    )
+    prewarm = _command(commands, "prewarm", "prewarm", "run", text, *examples)
     add = prewarm.add_argument
     add("--arch", metavar="LIST", help="gfx942,gfx950,x86-64-v4,... ; native: this machine's GPUs, or its CPU where it "
         "has none; cpu: its CPU. Default: native")  # fmt: skip
@@ -75,7 +97,7 @@ def _add_prewarm(commands) -> None:
     add("--backward", action="store_true", help="the kernels of the backward pass too")
     add("--model", metavar="FILE", help="a Hugging Face config.json: takes head_dim and dtype from it")
     add("--replay", metavar="FILE", help="exactly the kernels that a program has written there (AITER_RECORD=FILE)")
-    add("--jobs", metavar="N", type=_positive, help="compilers at a time; default: one per core")
+    add("--jobs", metavar="N", type=_positive, help="compilers at a time; default: what CPUs and memory are enough for")
     add("--cache-dir", metavar="DIR", help="the cache to fill; default: AITER_CACHE_DIR or the user's")
     add("--dry-run", action="store_true", help="say what would be built, and build nothing")
     _add_json(prewarm)
@@ -83,12 +105,17 @@ def _add_prewarm(commands) -> None:
 
 def _add_cache(commands) -> None:
     cache = commands.add_parser("cache", help="look into the kernel cache, clear it, move entries between machines")
-    verbs = cache.add_subparsers(metavar="COMMAND", required=True)
+    verbs = _add_commands(cache)
     listing = _command(verbs, "list", "cache", "list_entries", "the entries")
     verify = _command(verbs, "verify", "cache", "verify", "check every entry; status 1 if one is bad")
     path = _command(verbs, "path", "cache", "path", "print the folder")
+    examples = (
+        "aiter cache clear                    # all kernels",
+        "aiter cache clear --older-than 30d   # those that were not used for 30 days",
+        "aiter cache clear --max-size 2G      # the longest unused, until 2 GB are left",
+    )
     text = "remove all kernels, or those that the options name, and no other file; safe while other processes run"
-    clear = _command(verbs, "clear", "cache", "clear", text)
+    clear = _command(verbs, "clear", "cache", "clear", text, *examples)
     clear.add_argument("--older-than", metavar="AGE", type=_age, help="only those not used for 30d, 12h, 10m, 5s")
     clear.add_argument("--max-size", metavar="SIZE", type=_size, help="the longest unused, until 500M, 2G are left")
     clear.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
@@ -102,10 +129,24 @@ def _add_cache(commands) -> None:
         _add_json(command)
 
 
-def _command(commands, name: str, module: str, function: str, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def _add_commands(parent: argparse.ArgumentParser):
+    """Commands below `parent`, which shows its help where none is given."""
+    parent.set_defaults(run=None, parser=parent)
+    return parent.add_subparsers(metavar="COMMAND")
+
+
+def _command(commands, name: str, module: str, function: str, text: str, *examples: str) -> argparse.ArgumentParser:
+    description = text[0].upper() + text[1:] + "."
+    command = commands.add_parser(name, help=text, description=description, **_examples(*examples))
     command.set_defaults(run=(module, function))
     return command
+
+
+def _examples(*lines: str) -> dict:
+    if not lines:
+        return {}
+    epilog = "\n  ".join(("examples:", *lines))
+    return {"epilog": epilog, "formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:

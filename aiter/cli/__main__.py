@@ -1,4 +1,4 @@
-"""`python -m aiter.cli`, for where the `aiter` script is not on PATH."""
+"""`python -m aiter.cli`: the same as `python -m aiter`."""
 
 import sys
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import aiter
 from aiter.cli.table import duration, table
+from aiter.errors import UnsupportedError
 from aiter.jit.arch import arch_of, is_gpu
 from aiter.reference import attend_one, gather_pages
 
@@ -33,15 +34,14 @@ class Case:
 
 
 def run(options: argparse.Namespace) -> int:
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = choose_device(options.device)
     dtype = options.dtype or ("fp16" if device.type == "cuda" else "fp32")
     arch = arch_of(device)
     where = torch.cuda.get_device_name(device) if is_gpu(arch) else f"CPU, {torch.get_num_threads()} threads"
     if not options.json:
         print(f"aiter {aiter.__version__} on {device} ({where}, arch {arch}), {dtype}")
-        print(f"batch {BATCH}, {SEQ} tokens, {HEADS} query heads, head_dim {HEAD_DIM}, causal\n")
+        print(f"batch {BATCH}, {SEQ} tokens, {HEADS} query heads, head_dim {HEAD_DIM}, causal")
+        print("Each operation's first call compiles its kernel if no cache holds it, in some seconds ...", flush=True)
     with torch.inference_mode():
         rows = [measure(case, device) for case in cases(device, DTYPES[dtype])]
     if options.json:
@@ -52,11 +52,29 @@ def run(options: argparse.Namespace) -> int:
         cells = [
             (row["operation"], *(duration(row[t]) for t in times), *(f"{row[e]:.1e}" for e in errors)) for row in rows
         ]
-        print(table(head, cells))
-        print("\nThe first call builds a kernel if no cache holds it; operations share kernels. Errors are the largest")
-        print("distance of any element from float64 mathematics. PyTorch's is scaled_dot_product_attention, on pages")
-        print("gathered and padding masked beforehand.")
+        print(f"\n{table(head, cells)}")
+        print("\nOperations share kernels. Errors are the largest distance of any element from float64 mathematics.")
+        print("PyTorch's is scaled_dot_product_attention, on pages gathered and padding masked beforehand.")
     return 0 if all(row["error"] <= max(4 * row["torch_error"], 1e-2 * row["scale"]) for row in rows) else 1
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called so, or the best one. Raises UnsupportedError where PyTorch has no such device here."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        device = torch.device(name or ("cuda" if gpus else "cpu"))
+    except RuntimeError:
+        raise UnsupportedError(
+            f"--device {name}: there is no such kind of device; expected cpu, cuda, cuda:1, ..."
+        ) from None
+    if device.type == "cuda":
+        if not 0 <= (device.index or 0) < gpus:
+            here = f"{gpus} here, cuda:0 to cuda:{gpus - 1}" if gpus else "none here"
+            built = "" if torch.version.hip or torch.version.cuda else ", because it is built for CPUs alone"
+            raise UnsupportedError(f"--device {name}: of such GPUs PyTorch sees {here}{built}")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def measure(case: Case, device: torch.device) -> dict:

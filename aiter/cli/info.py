@@ -59,15 +59,16 @@ def _cpu_name() -> str:
 
 
 def _compiler(toolchain: Toolchain) -> dict:
-    looked = [f"{name} ({origin})" for origin, name in toolchain.candidates()]
-    compiler = toolchain.find()
+    compiler, looked = toolchain.choose()
+    passed_over = [f"{place}{fault}" for place, fault in looked.items() if fault]
+    facts = {"variable": toolchain.variable, "passed_over": passed_over}
     if compiler is None:
-        return {"path": None, "looked_for": looked, "variable": toolchain.variable}
+        return {"path": None, "looked_for": list(looked), **facts}
     try:
         version = compiler.release()
     except AiterError as error:
         version = str(error)
-    return {"path": compiler.path, "version": version, "variable": toolchain.variable}
+    return {"path": compiler.path, "version": version, **facts}
 
 
 def _caches() -> list[dict]:
@@ -107,6 +108,7 @@ def _text(facts: dict) -> str:
         else:
             lines.append(f"  {language:<8} none; looked for {', '.join(compiler['looked_for'])}")
             lines.append(f"           set {compiler['variable']} to its path if it is elsewhere")
+        lines += [f"           passed over: {words}" for words in compiler["passed_over"]]
     lines += ["", "Caches, in the order in which they are searched"]
     for cache in facts["caches"]:
         if "problem" in cache:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from aiter.cli.table import count_kernels, size, table
 from aiter.errors import AiterError, UnsupportedError
@@ -32,13 +36,11 @@ class UsageError(AiterError):
 def run(options: argparse.Namespace) -> int:
     specs = choose(options)
     cache = Cache(Path(options.cache_dir).absolute() if options.cache_dir else settings.cache_dir(), prebuilt=[])
-    # Told to end by a container engine, do as at Ctrl-C: nothing is left half done.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logger.setLevel("WARNING")  # the report below says what is compiled
     progress = Progress(len(specs), quiet=options.json)
     begin = time.monotonic()
-    outcomes = prewarm(specs, cache, options.jobs, options.dry_run, progress)
-    progress.end()
+    with _ends_as_if_interrupted(), contextlib.closing(progress):
+        outcomes = prewarm(specs, cache, options.jobs, options.dry_run, progress)
     seconds = time.monotonic() - begin
     if cache.store.folder.is_dir():
         check_chain(cache.store.folder)
@@ -127,19 +129,40 @@ class Progress:
         self.done += 1
         if self.lines:
             took = f" in {outcome.seconds:.1f} s" if outcome.state == BUILT else ""
-            print(f"[{self.done}/{self.total}] {STATES[outcome.state]}{took}: {outcome.spec.name}", flush=True)
+            self._write(f"[{self.done}/{self.total}] {STATES[outcome.state]}{took}: {outcome.spec.name}\n", sys.stdout)
         self._draw(outcome.spec.name)
 
     def _draw(self, name: str) -> None:
         if self.bar:
             filled = 30 * self.done // max(1, self.total)
             line = f"[{'█' * filled}{'·' * (30 - filled)}] {self.done}/{self.total} {name}"
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            print("\r\033[K" + line[: max(20, width - 1)], end="", file=sys.stderr, flush=True)
+            width = shutil.get_terminal_size().columns
+            self._write("\r\033[K" + line[: max(20, width - 1)], sys.stderr)
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self.bar:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            self._write("\r\033[K", sys.stderr)
+
+    def _write(self, text: str, stream: TextIO) -> None:
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # a full disk, a reader that has gone: kernels are built all the same
+            self.bar = self.lines = False
+
+
+@contextlib.contextmanager
+def _ends_as_if_interrupted() -> Iterator[None]:
+    """Told to end by a container engine, or by a terminal that goes away, do as at Ctrl-C: leave nothing half done."""
+    # Under nohup, one of these is ignored, and stays so.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _summary(outcomes: list[Outcome], seconds: float, folder: Path) -> str:

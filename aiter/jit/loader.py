@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 from aiter import abi
@@ -68,23 +69,51 @@ def load(spec: Spec, path: Path) -> Kernel:
 
 
 def share_hip_runtime() -> None:
-    """Makes the hip* functions that are already in the process visible to kernels, which are not linked with any.
+    """Makes the hip* functions that PyTorch uses visible to kernels, which are not linked with any: a stream of one HIP
+    runtime means nothing to another."""
+    runtimes = _mapped("libamdhip64")
+    everywhere = _home(ctypes.CDLL(None))  # what kernels would be bound to as things are
+    mine = _runtime_of_torch(runtimes)
+    if not runtimes and everywhere is None:
+        raise LoadError(
+            "kernels for AMD GPUs need the HIP runtime, and no libamdhip64.so is loaded in this process: PyTorch loads "
+            "it where it is built for ROCm (torch.version.hip is not None)."
+        )
+    # A profiler may stand before all of them; that is fine, because it stands before PyTorch's too.
+    clash = everywhere in runtimes and mine not in (None, everywhere)
+    if clash or (mine is None and len(runtimes) > 1):
+        raise LoadError(
+            f"there are several HIP runtimes in this process: {', '.join(runtimes)}, and kernels must use the one that "
+            f"PyTorch does, which is {mine or 'none that can be told'}. Find what loads another one (LD_PRELOAD, "
+            "LD_LIBRARY_PATH, an extension that is linked with /opt/rocm), and load PyTorch before it, or let both use "
+            "the same file."
+        )
+    if everywhere is None:
+        ctypes.CDLL(mine or runtimes[0], mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL | os.RTLD_NOW)
 
-    They must be those that PyTorch uses: a stream of one HIP runtime means nothing to another.
-    """
-    if hasattr(ctypes.CDLL(None), "hipLaunchKernel"):
-        return
-    for path in _mapped("libamdhip64"):
-        ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_GLOBAL | os.RTLD_NOW)
-        return
-    raise LoadError(
-        "kernels for AMD GPUs need the HIP runtime, and no libamdhip64.so is loaded in this process: PyTorch loads it "
-        "where it is built for ROCm (torch.version.hip is not None)."
-    )
+
+def _runtime_of_torch(runtimes: list[str]) -> str | None:
+    """Which of these HIP runtimes PyTorch is bound to: the one that its own library finds, or that came with it."""
+    for path in [*_mapped("libc10_hip.so"), *_mapped("libtorch_hip.so")]:
+        home = _home(ctypes.CDLL(path, mode=os.RTLD_NOLOAD))
+        if home:
+            return home
+    return next((path for path in runtimes if Path(path).parent.parts[-2:] == ("torch", "lib")), None)
+
+
+def _home(library: ctypes.CDLL) -> str | None:
+    """The file that holds the HIP runtime's functions, as `library` and what it is linked with see them."""
+    function = getattr(library, "hipLaunchKernel", None)
+    if function is None:
+        return None
+    address = ctypes.cast(function, ctypes.c_void_p)
+    information = (ctypes.c_char_p * 4)()  # struct Dl_info: the file's name comes first
+    ctypes.CDLL(None).dladdr(address, information)
+    return os.path.realpath(os.fsdecode(information[0])) if information[0] else None
 
 
 def _mapped(stem: str) -> list[str]:
     """Paths of the shared libraries in this process whose names begin with `stem`."""
-    with open("/proc/self/maps") as maps:
+    with open("/proc/self/maps", encoding=sys.getfilesystemencoding(), errors="surrogateescape") as maps:
         paths = {line.split(maxsplit=5)[5].rstrip("\n") for line in maps if "/" in line}
     return sorted(path for path in paths if os.path.basename(path).startswith(stem))

@@ -87,12 +87,16 @@ class _Attempt:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.done = threading.Event()
-        self.error: Exception | None = None
+        self.error: Exception | None = None  # why there is no lock
         self.held = False
         self._ended = False
         self._mutex = threading.Lock()
         self._lock = _file_lock(path)
-        threading.Thread(target=self._run, name=f"aiter lock {path.name}", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=f"aiter lock {path.name}", daemon=True).start()
+        except RuntimeError as error:  # a limit of threads: better no lock than no kernel
+            self.error = error
+            self.done.set()
 
     def _run(self) -> None:
         from filelock import Timeout

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from aiter.errors import CacheError, CompilationError
+from aiter.errors import CacheError, CompilationError, KernelUnavailableError
 from aiter.jit import settings, trust
 from aiter.jit.disk import is_alive, make_folder, move, refuses_writes, remove, sync
 from aiter.jit.entry import (
@@ -103,7 +103,7 @@ class Store:
                 except DamagedEntry as error:
                     damage = damage or Stale(f"the entry in the cache is damaged: {error}", path.name)
                     continue
-                if compiler is None or compiler.stamp == entry.compiler.get("stamp"):
+                if compiler is None or compiler.wrote(entry.compiler):
                     return entry
                 others.append(entry)
         except (FileNotFoundError, NotADirectoryError):
@@ -112,8 +112,8 @@ class Store:
             raise Stale(f"the entry in the cache cannot be read: {error}", recipe.name) from None
         if compiler is not None and others:
             try:
-                version = compiler.version()
-            except CompilationError:
+                version = recipe.toolchain.require(recipe.spec.name).version()
+            except KernelUnavailableError:
                 return others[0]  # not a compiler that could build it anew
             for entry in others:
                 if version == entry.compiler["version"]:
@@ -163,7 +163,7 @@ class Store:
             logger.info(
                 "compiled %s with %s in %.1f s (%s)",
                 recipe.spec.name,
-                compiler.stamp["name"],
+                compiler.name,
                 time.monotonic() - begin,
                 reason,
             )
@@ -188,7 +188,7 @@ class Store:
             commands = recipe.toolchain.commands(recipe.spec, recipe.main, compiler.path)
             with self._writing():
                 compile_library(commands, folder, settings.compile_timeout())
-            version = compiler.version()
+            built_by = compiler.record(commands)
         except CompilationError as error:
             time.sleep(DELETION_S)
             if not all(os.path.exists(folder / name) for name in (*recipe.files, TEMPORARY)):
@@ -198,7 +198,7 @@ class Store:
                 raise Unwritable(self.folder, refused) from None
             raise self._report(recipe, error) from None
         build = {
-            "compiler": {"stamp": compiler.stamp, "version": version},
+            "compiler": built_by,
             "commands": commands,
             "built_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - begin, 3),

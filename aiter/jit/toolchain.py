@@ -1,4 +1,4 @@
-"""Compilers: finding one, telling it from another, running it with a time limit.
+"""Compilers: finding one, and the command lines that make a kernel of a source.
 
 Each kind of chip has one Toolchain, which says where its compiler may be and with which command lines a source becomes
 a .so. All paths on a command line are relative to the folder that the build runs in, so that neither the machine's
@@ -7,56 +7,27 @@ paths nor anything from the environment ends up in a .so or in a shell that a co
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import functools
 import os
 import re
 import shlex
 import shutil
-import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from aiter.errors import CompilationError, CompilerNotFoundError
-from aiter.jit import settings, sources
+from aiter.jit import process, settings, sources
 from aiter.jit.arch import CPU_ARCHS, is_amd, is_nvidia
+from aiter.jit.compiler import Compiler, family, locate, programs, stamp
+from aiter.jit.log import logger
 from aiter.jit.spec import Spec
 
 LIBRARY = "kernel.so"
 LOG = "build.log"
 # Where compilers put temporary files: they go with the folder of the build, whatever happens to it.
 TEMPORARY = "tmp"
-
-# Variables by which compilers take further options or include folders: they would change a build behind its key.
-_HIDDEN_OPTIONS = (
-    "CPATH",
-    "C_INCLUDE_PATH",
-    "CPLUS_INCLUDE_PATH",
-    "CCC_OVERRIDE_OPTIONS",
-    "HIPCC_COMPILE_FLAGS_APPEND",
-    "HIPCC_LINK_FLAGS_APPEND",
-    "NVCC_APPEND_FLAGS",
-    "NVCC_PREPEND_FLAGS",
-)
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A compiler that is here. `stamp` tells it from another without running it."""
-
-    path: str
-    stamp: dict
-
-    def version(self) -> str:
-        """Its own words, less what depends on where it is installed. Runs it."""
-        lines = _ask([self.path, "--version"]).splitlines()
-        return "\n".join(line.rstrip() for line in lines if line.strip() and not line.startswith("InstalledDir:"))
-
-    def release(self) -> str:
-        """The line of `version` that says most, for people."""
-        lines = self.version().splitlines()
-        return next((line for line in lines if re.search(r"\d\.\d", line)), "a compiler that does not tell its version")
 
 
 class Toolchain:
@@ -66,6 +37,8 @@ class Toolchain:
     variable: str  # the environment variable that names the compiler
     folder: str  # of the kernel sources
     suffix: str
+    oldest: dict[str, int]  # first major release that knows our code, of each family of compilers that has such a one
+    needed: str  # the same for people
 
     def candidates(self) -> Iterator[tuple[str, str]]:
         """(where this comes from, name or path) of each compiler that may be there, best first."""
@@ -80,28 +53,60 @@ class Toolchain:
         raise NotImplementedError
 
     def find(self) -> Compiler | None:
-        """The first candidate that is there, or None."""
-        for _, candidate in self.candidates():
-            path = shutil.which(candidate)
-            if path is not None:
-                path = os.path.abspath(path)  # builds run in another folder
-                status = os.stat(path)
-                # Whole seconds: images and archives keep no more.
-                stamp = {"name": Path(path).name, "bytes": status.st_size, "modified": int(status.st_mtime)}
-                return Compiler(path, stamp)
-        return None
+        """The first candidate that is there, or None. Runs nothing."""
+        return next((compiler for _, _, compiler in self._candidates_here() if compiler), None)
+
+    def choose(self) -> tuple[Compiler | None, dict[str, str]]:
+        """The compiler to build with, having asked it for its version; and where one was looked for before it, with
+        what is wrong with that one, or nothing where there is none. One that is too old is never built with."""
+        looked: dict[str, str] = {}
+        passed_over: dict[str, Compiler] = {}
+        for origin, candidate, compiler in self._candidates_here():
+            if compiler is None:
+                looked[f"{candidate} ({origin})"] = ""
+            elif os.path.realpath(compiler.path) not in passed_over:
+                fault = self.fault(compiler, named=origin == self.variable)
+                if fault is None:
+                    compiler.instead_of = tuple(other.stamp for other in passed_over.values())
+                    return compiler, looked
+                passed_over[os.path.realpath(compiler.path)] = compiler
+                looked[f"{candidate} ({origin})"] = f": {compiler.path} {fault}"
+        return None, looked
 
     def require(self, purpose: str) -> Compiler:
-        """The compiler, or an error that says where it was looked for."""
-        compiler = self.find()
+        """The compiler to build with, or an error that says where it was looked for."""
+        compiler, looked = self.choose()
         if compiler is None:
-            looked = "".join(f"\n  {candidate} ({origin})" for origin, candidate in self.candidates())
+            places = "".join(f"\n  {place}{fault}" for place, fault in looked.items())
             raise CompilerNotFoundError(
-                f"no {self.language} compiler to build {purpose}. Looked for:{looked}\n"
-                f"Install one, or set {self.variable} to its path, or use a cache that was filled on another machine "
-                "(`aiter prewarm`, AITER_PREBUILT_DIRS)."
+                f"no {self.language} compiler to build {purpose}. Looked for:{places}\n"
+                f"Install one ({self.needed}), or set {self.variable} to its path, or use a cache that was filled on "
+                "another machine (`aiter prewarm`, AITER_PREBUILT_DIRS)."
             )
+        if compiler.instead_of:
+            passed_over = "; ".join(f"{place}{fault}" for place, fault in looked.items() if fault)
+            _say_once(f"building with {compiler.path}. Passed over: {passed_over}")
         return compiler
+
+    def fault(self, compiler: Compiler, named: bool) -> str | None:
+        """Why it cannot be built with, if so. One that was `named` on purpose may speak for itself when it is run."""
+        try:
+            kind, release = family(compiler.version())
+            if kind in self.oldest and int(release.split(".")[0]) < self.oldest[kind]:
+                return f"is {kind} {release}, which is too old: {self.needed} is needed"
+            return None if named or compiler.answers() else "fails when asked for its version"
+        except CompilationError as error:
+            if getattr(error.__cause__, "errno", None) in (errno.EAGAIN, errno.ENOMEM):
+                raise  # no program could be started
+            return None if named else str(error)
+
+    def _candidates_here(self) -> Iterator[tuple[str, str, Compiler | None]]:
+        for origin, candidate in self.candidates():
+            path = locate(candidate)
+            yield origin, candidate, self._compiler(path) if path else None
+
+    def _compiler(self, path: str) -> Compiler:
+        return Compiler(path, stamp(path) or {})
 
     def _configured(self) -> Iterator[tuple[str, str]]:
         value = settings.text(self.variable)
@@ -111,15 +116,23 @@ class Toolchain:
 
 class CppToolchain(Toolchain):
     language, variable, folder, suffix = "C++", "AITER_CXX", "cpu", ".cpp"
+    oldest, needed = {"gcc": 11, "clang": 14}, "g++ 11, clang++ 14 or newer"
 
     def candidates(self) -> Iterator[tuple[str, str]]:
         yield from self._configured()
         if settings.text(self.variable):
             return
-        # CXX may be a command line ("ccache g++"): then it is passed over, because it names no program.
-        if settings.text("CXX"):
-            yield "CXX", settings.text("CXX")
+        # CXX may be a command line with options, or a compiler for GPUs: then it is passed over.
+        cxx = settings.text("CXX")
+        if cxx and os.path.basename(cxx) not in ("hipcc", "nvcc"):
+            yield "CXX", cxx
         yield from (("PATH", name) for name in ("g++", "clang++", "c++"))
+        for language in (r"g\+\+", r"clang\+\+"):
+            versions = sorted(programs(rf"{language}-(\d+)(\.\d+)*"), key=lambda match: int(match[1]), reverse=True)
+            yield from (("PATH", match[0]) for match in versions)
+        # Newer compilers beside the system's own, on RHEL and its kin.
+        for path in sorted(Path("/opt/rh").glob("gcc-toolset-*/root/usr/bin/g++"), key=_numbers, reverse=True):
+            yield "the usual place", str(path)
 
     def flags(self, spec: Spec) -> list[str]:
         arch = CPU_ARCHS.get(spec.arch)
@@ -128,11 +141,14 @@ class CppToolchain(Toolchain):
         return ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", *tuning, *features]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
-        return [[compiler, *self.flags(spec), *_common(spec), "-shared", source, "-o", LIBRARY]]
+        # Only what a kernel uses is linked: some compilers bring libraries along, hipcc libamdhip64, mpicxx libmpi.
+        link = ["-shared", "-Wl,--as-needed"]
+        return [[compiler, *self.flags(spec), *_common(spec), *link, source, "-o", LIBRARY]]
 
 
 class HipToolchain(Toolchain):
     language, variable, folder, suffix = "HIP", "AITER_HIPCC", "gpu", ".hip"
+    oldest, needed = {"clang": 17}, "hipcc with clang 17 (ROCm 6.0) or newer"
 
     def candidates(self) -> Iterator[tuple[str, str]]:
         yield from self._configured()
@@ -143,7 +159,7 @@ class HipToolchain(Toolchain):
             if settings.text(variable):
                 yield variable, os.path.join(settings.text(variable), "bin", "hipcc")
         yield "the usual place", "/opt/rocm/bin/hipcc"
-        for path in sorted(Path("/opt").glob("rocm-*/bin/hipcc"), reverse=True):
+        for path in sorted(Path("/opt").glob("rocm-*/bin/hipcc"), key=_numbers, reverse=True):
             yield "the usual place", str(path)
 
     def flags(self, spec: Spec) -> list[str]:
@@ -153,8 +169,8 @@ class HipToolchain(Toolchain):
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
         # In two steps, because hipcc links its own libamdhip64 into every .so. A kernel must use the one that PyTorch
         # has loaded, which may be of another version: its hip* symbols stay undefined until it is loaded.
-        linker = _ask([compiler, "--print-prog-name=clang"]).strip().splitlines()[-1:]
-        if not linker or shutil.which(linker[0]) is None:
+        linker = process.ask([compiler, "--print-prog-name=clang"])[1].strip().splitlines()[-1:]
+        if not linker or shutil.which(linker[0], path=process.search_path()) is None:
             raise CompilationError(f"{compiler} --print-prog-name=clang names no program: {linker}", compiler)
         return [
             [compiler, *self.flags(spec), *_common(spec), "-c", source, "-o", "kernel.o"],
@@ -164,6 +180,7 @@ class HipToolchain(Toolchain):
 
 class NvccToolchain(Toolchain):
     language, variable, folder, suffix = "CUDA", "AITER_NVCC", "gpu", ".hip"
+    oldest, needed = {"nvcc": 11}, "nvcc of CUDA 11 or newer"
 
     def candidates(self) -> Iterator[tuple[str, str]]:
         yield from self._configured()
@@ -175,6 +192,16 @@ class NvccToolchain(Toolchain):
                 yield variable, os.path.join(settings.text(variable), "bin", "nvcc")
         yield "the usual place", "/usr/local/cuda/bin/nvcc"
 
+    def host(self) -> str | None:
+        """The C++ compiler that nvcc uses: NVCC_CCBIN, a program or its folder, or g++."""
+        wanted = settings.text("NVCC_CCBIN")
+        return locate(os.path.join(wanted, "g++") if os.path.isdir(wanted) else wanted or "g++")
+
+    def _compiler(self, path: str) -> Compiler:
+        host = self.host()
+        others = {"host": stamp(host)} if host else {}
+        return Compiler(path, {**(stamp(path) or {}), **others}, (host,) if host else ())
+
     def flags(self, spec: Spec) -> list[str]:
         code = f"-gencode=arch={spec.arch.replace('sm_', 'compute_')},code={spec.arch}"
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
@@ -182,7 +209,10 @@ class NvccToolchain(Toolchain):
         return ["-x", "cu", code, "-std=c++17", "-O1", "-cudart=static", host]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
-        return [[compiler, *self.flags(spec), *_common(spec), "-shared", source, "-o", LIBRARY]]
+        # What the environment says goes where it can be seen, and is part of the compiler's stamp.
+        host = self.host() if settings.text("NVCC_CCBIN") else None
+        link = ["-shared", *([f"-ccbin={host}"] if host else [])]
+        return [[compiler, *self.flags(spec), *_common(spec), *link, source, "-o", LIBRARY]]
 
 
 CPP, HIP, NVCC = CppToolchain(), HipToolchain(), NvccToolchain()
@@ -193,64 +223,56 @@ def toolchain_for(arch: str) -> Toolchain:
     return HIP if is_amd(arch) else NVCC if is_nvidia(arch) else CPP
 
 
-_running: set = set()
-_stopped = False
+# What compilers say for want of memory, of processes that may be started, and of knowledge of a chip.
+_NO_MEMORY = re.compile(
+    r"\bKilled\b|signal 9|signal terminated program|out of memory|bad_alloc|memory exhausted|Cannot allocate memory"
+)
+_NO_PROCESS = re.compile(r"Resource temporarily unavailable")
+_UNKNOWN_CHIP = re.compile(
+    r"[Uu]nsupported gpu architecture|invalid target ID|unknown target CPU|is not defined for option"
+)
 
 
-def stop_compilers() -> None:
-    """Ends the compilers that this process runs, now and from now on: for a program that is told to end while its
-    threads build."""
-    global _stopped
-    _stopped = True
-    for process in list(_running):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+def starved(error: CompilationError) -> bool:
+    """Whether a compiler seems to have failed for want of memory or processes: alone, it may have enough."""
+    return any(pattern.search(f"{error}\n{error.output}") for pattern in (_NO_MEMORY, _NO_PROCESS))
 
 
 def compile_library(commands: list[list[str]], folder: Path, timeout: float) -> None:
     """Runs `commands` in `folder`, their output in LOG there. Raises CompilationError with the compiler's words."""
-    import subprocess  # here, because a warm start runs nothing
-
     temporary = folder / TEMPORARY
     temporary.mkdir(exist_ok=True)
-    env = {**_environment(), "TMPDIR": str(temporary)}
     deadline = time.monotonic() + timeout
     with open(folder / LOG, "wb") as log:
         for command in commands:
-            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.write(f"$ {shlex.join(command)}\n".encode("utf-8", "surrogateescape"))
             log.flush()
             try:
-                # A session of its own: on a time-out the compiler's children must go too.
-                process = subprocess.Popen(
-                    command,
-                    cwd=folder,
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise CompilationError(f"cannot run {command[0]}: {error}", shlex.join(command), str(error)) from error
-            _running.add(process)
-            if _stopped:
-                stop_compilers()
-            try:
-                status = process.wait(max(0.0, deadline - time.monotonic()))
-            except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
+                left = max(0.0, deadline - time.monotonic())
+                status = process.run(command, left, log, log, folder, temporary)
+            except TimeoutError:
                 what = f"took longer than AITER_COMPILE_TIMEOUT={timeout:g} s and was stopped"
                 raise CompilationError(what, shlex.join(command), _read(folder / LOG)) from None
-            finally:
-                _running.discard(process)
             if status:
                 what = f"ended with status {status}" if status > 0 else f"was killed by signal {-status}"
-                raise CompilationError(what, shlex.join(command), _read(folder / LOG))
+                raise _explained(CompilationError(what, shlex.join(command), _read(folder / LOG)))
     if not (folder / LIBRARY).is_file():
         raise CompilationError(f"made no {LIBRARY}", shlex.join(commands[-1]), _read(folder / LOG))
+
+
+def _explained(error: CompilationError) -> CompilationError:
+    """The error with what to do about it, where the compiler's words tell."""
+    hint, words = "", f"{error}\n{error.output}"
+    if _NO_MEMORY.search(words):
+        hint = " for want of memory, it seems: leave it more, or let fewer run at once (`aiter prewarm --jobs 1`)"
+    elif _NO_PROCESS.search(words):
+        hint = f": {process.NO_MORE_PROCESSES}"
+    elif _UNKNOWN_CHIP.search(words):
+        hint = (
+            ", because it is too old for this chip, it seems: gfx942 needs ROCm 6, gfx950 ROCm 7, sm_90a CUDA 12.0, "
+            "sm_100 and sm_120 CUDA 12.8, or newer"
+        )
+    return CompilationError(f"{error}{hint}", error.command, error.output)
 
 
 def _common(spec: Spec) -> list[str]:
@@ -258,29 +280,18 @@ def _common(spec: Spec) -> list[str]:
     return [*includes, *(f"-D{name}={value}" for name, value in spec.defines().items())]
 
 
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _HIDDEN_OPTIONS}
-    # hipcc takes an nvcc on PATH for a wish to build for NVIDIA.
-    return {**kept, "LC_ALL": "C", "HIP_PLATFORM": "amd"}
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
-def _ask(command: list[str]) -> str:
-    """What a compiler says when asked about itself."""
-    import subprocess
-
-    try:
-        done = subprocess.run(
-            command,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=60,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CompilationError(f"cannot run {shlex.join(command)}: {error}", shlex.join(command), str(error)) from error
-    return done.stdout.decode(errors="replace")
+def _numbers(path: Path) -> list[int]:
+    """For sorting by version: 6.10 comes after 6.4."""
+    return [int(number) for number in re.findall(r"\d+", str(path))]
 
 
 def _read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
+    try:
+        return process.decode(path.read_bytes())
+    except OSError:
+        return ""

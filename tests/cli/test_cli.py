@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from aiter.cli import main
+from aiter.cli import main, parser
 from aiter.cli.prewarm import read_model
 from aiter.errors import AiterError
 from aiter.jit import settings
@@ -192,6 +192,16 @@ def test_prewarm_says_what_failed_in_the_compilers_words(capsys, own_cache, monk
     assert "failed: attention_forward-fp32-d8-causal-x86-64-v3" in errors and "so it is" in errors
 
 
+def test_info_says_which_compilers_it_passes_over(capsys, monkeypatch, tmp_path):
+    old = tmp_path / "g++"
+    old.write_text("#!/bin/sh\necho 'g++ (GCC) 9.4.0'\necho 'Copyright (C) 2019 Free Software Foundation, Inc.'\n")
+    old.chmod(0o755)
+    monkeypatch.setenv("CXX", str(old))
+    _, facts = run_json(capsys, "info")
+    assert facts["compilers"]["C++"]["path"] not in (None, str(old))
+    assert f"passed over: {old} (CXX): {old} is gcc 9.4.0, which is too old" in run(capsys, "info")[1]
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "sm_90a"])
 def test_prewarm_covers_what_calls_need(arch, capsys):
     _, report = run_json(capsys, "prewarm", "--arch", arch, "--dry-run", "--head-dims", "64", "--backward")
@@ -296,7 +306,7 @@ def test_as_a_program_without_a_terminal():
 def test_kernels_are_looked_after_without_pytorch():
     script = """
 import sys
-from aiter.cli import main
+from aiter.cli import main, parser
 status = main(["prewarm", "--arch", "gfx942", "--dry-run", "--json"]) or main(["cache", "verify"])
 sys.exit(status or "torch" in sys.modules)
 """
@@ -308,4 +318,29 @@ def test_help_is_quick_and_names_every_command(capsys):
     assert status == 0
     for command in ("info", "demo", "prewarm", "cache"):
         assert command in text
-    assert run(capsys)[0] == 2
+    status, shown, _ = run(capsys)
+    assert status == 2 and shown == text, "without a command, too"
+    status, text, _ = run(capsys, "cache")
+    assert status == 2 and "aiter cache" in text and "export" in text
+
+
+def test_help_shows_examples_that_work(capsys):
+    """Each line of examples is a command line that is understood."""
+    for command in ([], ["prewarm"], ["cache", "clear"]):
+        text = run(capsys, *command, "--help")[1]
+        examples = [line.split("#")[0].split() for line in text.partition("examples:")[2].splitlines() if line.strip()]
+        assert len(examples) >= 3
+        for program, *arguments in examples:
+            assert program == "aiter" and parser().parse_args(arguments).run
+
+
+def test_the_version(capsys):
+    import aiter
+
+    assert run(capsys, "--version") == (0, f"aiter {aiter.__version__}\n", "")
+    done = subprocess.run([sys.executable, "-m", "aiter", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"aiter {aiter.__version__}\n")
+
+
+def test_errors_name_the_file(capsys, tmp_path):
+    assert run(capsys, "prewarm", "--replay", str(tmp_path))[2] == f"aiter: {tmp_path}: Is a directory\n"

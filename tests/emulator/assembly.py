@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 LANES = 64
+OLDEST_LLVM = 19
 
 # A kernel around a snippet: v0 is the lane; 8 words a lane are loaded to v[8:15]; afterwards v[16:23] are stored.
 # s[4:5] input, s[6:7] output. The snippet may use v24 and up, a0 and up, s10 and up.
@@ -71,8 +74,16 @@ class Snippet:
     zero: bool = True  # v[16:23] hold zeros where the snippet does not write them
 
 
-def _llvm(program: str) -> str | None:
-    return next((path for suffix in ("-19", "") if (path := shutil.which(program + suffix))), None)
+@functools.cache
+def llvm(program: str) -> str | None:
+    """A program of LLVM that is new enough: older assemblers lack gfx942, and some of what gfx90a has."""
+    names = (f"{program}-{OLDEST_LLVM}", program, *(f"{program}-{release}" for release in range(OLDEST_LLVM + 1, 30)))
+    for path in filter(None, map(shutil.which, names)):
+        said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"(?:LLVM version|LLD) (\d+)", said)
+        if release and int(release[1]) >= OLDEST_LLVM:
+            return path
+    return None
 
 
 def zig() -> str | None:
@@ -84,13 +95,20 @@ def zig() -> str | None:
     return str(Path(ziglang.__file__).parent / "zig")
 
 
+@functools.cache
+def _zig_knows_gfx950() -> bool:
+    said = subprocess.run([zig(), "clang", "--version"], capture_output=True, text=True).stdout if zig() else ""
+    release = re.search(r"clang version (\d+)", said)
+    return bool(release) and int(release[1]) >= 20
+
+
 def missing(arch: str) -> str | None:
     """What is missing for assembling for the arch, or None."""
-    if not _llvm("ld.lld") or not _llvm("llvm-objcopy"):
-        return "LLVM 19's ld.lld and llvm-objcopy are not installed"
+    if not llvm("ld.lld") or not llvm("llvm-objcopy"):
+        return f"no ld.lld and llvm-objcopy of LLVM {OLDEST_LLVM} or newer on PATH"
     if arch == "gfx950":
-        return None if zig() else "the package ziglang is not installed, and LLVM 19 does not know gfx950"
-    return None if _llvm("llvm-mc") else "LLVM 19's llvm-mc is not installed"
+        return None if _zig_knows_gfx950() else "no zig whose clang is 20 or newer (the package ziglang)"
+    return None if llvm("llvm-mc") else f"no llvm-mc of LLVM {OLDEST_LLVM} or newer on PATH"
 
 
 def assemble_object(arch: str, source: str, target: Path) -> None:
@@ -99,7 +117,7 @@ def assemble_object(arch: str, source: str, target: Path) -> None:
     if arch == "gfx950":
         command = [zig(), "clang", "-target", "amdgcn-amd-amdhsa", f"-mcpu={arch}", "-c", str(text), "-o", str(target)]
     else:
-        command = [_llvm("llvm-mc"), "-triple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-filetype=obj", str(text)]
+        command = [llvm("llvm-mc"), "-triple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-filetype=obj", str(text)]
         command += ["-o", str(target)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -112,7 +130,7 @@ def machine_code(arch: str, lines: list[str]) -> list[int]:
         target = Path(folder) / "code.o"
         assemble_object(arch, "\n".join(lines) + "\n", target)
         text = target.with_suffix(".bin")
-        copy = [_llvm("llvm-objcopy"), "-O", "binary", "--only-section=.text"]
+        copy = [llvm("llvm-objcopy"), "-O", "binary", "--only-section=.text"]
         subprocess.run([*copy, str(target), str(text)], check=True)
         return np.frombuffer(text.read_bytes(), np.uint32).tolist()
 
@@ -130,7 +148,7 @@ def code_object(arch: str, snippets: list[Snippet]) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         target, linked = Path(folder) / "code.o", Path(folder) / "code.co"
         assemble_object(arch, source, target)
-        subprocess.run([_llvm("ld.lld"), "-shared", str(target), "-o", str(linked)], check=True, stderr=sys.stderr)
+        subprocess.run([llvm("ld.lld"), "-shared", str(target), "-o", str(linked)], check=True, stderr=sys.stderr)
         return linked.read_bytes()
 
 

@@ -67,6 +67,57 @@ print(ctypes.CDLL("{tmp_path}/user.so", mode=2).use())
     assert (done.stdout, done.stderr) == ("42\n", "")
 
 
+RUNTIMES = {
+    "extension, then PyTorch": ('use("opt"); use("torch")', "1"),
+    "PyTorch, then extension": ('use("torch"); use("opt")', "1"),
+    "PyTorch alone": ('use("torch")', "1"),
+    "libtorch linked with the system's": ('use("opt"); use("own"); use("linked")', "2"),
+    "two, and PyTorch is not there": ('use("opt"); use("own")', "several HIP runtimes"),
+    "another one visible to all": ('use("opt", ctypes.RTLD_GLOBAL); use("torch")', "several HIP runtimes"),
+    "a profiler before all": ('use("profiler", ctypes.RTLD_GLOBAL); use("torch")', "9"),
+}
+
+
+@pytest.fixture(scope="module")
+def runtimes(tmp_path_factory):
+    """Stand-ins for HIP runtimes, each of which answers with its number, and for what is linked with them."""
+    folder = tmp_path_factory.mktemp("runtimes")
+    libraries = {
+        "torch/lib/libamdhip64.so": ("int hipLaunchKernel(void) { return 1; }", "-Wl,-soname,libamdhip64.so"),
+        "opt/libamdhip64.so.6": ("int hipLaunchKernel(void) { return 2; }", "-Wl,-soname,libamdhip64.so.6"),
+        "own/libamdhip64.so.7": ("int hipLaunchKernel(void) { return 3; }", "-Wl,-soname,libamdhip64.so.7"),
+        "profiler/libprofiler.so": ("int hipLaunchKernel(void) { return 9; }",),
+        "linked/libc10_hip.so": ("int c10;", "-Wl,--no-as-needed", "-x", "none", str(folder / "opt/libamdhip64.so.6")),
+        "kernel.so": ("int hipLaunchKernel(void); int launch(void) { return hipLaunchKernel(); }",),
+    }
+    for name, (source, *options) in libraries.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name), *options]
+        subprocess.run(command, input=source.encode(), check=True)
+    return folder
+
+
+@pytest.mark.parametrize("loaded, expected", RUNTIMES.values(), ids=RUNTIMES)
+def test_of_several_hip_runtimes_kernels_use_that_of_pytorch(loaded, expected, runtimes):
+    script = f"""
+import ctypes, glob, os
+from aiter.errors import LoadError
+from aiter.jit import loader
+def use(name, mode=0):
+    for path in glob.glob(f"{runtimes}/{{name}}/**/*.so*", recursive=True):
+        ctypes.CDLL(path, mode)
+{loaded}
+try:
+    loader.share_hip_runtime()
+    print(ctypes.CDLL("{runtimes}/kernel.so").launch(), flush=True)
+except LoadError as error:
+    print(error, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert expected in done.stdout and done.stderr == "", done
+
+
 def test_each_spec_is_recorded_once_per_process(spec, tmp_path, monkeypatch, processes):
     monkeypatch.setenv("AITER_RECORD", str(tmp_path / "record"))
 

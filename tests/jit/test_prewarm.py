@@ -47,7 +47,7 @@ def test_a_cache_that_cannot_be_written_is_a_failure(tree, cache_dir):
     assert states(outcomes) == [FAILED] and "cannot be written" in outcomes[0].error
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_half_done(number, tree, cache_dir, compiler, tmp_path):
     calls = compiler("sleep 1000 & sleep 1000")
     script = f"""

@@ -11,7 +11,6 @@ import ctypes
 import functools
 import hashlib
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import emulator
 import problems
 import pytest
 import torch
+from emulator import hipcc
 
 from aiter import abi
 from aiter.jit import Kernel, get_kernel, settings
@@ -58,8 +58,8 @@ def require(target: str) -> None:
     """Skips the test where the target, or the compiler for it, is not to be had."""
     if target == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if target in EMULATED and not (os.environ.get("AITER_HIPCC") or shutil.which("hipcc")):
-        pytest.skip("no hipcc (.ci/amd-toolchain makes one)")
+    if target in EMULATED and (reason := hipcc.missing(target)):
+        pytest.skip(reason)
 
 
 def on_targets(cases: list[tuple]) -> pytest.MarkDecorator:
