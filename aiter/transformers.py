@@ -3,48 +3,213 @@
     import aiter.transformers
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="aiter")
 
-Dense and padded batches, causal and bidirectional, grouped heads, any cache, inference and training. Padding is taken
-out before the call and put back after it. What the kernels have no form of (sliding windows, soft caps, attention
-sinks, dropout, masks other than padding) raises ValueError instead of giving another model's results.
+    transformers ── mask function, sizes, padding ──> `padding_mask` ──> Mask, once for each forward pass
+                 ── query, key, value, Mask, options ──> `attention` ──> the operations, once for each layer
+
+Causal, bidirectional and cross attention; padding on either side; documents packed in one row; any cache; inference
+and training; torch.compile and torch.export. Every argument is used or refused by name with ValueError: what the
+kernels have no form of (sliding windows that hide a key, soft caps, attention sinks, position biases, dropout, other
+masks) never gives another model's results. A model that computes attention itself cannot mistake a `Mask` for a tensor.
+
+docs/transformers.md says which model families work, which are refused, and why.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, flash_attention_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
+from aiter import checks
 from aiter.operations import flash_attn_func
 
 NAME = "aiter"
-_MASKS = (causal_mask_function, bidirectional_mask_function)
+USE_OTHERS = "use attn_implementation='sdpa' or 'eager'"
+
+# Arguments that transformers hands through the layers and that say nothing about attention.
+NOT_ATTENTION = frozenset(
+    (
+        "cache_position",
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "seq_idx",  # documents as the layers with a state need them; attention has cu_seq_lens_q or position_ids
+        "use_cache",
+    )
+)
+
+REFUSED_MASK = (
+    f"attn_implementation={NAME!r} takes causal and bidirectional masks, padding and packed documents; this model or "
+    f"batch asks for another mask (a sliding window, chunks with a cache, images that see ahead, …): {USE_OTHERS}"
+)
+REFUSED_TRACED = (
+    f"attn_implementation={NAME!r}: compiled or exported, the mask must be causal or bidirectional, and a row one "
+    "document. Give documents by cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k, or do not compile"
+)
+
+
+class OwnAttentionError(ValueError, AttributeError):
+    """A model uses its mask as a tensor, to compute attention itself: it does not ask this module for it."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__(
+            f"attn_implementation={NAME!r}: this model computes attention itself and uses its mask as a tensor ({use}), "
+            f"which {NAME} does not make: {USE_OTHERS}"
+        )
+
+
+class Mask(NamedTuple):
+    """Which keys each query sees, from `padding_mask` to `attention`: a triangle or all, over those tokens that count.
+
+    Not a tensor, on purpose: a model that wants to compute with it gets an error that says so.
+    """
+
+    batch: int
+    seqlen_k: int
+    causal: bool
+    # int32 (batch,): how many queries and keys of each sequence are tokens; None: all.
+    seqlens_q: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    # int64 (batch, seq): where they stand, the tokens before the padding; None: in this order already.
+    order_q: torch.Tensor | None = None
+    order_k: torch.Tensor | None = None
+    # int32 (documents,): the lengths of documents packed in the rows, and the longest of them; None: a row is one.
+    documents: torch.Tensor | None = None
+    longest: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.batch, self.seqlen_k
+
+    @property
+    def ndim(self) -> int:
+        return 0  # transformers would take 2 for the padding it makes masks from
+
+    def __getattr__(self, name: str):
+        raise OwnAttentionError(name)
+
+    def __getitem__(self, index):
+        if not isinstance(index, int):
+            raise OwnAttentionError("[…]")
+        return tuple.__getitem__(self, index)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        raise OwnAttentionError(getattr(function, "__name__", str(function)))
 
 
 def padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | Mask | None = None,
     device: torch.device | None = None,
+    allow_is_bidirectional_skip: bool | None = None,
+    use_vmap: bool = False,
     **kwargs,
+) -> Mask:
+    """What transformers describes by a function of indices and the (batch, tokens) mask of those that are not padding.
+
+    Queries stand at positions q_offset and on, keys at kv_offset and on. Values are looked at only outside of tracing.
+    """
+    if isinstance(attention_mask, Mask):
+        return attention_mask  # `generate` asks for masks ahead of the model, which hands them in again
+    begin = q_offset - kv_offset  # the key that stands where the first query does
+    if mask_function is causal_mask_function or mask_function is bidirectional_mask_function:
+        causal, first = mask_function is causal_mask_function, None
+    elif use_vmap:
+        raise ValueError(f"attn_implementation={NAME!r}: this model has a mask of its own making: {USE_OTHERS}")
+    else:
+        causal = allow_is_bidirectional_skip is None  # transformers asks it of bidirectional masks only
+        first = _recognise(mask_function, causal, batch_size, q_length, kv_length, q_offset, kv_offset, device)
+    made = Mask(batch_size, kv_length, causal, **(_documents(first) if first is not None else {}))
+    held = begin + q_length if causal else kv_length  # a static cache is longer than what it holds so far
+    if attention_mask is None:
+        if isinstance(held, int) and held == kv_length:
+            return made
+        length = torch.as_tensor(held, dtype=torch.int32, device=device).reshape(-1)
+        return made._replace(seqlens_k=length.expand(batch_size).contiguous())
+
+    # Positions that attention_mask does not reach are padding, as in transformers.
+    missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+    valid = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + kv_length]
+    if causal:
+        valid = valid & (torch.arange(kv_length, device=valid.device) < held)
+    tracing = torch.compiler.is_compiling()
+    if not tracing and bool(valid.all()):
+        return made
+    if first is not None:
+        raise ValueError(f"attn_implementation={NAME!r} takes packed documents or padding, not both in one batch")
+    seqlens_k, order_k = _tokens_first(valid, tracing)
+    made = made._replace(seqlens_k=seqlens_k, order_k=order_k)
+    if not causal:
+        return made  # a query that is padding sees what the others see: nobody reads what comes of it
+    valid_q = valid.index_select(1, torch.arange(q_length, device=valid.device) + begin)
+    if not tracing and bool(valid_q.all()):
+        return made
+    seqlens_q, order_q = _tokens_first(valid_q, tracing)
+    return made._replace(seqlens_q=seqlens_q, order_q=order_q)
+
+
+def _tokens_first(valid: torch.Tensor, tracing: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """How many tokens each row of `valid` (batch, seq) has, and the order that puts them first; None: they are."""
+    count = valid.sum(1, dtype=torch.int32)
+    if not tracing and bool((valid[:, 1:] <= valid[:, :-1]).all()):
+        return count, None
+    return count, (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def _recognise(
+    sees: Callable,
+    causal: bool,
+    batch: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    kv_offset: int,
+    device: torch.device | None,
 ) -> torch.Tensor | None:
-    """The (batch, tokens so far) mask of the tokens that are not padding, or None where all are."""
-    if mask_function not in _MASKS:
-        raise ValueError(
-            f"attn_implementation={NAME!r} takes causal and bidirectional masks with padding; this model or batch asks "
-            "for another one (a sliding window, several documents in one row, …): use 'sdpa' or 'eager'"
-        )
-    held = int(q_offset) + q_length
-    if attention_mask is None and held < kv_length:
-        # A static cache, not full yet. One element, expanded: `attention` sees by the strides that all are valid.
-        return torch.ones((), dtype=torch.bool, device=device).expand(batch_size, held)
-    return flash_attention_mask(
-        batch_size, q_length, kv_length, q_offset, mask_function=mask_function, attention_mask=attention_mask, **kwargs
-    )
+    """Where documents begin, bool (batch, q_length), by a mask function that wraps others; None: one in each row.
+
+    A few keys of each query tell a window that hides nothing from one that does, and packed documents and chunks from
+    text that sees images ahead. While tracing there are no values to decide by: the program checks them when it runs.
+    """
+    query = torch.arange(q_length, device=device)[None].expand(batch, -1) + q_offset
+    low, high = torch.full_like(query, kv_offset), torch.full_like(query, kv_offset + kv_length - 1)
+    rows, head = torch.arange(batch, device=device)[:, None], torch.zeros_like(query[:1, :1])
+
+    def seen(key):
+        return sees(rows, head, query, torch.minimum(torch.maximum(key, low), high))
+
+    if not causal:
+        first, regular = torch.zeros_like(query, dtype=torch.bool), seen(low) & seen(query) & seen(high)
+    else:
+        first = ~seen(query - 1) & (query > low)
+        start = torch.where(first, query, low).cummax(1).values  # where the document of each query begins
+        regular = seen(query) & seen(start) & ~(seen(query + 1) & (query < high))
+    if torch.compiler.is_compiling():
+        torch._assert_async(regular.all() & ~first.any(), REFUSED_TRACED)
+        return None
+    if not bool(regular.all()) or (q_length != kv_length and bool(first.any())):
+        raise ValueError(REFUSED_MASK)
+    return first if bool(first.any()) else None
+
+
+def _documents(first: torch.Tensor) -> dict:
+    """The fields of a Mask for documents that begin where `first` (batch, seq) says, and at each row."""
+    begin = torch.cat((torch.ones_like(first[:, :1]), first[:, 1:]), 1).flatten().nonzero().squeeze(1)
+    lengths = begin.diff(append=begin.new_tensor([first.numel()]))
+    return dict(documents=lengths.to(torch.int32), longest=int(lengths.max()))
 
 
 def attention(
@@ -52,56 +217,188 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: Mask | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
-    **kwargs,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    **options,
 ) -> tuple[torch.Tensor, None]:
-    """query (batch, heads_q, seq_q, head_dim), key and value (batch, heads_kv, seq_k, head_dim), as transformers calls
-    it; attention_mask as `padding_mask` returns it. Returns (batch, seq_q, heads_q, head_dim) and no weights."""
-    unknown = [name for name in ("sliding_window", "softcap", "s_aux") if kwargs.get(name) is not None]
-    if dropout:
-        unknown.append("dropout")
+    """query (batch, heads_q, seq_q, head_dim), key (batch, heads_kv, seq_k, head_dim) and value (batch, heads_kv,
+    seq_k, value_dim), as transformers calls it; attention_mask as `padding_mask` makes it, or which keys are tokens: (batch,
+    seq_k) or bool (batch, 1, 1, seq_k). Returns (batch, seq_q, heads_q, value_dim) and no weights.
+
+    Documents packed in a row: cu_seq_lens_q and cu_seq_lens_k (documents + 1,), max_length_q and max_length_k; or
+    position_ids (batch, seq_q) that begin again, where there is no cache yet.
+    """
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    seen = _as_mask(attention_mask, query, key, bool(is_causal))
+    lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if any(length is not None for length in lengths):
+        seqlens_q, seqlens_k, longest = _given_documents(seen, query, key, *lengths)
+    else:
+        if position_ids is not None:
+            seen = _positions_begin_again(seen, query, position_ids)
+        seqlens_q, seqlens_k, longest = seen.documents, seen.documents, seen.longest
+    packed = seqlens_q is not None
+    if not packed:
+        seqlens_q, seqlens_k, longest = seen.seqlens_q, seen.seqlens_k, key.shape[2]
+    features = _features(longest, dropout=dropout, **options)
+
+    batch, _, seq_q, head_dim = query.shape
+    value_dim = value.shape[3]
+    if scaling is None:
+        scaling = head_dim**-0.5
+    query, key, value = (tensor.transpose(1, 2) for tensor in _equal_dims(query, key, value))
+    if packed:
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    if seen.order_q is not None:
+        query = _reorder(query, seen.order_q)
+    if seen.order_k is not None:
+        key, value = (_reorder(tensor, seen.order_k) for tensor in (key, value))
+    output = _attend(query, key, value, seqlens_q, seqlens_k, longest, seen.causal, scaling, **features)
+    if seen.order_q is not None:
+        output = _reorder(output, seen.order_q.argsort(1))
+    return output.view(batch, seq_q, *output.shape[-2:])[..., :value_dim], None
+
+
+def _features(longest: int, **options) -> dict:
+    """What a layer asks for besides, as keywords of the operation (there are none yet), or ValueError for the rest."""
+    if not options["dropout"]:
+        del options["dropout"]
+    window = options.get("sliding_window")
+    if window is not None and longest <= window:
+        del options["sliding_window"]  # it hides nothing
+    unknown = [
+        name
+        for name, value in options.items()
+        if value is not None and value is not False and name not in NOT_ATTENTION
+    ]
     if unknown:
-        raise ValueError(f"attn_implementation={NAME!r} has no {', '.join(unknown)}: use 'sdpa' or 'eager'")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    if attention_mask is not None:
-        if attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask must be (batch, tokens), but has shape {tuple(attention_mask.shape)}")
-        # A static cache is longer than what it holds so far.
-        key, value = (tensor[:, : attention_mask.shape[1]] for tensor in (key, value))
-    if attention_mask is None or attention_mask.stride() == (0, 0):
-        return flash_attn_func(query, key, value, causal, scaling), None
-    return _without_padding(query, key, value, attention_mask.bool(), causal, scaling), None
+        raise ValueError(f"attn_implementation={NAME!r} has no {', '.join(unknown)}: {USE_OTHERS}")
+    return {}
 
 
-def _without_padding(
+def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    valid: torch.Tensor,
+    seqlens_q: torch.Tensor | None,
+    seqlens_k: torch.Tensor | None,
+    max_seqlen: int,
     causal: bool,
-    scaling: float | None,
+    scale: float,
 ) -> torch.Tensor:
-    """Packs the valid tokens, wherever in their rows they stand, attends, and leaves zeros where padding was."""
-    seq_q, head_dim = query.shape[1], query.shape[3]
-    valid_q = valid[:, -seq_q:]  # the query's tokens are the last of those in the cache
-    tokens_q, tokens_k = (mask.flatten().nonzero().squeeze(1) for mask in (valid_q, valid))
-    packed, _ = torch.ops.aiter.attention(
-        query.flatten(0, 1)[tokens_q],
-        key.flatten(0, 1)[tokens_k],
-        value.flatten(0, 1)[tokens_k],
-        valid_q.sum(1, dtype=torch.int32),
-        valid.sum(1, dtype=torch.int32),
-        None,
-        causal,
-        head_dim**-0.5 if scaling is None else scaling,
-        valid.shape[1],
+    """The operation for rows that are full (4-D), hold some tokens (4-D and lengths), or are packed (3-D)."""
+    if seqlens_q is None and seqlens_k is None:
+        return flash_attn_func(query, key, value, causal, scale)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    checks.same_kind(query=query, key=key, value=value)
+    checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
+    checks.same_shape("value", value, "key", key)
+    checks.heads(query.shape[-2], key.shape[-2])
+    if query.dim() == 4:
+        checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
+    scale = checks.softmax_scale(scale, query.shape[-1])
+    output, _ = torch.ops.aiter.attention(query, key, value, seqlens_q, seqlens_k, None, causal, scale, max_seqlen)
+    return output
+
+
+def _as_mask(given: Mask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool) -> Mask:
+    batch, seq_q, seq_k = query.shape[0], query.shape[2], key.shape[2]
+    if given is None:
+        return Mask(batch, seq_k, causal)
+    if isinstance(given, Mask):
+        if given.shape != (batch, seq_k):
+            raise ValueError(
+                f"attn_implementation={NAME!r}: the mask was made for (batch, keys) {given.shape}, but this layer has "
+                f"{(batch, seq_k)}: {USE_OTHERS}"
+            )
+        return given
+    if given.dim() == 4 and given.dtype == torch.bool and given.shape[1:] == (1, 1, seq_k):
+        given, causal = given[:, 0, 0].expand(batch, -1), False
+    if given.shape != (batch, seq_k):
+        raise ValueError(
+            f"attn_implementation={NAME!r}: attention_mask must say which keys are tokens, (batch, seq_k) "
+            f"{(batch, seq_k)} or bool (batch, 1, 1, seq_k), but is {given.dtype} {tuple(given.shape)}: {USE_OTHERS}"
+        )
+    function = causal_mask_function if causal else bidirectional_mask_function
+    return padding_mask(
+        batch, seq_q, seq_k, seq_k - seq_q, mask_function=function, attention_mask=given, device=key.device
     )
-    output = query.new_zeros(query.flatten(0, 1).shape)
-    return output.index_copy(0, tokens_q, packed).view(query.shape)
+
+
+def _given_documents(
+    seen: Mask,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cu_seq_lens_q: torch.Tensor | None,
+    cu_seq_lens_k: torch.Tensor | None,
+    max_length_q: int | None,
+    max_length_k: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The lengths (documents,) of packed queries and keys, and a bound for both, from what a collator says of them."""
+    given = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    if any(length is None for length in given):
+        raise ValueError("cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k belong together: give all four")
+    if seen.seqlens_k is not None or query.shape[2] != key.shape[2]:
+        raise ValueError(f"attn_implementation={NAME!r} takes cu_seq_lens_q without padding and without earlier tokens")
+    longest = max(int(max_length_q), int(max_length_k))
+    lengths = []
+    for name, ends, tensor in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
+        checks.indices(name, ends, (None,), "int32 (documents + 1,)", query)
+        length = ends.diff().to(torch.int32)
+        checks.lengths_in_range(f"{name}.diff()", length, longest, "max_length", tensor.shape[0] * tensor.shape[2])
+        lengths.append(length)
+    return *lengths, longest
+
+
+def _positions_begin_again(seen: Mask, query: torch.Tensor, position_ids: torch.Tensor) -> Mask:
+    """`seen` with the documents that positions tell, which transformers looks for only where there is no cache."""
+    batch, seq_q = query.shape[0], query.shape[2]
+    whole = seen.causal and seen.seqlens_k is None and seen.documents is None and seen.seqlen_k == seq_q > 1
+    if not whole or position_ids.dim() != 2:
+        return seen
+    if torch.compiler.is_compiling():
+        torch._assert_async((position_ids.diff() > 0).all(), REFUSED_TRACED)
+        return seen
+    return seen._replace(**_documents_by_position(position_ids, batch))
+
+
+_last_positions: tuple = (None, 0, 0, {})
+
+
+def _documents_by_position(position_ids: torch.Tensor, batch: int) -> dict:
+    """Looks at the values once for all layers, which are given the same tensor."""
+    global _last_positions
+    known, version, rows, found = _last_positions
+    if known is None or known() is not position_ids or (version, rows) != (position_ids._version, batch):
+        again = (position_ids.diff(prepend=position_ids[:, :1] - 1) <= 0).expand(batch, -1)
+        found = _documents(again) if bool(again.any()) else {}
+        _last_positions = weakref.ref(position_ids), position_ids._version, batch, found
+    return found
+
+
+def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Zeros behind the last dimension, up to the one that the kernels need; they change no score."""
+    size = max(tensor.shape[-1] for tensor in tensors)
+    size += -size % checks.HEAD_DIM_STEP
+    return [
+        tensor if tensor.shape[-1] == size else torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
+        for tensor in tensors
+    ]
+
+
+def _reorder(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The rows of (batch, seq, heads, head_dim) in an order of their own for each sequence."""
+    return tensor.gather(1, order[:, :, None, None].expand(-1, -1, *tensor.shape[2:]))
 
 
 AttentionInterface.register(NAME, attention)
