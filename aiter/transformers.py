@@ -60,8 +60,8 @@ class OwnAttentionError(ValueError, AttributeError):
 
     def __init__(self, use: str) -> None:
         super().__init__(
-            f"attn_implementation={NAME!r}: this model computes attention itself and uses its mask as a tensor ({use}), "
-            f"which {NAME} does not make: {USE_OTHERS}"
+            f"attn_implementation={NAME!r}: this model computes attention itself and uses its mask as a tensor ({use}); "
+            f"{NAME} makes none: {USE_OTHERS}"
         )
 
 
@@ -229,8 +229,8 @@ def attention(
     **options,
 ) -> tuple[torch.Tensor, None]:
     """query (batch, heads_q, seq_q, head_dim), key (batch, heads_kv, seq_k, head_dim) and value (batch, heads_kv,
-    seq_k, value_dim), as transformers calls it; attention_mask as `padding_mask` makes it, or which keys are tokens: (batch,
-    seq_k) or bool (batch, 1, 1, seq_k). Returns (batch, seq_q, heads_q, value_dim) and no weights.
+    seq_k, value_dim), as transformers calls it; attention_mask as `padding_mask` makes it, or which keys are tokens:
+    (batch, seq_k) or bool (batch, 1, 1, seq_k). Returns (batch, seq_q, heads_q, value_dim) and no weights.
 
     Documents packed in a row: cu_seq_lens_q and cu_seq_lens_k (documents + 1,), max_length_q and max_length_k; or
     position_ids (batch, seq_q) that begin again, where there is no cache yet.
