@@ -60,7 +60,7 @@ class OwnAttentionError(ValueError, AttributeError):
 
     def __init__(self, use: str) -> None:
         super().__init__(
-            f"attn_implementation={NAME!r}: this model computes attention itself and uses its mask as a tensor ({use}); "
+            f"attn_implementation={NAME!r}: this model computes attention itself, with its mask as a tensor ({use}); "
             f"{NAME} makes none: {USE_OTHERS}"
         )
 

@@ -1,8 +1,8 @@
 """Which model families of transformers run on aiter: tiny random models of all that can be built, against eager.
 
-    python benchmarks/transformers_models.py [--families llama,bart] [--prewarm] [--markdown docs/models.md]
+    python benchmarks/transformers_models.py [--families llama,bart] [--prewarm]
 
-For each folder of transformers a configuration is shrunk until a model of it is small, and the model runs twice with the
+For each model type a configuration is shrunk until a model of it is small, and the model runs twice with the
 same weights, eager and on aiter: without a mask, padded left and right, and, where it has a cache, continued by one
 token and by three. "works" means that every result equals eager's in float32; "refused" that aiter says by name what it
 has no form of. With --prewarm, `aiter prewarm --model` is given the configuration first, and the model then runs with
@@ -28,9 +28,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 warnings.filterwarnings("ignore")
 
-import torch
-import transformers
-from transformers.models.auto import configuration_auto, modeling_auto
+import torch  # noqa: E402
+import transformers  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402 (what every family imports, before the processes part)
+from transformers.models.auto import configuration_auto, modeling_auto  # noqa: E402
+
+import aiter.transformers  # noqa: E402, F401
 
 TOLERANCE = 1e-3  # of the largest value; sums of float32 in another order, through two layers
 TOO_LARGE = 150e6  # parameters
@@ -50,9 +53,11 @@ SMALL = {
     r"(head_dim|d_kv|attention_head_dim|global_head_dim|kv_channels|encoder_head_dim|decoder_head_dim)": 16,
     r"(num_|n_|encoder_|decoder_)*(attention_heads?|head|heads)": 4,
     r"num_(key_value_heads|kv_heads|global_key_value_heads|query_groups)|n_kv_heads": 2,
-    r"(num_|n_|encoder_|decoder_)*(hidden_layers|layers|layer|blocks|depth)|depth|num_encoder_layers|num_decoder_layers": 2,
-    r"(moe_|shared_expert_|expert_|dense_|encoder_|decoder_|shared_)*(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim)": 96,
-    r"(num_|n_)(local_|routed_)?experts": 4,
+    r"(num_|n_|encoder_|decoder_)*(hidden_layers|layers|layer|blocks|depth)": 2,
+    r"([a-z]+_)*(intermediate_size|ffn_dim|d_ff|n_inner|ffn_hidden_size|mlp_dim)": 96,
+    r"(num_|n_)(local_|routed_)?experts|num_moe_experts|moe_num_experts": 4,
+    r"num_experts_per_tok|num_experts_per_token|experts_per_token|top_k_experts|moe_top_?k|num_selected_experts": 2,
+    r"n_group|topk_group|num_expert_groups?|num_groups": 1,
     r"vocab_size|text_vocab_size": VOCABULARY,
     r"kv_lora_rank|q_lora_rank": 32,
     r"qk_nope_head_dim|v_head_dim": 16,
@@ -70,9 +75,14 @@ def main() -> int:
     parser.add_argument("--prewarm", action="store_true", help="prewarm first, and forbid compiling")
     parser.add_argument("--markdown", help="write the table to this file")
     parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--part", default="0/1", help="the i-th of n parts of the families, as 1/2 (from 0)")
     parser.add_argument("--seconds", type=float, default=90, help="at most so long for a family")
     options = parser.parse_args()
-    names = options.families.split(",") if options.families else sorted(configuration_auto.CONFIG_MAPPING_NAMES)
+    torch.set_num_threads(1)  # models this small gain nothing from more
+    known = {name for mapping in MAPPINGS for name in getattr(modeling_auto, mapping)}
+    names = options.families.split(",") if options.families else sorted(known)
+    part, parts = map(int, options.part.split("/"))
+    names = names[part::parts]
     results = {}
     for name in names:
         begin = time.monotonic()
@@ -133,8 +143,6 @@ def first_line(error: BaseException) -> str:
 
 def family(name: str, prewarm: bool = False) -> tuple[str, str]:
     """The state of a family, and what there is to say about it."""
-    import aiter.transformers  # noqa: F401
-
     calls = count_calls()
     config, cls, inputs, right = smallest_that_runs(name)
     if prewarm:
@@ -166,7 +174,13 @@ def family(name: str, prewarm: bool = False) -> tuple[str, str]:
     checked = ", ".join(title for title, (expected, _) in right.items() if not isinstance(expected, str))
     if errors:
         return "wrong", f"{cls.__name__}: {errors}"
-    return "works", f"{cls.__name__}: {checked}"
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    until = f"; up to its window of {config_default(name)} tokens" if window and config_default(name) else ""
+    return "works", f"{cls.__name__}: {checked}{until}"
+
+
+def config_default(name: str):
+    return getattr(configuration_auto.CONFIG_MAPPING[name]().get_text_config(), "sliding_window", None)
 
 
 def refused_by_name(error: Exception) -> bool:
@@ -249,13 +263,15 @@ def smallest_that_runs(name: str):
             try:
                 config = shrink(config_class, everything=how == "small")
                 model = build(cls, config, "eager")
-                inputs = inputs_for(model, config)
-                right = results_of(model, inputs)
-                if isinstance(right["plain"][0], str):
-                    raise NotHereError(right["plain"][0])
-                return config, cls, inputs, right
             except Exception as error:
                 reasons.append(f"{cls.__name__}: {type(error).__name__}: {first_line(error)}")
+                continue
+            for kinds in ("text", "text and images", "images"):
+                try:
+                    inputs = inputs_for(model, config, kinds)
+                    return config, cls, inputs, results_of(model, inputs)
+                except Exception as error:
+                    reasons.append(f"{cls.__name__}: {type(error).__name__}: {first_line(error)}")
     raise NotHereError(reasons[0])
 
 
@@ -355,22 +371,24 @@ def build(cls, config, implementation: str):
 TOKENS = 12
 
 
-def inputs_for(model, config) -> dict:
+def inputs_for(model, config, kinds: str) -> dict:
     torch.manual_seed(2)
     names = inspect.signature(model.forward).parameters
     text = config.get_text_config()
     vocabulary = min(getattr(text, "vocab_size", None) or VOCABULARY, VOCABULARY)
-    if "input_ids" in names:
-        inputs = {"input_ids": torch.randint(4, min(150, vocabulary), (3, TOKENS))}
-    else:
+    inputs = {}
+    if "input_ids" in names and "text" in kinds:
+        inputs["input_ids"] = torch.randint(4, min(150, vocabulary), (3, TOKENS))
+    if "images" in kinds or "input_ids" not in names:
         main = model.main_input_name if model.main_input_name in names else next(iter(names))
+        main = "pixel_values" if main == "input_ids" else main
         sizes = next((c for c in (config, *subconfigs(config)) if hasattr(c, "image_size")), config)
         image = getattr(sizes, "image_size", 32)
         height, width = image if isinstance(image, (list, tuple)) else (image, image)
         channels = getattr(sizes, "num_channels", 3)
         mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
         shape = {
-            "pixel_values": (2, channels, height, width),
+            "pixel_values": (3, channels, height, width),
             "pixel_values_videos": (2, getattr(config, "num_frames", 4), channels, height, width),
             "input_values": (2, 8000),
             "input_features": (2, mels, 2 * (getattr(config, "max_source_positions", None) or 40)),
@@ -378,7 +396,7 @@ def inputs_for(model, config) -> dict:
         }.get(main)
         if shape is None:
             raise NotHereError(f"no inputs for {main}")
-        inputs = {main: torch.randn(shape).cumsum(-1).sin() if main == "input_values" else torch.randn(shape)}
+        inputs[main] = torch.randn(shape).cumsum(-1).sin() if main == "input_values" else torch.randn(shape)
     if "decoder_input_ids" in names:
         inputs["decoder_input_ids"] = torch.randint(4, min(150, vocabulary), (len(next(iter(inputs.values()))), 5))
     return inputs
@@ -418,7 +436,7 @@ def results_of(model, inputs: dict) -> dict:
                 results[f"padded {side}"] = tolerated(lambda m=mask: model(**inputs, attention_mask=m)), valid
                 got = results[f"padded {side}"][0]
                 if isinstance(got, torch.Tensor) and valid is not everything and got.shape[:2] != mask.shape:
-                    results[f"padded {side}"] = got, everything
+                    del results[f"padded {side}"]  # made of one token of each row, which may be one of padding
         if {"use_cache", "cache", "past_key_values"} & set(names) or "kwargs" in names:
             results["cache"] = tolerated(lambda: with_cache(model, inputs)), everything
     return results

@@ -108,5 +108,5 @@ def test_what_has_no_kernel_is_an_error():
             attn_implementation="aiter",
         )
     )
-    with pytest.raises(ValueError, match=r"another one|sliding_window"):
+    with pytest.raises(ValueError, match="another mask"):
         mistral(torch.randint(1, 97, (1, 12)))

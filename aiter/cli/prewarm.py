@@ -10,10 +10,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from aiter.cli.model_config import Model, read_model
 from aiter.cli.table import count_kernels, size, table
 from aiter.errors import AiterError, UnsupportedError
 from aiter.jit import arch, settings
@@ -27,6 +28,10 @@ from aiter.jit.trust import check_chain
 from aiter.kernels import OPERATIONS, specs_for
 
 STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAILED: "failed"}
+
+
+# What is built where nothing says which: (head_dim, causal).
+COMMON = tuple((head_dim, causal) for head_dim in (64, 128) for causal in (False, True))
 
 
 class UsageError(AiterError):
@@ -73,12 +78,12 @@ def choose(options: argparse.Namespace) -> list[Spec]:
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-    model = read_model(Path(options.model)) if options.model else {}
+    model = read_model(Path(options.model)) if options.model else Model(COMMON, ())
+    for note in model.notes:
+        print(f"--model {options.model}: {note}", file=sys.stderr)
     operations = _list(options.ops, OPERATIONS, "operation") or list(OPERATIONS)
-    dtypes = _list(options.dtypes, DTYPES, "dtype") or model.get("dtypes")
-    head_dims = [_head_dim(text) for text in _split(options.head_dims)] or model.get("head_dims") or [64, 128]
-    wanted = options.causal or model.get("causal", "both")
-    causals = {"yes": [True], "no": [False], "both": [False, True]}[wanted]
+    dtypes = _list(options.dtypes, DTYPES, "dtype") or model.dtypes
+    kernels = _narrowed(model.kernels, [_head_dim(text) for text in _split(options.head_dims)], options.causal)
     specs: dict[Spec, None] = {}
     for name in _archs(options.arch or "native"):
         supported = ("fp16", "bf16") if arch.is_gpu(name) else DTYPES
@@ -87,33 +92,22 @@ def choose(options: argparse.Namespace) -> list[Spec]:
             raise UsageError(f"{name} has no kernels for {', '.join(dtypes)}; it has: {', '.join(supported)}")
         for operation in operations:
             for dtype in chosen:
-                for head_dim in head_dims:
-                    for causal in causals:
-                        for spec in specs_for(operation, dtype, head_dim, causal, name, backward=options.backward):
-                            specs[spec] = None
+                for head_dim, causal in kernels:
+                    for spec in specs_for(operation, dtype, head_dim, causal, name, backward=options.backward):
+                        specs[spec] = None
     return list(specs)
 
 
-def read_model(path: Path) -> dict:
-    """head_dims, dtypes and causal from a Hugging Face model configuration."""
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UsageError(f"--model {path}: not a model configuration ({error})") from None
-    # Models of text and images keep the language model's part in a folder of its own.
-    text = {**config, **(config.get("text_config") or config.get("llm_config") or {})}
-    heads = text.get("num_attention_heads") or text.get("n_head")
-    width = text.get("hidden_size") or text.get("n_embd")
-    head_dim = text.get("head_dim") or (width // heads if isinstance(width, int) and isinstance(heads, int) else None)
-    if not isinstance(head_dim, int):
-        raise UsageError(f"--model {path}: expected head_dim, or hidden_size and num_attention_heads")
-    names = {"float16": ["fp16"], "bfloat16": ["bf16"], "float32": ["fp32"]}
-    dtype = str(text.get("dtype") or text.get("torch_dtype") or "").removeprefix("torch.")
-    kinds = " ".join(map(str, config.get("architectures") or []))
-    model = {"head_dims": [_head_dim(str(head_dim))], "causal": "yes" if "CausalLM" in kinds else "both"}
-    return model | ({"dtypes": names[dtype]} if dtype in names else {})
+def _narrowed(kernels: Iterable[tuple[int, bool]], head_dims: list[int], causal: str | None) -> list[tuple[int, bool]]:
+    """(head_dim, causal) as the options say, and as `kernels` has them where the options say nothing."""
+    causals = {"yes": [True], "no": [False], "both": [False, True], None: None}[causal]
+    chosen = {
+        (head_dim, flag): None
+        for own_dim, own_flag in kernels
+        for head_dim in head_dims or [own_dim]
+        for flag in causals or [own_flag]
+    }
+    return list(chosen)
 
 
 class Progress:

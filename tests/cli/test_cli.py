@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from aiter.cli import main, parser
-from aiter.cli.prewarm import read_model
+from aiter.cli.model_config import read_model
 from aiter.errors import AiterError
 from aiter.jit import settings
 from aiter.jit.arch import CPU_ARCHS, cpu_arch
@@ -242,28 +242,84 @@ def test_ages_that_are_none(age, capsys):
 
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32}
-MODELS = [
-    ({**LLAMA, "torch_dtype": "bfloat16"}, {"head_dims": [128], "dtypes": ["bf16"], "causal": "yes"}),
-    ({**LLAMA, "head_dim": 256}, {"head_dims": [256], "causal": "yes"}),
-    ({"n_embd": 768, "n_head": 12, "dtype": "float16"}, {"head_dims": [64], "dtypes": ["fp16"], "causal": "both"}),
-    (
-        {"text_config": {"head_dim": 64, "dtype": "torch.float32"}},
-        {"head_dims": [64], "dtypes": ["fp32"], "causal": "both"},
-    ),
-]
+WHISPER = {"d_model": 384, "encoder_attention_heads": 6, "decoder_attention_heads": 4, "torch_dtype": "float32"}
+LLAVA = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": {"hidden_size": 4096, "num_attention_heads": 32, "dtype": "bfloat16"},
+    "vision_config": {"hidden_size": 1152, "num_attention_heads": 16, "dtype": "float16"},
+}
+LATENT = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "head_dim": 64,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+}
+GEMMA4 = {"architectures": ["XForCausalLM"], "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8}
 
 
-@pytest.mark.parametrize("config, expected", MODELS)
-def test_model_configurations(config, expected, tmp_path):
+def both(*head_dims):
+    return tuple((head_dim, causal) for head_dim in head_dims for causal in (False, True))
+
+
+@pytest.mark.parametrize(
+    "config, kernels, dtypes",
+    [
+        ({**LLAMA, "torch_dtype": "bfloat16"}, ((128, True),), ("bf16",)),
+        ({**LLAMA, "head_dim": 256}, ((256, True),), ()),
+        ({"n_embd": 768, "n_head": 12, "dtype": "float16"}, both(64), ("fp16",)),
+        ({"text_config": {"head_dim": 64, "dtype": "torch.float32"}}, both(64), ("fp32",)),
+        (WHISPER, both(64, 96), ("fp32",)),
+        (LLAVA, ((72, False), *both(128)), ("bf16", "fp16")),
+        (LATENT, ((192, True),), ()),
+        (GEMMA4, ((256, True),), ()),
+        ({"embed_dim": 96, "num_heads": [3, 6, 12], "num_attention_heads": None}, both(32), ()),
+        ({"hidden_sizes": [64, 160], "num_attention_heads": [1, 5]}, both(32, 64), ()),
+        ({**LLAMA, "hidden_size": 288, "num_attention_heads": 8}, ((40, True),), ()),  # 36, padded
+        ({"head_dim": 64, "linear_key_head_dim": 128, "use_head": True, "hidden_size": 64}, both(64), ()),
+    ],
+)
+def test_model_configurations(config, kernels, dtypes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_model(tmp_path / "config.json") == expected
+    model = read_model(tmp_path / "config.json")
+    assert model.kernels == kernels and model.dtypes == dtypes
+    assert bool(model.notes) == (config is GEMMA4)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"hidden_size": 100}', '{"head_dim": 100}', '{"head_dim": "x"}'])
-def test_what_is_no_model_configuration(content, tmp_path):
+def test_parts_get_the_defaults_of_their_family(tmp_path):
+    pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "gemma"}}))
+    assert {head_dim for head_dim, _ in read_model(tmp_path / "config.json").kernels} == {64, 256}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "not a model configuration"),
+        ("[]", "not a model configuration"),
+        ("{}", "expected head_dim"),
+        ('{"hidden_size": 100}', "expected head_dim"),
+        ('{"head_dim": 512}', "head_dim 512 is not supported"),
+        ('{"head_dim": "x"}', "expected head_dim"),
+        ('{"model_type": "t5", "d_kv": 64, "relative_attention_num_buckets": 32}', "t5: has a position bias"),
+        ('{"head_dim": 64, "attn_logit_softcapping": 50.0}', "has a soft cap"),
+        ('{"model_type": "bloom", "hidden_size": 64, "n_head": 8}', "has ALiBi"),
+    ],
+)
+def test_what_no_kernel_is_built_for(content, words, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(AiterError):
+    with pytest.raises(AiterError, match=words):
         read_model(tmp_path / "config.json")
+
+
+def test_model_prewarm_says_what_it_leaves_out(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA4))
+    choice = ("prewarm", "--model", str(tmp_path / "config.json"), "--arch", "gfx950", "--dry-run", "--json")
+    status, output, errors = run(capsys, *choice)
+    assert status == 0 and "head_dim 512 is not supported" in errors
+    assert {kernel["spec"]["head_dim"] for kernel in json.loads(output)["kernels"]} == {256}
 
 
 def test_model_prewarm(capsys, tmp_path):

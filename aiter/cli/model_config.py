@@ -1,0 +1,175 @@
+"""From a Hugging Face config.json to the kernels that its model needs: which head_dims, causal or not, which dtypes.
+
+    config.json ──> parts (text, vision, audio, decoder, …) ──> for each its attention's head_dims ──> Model
+
+The names of sizes differ between families, but follow patterns: some `..head_dim`, or some width divided by some number
+of heads. What a part leaves to its defaults is filled in by transformers, where it is installed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from aiter.errors import AiterError
+
+HEAD_DIM_MAX = 256
+HEAD_DIM_STEP = 8
+DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+# `head_dim` and its like, of attention that has a softmax: not of linear attention, of states, of an index of keys.
+HEAD_DIM = re.compile(
+    r"(?!linear|mamba|ssm|index|qk_|v_head)([a-z0-9]+_)*(head_dim|dim_head|d_kv|kv_channels|d_head|attention_head_size)"
+)
+HEADS = re.compile(
+    r"(?!.*(kv|key|value|expert|group|linear|mamba|ssm|index|guided))([a-z0-9]+_)*(heads?|heads_per_stage)"
+)
+WIDTHS = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "embed_dim",
+    "hidden_dim",
+    "dim",
+    "emb_dim",
+    "width",
+    "embed_dims",
+    "hidden_sizes",
+)
+# Parts that are no text see all of their tokens at once.
+BIDIRECTIONAL = re.compile(r"vision|vit|image|visual|audio|speech_encoder|acoustic|video")
+
+# What no kernel has a form of yet, where every layer of the model has it: (key of the configuration, what it is).
+WITHOUT_KERNEL = (
+    ("relative_attention_num_buckets", "a position bias"),
+    ("attn_logit_softcapping", "a soft cap"),
+    ("alibi", "ALiBi"),
+)
+FAMILIES_WITHOUT_KERNEL = {"bloom": "ALiBi", "mpt": "ALiBi", "gpt_oss": "attention sinks"}
+
+
+class ModelConfigError(AiterError):
+    """A file that tells no attention, or one that no kernel computes; the message says which."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """`kernels`: (head_dim, causal), each once; `dtypes`: fp16, bf16, fp32, empty where the file names none;
+    `notes`: what of the model no kernel serves, a sentence each."""
+
+    kernels: tuple[tuple[int, bool], ...]
+    dtypes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_model(path: Path) -> Model:
+    """The needs of the model that a config.json describes; ModelConfigError where there is nothing to build."""
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise ModelConfigError(f"--model {path}: not a model configuration ({error})") from None
+    complete = _with_defaults(config)
+    kernels: dict[tuple[int, bool], None] = {}
+    dtypes: dict[str, None] = {}
+    notes: list[str] = []
+    parts = list(_parts(complete, ""))
+    alone = sum(bool(_head_dims(part)) for _, part in parts) == 1 and "CausalLM" in _architectures(config)
+    for name, part in parts:
+        dtype = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
+        if dtype in DTYPES:
+            dtypes[DTYPES[dtype]] = None
+        lacking = _without_kernel(part)
+        where = name or str(part.get("model_type") or "the model")
+        if lacking and _head_dims(part):
+            notes.append(f"{where}: has {lacking}, which no kernel computes")
+            continue
+        for size in _head_dims(part):
+            padded = size + -size % HEAD_DIM_STEP
+            if padded > HEAD_DIM_MAX:
+                notes.append(f"{where}: head_dim {size} is not supported; up to {HEAD_DIM_MAX} is")
+                continue
+            bidirectional = BIDIRECTIONAL.search(f"{name} {part.get('model_type')}")
+            for causal in (True,) if alone else (False,) if bidirectional else (False, True):
+                kernels[padded, causal] = None
+    if not kernels:
+        reason = "; ".join(notes) or "expected head_dim, or hidden_size and num_attention_heads"
+        raise ModelConfigError(f"--model {path}: {reason}")
+    return Model(tuple(sorted(kernels)), tuple(dtypes), tuple(dict.fromkeys(notes)))
+
+
+def _with_defaults(config: dict) -> dict:
+    """The whole configuration: a file leaves out what its parts have by default. As it is, without transformers."""
+    try:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config).to_dict()
+    except Exception:  # not installed, a model of somebody's own, a file of another version: take it as it is
+        return config
+
+
+def _architectures(config: dict) -> str:
+    return " ".join(map(str, config.get("architectures") or []))
+
+
+def _parts(config: dict, name: str) -> Iterator[tuple[str, dict]]:
+    """The configuration and those inside it, with the names that they have there."""
+    yield name, config
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _parts(value, f"{name}.{key}".lstrip("."))
+
+
+def _head_dims(part: dict) -> list[int]:
+    """What the attention layers of a part have as head_dim, each once; the larger, where keys and values differ."""
+    found: dict[int, None] = {}
+    if isinstance(part.get("qk_nope_head_dim"), int) and isinstance(part.get("qk_rope_head_dim"), int):
+        # Latent attention: its head_dim is that of the rotary part alone.
+        key = part["qk_nope_head_dim"] + part["qk_rope_head_dim"]
+        return [max(key, part.get("v_head_dim") or 0)]
+    explicit = {match[0]: part[match[0]] for match in map(HEAD_DIM.fullmatch, map(str, part)) if match}
+    for value in explicit.values():
+        for size in value if isinstance(value, list) else [value]:
+            if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+                found[size] = None
+    for name in map(str, part):
+        if HEADS.fullmatch(name) and not ("head_dim" in explicit and found and not _prefix(name)):
+            for size in _divided(part, name):
+                found[size] = None
+    return list(found)
+
+
+def _prefix(name: str) -> str:
+    """`encoder_` of encoder_attention_heads; '' of num_attention_heads."""
+    return re.sub(r"(num_|n_)?(self_|cross_)?(attention_|attn_)?(heads?|heads_per_stage)$", "", name).removeprefix(
+        "num_"
+    )
+
+
+def _divided(part: dict, heads_name: str) -> Iterator[int]:
+    """width / heads, for numbers and for lists with an entry for each stage."""
+    prefix, heads = _prefix(heads_name), part[heads_name]
+    names = [prefix + width for width in WIDTHS] + list(WIDTHS) if prefix else WIDTHS
+    width = next((part[name] for name in names if isinstance(part.get(name), (int, list))), None)
+    if width is None:
+        return
+    heads = heads if isinstance(heads, list) else [heads]
+    if not isinstance(width, list):
+        # Stages with as many times the heads have as many times the width.
+        width = [width * count // heads[0] if isinstance(count, int) and heads[0] else 0 for count in heads]
+    elif len(heads) == 1:
+        heads = heads * len(width)
+    for size, count in zip(width, heads, strict=False):
+        counted = isinstance(size, int) and isinstance(count, int) and not isinstance(count, bool)
+        if counted and 0 < count <= size:
+            yield size // count
+
+
+def _without_kernel(part: dict) -> str | None:
+    """The name of what every layer of this part has and no kernel computes."""
+    family = FAMILIES_WITHOUT_KERNEL.get(str(part.get("model_type")))
+    return family or next((what for key, what in WITHOUT_KERNEL if part.get(key)), None)
