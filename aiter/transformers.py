@@ -16,12 +16,13 @@ docs/transformers.md says which model families work, which are refused, and why.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from aiter import checks
@@ -44,6 +45,9 @@ NOT_ATTENTION = frozenset(
         "use_cache",
     )
 )
+
+# What an additive mask must hold at least to hide a key wholly, whatever the scores: exp(-10^4) is 0.
+HIDDEN = -1e4
 
 REFUSED_MASK = (
     f"attn_implementation={NAME!r} takes causal and bidirectional masks, padding and packed documents; this model or "
@@ -83,6 +87,8 @@ class Mask(NamedTuple):
     # int32 (documents,): the lengths of documents packed in the rows, and the longest of them; None: a row is one.
     documents: torch.Tensor | None = None
     longest: int = 0
+    # Why no layer may use it; some models make masks that none of their layers has.
+    refused: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,32 +130,41 @@ def padding_mask(
     """
     if isinstance(attention_mask, Mask):
         return attention_mask  # `generate` asks for masks ahead of the model, which hands them in again
+    tracing = torch.compiler.is_compiling()
+    valid = None
+    if attention_mask is not None:
+        # Positions that attention_mask does not reach are padding, as in transformers.
+        missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
+        valid = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + kv_length]
+
     begin = q_offset - kv_offset  # the key that stands where the first query does
     if mask_function is causal_mask_function or mask_function is bidirectional_mask_function:
         causal, first = mask_function is causal_mask_function, None
-    elif use_vmap:
-        raise ValueError(f"attn_implementation={NAME!r}: this model has a mask of its own making: {USE_OTHERS}")
     else:
         causal = allow_is_bidirectional_skip is None  # transformers asks it of bidirectional masks only
-        first = _recognise(mask_function, causal, batch_size, q_length, kv_length, q_offset, kv_offset, device)
-    made = Mask(batch_size, kv_length, causal, **(_documents(first) if first is not None else {}))
+        indices = torch.arange(q_length, device=device)[None].expand(batch_size, -1) + begin
+        try:
+            if use_vmap:
+                raise ValueError(REFUSED_MASK)  # a function of the model's or user's own
+            first = _documents_seen(mask_function, causal, indices, kv_length, kv_offset, valid)
+        except ValueError as error:
+            return Mask(batch_size, kv_length, causal, refused=str(error))
+    made = Mask(batch_size, kv_length, causal, **({} if first is None else _documents(first)))
+
     held = begin + q_length if causal else kv_length  # a static cache is longer than what it holds so far
-    if attention_mask is None:
+    if valid is None:
         if isinstance(held, int) and held == kv_length:
             return made
         length = torch.as_tensor(held, dtype=torch.int32, device=device).reshape(-1)
         return made._replace(seqlens_k=length.expand(batch_size).contiguous())
-
-    # Positions that attention_mask does not reach are padding, as in transformers.
-    missing = max(0, kv_offset + kv_length - attention_mask.shape[1])
-    valid = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + kv_length]
     if causal:
         valid = valid & (torch.arange(kv_length, device=valid.device) < held)
-    tracing = torch.compiler.is_compiling()
     if not tracing and bool(valid.all()):
         return made
     if first is not None:
-        raise ValueError(f"attn_implementation={NAME!r} takes packed documents or padding, not both in one batch")
+        return made._replace(
+            refused=f"attn_implementation={NAME!r} takes packed documents or padding, not both at once: {USE_OTHERS}"
+        )
     seqlens_k, order_k = _tokens_first(valid, tracing)
     made = made._replace(seqlens_k=seqlens_k, order_k=order_k)
     if not causal:
@@ -169,40 +184,39 @@ def _tokens_first(valid: torch.Tensor, tracing: bool) -> tuple[torch.Tensor, tor
     return count, (~valid).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def _recognise(
-    sees: Callable,
-    causal: bool,
-    batch: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor,
-    kv_offset: int,
-    device: torch.device | None,
+def _documents_seen(
+    sees: Callable, causal: bool, query: torch.Tensor, kv_length: int, kv_offset: int, valid: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Where documents begin, bool (batch, q_length), by a mask function that wraps others; None: one in each row.
+    """Where documents begin, bool (batch, seq_q), by a mask function that wraps others; None: one in each row.
 
-    A few keys of each query tell a window that hides nothing from one that does, and packed documents and chunks from
-    text that sees images ahead. While tracing there are no values to decide by: the program checks them when it runs.
+    query (batch, seq_q) holds the keys at which the queries stand; valid (batch, seq_k) the keys that are tokens. A few
+    keys of each query tell a window that hides nothing from one that does, and packed documents and chunks from text
+    that sees images ahead. While tracing there are no values to decide by: the program checks them when it runs.
     """
-    query = torch.arange(q_length, device=device)[None].expand(batch, -1) + q_offset
-    low, high = torch.full_like(query, kv_offset), torch.full_like(query, kv_offset + kv_length - 1)
-    rows, head = torch.arange(batch, device=device)[:, None], torch.zeros_like(query[:1, :1])
+    batch, last = query.shape[0], kv_length - 1
+    rows, head = torch.arange(batch, device=query.device)[:, None], torch.zeros_like(query[:1, :1])
+    if valid is None:
+        low, counts = torch.zeros_like(query), torch.ones_like(query, dtype=torch.bool)
+    else:
+        low, counts = valid.int().argmax(1, keepdim=True).expand_as(query), valid.gather(1, query)
 
     def seen(key):
-        return sees(rows, head, query, torch.minimum(torch.maximum(key, low), high))
+        return sees(rows, head, query + kv_offset, key.clamp(0, last) + kv_offset)
 
     if not causal:
-        first, regular = torch.zeros_like(query, dtype=torch.bool), seen(low) & seen(query) & seen(high)
+        first, regular = torch.zeros_like(counts), seen(low) & seen(query) & seen(torch.full_like(query, last))
     else:
-        first = ~seen(query - 1) & (query > low)
+        first = ~seen(query - 1) & (query > low) & counts
         start = torch.where(first, query, low).cummax(1).values  # where the document of each query begins
-        regular = seen(query) & seen(start) & ~(seen(query + 1) & (query < high))
+        regular = seen(query) & seen(start) & ~(seen(query + 1) & (query < last))
+    regular = (regular | ~counts).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(regular.all() & ~first.any(), REFUSED_TRACED)
+        _require(regular & ~first.any(), REFUSED_TRACED)
         return None
-    if not bool(regular.all()) or (q_length != kv_length and bool(first.any())):
+    several = bool(first.any())
+    if not bool(regular) or (several and query.shape[1] != kv_length):
         raise ValueError(REFUSED_MASK)
-    return first if bool(first.any()) else None
+    return first if several else None
 
 
 def _documents(first: torch.Tensor) -> dict:
@@ -237,6 +251,11 @@ def attention(
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+        if attention_mask is None and is_causal and query.shape[2] > 1 and not _may_rely_on_is_causal(type(module)):
+            raise ValueError(
+                f"attn_implementation={NAME!r}: {type(module).__name__} gives no mask, and its model is not made for "
+                f"attention that goes by is_causal instead: {USE_OTHERS}"
+            )
     seen = _as_mask(attention_mask, query, key, bool(is_causal))
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(length is not None for length in lengths):
@@ -321,18 +340,67 @@ def _as_mask(given: Mask | torch.Tensor | None, query: torch.Tensor, key: torch.
                 f"attn_implementation={NAME!r}: the mask was made for (batch, keys) {given.shape}, but this layer has "
                 f"{(batch, seq_k)}: {USE_OTHERS}"
             )
+        if given.refused:
+            raise ValueError(given.refused)
         return given
-    if given.dim() == 4 and given.dtype == torch.bool and given.shape[1:] == (1, 1, seq_k):
-        given, causal = given[:, 0, 0].expand(batch, -1), False
+    if given.dim() == 4 and given.shape[1] == 1 and given.shape[2] in (1, seq_q) and given.shape[3] == seq_k:
+        visible = given[:, 0] if given.dtype == torch.bool else given[:, 0] == 0
+        if given.dtype != torch.bool:
+            hidden = given[:, 0] <= HIDDEN
+            _require((visible | hidden).all(), REFUSED_MASK)
+        keys, causal, documents = _read_matrix(visible.expand(batch, -1, -1), seq_q)
+        if documents is not None:
+            return Mask(batch, seq_k, causal, **documents)
+        given = keys
     if given.shape != (batch, seq_k):
         raise ValueError(
-            f"attn_implementation={NAME!r}: attention_mask must say which keys are tokens, (batch, seq_k) "
-            f"{(batch, seq_k)} or bool (batch, 1, 1, seq_k), but is {given.dtype} {tuple(given.shape)}: {USE_OTHERS}"
+            f"attn_implementation={NAME!r}: attention_mask must say which keys are tokens, {(batch, seq_k)} (batch, "
+            f"seq_k), but is {given.dtype} {tuple(given.shape)}: {USE_OTHERS}"
         )
     function = causal_mask_function if causal else bidirectional_mask_function
     return padding_mask(
         batch, seq_q, seq_k, seq_k - seq_q, mask_function=function, attention_mask=given, device=key.device
     )
+
+
+def _require(condition: torch.Tensor, message: str) -> None:
+    """Raises ValueError where the condition does not hold; traced, the program fails by it when it runs."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, message)
+    elif not bool(condition):
+        raise ValueError(message)
+
+
+def _read_matrix(visible: torch.Tensor, seq_q: int) -> tuple[torch.Tensor, bool, dict | None]:
+    """What a mask (batch, seq_q or 1, seq_k) of a model's own making says: which keys are tokens, (batch, seq_k),
+    whether it is causal, and the documents that it separates; ValueError if it says anything else."""
+    keys, sees_none = visible.any(1, keepdim=True), ~visible.any(2, keepdim=True)  # padding's own rows may be empty
+    same = ((visible == keys) | sees_none).all()
+    if torch.compiler.is_compiling() or bool(same):
+        _require(same, REFUSED_TRACED)
+        return keys[:, 0], False, None
+    rows, seq_k = visible.shape[1:]
+    triangle = torch.ones_like(visible[0]).tril(seq_k - seq_q)
+    if rows == seq_q and bool(((visible == keys & triangle) | sees_none).all()):
+        return keys[:, 0], True, None
+    if rows == seq_k:
+        first = torch.nn.functional.pad(~visible.diagonal(-1, 1, 2), (1, 0), value=True)
+        number = first.cumsum(1)
+        together = number[:, :, None] == number[:, None]
+        for causal, expected in ((False, together), (True, together & triangle)):
+            if torch.equal(visible, expected):
+                return keys[:, 0], causal, _documents(first)
+    raise ValueError(REFUSED_MASK)
+
+
+@torch._dynamo.assume_constant_result
+def _may_rely_on_is_causal(module: type) -> bool:
+    """Whether the models beside a layer are said to run on other attention than their own, which is where transformers
+    sees to it that is_causal is right. A layer without a model beside it is somebody's own, and taken at its word."""
+    names = vars(sys.modules.get(module.__module__, object)).values()
+    models = [name for name in names if isinstance(name, type) and issubclass(name, PreTrainedModel)]
+    own = [model for model in models if model.__module__ == module.__module__]
+    return not own or any(model._supports_sdpa or model._supports_attention_backend for model in own)
 
 
 def _given_documents(
@@ -367,7 +435,7 @@ def _positions_begin_again(seen: Mask, query: torch.Tensor, position_ids: torch.
     if not whole or position_ids.dim() != 2:
         return seen
     if torch.compiler.is_compiling():
-        torch._assert_async((position_ids.diff() > 0).all(), REFUSED_TRACED)
+        _require((position_ids.diff() > 0).all(), REFUSED_TRACED)
         return seen
     return seen._replace(**_documents_by_position(position_ids, batch))
 

@@ -65,6 +65,11 @@ SMALL = {
     r"qk_head_dim": 32,
     r"image_size": 32,
     r"patch_size": 8,
+    r"rotary_dim": 16,
+    r"partial_rotary_factor|attn_layer_offset": 1,
+    r"attn_layer_period": 2,
+    r"mamba_n_heads|mamba_num_heads": 8,
+    r"mamba_d_head|mamba_head_dim": 16,
     r"first_k_dense_replace|mtp_num_layers|num_nextn_predict_layers": 0,
 }
 
@@ -83,6 +88,7 @@ def main() -> int:
     names = options.families.split(",") if options.families else sorted(known)
     part, parts = map(int, options.part.split("/"))
     names = names[part::parts]
+    os.environ.setdefault("AITER_CACHE_DIR", tempfile.mkdtemp())
     results = {}
     for name in names:
         begin = time.monotonic()
@@ -152,7 +158,7 @@ def family(name: str, prewarm: bool = False) -> tuple[str, str]:
     try:
         model = build(cls, config, "aiter")
         ours = results_of(model, inputs)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError, NotImplementedError, IndexError) as error:
         text = first_line(error)
         return ("refused" if refused_by_name(error) else "fails"), f"{cls.__name__}: {type(error).__name__}: {text}"
     except Exception as error:
@@ -185,6 +191,8 @@ def config_default(name: str):
 
 def refused_by_name(error: Exception) -> bool:
     text = str(error)
+    if isinstance(error, KeyError) and text == "'aiter'":
+        return True  # the family has a table of implementations of its own
     return "attn_implementation='aiter'" in text or "query has head_dim" in text
 
 
@@ -204,14 +212,14 @@ def count_calls() -> list:
 
 
 def prewarm_model(config, cls) -> tuple[str, str] | None:
-    """Builds what `aiter prewarm --model` does, into a new cache, and forbids more."""
+    """Builds what `aiter prewarm --model` does, in the cache that all families share, and forbids anything else."""
     import aiter.cli
 
     folder = tempfile.mkdtemp()
     config.architectures = [cls.__name__]
     config.dtype = torch.float32
     config.save_pretrained(folder)
-    shared = os.environ.get("AITER_PREWARM_CACHE") or f"{folder}/kernels"
+    shared = os.environ["AITER_CACHE_DIR"]
     command = ["prewarm", "--arch", "native", "--model", f"{folder}/config.json", "--cache-dir", shared, "--json"]
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -220,11 +228,8 @@ def prewarm_model(config, cls) -> tuple[str, str] | None:
     text = output.read()
     if code:
         return "fails", f"prewarm: {text.strip().splitlines()[-1][:200]}"
-    # Only what this model asked for: a cache of its own, of links.
-    own = f"{folder}/own"
-    os.makedirs(own, mode=0o700)
-    os.environ.update(AITER_CACHE_DIR=shared, AITER_NO_COMPILE="1")
-    names = {kernel["name"] for kernel in json.loads(text[text.index("{") :])["kernels"]}
+    os.environ["AITER_NO_COMPILE"] = "1"
+    names = {kernel["name"].rsplit("-", 1)[0] for kernel in json.loads(text[text.index("{") :])["kernels"]}
     restrict_to(names)
     return None
 
@@ -299,8 +304,14 @@ LAYERS = re.compile(r"(num_|n_|encoder_|decoder_)*(hidden_layers|layers|layer|bl
 def shrunk(raw: dict, everything: bool) -> dict:
     small = copy.deepcopy(raw)
     for key, value in raw.items():
-        if isinstance(value, dict) and ("model_type" in value or key.endswith("config")):
+        if key in ("out_features", "out_indices", "stage_names"):
+            del small[key]  # they speak of layers that are gone
+        elif key == "per_layer_config":
+            small[key] = {}
+        elif isinstance(value, dict) and ("model_type" in value or key.endswith("config")):
             small[key] = shrunk(value, everything)
+        elif value is None and key == "head_dim" and everything:
+            small[key] = 16
         elif isinstance(value, bool) or value is None:
             continue
         elif isinstance(value, int):
@@ -317,6 +328,8 @@ def shrunk(raw: dict, everything: bool) -> dict:
                 small[key] = 0
         elif isinstance(value, float) and re.search(r"dropout|drop_rate|drop_path|layerdrop", key):
             small[key] = 0.0
+    if everything and "kv_lora_rank" in small:  # latent attention has as many KV heads as heads
+        small.update({key: 4 for key in ("num_key_value_heads", "num_attention_heads") if small.get(key)})
     layers = next(
         (small[k] for k in ("num_hidden_layers", "num_layers", "n_layer") if isinstance(small.get(k), int)), 2
     )
@@ -329,6 +342,10 @@ def shrunk(raw: dict, everything: bool) -> dict:
                 if all(isinstance(kind, str) for kind in kinds)
                 else kinds[:layers]
             )
+    number = raw.get("num_hidden_layers")
+    for key, value in small.items():
+        if isinstance(value, list) and len(value) == number:
+            small[key] = value[:layers]
     if everything and isinstance(small.get("rope_parameters"), dict):
         small["rope_parameters"] = rope(small["rope_parameters"])
     return small
@@ -336,14 +353,11 @@ def shrunk(raw: dict, everything: bool) -> dict:
 
 def rope(parameters: dict) -> dict:
     """Sections of the rotary dimensions in the proportions of a head of 16."""
-    changed = {}
-    for key, value in parameters.items():
-        if isinstance(value, dict):
-            changed[key] = rope(value)
-        elif key == "mrope_section" and isinstance(value, list):
-            changed[key] = [2, 3, 3] if len(value) == 3 else value
-        else:
-            changed[key] = value
+    changed = {key: rope(value) if isinstance(value, dict) else value for key, value in parameters.items()}
+    if "rope_type" in changed:
+        changed["mrope_section"] = [2, 3, 3]
+        if "partial_rotary_factor" in changed:
+            changed["partial_rotary_factor"] = 1.0
     return changed
 
 
@@ -369,6 +383,7 @@ def build(cls, config, implementation: str):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 TOKENS = 12
+MELS = ("num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels")
 
 
 def inputs_for(model, config, kinds: str) -> dict:
@@ -383,10 +398,11 @@ def inputs_for(model, config, kinds: str) -> dict:
         main = model.main_input_name if model.main_input_name in names else next(iter(names))
         main = "pixel_values" if main == "input_ids" else main
         sizes = next((c for c in (config, *subconfigs(config)) if hasattr(c, "image_size")), config)
-        image = getattr(sizes, "image_size", 32)
+        image = getattr(sizes, "image_size", 32) or 32
         height, width = image if isinstance(image, (list, tuple)) else (image, image)
         channels = getattr(sizes, "num_channels", 3)
-        mels = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None) or 80
+        sounds = (getattr(c, name, None) for c in (config, *subconfigs(config)) for name in MELS)
+        mels = next((number for number in sounds if number), 80)
         shape = {
             "pixel_values": (3, channels, height, width),
             "pixel_values_videos": (2, getattr(config, "num_frames", 4), channels, height, width),
