@@ -87,6 +87,8 @@ class Mask(NamedTuple):
     # int32 (documents,): the lengths of documents packed in the rows, and the longest of them; None: a row is one.
     documents: torch.Tensor | None = None
     longest: int = 0
+    # A bool that must be true when a traced program runs, unless documents are given to the layers.
+    holds: torch.Tensor | None = None
     # Why no layer may use it; some models make masks that none of their layers has.
     refused: str | None = None
 
@@ -139,17 +141,17 @@ def padding_mask(
 
     begin = q_offset - kv_offset  # the key that stands where the first query does
     if mask_function is causal_mask_function or mask_function is bidirectional_mask_function:
-        causal, first = mask_function is causal_mask_function, None
+        causal, first, holds = mask_function is causal_mask_function, None, None
     else:
         causal = allow_is_bidirectional_skip is None  # transformers asks it of bidirectional masks only
         indices = torch.arange(q_length, device=device)[None].expand(batch_size, -1) + begin
         try:
             if use_vmap:
                 raise ValueError(REFUSED_MASK)  # a function of the model's or user's own
-            first = _documents_seen(mask_function, causal, indices, kv_length, kv_offset, valid)
+            first, holds = _documents_seen(mask_function, causal, indices, kv_length, kv_offset, valid)
         except ValueError as error:
             return Mask(batch_size, kv_length, causal, refused=str(error))
-    made = Mask(batch_size, kv_length, causal, **({} if first is None else _documents(first)))
+    made = Mask(batch_size, kv_length, causal, holds=holds, **({} if first is None else _documents(first)))
 
     held = begin + q_length if causal else kv_length  # a static cache is longer than what it holds so far
     if valid is None:
@@ -186,12 +188,13 @@ def _tokens_first(valid: torch.Tensor, tracing: bool) -> tuple[torch.Tensor, tor
 
 def _documents_seen(
     sees: Callable, causal: bool, query: torch.Tensor, kv_length: int, kv_offset: int, valid: torch.Tensor | None
-) -> torch.Tensor | None:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Where documents begin, bool (batch, seq_q), by a mask function that wraps others; None: one in each row.
 
     query (batch, seq_q) holds the keys at which the queries stand; valid (batch, seq_k) the keys that are tokens. A few
     keys of each query tell a window that hides nothing from one that does, and packed documents and chunks from text
-    that sees images ahead. While tracing there are no values to decide by: the program checks them when it runs.
+    that sees images ahead. While tracing there are no values to decide by: the second result, a bool, is what must hold
+    for one document in each row.
     """
     batch, last = query.shape[0], kv_length - 1
     rows, head = torch.arange(batch, device=query.device)[:, None], torch.zeros_like(query[:1, :1])
@@ -211,12 +214,11 @@ def _documents_seen(
         regular = seen(query) & seen(start) & ~(seen(query + 1) & (query < last))
     regular = (regular | ~counts).all()
     if torch.compiler.is_compiling():
-        _require(regular & ~first.any(), REFUSED_TRACED)
-        return None
+        return None, regular & ~first.any()
     several = bool(first.any())
     if not bool(regular) or (several and query.shape[1] != kv_length):
         raise ValueError(REFUSED_MASK)
-    return first if several else None
+    return (first if several else None), None
 
 
 def _documents(first: torch.Tensor) -> dict:
@@ -256,11 +258,18 @@ def attention(
                 f"attn_implementation={NAME!r}: {type(module).__name__} gives no mask, and its model is not made for "
                 f"attention that goes by is_causal instead: {USE_OTHERS}"
             )
+    elif isinstance(attention_mask, Mask) and is_causal not in (
+        attention_mask.causal,
+        getattr(module, "is_causal", None),
+    ):
+        raise ValueError(f"attn_implementation={NAME!r}: is_causal={is_causal} contradicts the mask of this model")
     seen = _as_mask(attention_mask, query, key, bool(is_causal))
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(length is not None for length in lengths):
         seqlens_q, seqlens_k, longest = _given_documents(seen, query, key, *lengths)
     else:
+        if seen.holds is not None:
+            _require(seen.holds, REFUSED_TRACED)
         if position_ids is not None:
             seen = _positions_begin_again(seen, query, position_ids)
         seqlens_q, seqlens_k, longest = seen.documents, seen.documents, seen.longest
@@ -432,7 +441,7 @@ def _positions_begin_again(seen: Mask, query: torch.Tensor, position_ids: torch.
     """`seen` with the documents that positions tell, which transformers looks for only where there is no cache."""
     batch, seq_q = query.shape[0], query.shape[2]
     whole = seen.causal and seen.seqlens_k is None and seen.documents is None and seen.seqlen_k == seq_q > 1
-    if not whole or position_ids.dim() != 2:
+    if not whole or position_ids.dim() != 2 or position_ids.shape[1] != seq_q:
         return seen
     if torch.compiler.is_compiling():
         _require((position_ids.diff() > 0).all(), REFUSED_TRACED)

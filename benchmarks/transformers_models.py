@@ -152,9 +152,7 @@ def family(name: str, prewarm: bool = False) -> tuple[str, str]:
     calls = count_calls()
     config, cls, inputs, right = smallest_that_runs(name)
     if prewarm:
-        missing = prewarm_model(config, cls)
-        if missing:
-            return missing
+        prewarm_model(config, cls)
     try:
         model = build(cls, config, "aiter")
         ours = results_of(model, inputs)
@@ -211,7 +209,7 @@ def count_calls() -> list:
     return calls
 
 
-def prewarm_model(config, cls) -> tuple[str, str] | None:
+def prewarm_model(config, cls) -> None:
     """Builds what `aiter prewarm --model` does, in the cache that all families share, and forbids anything else."""
     import aiter.cli
 
@@ -226,15 +224,14 @@ def prewarm_model(config, cls) -> tuple[str, str] | None:
         code = aiter.cli.main(command)
     output.seek(0)
     text = output.read()
-    if code:
-        return "fails", f"prewarm: {text.strip().splitlines()[-1][:200]}"
     os.environ["AITER_NO_COMPILE"] = "1"
-    names = {kernel["name"].rsplit("-", 1)[0] for kernel in json.loads(text[text.index("{") :])["kernels"]}
-    restrict_to(names)
-    return None
+    if code:  # it says that there is nothing to build: then the model must not ask for anything
+        return restrict_to(set(), text.strip().splitlines()[-1])
+    kernels = json.loads(text[text.index("{") :])["kernels"]
+    restrict_to({kernel["name"].rsplit("-", 1)[0] for kernel in kernels})
 
 
-def restrict_to(names: set[str]) -> None:
+def restrict_to(names: set[str], why: str = "") -> None:
     """Kernels outside of `names` count as missing, though the shared cache has them from another family."""
     from aiter import jit
     from aiter.errors import CompilationDisabledError
@@ -244,7 +241,7 @@ def restrict_to(names: set[str]) -> None:
 
     def get_kernel(spec: Spec):
         if spec.name not in names:
-            raise CompilationDisabledError(f"{spec.name} was not prewarmed; there are {', '.join(sorted(names))}")
+            raise CompilationDisabledError(f"{spec.name} was not prewarmed; {why or ', '.join(sorted(names))}")
         return get(spec)
 
     jit.get_kernel = get_kernel

@@ -5,7 +5,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 
-import aiter.transformers  # noqa: E402, F401
+import aiter.transformers  # noqa: E402
 
 
 def llama(implementation, **changes):
@@ -91,22 +91,297 @@ def test_bidirectional():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-def test_what_has_no_kernel_is_an_error():
-    model = llama("aiter", attention_dropout=0.1).train()
-    with pytest.raises(ValueError, match="dropout"):
-        model(torch.randint(1, 97, (1, 8)))
-    mistral = transformers.MistralForCausalLM(
-        transformers.MistralConfig(
+def run(model, **inputs):
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def both(make, call):
+    """What `call` gives for a model on aiter and for the same one with eager attention."""
+    return [call(make(name)) for name in ("aiter", "eager")]
+
+
+def same(ours, eager):
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def bart(implementation):
+    config = transformers.BartConfig(
+        vocab_size=97,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        max_position_embeddings=64,
+        init_std=0.3,
+        attn_implementation=implementation,
+    )
+    torch.manual_seed(3)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("padding_side", ("none", "left", "right"))
+@pytest.mark.parametrize("length", (1, 6, 12, 15))
+def test_cross_attention(padding_side, length):
+    tokens, mask = batch(padding_side)
+    decoder = torch.randint(1, 97, (3, length))
+    mask = None if padding_side == "none" else mask
+    same(*both(bart, lambda m: run(m, input_ids=tokens, attention_mask=mask, decoder_input_ids=decoder).logits))
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+def test_cross_attention_in_generation(cache):
+    tokens, mask = batch("right")
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=1, cache_implementation=cache)
+    ours, eager = both(bart, lambda m: m.generate(tokens, attention_mask=mask, **options))
+    assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("padding_side", ("none", "left", "right"))
+def test_several_tokens_on_a_cache(padding_side):
+    """A prompt in pieces, as prefix caching, chunks and assisted generation give it."""
+    tokens, mask = batch(padding_side)
+
+    def pieces(model):
+        cache, logits = transformers.DynamicCache(config=model.config), []
+        for begin, end in ((0, 5), (5, 6), (6, 9), (9, 12)):
+            seen = mask[:, :end]
+            logits.append(run(model, input_ids=tokens[:, begin:end], attention_mask=seen, past_key_values=cache).logits)
+        return torch.cat(logits, 1)[mask.bool()]
+
+    same(*both(llama, pieces))
+
+
+def mistral(implementation, window=8):
+    torch.manual_seed(3)
+    config = transformers.MistralConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=window,
+        attn_implementation=implementation,
+    )
+    return transformers.MistralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+def test_a_window_that_hides_nothing_is_none(cache):
+    """One token on a sliding cache sees all that the cache holds, long after the window is full."""
+    tokens = torch.randint(1, 97, (2, 6))
+    options = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, cache_implementation=cache)
+    ours, eager = both(mistral, lambda m: m.generate(tokens, **options))
+    assert torch.equal(ours, eager)
+
+
+def test_a_model_may_be_told_not_to_be_causal():
+    tokens, mask = batch("right")
+    for given in (None, mask):
+        ours, eager = both(
+            lambda name: llama(name, is_causal=False),
+            lambda m, given=given: run(m, input_ids=tokens, attention_mask=given).logits[mask.bool()],
+        )
+        same(ours, eager)
+    with pytest.raises(ValueError, match="is_causal=False contradicts"):
+        run(llama("aiter"), input_ids=tokens, is_causal=False)
+
+
+DOCUMENTS = (5, 7, 1, 4)
+
+
+def packed(**options):
+    documents = [torch.randint(1, 97, (length,)).tolist() for length in DOCUMENTS]
+    inputs = transformers.DataCollatorWithFlattening(**options)([{"input_ids": d} for d in documents])
+    del inputs["labels"]
+    alone = torch.cat([run(llama("eager"), input_ids=torch.tensor([d])).logits[0] for d in documents])
+    return inputs, alone
+
+
+@pytest.mark.parametrize("use_cache", (True, False))
+@pytest.mark.parametrize("told", ("cu_seq_lens", "position_ids"))
+def test_packed_documents_do_not_see_each_other(told, use_cache):
+    inputs, alone = packed(return_flash_attn_kwargs=told == "cu_seq_lens")
+    same(run(llama("aiter"), **inputs, use_cache=use_cache).logits[0], alone)
+
+
+def test_packed_documents_compiled():
+    inputs, alone = packed(return_flash_attn_kwargs=True)
+    model = torch.compile(llama("aiter"), backend="eager", fullgraph=True)
+    same(run(model, **inputs, use_cache=False).logits[0], alone)
+    inputs, _ = packed()
+    with pytest.raises(RuntimeError, match="a row one document"):
+        run(model, **inputs, use_cache=False)
+
+
+def test_chunks_are_documents():
+    def llama4(implementation):
+        torch.manual_seed(3)
+        config = transformers.Llama4TextConfig(
             vocab_size=97,
             hidden_size=64,
             intermediate_size=96,
-            num_hidden_layers=1,
+            intermediate_size_mlp=96,
+            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=16,
-            sliding_window=4,
-            attn_implementation="aiter",
+            num_local_experts=2,
+            attention_chunk_size=4,
+            no_rope_layers=[1, 0],
+            attn_implementation=implementation,
         )
-    )
+        return transformers.Llama4ForCausalLM(config).eval()
+
+    tokens = torch.randint(1, 97, (2, 11))
+    same(*both(llama4, lambda m: run(m, input_ids=tokens).logits))
+
+
+@pytest.mark.parametrize("make", (llama, bart))
+def test_compiled_and_exported(make):
+    tokens, padding = batch("left")
+    decoder = {"decoder_input_ids": tokens[:, :5]} if make is bart else {}
+    valid = torch.ones(3, 5, dtype=torch.bool) if decoder else padding.bool()
+    for mask in (None, padding):
+        inputs = dict(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
+        seen = valid if mask is not None else slice(None)
+        right = run(make("eager"), **inputs).logits[seen]
+        compiled = torch.compile(make("aiter"), backend="eager", fullgraph=True)
+        same(run(compiled, **inputs).logits[seen], right)
+        exported = torch.export.export(make("aiter"), (), inputs).module()
+        same(run(exported, **inputs).logits[seen], right)
+
+
+@pytest.mark.parametrize("padding_side", ("none", "left"))
+def test_compiled_with_a_static_cache(padding_side):
+    """As `generate` compiles a step on GPUs: one graph, masks made ahead of it or inside it."""
+    tokens, mask = batch(padding_side)
+    mask = None if padding_side == "none" else mask
+
+    def steps(model, step):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        logits = []
+        for begin, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+            seen = None if mask is None else mask[:, :end]
+            call = step if end - begin == 1 else model
+            logits.append(run(call, input_ids=tokens[:, begin:end], attention_mask=seen, past_key_values=cache).logits)
+        valid = slice(None) if mask is None else mask[:, 9:].bool()
+        return torch.cat(logits[1:], 1)[valid]
+
+    ours, eager = llama("aiter"), llama("eager")
+    same(steps(ours, torch.compile(ours, backend="eager", fullgraph=True)), steps(eager, eager))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, is_causal):
+        super().__init__()
+        self.is_causal = is_causal
+
+
+def call(mask=None, is_causal=True, head_dim=16, value_dim=16, tokens=6, **options):
+    torch.manual_seed(1)
+    query, key, value = (torch.randn(2, 4, tokens, dim) for dim in (head_dim, head_dim, value_dim))
+    output, weights = aiter.transformers.attention(Layer(is_causal), query, key, value, mask, **options)
+    assert weights is None
+    return output, (query, key, value)
+
+
+TRIANGLE = torch.ones(6, 6, dtype=torch.bool).tril()
+PADDING = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+BLOCKS = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).bool()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    (
+        PADDING[:, None, None],
+        PADDING[:, None, None].expand(2, 1, 6, 6),
+        (PADDING[:, None] & TRIANGLE)[:, None],
+        BLOCKS[None, None].expand(2, 1, 6, 6),
+        (BLOCKS & TRIANGLE)[None, None].expand(2, 1, 6, 6),
+    ),
+)
+@pytest.mark.parametrize("additive", (False, True))
+def test_masks_that_a_model_makes_itself(mask, additive):
+    given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    output, tensors = call(given)
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=mask).transpose(1, 2)
+    seen = torch.ones(2, 6, dtype=torch.bool) if mask.shape[2] == 1 else mask.any(3)[:, 0] & PADDING
+    same(output[seen], expected[seen])
+
+
+@pytest.mark.parametrize("head_dim, value_dim", ((24, 16), (16, 24), (12, 12), (15, 7)))
+@pytest.mark.parametrize("mask", (None, PADDING))
+def test_dims_are_padded(head_dim, value_dim, mask):
+    output, tensors = call(mask, is_causal=False, head_dim=head_dim, value_dim=value_dim)
+    given = None if mask is None else mask[:, None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=given)
+    same(output, expected.transpose(1, 2))
+
+
+HALF = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+HALF[:, :, 2, 4] = False
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    (
+        (dict(dropout=0.1), "dropout"),
+        (dict(softcap=30.0), "softcap"),
+        (dict(s_aux=torch.zeros(4)), "s_aux"),
+        (dict(position_bias=torch.zeros(1, 4, 6, 6)), "position_bias"),
+        (dict(sliding_window=5), "sliding_window"),
+        (dict(output_attentions=True), "output_attentions"),
+        (dict(something_new=1), "something_new"),
+        (dict(max_length_q=6), "give all four"),
+        (dict(mask=HALF), "another mask"),
+        (dict(mask=0.5 * HALF), "another mask"),
+        (dict(mask=PADDING[:, :5]), "which keys are tokens"),
+        (dict(mask=aiter.transformers.padding_mask(2, 6, 7, 1)), r"made for \(batch, keys\) \(2, 7\)"),
+    ),
+)
+def test_what_has_no_form_is_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        call(**options)
+
+
+def test_what_says_nothing_is_taken():
+    expected, _ = call()
+    options = dict(sliding_window=6, softcap=None, output_attentions=False, use_cache=True, position_ids=None)
+    assert torch.equal(call(**options)[0], expected)
+
+
+@pytest.mark.parametrize("length, refused", ((8, False), (9, True)))
+def test_a_window_that_hides_keys_is_refused(length, refused):
+    tokens = torch.randint(1, 97, (1, length))
+    if not refused:
+        return same(*both(mistral, lambda m: run(m, input_ids=tokens).logits))
     with pytest.raises(ValueError, match="another mask"):
-        mistral(torch.randint(1, 97, (1, 12)))
+        run(mistral("aiter"), input_ids=tokens)
+
+
+def test_a_model_with_attention_of_its_own_is_refused():
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=64, n_layer=1, n_head=4, attn_implementation="aiter")
+    model = transformers.BloomForCausalLM(config)
+    for mask in (None, torch.tensor([[1] * 8, [0] * 3 + [1] * 5])):
+        with pytest.raises(ValueError, match="computes attention itself"):
+            model(torch.randint(1, 97, (2, 8)), attention_mask=mask)
+
+
+def test_a_mask_is_no_tensor():
+    mask = aiter.transformers.padding_mask(1, 4, 4)
+    uses = (lambda: torch.zeros(4, 4) + mask, lambda: mask[:, None], lambda: mask.size(), lambda: torch.where(mask))
+    for use in uses:
+        with pytest.raises(ValueError, match="computes attention itself"):
+            use()
+
+
+def test_dropout_in_training_is_refused():
+    model = llama("aiter", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match="dropout"):
+        model(torch.randint(1, 97, (1, 8)))

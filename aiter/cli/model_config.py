@@ -78,7 +78,8 @@ def read_model(path: Path) -> Model:
     dtypes: dict[str, None] = {}
     notes: list[str] = []
     parts = list(_parts(complete, ""))
-    alone = sum(bool(_head_dims(part)) for _, part in parts) == 1 and "CausalLM" in _architectures(config)
+    decoder = "CausalLM" in _architectures(config) and complete.get("is_decoder", True)
+    decoder = decoder and sum(bool(_head_dims(part)) for _, part in parts) == 1
     for name, part in parts:
         dtype = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
         if dtype in DTYPES:
@@ -93,8 +94,8 @@ def read_model(path: Path) -> Model:
             if padded > HEAD_DIM_MAX:
                 notes.append(f"{where}: head_dim {size} is not supported; up to {HEAD_DIM_MAX} is")
                 continue
-            bidirectional = BIDIRECTIONAL.search(f"{name} {part.get('model_type')}")
-            for causal in (True,) if alone else (False,) if bidirectional else (False, True):
+            sees_all = part.get("is_causal") is False or BIDIRECTIONAL.search(f"{name} {part.get('model_type')}")
+            for causal in (False,) if sees_all else (True,) if decoder else (False, True):
                 kernels[padded, causal] = None
     if not kernels:
         reason = "; ".join(notes) or "expected head_dim, or hidden_size and num_attention_heads"
