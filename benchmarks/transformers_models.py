@@ -1,6 +1,7 @@
 """Which model families of transformers run on aiter: tiny random models of all that can be built, against eager.
 
     python benchmarks/transformers_models.py [--families llama,bart] [--prewarm]
+    python benchmarks/transformers_models.py --prewarm --markdown table.md        (most of an hour on one core)
 
 For each model type a configuration is shrunk until a model of it is small, and the model runs twice with the
 same weights, eager and on aiter: without a mask, padded left and right, and, where it has a cache, continued by one
@@ -78,7 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", help="names of folders, separated by commas; by default all")
     parser.add_argument("--prewarm", action="store_true", help="prewarm first, and forbid compiling")
-    parser.add_argument("--markdown", help="write the table to this file")
+    parser.add_argument("--markdown", help="write the table of docs/transformers_families.md to this file")
     parser.add_argument("--json", help="write the results to this file")
     parser.add_argument("--part", default="0/1", help="the i-th of n parts of the families, as 1/2 (from 0)")
     parser.add_argument("--seconds", type=float, default=90, help="at most so long for a family")
@@ -106,9 +107,48 @@ def main() -> int:
     return 1 if {"wrong", "misses", "fails"} & set(states) else 0
 
 
+REASONS = (
+    ("position_bias", "a position bias"),
+    ("softcap", "a soft cap"),
+    ("s_aux", "attention sinks"),
+    ("sinks", "attention sinks"),
+    ("indices", "sparse attention: only some keys"),
+    ("computes attention itself", "attention of its own, with the mask as a tensor"),
+    ("KeyError", "a table of implementations of its own, without 'aiter'"),
+    ("gives no mask", "attention of its own in part, which goes by is_causal wrongly"),
+    ("another mask", "a mask that is neither causal, bidirectional, padding nor documents"),
+    ("which keys are tokens", "a mask that is neither causal, bidirectional, padding nor documents"),
+    ("head_dim", "a head_dim above 256"),
+)
+
+
 def markdown(results: dict) -> str:
-    lines = ["| family | on aiter | |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {state} | {text.replace('|', '/')} |" for name, (state, text) in results.items()]
+    """The table of docs/transformers_families.md."""
+    rows: dict[str, list[str]] = {}
+    for name, (state, text) in sorted(results.items()):
+        short = name
+        if state == "works":
+            row = "works"
+            if "padded" not in text:
+                short += "¹"
+            if "up to its window" in text:
+                short += "²"
+        elif state == "refused":
+            reason = next((words for key, words in REASONS if key in text), text.partition(": ")[2])
+            row = f"refused: {reason}"
+        elif state == "own":
+            row = "not asked: no attention, or its own"
+        elif state == "not built":
+            row = "not tried: this script cannot build it or make its inputs"
+        else:
+            row = f"{state}: {text}"
+        rows.setdefault(row, []).append(short)
+    order = ("works", "refused", "not asked", "not tried")
+    rank = {row: next((i for i, start in enumerate(order) if row.startswith(start)), -1) for row in rows}
+    lines = ["| | number | families |", "| --- | ---: | --- |"]
+    lines += [
+        f"| {row} | {len(rows[row])} | {', '.join(rows[row])} |" for row in sorted(rows, key=lambda r: (rank[r], r))
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,18 @@ def llama(implementation, **changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **changes})).eval()
 
 
+def small_llama(implementation):
+    return llama(implementation, num_hidden_layers=1)
+
+
+def compiled(model, inputs):
+    return torch.compile(model, backend="eager", fullgraph=True)
+
+
+def exported(model, inputs):
+    return torch.export.export(model, (), inputs).module()
+
+
 def batch(padding_side):
     tokens = torch.randint(1, 97, (3, 12))
     mask = torch.ones_like(tokens)
@@ -188,8 +200,7 @@ def test_a_model_may_be_told_not_to_be_causal():
             lambda m, given=given: run(m, input_ids=tokens, attention_mask=given).logits[mask.bool()],
         )
         same(ours, eager)
-    with pytest.raises(ValueError, match="is_causal=False contradicts"):
-        run(llama("aiter"), input_ids=tokens, is_causal=False)
+    same(*both(llama, lambda m: run(m, input_ids=tokens, is_causal=False).logits))
 
 
 DOCUMENTS = (5, 7, 1, 4)
@@ -199,7 +210,8 @@ def packed(**options):
     documents = [torch.randint(1, 97, (length,)).tolist() for length in DOCUMENTS]
     inputs = transformers.DataCollatorWithFlattening(**options)([{"input_ids": d} for d in documents])
     del inputs["labels"]
-    alone = torch.cat([run(llama("eager"), input_ids=torch.tensor([d])).logits[0] for d in documents])
+    model = small_llama("eager")
+    alone = torch.cat([run(model, input_ids=torch.tensor([document])).logits[0] for document in documents])
     return inputs, alone
 
 
@@ -207,12 +219,12 @@ def packed(**options):
 @pytest.mark.parametrize("told", ("cu_seq_lens", "position_ids"))
 def test_packed_documents_do_not_see_each_other(told, use_cache):
     inputs, alone = packed(return_flash_attn_kwargs=told == "cu_seq_lens")
-    same(run(llama("aiter"), **inputs, use_cache=use_cache).logits[0], alone)
+    same(run(small_llama("aiter"), **inputs, use_cache=use_cache).logits[0], alone)
 
 
 def test_packed_documents_compiled():
     inputs, alone = packed(return_flash_attn_kwargs=True)
-    model = torch.compile(llama("aiter"), backend="eager", fullgraph=True)
+    model = compiled(small_llama("aiter"), inputs)
     same(run(model, **inputs, use_cache=False).logits[0], alone)
     inputs, _ = packed()
     with pytest.raises(RuntimeError, match="a row one document"):
@@ -242,19 +254,23 @@ def test_chunks_are_documents():
     same(*both(llama4, lambda m: run(m, input_ids=tokens).logits))
 
 
-@pytest.mark.parametrize("make", (llama, bart))
-def test_compiled_and_exported(make):
-    tokens, padding = batch("left")
-    decoder = {"decoder_input_ids": tokens[:, :5]} if make is bart else {}
-    valid = torch.ones(3, 5, dtype=torch.bool) if decoder else padding.bool()
-    for mask in (None, padding):
-        inputs = dict(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
-        seen = valid if mask is not None else slice(None)
-        right = run(make("eager"), **inputs).logits[seen]
-        compiled = torch.compile(make("aiter"), backend="eager", fullgraph=True)
-        same(run(compiled, **inputs).logits[seen], right)
-        exported = torch.export.export(make("aiter"), (), inputs).module()
-        same(run(exported, **inputs).logits[seen], right)
+@pytest.mark.parametrize(
+    "make, through, padded",
+    (
+        (small_llama, compiled, False),
+        (small_llama, compiled, True),
+        (small_llama, exported, False),
+        (bart, exported, True),
+    ),
+)
+def test_compiled_and_exported(make, through, padded):
+    tokens, mask = batch("left")
+    inputs = dict(input_ids=tokens, attention_mask=mask if padded else None, use_cache=False)
+    if make is bart:
+        inputs["decoder_input_ids"] = tokens[:, :5]
+    seen = mask.bool() if padded and make is not bart else slice(None)
+    ours, eager = make("aiter"), make("eager")
+    same(run(through(ours, inputs), **inputs).logits[seen], run(eager, **inputs).logits[seen])
 
 
 @pytest.mark.parametrize("padding_side", ("none", "left"))
@@ -273,8 +289,8 @@ def test_compiled_with_a_static_cache(padding_side):
         valid = slice(None) if mask is None else mask[:, 9:].bool()
         return torch.cat(logits[1:], 1)[valid]
 
-    ours, eager = llama("aiter"), llama("eager")
-    same(steps(ours, torch.compile(ours, backend="eager", fullgraph=True)), steps(eager, eager))
+    ours, eager = small_llama("aiter"), small_llama("eager")
+    same(steps(ours, compiled(ours, {})), steps(eager, eager))
 
 
 class Layer(torch.nn.Module):
@@ -283,10 +299,10 @@ class Layer(torch.nn.Module):
         self.is_causal = is_causal
 
 
-def call(mask=None, is_causal=True, head_dim=16, value_dim=16, tokens=6, **options):
+def call(mask=None, head_dim=16, value_dim=16, **options):
     torch.manual_seed(1)
-    query, key, value = (torch.randn(2, 4, tokens, dim) for dim in (head_dim, head_dim, value_dim))
-    output, weights = aiter.transformers.attention(Layer(is_causal), query, key, value, mask, **options)
+    query, key, value = (torch.randn(2, 4, 6, dim) for dim in (head_dim, head_dim, value_dim))
+    output, weights = aiter.transformers.attention(Layer(True), query, key, value, mask, **options)
     assert weights is None
     return output, (query, key, value)
 
@@ -339,6 +355,7 @@ HALF[:, :, 2, 4] = False
         (dict(output_attentions=True), "output_attentions"),
         (dict(something_new=1), "something_new"),
         (dict(max_length_q=6), "give all four"),
+        (dict(mask=aiter.transformers.padding_mask(2, 6, 6), is_causal=False), "is_causal=False contradicts"),
         (dict(mask=HALF), "another mask"),
         (dict(mask=0.5 * HALF), "another mask"),
         (dict(mask=PADDING[:, :5]), "which keys are tokens"),

@@ -95,7 +95,7 @@ def _add_prewarm(commands) -> None:
     add("--head-dims", metavar="LIST", help="default: 64,128")
     add("--causal", choices=("yes", "no", "both"), help="default: both")
     add("--backward", action="store_true", help="the kernels of the backward pass too")
-    add("--model", metavar="FILE", help="a Hugging Face config.json: takes head_dim and dtype from it")
+    add("--model", metavar="FILE", help="a Hugging Face config.json: head_dims, causal and dtypes of all parts of it")
     add("--replay", metavar="FILE", help="exactly the kernels that a program has written there (AITER_RECORD=FILE)")
     add("--jobs", metavar="N", type=_positive, help="compilers at a time; default: what CPUs and memory are enough for")
     add("--cache-dir", metavar="DIR", help="the cache to fill; default: AITER_CACHE_DIR or the user's")

@@ -27,20 +27,9 @@ HEAD_DIM = re.compile(
 HEADS = re.compile(
     r"(?!.*(kv|key|value|expert|group|linear|mamba|ssm|index|guided))([a-z0-9]+_)*(heads?|heads_per_stage)"
 )
-WIDTHS = (
-    "hidden_size",
-    "d_model",
-    "n_embd",
-    "embed_dim",
-    "hidden_dim",
-    "dim",
-    "emb_dim",
-    "width",
-    "embed_dims",
-    "hidden_sizes",
-)
-# Parts that are no text see all of their tokens at once.
-BIDIRECTIONAL = re.compile(r"vision|vit|image|visual|audio|speech_encoder|acoustic|video")
+WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "width", "embed_dims", "hidden_sizes")
+# Parts that see all of their tokens at once; of others (text, sound) some do.
+BIDIRECTIONAL = re.compile(r"vision|visual|siglip|(^|_)vit($|_)")
 
 # What no kernel has a form of yet, where every layer of the model has it: (key of the configuration, what it is).
 WITHOUT_KERNEL = (
