@@ -249,7 +249,8 @@ def attention(
     (batch, seq_k) or bool (batch, 1, 1, seq_k). Returns (batch, seq_q, heads_q, value_dim) and no weights.
 
     Documents packed in a row: cu_seq_lens_q and cu_seq_lens_k (documents + 1,), max_length_q and max_length_k; or
-    position_ids (batch, seq_q) that begin again, where there is no cache yet.
+    position_ids (batch, seq_q) that begin again, where there is no cache yet. is_causal, or the module's, is for a call
+    whose mask does not say: models set it by whether they have one.
     """
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -258,11 +259,6 @@ def attention(
                 f"attn_implementation={NAME!r}: {type(module).__name__} gives no mask, and its model is not made for "
                 f"attention that goes by is_causal instead: {USE_OTHERS}"
             )
-    elif isinstance(attention_mask, Mask) and is_causal not in (
-        attention_mask.causal,
-        getattr(module, "is_causal", None),
-    ):
-        raise ValueError(f"attn_implementation={NAME!r}: is_causal={is_causal} contradicts the mask of this model")
     seen = _as_mask(attention_mask, query, key, bool(is_causal))
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(length is not None for length in lengths):

@@ -27,7 +27,10 @@ HEAD_DIM = re.compile(
 HEADS = re.compile(
     r"(?!.*(kv|key|value|expert|group|linear|mamba|ssm|index|guided))([a-z0-9]+_)*(heads?|heads_per_stage)"
 )
-WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "width", "embed_dims", "hidden_sizes")
+WIDTHS = (
+    *("true_hidden_size", "intra_bottleneck_size"),  # MobileBERT's layers are narrower than its hidden_size
+    *("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "emb_dim", "width", "embed_dims", "hidden_sizes"),
+)
 # Parts that see all of their tokens at once; of others (text, sound) some do.
 BIDIRECTIONAL = re.compile(r"vision|visual|siglip|(^|_)vit($|_)")
 
