@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from aiter import checks
-from aiter.operations import flash_attn_func
+from aiter.operations import flash_attn_func, variable_length_attention
 
 NAME = "aiter"
 USE_OTHERS = "use attn_implementation='sdpa' or 'eager'"
@@ -321,18 +321,21 @@ def _attend(
     """The operation for rows that are full (4-D), hold some tokens (4-D and lengths), or are packed (3-D)."""
     if seqlens_q is None and seqlens_k is None:
         return flash_attn_func(query, key, value, causal, scale)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    checks.same_kind(query=query, key=key, value=value)
-    checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
-    checks.same_shape("value", value, "key", key)
-    checks.heads(query.shape[-2], key.shape[-2])
-    if query.dim() == 4:
-        checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
-    scale = checks.softmax_scale(scale, query.shape[-1])
-    output, _ = torch.ops.aiter.attention(query, key, value, seqlens_q, seqlens_k, None, causal, scale, max_seqlen)
-    return output
+    packed = query.dim() == 3
+    longest_q = max_seqlen if packed else query.shape[1]
+    if seqlens_q is None:
+        seqlens_q = torch.full((query.shape[0],), longest_q, dtype=torch.int32, device=query.device)
+    return variable_length_attention(
+        query,
+        key,
+        value,
+        seqlens_q,
+        longest_q,
+        causal,
+        seqlens_k=seqlens_k,
+        max_seqlen_k=max_seqlen if packed else None,
+        softmax_scale=scale,
+    )
 
 
 def _as_mask(given: Mask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool) -> Mask:
@@ -425,11 +428,9 @@ def _given_documents(
         raise ValueError(f"attn_implementation={NAME!r} takes cu_seq_lens_q without padding and without earlier tokens")
     longest = max(int(max_length_q), int(max_length_k))
     lengths = []
-    for name, ends, tensor in (("cu_seq_lens_q", cu_seq_lens_q, query), ("cu_seq_lens_k", cu_seq_lens_k, key)):
+    for name, ends in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
         checks.indices(name, ends, (None,), "int32 (documents + 1,)", query)
-        length = ends.diff().to(torch.int32)
-        checks.lengths_in_range(f"{name}.diff()", length, longest, "max_length", tensor.shape[0] * tensor.shape[2])
-        lengths.append(length)
+        lengths.append(ends.diff().to(torch.int32))
     return *lengths, longest
 
 
