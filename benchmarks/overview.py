@@ -40,7 +40,9 @@ ROWS = (
 
 def ratios() -> dict[str, list[float | None]]:
     """For each row, how many times PyTorch's speed ours is, by column; None where there is no such figure."""
-    on_cpus = [{case["name"]: case for case in _read(name)["cases"] if case["dtype"] == "bf16"} for name in CPUS.values()]
+    on_cpus = [
+        {case["name"]: case for case in _read(name)["cases"] if case["dtype"] == "bf16"} for name in CPUS.values()
+    ]
     on_gpu = {case["case"]: case for case in _read("h100")["results"]}
     table: dict[str, list[float | None]] = {}
     for name, cpu_case, gpu_cases in ROWS:
@@ -89,7 +91,9 @@ def plot(path: str) -> None:
         offset = 0.13 if on_gpu else -0.13
         points = [(row[column], i + offset) for i, row in enumerate(table.values()) if row[column] is not None]
         edge = "#76b900" if on_gpu else color
-        axes.scatter(*zip(*points, strict=True), marker=marker, s=52, color=color, edgecolors=edge, label=name, zorder=3)
+        axes.scatter(
+            *zip(*points, strict=True), marker=marker, s=52, color=color, edgecolors=edge, label=name, zorder=3
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.6, 160)
     axes.xaxis.set_major_formatter("{x:g}")

@@ -1,4 +1,6 @@
-"""Executes gfx90a, gfx942 and gfx950 machine code on a CPU, behind a stand-in for the HIP runtime. See README.md.
+"""Executes gfx90a, gfx942 and gfx950 machine code on a CPU, behind a stand-in for the HIP runtime.
+
+README.md says how; in short:
 
     with emulator.session("gfx942") as gpu:
         gpu.allow(query)                     # what the kernel may read,
