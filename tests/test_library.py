@@ -19,8 +19,9 @@ CALLS = {
     "lse": lambda q, k, v: aiter.flash_attn_func(q, k, v, return_lse=True),
     "grouped": lambda q, k, v: aiter.grouped_query_attention(q, k, v, num_groups=2),
     "multi query": lambda q, k, v: aiter.multi_query_attention(q, k[:, :, :1], v[:, :, :1]),
+    # Lengths are made in the call: PyTorch 2.5 exports no global tensor.
     "variable length": lambda q, k, v: aiter.variable_length_attention(
-        q, k, v, torch.tensor([33, 5], dtype=torch.int32), 33  # made here: PyTorch 2.5 exports no global tensor
+        q, k, v, torch.tensor([33, 5], dtype=torch.int32), 33
     ),
     "paged": lambda q, k, v: aiter.flash_attn_with_kvcache(
         q, k.detach().transpose(1, 2).contiguous(), torch.tensor([[0], [1]], dtype=torch.int32), 33

@@ -193,9 +193,7 @@ def test_what_a_killed_process_left_among_the_temporary_files_is_cleared(spec, t
     assert list(temporary.iterdir()) == [young]
 
 
-def test_noexec_folders_are_passed_over_and_named(
-    spec, entry, private, mount, tmp_path, monkeypatch, caplog, capsys
-):
+def test_noexec_folders_are_passed_over_and_named(spec, entry, private, mount, tmp_path, monkeypatch, caplog, capsys):
     noexec = mount("tmpfs", "noexec,mode=0755", "noexec")
     shutil.copytree(entry.folder.parent, noexec / "layer")
     monkeypatch.setenv("AITER_PREBUILT_DIRS", str(noexec / "layer"))
