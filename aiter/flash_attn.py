@@ -102,7 +102,8 @@ def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *arguments: Any,
 def flash_attn_qkvpacked_func(qkv: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
     """`flash_attn_func` with all three in one tensor (batch, seq, 3, heads, head_dim)."""
     checks.tensor("qkv", qkv, 5, "(batch, seq, 3, heads, head_dim)")
-    return flash_attn_func(*_unpacked("qkv", qkv, 3), *arguments, **keywords)
+    q, k, v = _unpacked("qkv", qkv, 3)
+    return flash_attn_func(q, k, v, *arguments, **keywords)
 
 
 def flash_attn_varlen_func(

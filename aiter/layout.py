@@ -7,7 +7,7 @@ page table, (pages, heads_kv, page_size, head_dim). The last dimension of value,
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -127,7 +127,7 @@ def sizes_of(
     return _new(Sizes, (*sizes, table_stride))
 
 
-def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices) -> None:
+def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices) -> NoReturn:
     """Raises for a call that `sizes_of` refuses; says which rule it breaks."""
     packed_q, paged = query.dim() == 3, indices.page_table is not None
     checks.tensor("query", query, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")

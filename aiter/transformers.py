@@ -260,6 +260,8 @@ def attention(
                 f"attention that goes by is_causal instead: {USE_OTHERS}"
             )
     seen = _as_mask(attention_mask, query, key, bool(is_causal))
+    seqlens_q: torch.Tensor | None
+    seqlens_k: torch.Tensor | None
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     if any(length is not None for length in lengths):
         seqlens_q, seqlens_k, longest = _given_documents(seen, query, key, *lengths)
@@ -407,7 +409,7 @@ def _may_rely_on_is_causal(module: type) -> bool:
     sees to it that is_causal is right. A layer without a model beside it is somebody's own, and taken at its word."""
     names = vars(sys.modules.get(module.__module__, object)).values()
     models = [name for name in names if isinstance(name, type) and issubclass(name, PreTrainedModel)]
-    own = [model for model in models if model.__module__ == module.__module__]
+    own: list[type[PreTrainedModel]] = [model for model in models if model.__module__ == module.__module__]
     return not own or any(model._supports_sdpa or model._supports_attention_backend for model in own)
 
 
@@ -421,8 +423,7 @@ def _given_documents(
     max_length_k: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """The lengths (documents,) of packed queries and keys, and a bound for both, from what a collator says of them."""
-    given = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-    if any(length is None for length in given):
+    if cu_seq_lens_q is None or cu_seq_lens_k is None or max_length_q is None or max_length_k is None:
         raise ValueError("cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k belong together: give all four")
     if seen.seqlens_k is not None or query.shape[2] != key.shape[2]:
         raise ValueError(f"attn_implementation={NAME!r} takes cu_seq_lens_q without padding and without earlier tokens")
@@ -431,7 +432,7 @@ def _given_documents(
     for name, ends in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
         checks.indices(name, ends, (None,), "int32 (documents + 1,)", query)
         lengths.append(ends.diff().to(torch.int32))
-    return *lengths, longest
+    return lengths[0], lengths[1], longest
 
 
 def _positions_begin_again(seen: Mask, query: torch.Tensor, position_ids: torch.Tensor) -> Mask:

@@ -165,7 +165,7 @@ def _summary(outcomes: list[Outcome], seconds: float, folder: Path) -> str:
         mine = [outcome for outcome in outcomes if outcome.spec.arch == name]
         count = {state: sum(o.state == state for o in mine) for state in STATES}
         compiling = sum(o.seconds for o in mine if o.state == BUILT)
-        numbers = (*(count[state] for state in STATES), f"{compiling:.1f} s", size(sum(o.bytes for o in mine)))
+        numbers = (*(str(count[state]) for state in STATES), f"{compiling:.1f} s", size(sum(o.bytes for o in mine)))
         rows.append((name, *numbers))
     head = ("arch", *STATES.values(), "compiling", "size")
     return f"{table(head, rows)}\n\n{count_kernels(len(outcomes))} in {seconds:.1f} s; cache: {folder}"

@@ -43,7 +43,7 @@ class CpuArch:
 
 def _cpu_archs() -> dict[str, CpuArch]:
     """From the least able to the most able; each needs all that the one before it needs."""
-    steps = (
+    steps: tuple[tuple[str, str, list[str]], ...] = (
         ("x86-64", "", ["-march=x86-64"]),
         ("x86-64-v2", "cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3", ["-march=x86-64-v2"]),
         ("x86-64-v3", "abm avx avx2 bmi1 bmi2 f16c fma movbe xsave", ["-march=x86-64-v3"]),
@@ -58,7 +58,7 @@ def _cpu_archs() -> dict[str, CpuArch]:
         ("+amxfp16", "amx_fp16", []),
     )
     archs: dict[str, CpuArch] = {}
-    name, needed, features = "", frozenset(), ()
+    name, needed, features = "", frozenset[str](), tuple[str, ...]()
     for step, cpuinfo, flags in steps:
         name = name + step if step.startswith("+") else step
         needed = needed | set(cpuinfo.split())
@@ -86,7 +86,7 @@ def check(arch: str) -> str:
     """Returns `arch` if kernels can be built for it, on this machine or for another."""
     if is_nvidia(arch):
         match = re.fullmatch(r"sm_(\d{2,3})([af]?)", arch)
-        supported = bool(match) and int(match[1]) >= 80
+        supported = match is not None and int(match[1]) >= 80
     else:
         supported = arch in AMD_ARCHS or arch in CPU_ARCHS or arch == platform.machine()
     if supported:
