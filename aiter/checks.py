@@ -136,7 +136,7 @@ def flag(name: str, value: object) -> bool:
 def softmax_scale(value: object, size: int) -> float:
     """The scale to use: `value`, or 1/sqrt(head_dim) when it is None."""
     if value is None:
-        return size**-0.5
+        return (int(size) if torch.jit.is_tracing() else size) ** -0.5  # sizes are tensors while torch.jit traces
     if torch.compiler.is_compiling() and isinstance(value, float):
         return value  # perhaps a symbol, that no question may be asked of; the operator looks at its value
     if isinstance(value, bool) or not isinstance(value, Real):

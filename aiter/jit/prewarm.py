@@ -95,7 +95,7 @@ def _side_by_side(task: Callable[[Spec], Outcome], specs: list[Spec], threads: i
             yield from map(task, specs)
             return
         for _ in specs:
-            outcome = done.get()
+            outcome = _next(done)
             if isinstance(outcome, BaseException):
                 raise outcome
             yield outcome
@@ -107,6 +107,14 @@ def _side_by_side(task: Callable[[Spec], Outcome], specs: list[Spec], threads: i
             for thread in started:
                 thread.join()
         raise
+
+
+def _next(done: queue.SimpleQueue[Outcome | BaseException]) -> Outcome | BaseException:
+    """What comes next. Wakes up now and then: a signal may be delivered to another thread than this one, which would
+    then not hear of it before something comes."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return done.get(timeout=0.5)
 
 
 def _one(spec: Spec, cache: Cache, dry_run: bool) -> Outcome:
