@@ -31,7 +31,9 @@ constexpr int CUDA_ARCH = CUDA_ARCHS[0]; /* what this build is for, also in host
 
 #if defined(__HIP__)
 #define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(256))) char name[bytes]
+#define AITER_GRID_CONSTANT
 #else
+#define AITER_GRID_CONSTANT __grid_constant__ /* the parameter has an address in memory that all threads share */
 #define AITER_SHARED(name, bytes) extern __shared__ __align__(1024) char name[]
 #endif
 

@@ -1,65 +1,135 @@
-/* The loop over the tiles of keys on sm_90a, with wgmma: four waves (a warpgroup) multiply 64 query rows by a whole
- * tile at once, asynchronously, and the vector unit works meanwhile.
+/* The loop over the tiles of keys on sm_90a: wgmma, copies by the bulk copy engine, blocks that stay.
  *
- *   carriers       one warpgroup copies tiles (cp.async) into a ring of stages, as far ahead as there are stages, in
- *                  the order in which they are used: K(0), K(1), V(0), K(2), V(1), ... V(last)
- *   the others     have 64 query rows each and go through the tiles on their own, so that one's softmax falls into
- *                  another's products. In each step the scores of a tile and the product of the one before set off
- *                  together; as soon as the scores are there their softmax begins, while the product goes on:
+ *   block           one for each SM. It takes row tiles one after the other: in a fixed order, or, where they differ in
+ *                   work, by a counter in memory. While its last products are made and its output goes out, the first
+ *                   tiles of the next row tile arrive.
+ *   roles           two or three warpgroups multiply, 64 rows each; the last one copies:
+ *       wave 0      K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
+ *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps). Pages, and
+ *                   tensors of which there is no map, are copied by two waves, 16 bytes a lane (cp.async).
+ *       wave 3      Q, as soon as a warpgroup has made its last scores
+ *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
+ *                   the scores are there their softmax begins, while the product goes on. The warpgroups take turns in
+ *                   setting off (ping-pong), so that one's softmax falls into another's products:
  *
  *      matrix unit   Q K(0)^T | Q K(1)^T, P(0) V(0) | Q K(2)^T, P(1) V(1) | ...
  *      vector unit            | softmax of 0        | softmax of 1        | ...
  *
- *   registers       Q (A operand), S of one tile, P of the one before, O
- *   shared memory   the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes permuted as
- *                   wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when the carriers'
- *                   copies have arrived, `empty` when all other waves are done with it. */
+ *                   Tiles that all of its rows see whole come first, in a loop without masks; then those that the
+ *                   diagonal or the end cuts.
+ *   registers       S of one tile, P of the one before, O
+ *   shared memory   Q, and the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes
+ *                   permuted as wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when it has
+ *                   arrived, `empty` when all waves are done with it. */
 #ifndef AITER_GPU_ARCH_SM90_FORWARD_H
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
-#include "gpu/arch/sm90.h"
+#include "gpu/arch/sm90_tensor_map.h"
 #include "gpu/softmax.h"
 
 #if defined(AITER_WGMMA)
 namespace aiter {
 
-template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
-    /* Without the carriers. Up to 64 dimensions the softmax is half of the work: three warpgroups hide it better. */
-    static constexpr int WAVES = HEAD_DIM <= 64 ? 12 : 8, WAVE_ROWS = 16;
-    static constexpr int KEYS = HEAD_DIM <= 64 ? 64 : 128, STAGES = HEAD_DIM <= 64 ? 6 : 5, BLOCKS = 1;
-    static constexpr int CARRIERS = 128, THREADS = WAVES * WAVE + CARRIERS;
+/* Rows of a block are 64 for each warpgroup. The keys of a tile are limited by registers, S and P take 3/4 of one for
+ * each, and by shared memory. */
+template <int HEAD_DIM, bool CAUSAL, bool PAGED> struct WarpgroupShape {
+#if defined(AITER_X_KEYS)
+    static constexpr int WARPGROUPS = AITER_X_WARPGROUPS, KEYS = AITER_X_KEYS;
+    static constexpr bool PING_PONG = AITER_X_PING_PONG;
+#else
+    static constexpr int WARPGROUPS = HEAD_DIM <= 64 ? 3 : 2;
+    static constexpr int KEYS = HEAD_DIM <= 64                ? 128
+                                : HEAD_DIM <= 128             ? CAUSAL || PAGED ? 128 : 176
+                                : HEAD_DIM <= 192             ? 112
+                                                              : 80;
+    static constexpr bool PING_PONG = HEAD_DIM <= 128;
+#endif
+};
+
+template <int HEAD_DIM, class Sequence>
+struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED> {
+    using Shape = WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED>;
+    using Shape::WARPGROUPS, Shape::KEYS, Shape::PING_PONG;
+    static constexpr bool PAGED = Sequence::IS_PAGED;
+    static constexpr int WAVES = WARPGROUPS * 4, WAVE_ROWS = 16; /* without the waves that copy */
+    static constexpr int BLOCKS = 1, WARPGROUP = 128, THREADS = (WARPGROUPS + 1) * WARPGROUP;
     /* Registers of a thread. A block begins with as many for each, and no more than that can be dealt out anew. */
     static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int OWN_REGISTERS = WAVES == 12 ? 160 : 240, CARRIER_REGISTERS = WAVES == 12 ? 32 : 24;
-    static_assert(WAVES * WAVE * OWN_REGISTERS + CARRIERS * CARRIER_REGISTERS <= THREADS * REGISTERS, "or it hangs");
-    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16, LINES = round_up(HEAD_DIM, 64) / 64;
-    static constexpr int TILE_BYTES = LINES * KEYS * 128;
-    using Queries = Query<HEAD_DIM, 1>;
-    using Scores = Accumulator<1, KEYS>;
-    using Output = Accumulator<1, LINES * 64>;
-    using Softmax = OnlineSoftmax<2>;
-    static constexpr int QUERIES_AT = STAGES * TILE_BYTES, BARRIERS_AT = QUERIES_AT + WAVES * Queries::SHARED_BYTES;
-    static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 16;
+    static constexpr int OWN_REGISTERS = WARPGROUPS == 3 ? 160 : 232, COPY_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
+    static_assert(WAVES * WAVE * OWN_REGISTERS + WARPGROUP * COPY_REGISTERS <= THREADS * REGISTERS, "or it hangs");
 
-    static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
-        return shared + QUERIES_AT + wave() * Queries::SHARED_BYTES;
+    static constexpr int COLUMNS = round_up(HEAD_DIM, 16), STEPS = COLUMNS / 16, LINES = round_up(HEAD_DIM, 64) / 64;
+    static constexpr int TILE_BYTES = LINES * KEYS * 128, QUERY_BYTES = LINES * 64 * 128; /* of a warpgroup */
+    static constexpr int RING_AT = WARPGROUPS * QUERY_BYTES, MOST_BYTES = 227 * 1024 - 512;
+    static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
+    static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
+    static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16, TURNS_AT = QUERY_BARRIERS_AT + WARPGROUPS * 16;
+    static constexpr int SHARED_BYTES = TURNS_AT + 2 * 24;
+    static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
+
+    using Scores = Accumulator<1, KEYS>;
+    using Output = Accumulator<1, COLUMNS>;
+    using Softmax = OnlineSoftmax<2>;
+
+    /* The kernel's parameter. */
+    struct Launch : Arguments {
+        CUtensorMap key, value;
+        bool mapped;   /* there are maps */
+        int tiles;     /* row tiles in all */
+        uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
+    };
+
+    /* ---- host ---- */
+
+    static int64_t workspace_bytes(const aiter_attention_problem &) { return 16; }
+
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
+        const aiter_attention_problem &p = call.problem;
+        const aiter_attention_tensors &t = call.tensors;
+        if (tiles > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        Launch launch;
+        static_cast<Arguments &>(launch) = call;
+        launch.tiles = static_cast<int>(tiles);
+        const int64_t batch = p.packed_k ? 1 : p.batch, tokens = p.packed_k ? p.total_k : p.seqlen_k;
+        launch.mapped = !PAGED &&
+                        tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
+                        tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, HEAD_DIM,
+                                         KEYS);
+        int device = 0, blocks = 0;
+        hipError_t error = hipGetDevice(&device);
+        if (error == hipSuccess)
+            error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
+        if (error != hipSuccess) return error;
+        const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
+        launch.next = nullptr;
+        if (tiles > blocks && !equal) {
+            launch.next = static_cast<uint32_t *>(t.workspace);
+            error = cudaMemsetAsync(launch.next, 0, sizeof(uint32_t), static_cast<cudaStream_t>(stream));
+            if (error != hipSuccess) return error;
+        }
+        return aiter::launch(kernel, lesser<int64_t>(tiles, blocks), THREADS, SHARED_BYTES, stream, launch);
     }
+
+    /* x, which is the same in all lanes: or the assembler takes branches on it for divergent, and in those it would
+     * wait for each product. */
+    static __device__ __forceinline__ int same(int x) { return from_lane(x, 0); }
+
+    /* ---- ring of K and V ---- */
 
     struct Ring {
         SharedAddress shared;
         int stage = 0;
         uint32_t turn = 0; /* how often, modulo 2, the stages have been gone through */
 
-        __device__ __forceinline__ SharedAddress tile() const { return shared + stage * TILE_BYTES; }
+        __device__ __forceinline__ SharedAddress tile() const { return shared + RING_AT + stage * TILE_BYTES; }
         __device__ __forceinline__ SharedAddress full() const { return shared + BARRIERS_AT + stage * 16; }
-        __device__ __forceinline__ SharedAddress empty() const { return full() + 8; }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
         __device__ __forceinline__ void advance() {
             if (++stage == STAGES) stage = 0, turn ^= 1;
         }
-        /* The next tile to be used: its stage, which is to be released with empty(). */
+        /* The next tile to be used: its stage, which is to be released. */
         __device__ __forceinline__ Ring take() {
             mbarrier::wait(full(), turn);
-            wgmma::shared_is_written();
             const Ring taken = *this;
             advance();
             return taken;
@@ -67,47 +137,167 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
         __device__ __forceinline__ void release() const {
             if (lane() == 0) mbarrier::arrive(empty());
         }
+        /* The next stage to be filled. */
+        __device__ __forceinline__ void vacate() const { mbarrier::wait(empty(), turn ^ 1); /* at once in turn 0 */ }
     };
 
-    /* Copies a tile of keys or of values; zeros past the end of the sequence and past HEAD_DIM. */
+    /* ---- the order of row tiles ---- */
+
+    /* `full` and `empty` belong to two slots through which wave 0 of those that copy tells the others what is next. */
+    struct Turns {
+        const Launch &launch;
+        SharedAddress slots;
+        int tile = block(), slot = 0;
+        uint32_t turn = 0;
+
+        __device__ __forceinline__ Turns(const Launch &launch, SharedAddress shared)
+            : launch(launch), slots(shared + TURNS_AT) {}
+        __device__ __forceinline__ bool more() const { return tile < launch.tiles; }
+        __device__ __forceinline__ SharedAddress full() const { return slots + slot * 16; }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
+        __device__ __forceinline__ SharedAddress number() const { return slots + 32 + slot * 4; }
+        __device__ __forceinline__ void advance() { turn ^= slot, slot ^= 1; }
+        static __device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
+
+        __device__ __forceinline__ void follow() {
+            if (launch.next == nullptr) {
+                tile += blocks();
+            } else {
+                mbarrier::wait(full(), turn);
+                tile = same(shared_load<int>(number()));
+                wave_sync();
+                if (lane() == 0) mbarrier::arrive(empty());
+                advance();
+            }
+        }
+        /* Asked for early, as it takes long. */
+        __device__ __forceinline__ int ask() const {
+            int taken = 0;
+            if (launch.next != nullptr && lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
+            return taken;
+        }
+        __device__ __forceinline__ void lead(int taken) {
+            if (launch.next == nullptr) {
+                tile += blocks();
+            } else {
+                tile = blocks() + from_lane(taken, 0);
+                mbarrier::wait(empty(), turn ^ 1);
+                if (lane() == 0) {
+                    shared_store(number(), tile);
+                    mbarrier::arrive(full());
+                }
+                advance();
+            }
+        }
+    };
+
+    /* ---- copies ---- */
+
+    static constexpr int COPIERS = 64; /* threads, where there are no maps */
+
     template <bool VALUES>
-    static __device__ __forceinline__ void copy(const Sequence &sequence, Ring &ring, int first) {
-        mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
-        const auto tile = sequence.keys.tile(first);
+    static __device__ __forceinline__ void copy_by_map(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                       int first) {
+        ring.vacate();
+        if (lane() == 0) {
+            mbarrier::arrive_and_expect(ring.full(), TILE_BYTES);
+#pragma unroll
+            for (int line = 0; line < LINES; ++line)
+                tensor_map::copy(ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key, line * 64,
+                                 sequence.first_key + first, sequence.kv_head, sequence.kv_batch, ring.full());
+        }
+        wave_sync();
+        ring.advance();
+    }
+
+    /* Zeros past the end of the sequence and past HEAD_DIM. */
+    template <bool VALUES>
+    static __device__ __forceinline__ void copy_rows(const Sequence &sequence, Ring &ring, int first) {
+        ring.vacate();
         const int thread = thread_in_block() - WAVES * WAVE, row = thread / 8, chunk = thread % 8;
         const SharedAddress to = ring.tile() + RowLayout<64>::chunk(row, chunk);
-#pragma unroll 2 /* carriers have few registers */
-        for (int step = 0; step < KEYS; step += CARRIERS / 8) {
-            const auto place = tile.place(row, step);
-            const bool exists = first + row + step < sequence.keys.count;
+#pragma unroll 1
+        for (int part = 0; part < KEYS; part += 64) { /* Sequence knows tiles of 128 tokens at most */
+            const bool begins = first + part < sequence.keys.count;
+            const auto tile = sequence.keys.tile(begins ? first + part : 0);
+#pragma unroll 1
+            for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS / 8) {
+                const auto place = tile.place(row, step);
+                const bool exists = first + part + row + step < sequence.keys.count;
 #pragma unroll
-            for (int line = 0; line < LINES; ++line) {
-                const int byte = line * 128 + chunk * 16;
-                const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
-                copy_async(to + step * 128 + line * KEYS * 128,
-                           VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
+                for (int line = 0; line < LINES; ++line) {
+                    const int byte = line * 128 + chunk * 16;
+                    const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
+                    copy_async(to + (part + step) * 128 + line * KEYS * 128,
+                               VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
+                }
             }
         }
         mbarrier::arrive_after_copies(ring.full());
         ring.advance();
     }
 
-    static __device__ __forceinline__ void begin_scores(const Queries &queries, SharedAddress keys, Scores &s) {
+    template <bool VALUES>
+    static __device__ __forceinline__ void copy(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                int first) {
+        if (!PAGED && launch.mapped) copy_by_map<VALUES>(launch, sequence, ring, first);
+        else copy_rows<VALUES>(sequence, ring, first);
+    }
+
+    static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                      int keys_end) {
+        copy<false>(launch, sequence, ring, 0);
+#pragma unroll 1
+        for (int first = KEYS; first < keys_end; first += KEYS) {
+            copy<false>(launch, sequence, ring, first);
+            copy<true>(launch, sequence, ring, first - KEYS);
+        }
+        copy<true>(launch, sequence, ring, (keys_end - 1) / KEYS * KEYS);
+    }
+
+    /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */
+    static __device__ __forceinline__ void copy_queries(const Sequence &sequence, SharedAddress to, int first_row) {
+        const int chunk = lane() % 8;
+#pragma unroll 4
+        for (int row = lane() / 8; row < 64; row += 4) {
+            const bool exists = first_row + row < sequence.rows;
+            const char *from = reinterpret_cast<const char *>(
+                sequence.query + static_cast<int64_t>(exists ? first_row + row : 0) * sequence.query_stride);
 #pragma unroll
-        for (int n = 0; n < KEYS / 64; ++n)
+            for (int line = 0; line < LINES; ++line) {
+                const int byte = line * 128 + chunk * 16;
+                const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
+                copy_async(to + line * 64 * 128 + RowLayout<64>::chunk(row, chunk), from + byte, valid);
+            }
+        }
+    }
+
+    static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared, int warpgroup) {
+        return shared + warpgroup * QUERY_BYTES;
+    }
+    static __device__ __forceinline__ SharedAddress query_full(SharedAddress shared, int warpgroup) {
+        return shared + QUERY_BARRIERS_AT + warpgroup * 16;
+    }
+    static __device__ __forceinline__ SharedAddress query_empty(SharedAddress shared, int warpgroup) {
+        return query_full(shared, warpgroup) + mbarrier::BYTES;
+    }
+
+    /* ---- products ---- */
+
+    static __device__ __forceinline__ void begin_scores(SharedAddress queries, SharedAddress keys, Scores &s) {
+        const wgmma::Matrix a = wgmma::matrix(opaque(queries)), b = wgmma::matrix(keys);
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j)
-                wgmma::multiply(&s.tile[0][n * 8], queries.operand[0][j],
-                                wgmma::matrix(keys + (j / 4 * KEYS + n * 64) * 128 + j % 4 * 32), j > 0);
+        for (int j = 0; j < STEPS; ++j)
+            wgmma::Product<KEYS>::multiply(s.tile[0], a + (j / 4 * 64 * 128 + j % 4 * 32) / 16,
+                                           b + (j / 4 * KEYS * 128 + j % 4 * 32) / 16, j > 0);
         wgmma::end();
     }
     static __device__ __forceinline__ void begin_output(const uint32_t (&p)[KEYS / 16][4], SharedAddress values,
                                                         Output &o) {
+        const wgmma::Matrix b = wgmma::matrix(values, KEYS * 128);
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j)
-#pragma unroll
-            for (int n = 0; n < LINES; ++n)
-                wgmma::multiply_transposed(&o.tile[0][n * 8], p[j], wgmma::matrix(values + (n * KEYS + j * 16) * 128));
+            wgmma::Product<COLUMNS>::multiply_transposed(o.tile[0], p[j], b + j * 16 * 128 / 16);
         wgmma::end();
     }
     template <class Matrix> static __device__ __forceinline__ void changed(Matrix &m) {
@@ -126,90 +316,232 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
             }
     }
 
-    /* See TileLoop. */
-    template <class Finish>
-    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int block_row,
-                                                  bool negate, Softmax &softmax, Output &o, Finish finish) {
-        const int rows_end = lesser(block_row + WAVES * WAVE_ROWS, sequence.rows);
-        const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
+    /* One warpgroup's way through the tiles of a row tile. */
+    struct Warpgroup {
+        const Launch &launch;
+        SharedAddress shared;
+        int number = wave() / 4; /* of the warpgroup */
         Ring ring = {shared};
-        if (thread_in_block() == 0)
-            for (Ring r = ring; r.turn == 0; r.advance()) {
-                mbarrier::make(r.full(), CARRIERS);
-                mbarrier::make(r.empty(), WAVES);
+        uint32_t query_turn = 0;
+
+        __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
+            : launch(launch), shared(shared) {
+            if (PING_PONG && number == WARPGROUPS - 1) pass(FIRST_TURN, 2 * WARPGROUP); /* the first begins */
+        }
+
+        /* Named barriers: the warpgroup's own meeting, and its turn to set off. */
+        static constexpr int FIRST_MEETING = 1, FIRST_TURN = 4;
+        __device__ __forceinline__ void meet_all() const { meet(FIRST_MEETING + number, WARPGROUP); }
+        __device__ __forceinline__ void await_turn() const {
+            if (PING_PONG) meet(FIRST_TURN + number, 2 * WARPGROUP);
+        }
+        __device__ __forceinline__ void pass_turn() const {
+            if (PING_PONG) pass(FIRST_TURN + (number + 1 == WARPGROUPS ? 0 : number + 1), 2 * WARPGROUP);
+        }
+        /* Not by the bulk copy engine: what other threads have copied becomes visible to wgmma. */
+        __device__ __forceinline__ Ring take() {
+            const Ring taken = ring.take();
+            if (PAGED || !launch.mapped) wgmma::shared_is_written();
+            return taken;
+        }
+
+        __device__ __forceinline__ void await_queries(bool negate) {
+            mbarrier::wait(query_full(shared, number), query_turn);
+            query_turn ^= 1;
+            if (negate) { /* see Scale; rare */
+                const SharedAddress mine = query_memory(shared, number) + thread_in_block() % WARPGROUP * 4;
+#pragma unroll 1
+                for (int i = 0; i < QUERY_BYTES; i += WARPGROUP * 4)
+                    shared_store(mine + i, shared_load<uint32_t>(mine + i) ^ 0x80008000u);
             }
-        barrier();
-        if (wave() >= WAVES) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CARRIER_REGISTERS));
-            if (keys_end > 0) carry(sequence, ring, keys_end);
-        } else {
-            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
-            o.clear();
-            if (keys_end > 0) multiply(sequence, ring, block_row + wave() * WAVE_ROWS, keys_end, negate, softmax, o);
-            finish();
+            wgmma::shared_is_written();
+            if (negate) meet_all();
         }
-    }
 
-    static __device__ __forceinline__ void carry(const Sequence &sequence, Ring &ring, int keys_end) {
-        copy<false>(sequence, ring, 0);
+        /* Values past the end of the sequence become zeros: what the tensor holds there meets probabilities of 0. */
+        __device__ __forceinline__ void clear_past_end(SharedAddress values, int rows) const {
+            if (rows >= KEYS) return;
+            const SharedAddress mine = values + thread_in_block() % WARPGROUP * 16;
 #pragma unroll 1
-        for (int first = KEYS; first < keys_end; first += KEYS) {
-            copy<false>(sequence, ring, first);
-            copy<true>(sequence, ring, first - KEYS);
+            for (int i = rows * 128; i < KEYS * 128; i += WARPGROUP * 16)
+#pragma unroll
+                for (int line = 0; line < LINES; ++line)
+                    if (i + thread_in_block() % WARPGROUP * 16 < KEYS * 128)
+                        shared_store(mine + i + line * KEYS * 128, make_uint4(0, 0, 0, 0));
+            wgmma::shared_is_written();
+            meet_all();
         }
-        copy<true>(sequence, ring, (keys_end - 1) / KEYS * KEYS);
-        wait_for_copies();
-    }
 
-    /* All waves take part in every step, those too whose rows do not see the tile: a warpgroup multiplies as one, and
-     * in branches that the compiler takes for divergent it would wait for each product. */
-    static __device__ __forceinline__ void multiply(const Sequence &sequence, Ring &ring, int wave_row, int keys_end,
-                                                    bool negate, Softmax &softmax, Output &o) {
-        const int unmasked_keys = sequence.visible(wave_row);
-        Queries queries;
-        queries.load(
-            query_memory(ring.shared),
-            [&](int row) {
-                row += wave_row;
-                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
-            },
-            negate);
-        Scores s;
-        uint32_t p[KEYS / 16][4];
-        float shrink[2];
-        const auto probabilities = [&](int first) {
-            changed(s);
-            if (first + KEYS > unmasked_keys) mask(s, sequence, wave_row, first);
-            return softmax.advance(s, shrink);
-        };
+        /* Tiles up to keys_end, of which the rows see those up to unmasked_keys whole. All warpgroups of a block go
+         * through all of its tiles. */
+        __device__ __forceinline__ void attend(const Sequence &sequence, int wave_row, int unmasked_keys, int keys_end,
+                                               bool negate, Softmax &softmax, Output &o) {
+            Scores s;
+            uint32_t p[KEYS / 16][4];
+            float shrink[2];
+            const int wave_unmasked_keys = same(sequence.visible(wave_row));
+            const SharedAddress queries = query_memory(shared, number);
+            const auto hide = [&](int first) {
+                if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
+            };
 
-        const Ring first_keys = ring.take();
-        wgmma::begin();
-        begin_scores(queries, first_keys.tile(), s);
-        wgmma::wait<0>();
-        first_keys.release();
-        probabilities(0);
-        round(s, p);
-#pragma unroll 1
-        for (int first = KEYS; first < keys_end; first += KEYS) {
-            const Ring keys = ring.take(), values = ring.take();
+            await_queries(negate);
+            const Ring first_keys = take();
+            await_turn();
             wgmma::begin();
-            begin_scores(queries, keys.tile(), s);
+            begin_scores(queries, first_keys.tile(), s);
+            pass_turn();
+            wgmma::wait<0>();
+            first_keys.release();
+            changed(s);
+            hide(0);
+            softmax.advance(s, shrink);
+            round(s, p);
+            const auto step = [&](int first, bool masked) __attribute__((always_inline)) {
+                const Ring keys = take();
+                await_turn();
+                wgmma::begin();
+                begin_scores(queries, keys.tile(), s);
+                const Ring values = take();
+                wgmma::begin();
+                begin_output(p, values.tile(), o);
+                pass_turn();
+                wgmma::wait<1>();
+                keys.release();
+                changed(s);
+                if (masked) hide(first);
+                const bool grown = softmax.advance(s, shrink);
+                wgmma::wait<0>();
+                values.release();
+                changed(o);
+                if (grown) softmax.rescale(o, shrink);
+                round(s, p);
+            };
+            int first = KEYS;
+#pragma unroll 1
+            for (; first + KEYS <= unmasked_keys; first += KEYS) step(first, false);
+#pragma unroll 1
+            for (; first < keys_end; first += KEYS) step(first, true);
+            if (lane() == 0) mbarrier::arrive(query_empty(shared, number));
+            const Ring values = take();
+            clear_past_end(values.tile(), sequence.keys.count - (first - KEYS));
+            wgmma::begin();
             begin_output(p, values.tile(), o);
-            wgmma::wait<1>();
-            keys.release();
-            const bool grown = probabilities(first);
             wgmma::wait<0>();
             values.release();
             changed(o);
-            if (grown) softmax.rescale(o, shrink);
-            round(s, p);
         }
-        const Ring last_values = ring.take();
-        wgmma::begin();
-        begin_output(p, last_values.tile(), o);
-        wgmma::wait<0>();
-        changed(o);
+    };
+
+    /* ---- the block ---- */
+
+    /* See TileLoop. */
+    template <class RowTile, class Finish>
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, Finish finish) {
+        if (thread_in_block() == 0) {
+            const int copiers = !PAGED && launch.mapped ? 1 : COPIERS;
+            for (Ring r = {shared}; r.turn == 0; r.advance()) {
+                mbarrier::make(r.full(), copiers);
+                mbarrier::make(r.empty(), WAVES);
+            }
+            for (int i = 0; i < WARPGROUPS; ++i) {
+                mbarrier::make(query_full(shared, i), WAVE);
+                mbarrier::make(query_empty(shared, i), 4);
+            }
+            for (int i = 0; i < 2; ++i) {
+                mbarrier::make(shared + TURNS_AT + i * 16, 1);
+                /* wave 3, and where it copies wave 1, of those that copy, and the others */
+                mbarrier::make(shared + TURNS_AT + i * 16 + mbarrier::BYTES, WAVES + (copiers == 1 ? 1 : 2));
+            }
+            mbarrier::made();
+        }
+        barrier();
+        Turns turns(launch, shared);
+        if (wave() >= WAVES) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+            const int role = wave() - WAVES;
+            if (role == 0 || (role == 1 && (PAGED || !launch.mapped))) {
+                Ring ring = {shared};
+#pragma unroll 1
+                while (turns.more()) {
+                    const int taken = role == 0 ? turns.ask() : 0;
+                    const RowTile tile(launch, turns.tile);
+                    if (tile.keys_end() > 0) copy_tiles(launch, tile.sequence, ring, tile.keys_end());
+                    if (role == 0) turns.lead(taken);
+                    else turns.follow();
+                }
+                if (PAGED || !launch.mapped) wait_for_copies();
+            } else if (role == 3) {
+                uint32_t turn = 0;
+#pragma unroll 1
+                for (; turns.more(); turns.follow()) {
+                    const RowTile tile(launch, turns.tile);
+                    if (tile.keys_end() == 0) continue;
+#pragma unroll 1
+                    for (int i = 0; i < WARPGROUPS; ++i) {
+                        mbarrier::wait(query_empty(shared, i), turn ^ 1); /* at once in the first turn */
+                        copy_queries(tile.sequence, query_memory(shared, i), tile.first_row + i * 64);
+                        mbarrier::arrive_after_copies(query_full(shared, i));
+                    }
+                    turn ^= 1;
+                }
+                wait_for_copies();
+            }
+        } else {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
+            const Scale scale(launch.problem.softmax_scale);
+            Warpgroup warpgroup(launch, shared);
+#pragma unroll 1
+            for (; turns.more(); turns.follow()) {
+                const RowTile tile(launch, turns.tile);
+                if (same(tile.exists()) == 0) continue;
+                Softmax softmax(scale.positive);
+                Output o;
+                o.clear();
+                const int unmasked_keys = same(tile.sequence.visible(tile.first_row + warpgroup.number * 64));
+                const int keys_end = same(tile.keys_end());
+                if (keys_end > 0)
+                    warpgroup.attend(tile.sequence, tile.first_row + wave() * WAVE_ROWS, unmasked_keys, keys_end,
+                                     scale.negate, softmax, o);
+                finish(tile, softmax, o);
+            }
+            /* The first warpgroup's turn has been passed to it once more than it has taken. */
+            if (PING_PONG && warpgroup.number == 0) warpgroup.await_turn();
+        }
+    }
+
+    /* Straight from the registers: four lanes that share a row exchange what they have of 32 columns, so that each has
+     * 16 bytes side by side. row(r): where row r of the wave goes, or null. */
+    template <class RowPointer>
+    static __device__ __forceinline__ void store_output(const Output &o, SharedAddress, RowPointer row) {
+        const int t = lane() % 4;
+        const bool high = t & 2, odd = t & 1;
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot) {
+            Element *to = row(Output::row(slot));
+#pragma unroll
+            for (int n = 0; n < Output::TILES; n += 4) {
+                uint32_t w[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    w[i] = n + i < Output::TILES
+                               ? to_elements(o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0)),
+                                             o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0) + 1))
+                               : 0;
+                /* Lane t is to have tile n + t: first the half of the tiles that it is in, then the tile. */
+                const uint32_t a0 = high ? w[2] : w[0], a1 = high ? w[3] : w[1];
+                const uint32_t b0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
+                const uint32_t b1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+                const uint32_t a = odd ? a1 : a0, b = odd ? b1 : b0;
+                const uint32_t from_a = __shfl_xor_sync(~0u, odd ? a0 : a1, 1);
+                const uint32_t from_b = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
+                const uint2 own = odd ? make_uint2(from_a, a) : make_uint2(a, from_a);
+                const uint2 other = odd ? make_uint2(from_b, b) : make_uint2(b, from_b);
+                const uint4 chunk = high ? make_uint4(other.x, other.y, own.x, own.y)
+                                         : make_uint4(own.x, own.y, other.x, other.y);
+                if (to != nullptr && (n + t) * 8 < HEAD_DIM) reinterpret_cast<uint4 *>(to)[n + t] = chunk;
+            }
+        }
     }
 };
 
