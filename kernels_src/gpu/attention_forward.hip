@@ -42,27 +42,16 @@ using Output = Loop::Output;
 constexpr int SLOTS = Output::SLOTS;
 constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
 
-/* Rows of one head of one sequence, which a block works on at one time. Those of one KV head stand together, and of
- * these the ones with most keys come first. */
+/* Rows of one head of one sequence, which a block works on at one time; Loop::place says in which order. */
 struct RowTile {
-    struct Place {
-        int batch, head, first_row;
-        __device__ __forceinline__ Place(const aiter_attention_problem &p, int index) {
-            const int row_tiles = (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
-            const int group = p.heads_q / p.heads_kv;
-            const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
-            batch = work.unit / p.heads_kv;
-            head = work.unit % p.heads_kv * group + work.part % group;
-            first_row = (row_tiles - 1 - work.part / group) * BLOCK_ROWS;
-        }
-    };
     Problem sequence;
     int first_row;
 
-    __device__ __forceinline__ RowTile(const Arguments &arguments, int index)
-        : RowTile(arguments, Place(arguments.problem, index)) {}
-    __device__ __forceinline__ RowTile(const Arguments &arguments, Place place)
-        : sequence(arguments, place.batch, place.head), first_row(place.first_row) {}
+    __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
+        : RowTile(launch, Loop::place(launch, index, (launch.problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS)) {}
+    __device__ __forceinline__ RowTile(const Loop::Launch &launch, Place place)
+        : sequence(launch, place.batch(launch.problem), place.head(launch.problem)),
+          first_row(place.row_tile * BLOCK_ROWS) {}
 
     /* Whether any of its rows is to be written. */
     __device__ __forceinline__ bool exists() const { return first_row < sequence.padded_rows; }

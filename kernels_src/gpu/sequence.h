@@ -186,6 +186,15 @@ __device__ __forceinline__ Work work_of_block(int block, int units, int parts) {
     return {index / parts * XCDS + block % XCDS, index % parts};
 }
 
+/* A tile of query rows: `unit` is a KV head of a sequence, `member` one of the query heads that read it. */
+struct Place {
+    int unit, member, row_tile;
+    __device__ __forceinline__ int batch(const aiter_attention_problem &p) const { return unit / p.heads_kv; }
+    __device__ __forceinline__ int head(const aiter_attention_problem &p) const {
+        return unit % p.heads_kv * (p.heads_q / p.heads_kv) + member;
+    }
+};
+
 /* What every kernel asks of a problem before it launches. */
 inline int check_problem(const aiter_attention_problem &p) {
     const int64_t limit = int64_t(1) << 24;

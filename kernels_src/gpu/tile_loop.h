@@ -34,6 +34,15 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
         return launch(kernel, row_tiles, THREADS, SHARED_BYTES, stream, call);
     }
 
+    /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
+     * gaps at the end. */
+    static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
+        const aiter_attention_problem &p = launch.problem;
+        const int group = p.heads_q / p.heads_kv;
+        const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
+        return {work.unit, work.part % group, row_tiles - 1 - work.part / group};
+    }
+
     /* This wave's, for its query rows and later for store_output. */
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
         return shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES;

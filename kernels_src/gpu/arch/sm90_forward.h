@@ -42,7 +42,7 @@ template <int HEAD_DIM, bool CAUSAL, bool PAGED> struct WarpgroupShape {
                                 : HEAD_DIM <= 128             ? CAUSAL || PAGED ? 128 : 176
                                 : HEAD_DIM <= 192             ? 112
                                                               : 80;
-    static constexpr bool PING_PONG = HEAD_DIM <= 128;
+    static constexpr bool PING_PONG = true;
 #endif
 };
 
@@ -74,8 +74,9 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap key, value;
-        bool mapped;   /* there are maps */
-        int tiles;     /* row tiles in all */
+        bool mapped;    /* there are maps */
+        int tiles;      /* row tiles in all */
+        int section;    /* units whose tiles are taken together; see place() */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
     };
 
@@ -100,6 +101,9 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         if (error == hipSuccess)
             error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
         if (error != hipSuccess) return error;
+        const int64_t unit_bytes = int64_t(p.seqlen_k) * LINES * 128 * 2;
+        launch.section = static_cast<int>(
+            lesser<int64_t>(CACHED_BYTES / lesser(unit_bytes + 1, CACHED_BYTES), int64_t(p.batch) * p.heads_kv));
         const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
         launch.next = nullptr;
         if (tiles > blocks && !equal) {
@@ -143,6 +147,23 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 
     /* ---- the order of row tiles ---- */
 
+    /* Units go in sections whose keys and values the L2 cache holds. Within a section the tiles that see most keys come
+     * first, over all of its units, so that at the end short ones fill the gaps: the last section must not be a
+     * small one, so it is the first that is. */
+    static constexpr int64_t CACHED_BYTES = int64_t(32) << 20;
+    static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
+        const aiter_attention_problem &p = launch.problem;
+        const int group = p.heads_q / p.heads_kv, unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
+        const int first = units % launch.section; /* units of the first section, if it is a small one */
+        int before = 0, many = first;
+        if (index >= first * unit_tiles) {
+            before = first + (index / unit_tiles - first) / launch.section * launch.section;
+            many = launch.section;
+        }
+        const int rest = index - before * unit_tiles, heads = many * group;
+        return {before + rest % heads / group, rest % group, row_tiles - 1 - rest / heads};
+    }
+
     /* `full` and `empty` belong to two slots through which wave 0 of those that copy tells the others what is next. */
     struct Turns {
         const Launch &launch;
@@ -159,6 +180,11 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         __device__ __forceinline__ void advance() { turn ^= slot, slot ^= 1; }
         static __device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
 
+        /* On to the next tile that has rows. */
+        template <class RowTile> __device__ __forceinline__ void seek() {
+#pragma unroll 1
+            while (more() && !same(RowTile(launch, tile).exists())) follow();
+        }
         __device__ __forceinline__ void follow() {
             if (launch.next == nullptr) {
                 tile += blocks();
@@ -216,10 +242,11 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         ring.vacate();
         const int thread = thread_in_block() - WAVES * WAVE, row = thread / 8, chunk = thread % 8;
         const SharedAddress to = ring.tile() + RowLayout<64>::chunk(row, chunk);
+        /* In parts, as Sequence knows tiles of 128 tokens at most, and these begin before the end. What stands past the
+         * end of K is masked, and of V cleared (clear_past_end). */
 #pragma unroll 1
-        for (int part = 0; part < KEYS; part += 64) { /* Sequence knows tiles of 128 tokens at most */
-            const bool begins = first + part < sequence.keys.count;
-            const auto tile = sequence.keys.tile(begins ? first + part : 0);
+        for (int part = 0; part < KEYS && first + part < sequence.keys.count; part += 64) {
+            const auto tile = sequence.keys.tile(first + part);
 #pragma unroll 1
             for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS / 8) {
                 const auto place = tile.place(row, step);
@@ -316,13 +343,17 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             }
     }
 
+    /* A row tile that sees no keys goes through one tile of them all the same, masked. */
+    static __device__ __forceinline__ int first_tile_at_least(int keys_end) { return keys_end > 0 ? keys_end : 1; }
+
     /* One warpgroup's way through the tiles of a row tile. */
     struct Warpgroup {
         const Launch &launch;
         SharedAddress shared;
         int number = wave() / 4; /* of the warpgroup */
-        Ring ring = {shared};
+        Ring ring = {shared}, first_keys, last_values;
         uint32_t query_turn = 0;
+        uint32_t all_lanes = static_cast<uint32_t>(ballot(launch.tiles > 0)); /* a mask the compiler does not know */
 
         __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
             : launch(launch), shared(shared) {
@@ -358,6 +389,16 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             if (negate) meet_all();
         }
 
+        /* The assembler likes to wait for a product as early as it can, before the exponentials that are to be made
+         * meanwhile. It keeps the order of waits and of meetings of the wave: this one seems to need the sums. */
+        __device__ __forceinline__ void softmax_before_wait(const Softmax &softmax) const {
+#if !defined(NOPIN)
+            asm volatile("{\n.reg .b32 all;\nor.b32 all, %0, %1;\nbar.warp.sync all;\n}" ::"r"(all_lanes),
+                         "r"(__float_as_uint(softmax.sum[0] + softmax.sum[1]))
+                         : "memory");
+#endif
+        }
+
         /* Values past the end of the sequence become zeros: what the tensor holds there meets probabilities of 0. */
         __device__ __forceinline__ void clear_past_end(SharedAddress values, int rows) const {
             if (rows >= KEYS) return;
@@ -372,11 +413,24 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             meet_all();
         }
 
-        /* Tiles up to keys_end, of which the rows see those up to unmasked_keys whole. All warpgroups of a block go
-         * through all of its tiles. */
+        /* The first scores of a row tile set off: a product that attend() waits for. After the last row tile another
+         * is made of what memory holds, for nothing: the assembler wants the same products on all ways. */
+        __device__ __forceinline__ void begin(bool more, bool negate, Scores &s) {
+            first_keys = ring;
+            if (more) {
+                await_queries(negate);
+                take();
+                await_turn();
+            }
+            wgmma::begin();
+            begin_scores(query_memory(shared, number), first_keys.tile(), s);
+            if (more) pass_turn();
+        }
+
+        /* Tiles up to keys_end, of which the warpgroup's rows see those up to unmasked_keys whole. All warpgroups of a
+         * block go through all of its tiles. begin() came before; the last product is not waited for. */
         __device__ __forceinline__ void attend(const Sequence &sequence, int wave_row, int unmasked_keys, int keys_end,
-                                               bool negate, Softmax &softmax, Output &o) {
-            Scores s;
+                                               Softmax &softmax, Scores &s, Output &o) {
             uint32_t p[KEYS / 16][4];
             float shrink[2];
             const int wave_unmasked_keys = same(sequence.visible(wave_row));
@@ -385,12 +439,6 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
             };
 
-            await_queries(negate);
-            const Ring first_keys = take();
-            await_turn();
-            wgmma::begin();
-            begin_scores(queries, first_keys.tile(), s);
-            pass_turn();
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
@@ -411,6 +459,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 changed(s);
                 if (masked) hide(first);
                 const bool grown = softmax.advance(s, shrink);
+                softmax_before_wait(softmax);
                 wgmma::wait<0>();
                 values.release();
                 changed(o);
@@ -423,13 +472,10 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 #pragma unroll 1
             for (; first < keys_end; first += KEYS) step(first, true);
             if (lane() == 0) mbarrier::arrive(query_empty(shared, number));
-            const Ring values = take();
-            clear_past_end(values.tile(), sequence.keys.count - (first - KEYS));
+            last_values = take();
+            clear_past_end(last_values.tile(), sequence.keys.count - (first - KEYS));
             wgmma::begin();
-            begin_output(p, values.tile(), o);
-            wgmma::wait<0>();
-            values.release();
-            changed(o);
+            begin_output(p, last_values.tile(), o);
         }
     };
 
@@ -466,7 +512,8 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 while (turns.more()) {
                     const int taken = role == 0 ? turns.ask() : 0;
                     const RowTile tile(launch, turns.tile);
-                    if (tile.keys_end() > 0) copy_tiles(launch, tile.sequence, ring, tile.keys_end());
+                    if (tile.exists())
+                        copy_tiles(launch, tile.sequence, ring, first_tile_at_least(tile.keys_end()));
                     if (role == 0) turns.lead(taken);
                     else turns.follow();
                 }
@@ -476,7 +523,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 #pragma unroll 1
                 for (; turns.more(); turns.follow()) {
                     const RowTile tile(launch, turns.tile);
-                    if (tile.keys_end() == 0) continue;
+                    if (!tile.exists()) continue;
 #pragma unroll 1
                     for (int i = 0; i < WARPGROUPS; ++i) {
                         mbarrier::wait(query_empty(shared, i), turn ^ 1); /* at once in the first turn */
@@ -491,20 +538,30 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
             const Scale scale(launch.problem.softmax_scale);
             Warpgroup warpgroup(launch, shared);
+            turns.template seek<RowTile>();
+            Scores s;
+            warpgroup.begin(turns.more(), scale.negate, s);
 #pragma unroll 1
-            for (; turns.more(); turns.follow()) {
+            while (turns.more()) {
                 const RowTile tile(launch, turns.tile);
-                if (same(tile.exists()) == 0) continue;
                 Softmax softmax(scale.positive);
                 Output o;
                 o.clear();
-                const int unmasked_keys = same(tile.sequence.visible(tile.first_row + warpgroup.number * 64));
-                const int keys_end = same(tile.keys_end());
-                if (keys_end > 0)
-                    warpgroup.attend(tile.sequence, tile.first_row + wave() * WAVE_ROWS, unmasked_keys, keys_end,
-                                     scale.negate, softmax, o);
+                const int keys_end = same(first_tile_at_least(tile.keys_end()));
+                const int unmasked_keys =
+                    lesser(keys_end, same(tile.sequence.visible(tile.first_row + warpgroup.number * 64)));
+                warpgroup.attend(tile.sequence, tile.first_row + wave() * WAVE_ROWS, unmasked_keys, keys_end, softmax,
+                                 s, o);
+                turns.follow();
+                turns.template seek<RowTile>();
+                warpgroup.begin(turns.more(), scale.negate, s);
+                wgmma::wait<1>();
+                warpgroup.last_values.release();
+                changed(o);
                 finish(tile, softmax, o);
             }
+            wgmma::wait<0>();
+            changed(s);
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
             if (PING_PONG && warpgroup.number == 0) warpgroup.await_turn();
         }
