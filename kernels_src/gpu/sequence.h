@@ -14,6 +14,8 @@ using Arguments = aiter_attention_call; /* the kernel parameter */
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 template <class T> __host__ __device__ __forceinline__ constexpr T lesser(T x, T y) { return x < y ? x : y; }
 
+template <class T> __host__ __device__ __forceinline__ constexpr T greater(T x, T y) { return x < y ? y : x; }
+
 /* Rows of sequence `batch` in a tensor: where they begin (packed) or 0, and how many there are. */
 struct Extent {
     int64_t begin;
@@ -124,7 +126,8 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
     int rows;                            /* query rows that exist */
     int padded_rows;                     /* rows to be written; past `rows` they are zeros */
     KeyValueRows<PAGED> keys;
-    int kv_batch, kv_head, first_key; /* not paged: where token 0 of `keys` stands in the tensors */
+    /* Where row 0 stands in the tensor of queries and, not paged, token 0 of `keys` in those of keys and values. */
+    int query_batch, query_head, first_query, kv_batch, kv_head, first_key;
     int diagonal; /* causal: keys that row 0 sees, minus 1; may be negative */
 
     __device__ __forceinline__ int visible(int row) const {
@@ -137,6 +140,9 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
         const Extent q = extent(t.seqlens_q, batch, p.seqlen_q, p.packed_q, p.total_q);
         const Extent k = extent(t.seqlens_k, batch, p.seqlen_k, p.packed_k, p.total_k);
         kv_head = head / (p.heads_q / p.heads_kv);
+        query_batch = p.packed_q ? 0 : batch;
+        query_head = head;
+        first_query = static_cast<int>(q.begin);
         kv_batch = p.packed_k ? 0 : batch;
         first_key = static_cast<int>(k.begin);
 

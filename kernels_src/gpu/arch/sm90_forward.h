@@ -60,10 +60,21 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 
     static constexpr int COLUMNS = round_up(HEAD_DIM, 16), STEPS = COLUMNS / 16, LINES = round_up(HEAD_DIM, 64) / 64;
     static constexpr int TILE_BYTES = LINES * KEYS * 128, QUERY_BYTES = LINES * 64 * 128; /* of a warpgroup */
-    static constexpr int RING_AT = WARPGROUPS * QUERY_BYTES, MOST_BYTES = 227 * 1024 - 512;
+    /* Of Q there is room for the next row tile too where that leaves four stages: its first scores are then made
+     * before the output of this one is written. */
+    static constexpr int MOST_BYTES = 227 * 1024 - 512;
+#if defined(AITER_X_QUERIES)
+    static constexpr int QUERIES = AITER_X_QUERIES;
+#else
+    static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
+#endif
+#if !defined(AITER_X_EARLY)
+#define AITER_X_EARLY QUERIES == 2
+#endif
+    static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
-    static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16, TURNS_AT = QUERY_BARRIERS_AT + WARPGROUPS * 16;
+    static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16, TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
     static constexpr int SHARED_BYTES = TURNS_AT + 2 * 24;
     static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
 
@@ -73,7 +84,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 
     /* The kernel's parameter. */
     struct Launch : Arguments {
-        CUtensorMap key, value;
+        CUtensorMap query, key, value;
         bool mapped;    /* there are maps */
         int tiles;      /* row tiles in all */
         int section;    /* units whose tiles are taken together; see place() */
@@ -93,6 +104,8 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         launch.tiles = static_cast<int>(tiles);
         const int64_t batch = p.packed_k ? 1 : p.batch, tokens = p.packed_k ? p.total_k : p.seqlen_k;
         launch.mapped = !PAGED &&
+                        tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
+                                         p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
                         tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
                         tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, HEAD_DIM,
                                          KEYS);
@@ -101,9 +114,8 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         if (error == hipSuccess)
             error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
         if (error != hipSuccess) return error;
-        const int64_t unit_bytes = int64_t(p.seqlen_k) * LINES * 128 * 2;
-        launch.section = static_cast<int>(
-            lesser<int64_t>(CACHED_BYTES / lesser(unit_bytes + 1, CACHED_BYTES), int64_t(p.batch) * p.heads_kv));
+        const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
+        launch.section = Sequence::IS_CAUSAL ? section(p, unit_tiles, blocks) : 1;
         const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
         launch.next = nullptr;
         if (tiles > blocks && !equal) {
@@ -147,10 +159,16 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 
     /* ---- the order of row tiles ---- */
 
-    /* Units go in sections whose keys and values the L2 cache holds. Within a section the tiles that see most keys come
-     * first, over all of its units, so that at the end short ones fill the gaps: the last section must not be a
-     * small one, so it is the first that is. */
-    static constexpr int64_t CACHED_BYTES = int64_t(32) << 20;
+    /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
+     * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
+     * block; but not more keys and values than the L2 cache holds, or than so few units have that reading them anew for
+     * every round of tiles costs little. The last section must not be a small one: the first is. */
+    static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
+        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, FEW = 8;
+        const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * LINES * 128 * 2, 1); /* of one unit */
+        const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
+        return static_cast<int>(lesser(balanced, greater(CACHED_BYTES / bytes, FEW)));
+    }
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
         const aiter_attention_problem &p = launch.problem;
         const int group = p.heads_q / p.heads_kv, unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
@@ -283,7 +301,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     }
 
     /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */
-    static __device__ __forceinline__ void copy_queries(const Sequence &sequence, SharedAddress to, int first_row) {
+    static __device__ __forceinline__ void copy_query_rows(const Sequence &sequence, SharedAddress to, int first_row) {
         const int chunk = lane() % 8;
 #pragma unroll 4
         for (int row = lane() / 8; row < 64; row += 4) {
@@ -299,14 +317,41 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         }
     }
 
-    static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared, int warpgroup) {
-        return shared + warpgroup * QUERY_BYTES;
-    }
-    static __device__ __forceinline__ SharedAddress query_full(SharedAddress shared, int warpgroup) {
-        return shared + QUERY_BARRIERS_AT + warpgroup * 16;
-    }
-    static __device__ __forceinline__ SharedAddress query_empty(SharedAddress shared, int warpgroup) {
-        return query_full(shared, warpgroup) + mbarrier::BYTES;
+    /* Q of one warpgroup: the stages of a ring of its own. */
+    struct QueryRing {
+        SharedAddress shared;
+        int warpgroup, stage = 0;
+        uint32_t turn = 0;
+
+        __device__ __forceinline__ SharedAddress tile() const {
+            return shared + (stage * WARPGROUPS + warpgroup) * QUERY_BYTES;
+        }
+        __device__ __forceinline__ SharedAddress full() const {
+            return shared + QUERY_BARRIERS_AT + (stage * WARPGROUPS + warpgroup) * 16;
+        }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
+        __device__ __forceinline__ void advance() {
+            if (++stage == QUERIES) stage = 0, turn ^= 1;
+        }
+    };
+
+    static __device__ __forceinline__ void copy_queries(const Launch &launch, const Sequence &sequence,
+                                                        const QueryRing &ring, int first_row) {
+        mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
+        if (PAGED || !launch.mapped) {
+            copy_query_rows(sequence, ring.tile(), first_row);
+            mbarrier::arrive_after_copies(ring.full());
+        } else {
+            if (lane() == 0) {
+                mbarrier::arrive_and_expect(ring.full(), QUERY_BYTES);
+#pragma unroll
+                for (int line = 0; line < LINES; ++line)
+                    tensor_map::copy(ring.tile() + line * 64 * 128, launch.query, line * 64,
+                                     sequence.first_query + first_row, sequence.query_head, sequence.query_batch,
+                                     ring.full());
+            }
+            wave_sync();
+        }
     }
 
     /* ---- products ---- */
@@ -352,7 +397,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         SharedAddress shared;
         int number = wave() / 4; /* of the warpgroup */
         Ring ring = {shared}, first_keys, last_values;
-        uint32_t query_turn = 0;
+        QueryRing queries = {shared, number};
         uint32_t all_lanes = static_cast<uint32_t>(ballot(launch.tiles > 0)); /* a mask the compiler does not know */
 
         __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
@@ -377,22 +422,21 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         }
 
         __device__ __forceinline__ void await_queries(bool negate) {
-            mbarrier::wait(query_full(shared, number), query_turn);
-            query_turn ^= 1;
+            mbarrier::wait(queries.full(), queries.turn);
             if (negate) { /* see Scale; rare */
-                const SharedAddress mine = query_memory(shared, number) + thread_in_block() % WARPGROUP * 4;
+                const SharedAddress mine = queries.tile() + thread_in_block() % WARPGROUP * 4;
 #pragma unroll 1
                 for (int i = 0; i < QUERY_BYTES; i += WARPGROUP * 4)
                     shared_store(mine + i, shared_load<uint32_t>(mine + i) ^ 0x80008000u);
             }
-            wgmma::shared_is_written();
+            if (negate || PAGED || !launch.mapped) wgmma::shared_is_written();
             if (negate) meet_all();
         }
 
         /* The assembler likes to wait for a product as early as it can, before the exponentials that are to be made
          * meanwhile. It keeps the order of waits and of meetings of the wave: this one seems to need the sums. */
         __device__ __forceinline__ void softmax_before_wait(const Softmax &softmax) const {
-#if !defined(NOPIN)
+#if defined(PIN)
             asm volatile("{\n.reg .b32 all;\nor.b32 all, %0, %1;\nbar.warp.sync all;\n}" ::"r"(all_lanes),
                          "r"(__float_as_uint(softmax.sum[0] + softmax.sum[1]))
                          : "memory");
@@ -423,7 +467,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 await_turn();
             }
             wgmma::begin();
-            begin_scores(query_memory(shared, number), first_keys.tile(), s);
+            begin_scores(queries.tile(), first_keys.tile(), s);
             if (more) pass_turn();
         }
 
@@ -434,7 +478,6 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             uint32_t p[KEYS / 16][4];
             float shrink[2];
             const int wave_unmasked_keys = same(sequence.visible(wave_row));
-            const SharedAddress queries = query_memory(shared, number);
             const auto hide = [&](int first) {
                 if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
             };
@@ -449,7 +492,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 const Ring keys = take();
                 await_turn();
                 wgmma::begin();
-                begin_scores(queries, keys.tile(), s);
+                begin_scores(queries.tile(), keys.tile(), s);
                 const Ring values = take();
                 wgmma::begin();
                 begin_output(p, values.tile(), o);
@@ -463,15 +506,16 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 wgmma::wait<0>();
                 values.release();
                 changed(o);
+                round(s, p); /* before the branch: it fits between the exponentials */
                 if (grown) softmax.rescale(o, shrink);
-                round(s, p);
             };
             int first = KEYS;
 #pragma unroll 1
             for (; first + KEYS <= unmasked_keys; first += KEYS) step(first, false);
 #pragma unroll 1
             for (; first < keys_end; first += KEYS) step(first, true);
-            if (lane() == 0) mbarrier::arrive(query_empty(shared, number));
+            if (lane() == 0) mbarrier::arrive(queries.empty());
+            queries.advance();
             last_values = take();
             clear_past_end(last_values.tile(), sequence.keys.count - (first - KEYS));
             wgmma::begin();
@@ -490,10 +534,11 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 mbarrier::make(r.full(), copiers);
                 mbarrier::make(r.empty(), WAVES);
             }
-            for (int i = 0; i < WARPGROUPS; ++i) {
-                mbarrier::make(query_full(shared, i), WAVE);
-                mbarrier::make(query_empty(shared, i), 4);
-            }
+            for (int i = 0; i < WARPGROUPS; ++i)
+                for (QueryRing r = {shared, i}; r.turn == 0; r.advance()) {
+                    mbarrier::make(r.full(), copiers == 1 ? 1 : WAVE);
+                    mbarrier::make(r.empty(), 4);
+                }
             for (int i = 0; i < 2; ++i) {
                 mbarrier::make(shared + TURNS_AT + i * 16, 1);
                 /* wave 3, and where it copies wave 1, of those that copy, and the others */
@@ -519,18 +564,15 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 }
                 if (PAGED || !launch.mapped) wait_for_copies();
             } else if (role == 3) {
-                uint32_t turn = 0;
+                QueryRing ring = {shared, 0};
 #pragma unroll 1
                 for (; turns.more(); turns.follow()) {
                     const RowTile tile(launch, turns.tile);
                     if (!tile.exists()) continue;
 #pragma unroll 1
-                    for (int i = 0; i < WARPGROUPS; ++i) {
-                        mbarrier::wait(query_empty(shared, i), turn ^ 1); /* at once in the first turn */
-                        copy_queries(tile.sequence, query_memory(shared, i), tile.first_row + i * 64);
-                        mbarrier::arrive_after_copies(query_full(shared, i));
-                    }
-                    turn ^= 1;
+                    for (ring.warpgroup = 0; ring.warpgroup < WARPGROUPS; ++ring.warpgroup)
+                        copy_queries(launch, tile.sequence, ring, tile.first_row + ring.warpgroup * 64);
+                    ring.advance();
                 }
                 wait_for_copies();
             }
@@ -554,11 +596,16 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                                  s, o);
                 turns.follow();
                 turns.template seek<RowTile>();
-                warpgroup.begin(turns.more(), scale.negate, s);
-                wgmma::wait<1>();
+                if (AITER_X_EARLY) {
+                    warpgroup.begin(turns.more(), scale.negate, s);
+                    wgmma::wait<1>();
+                } else {
+                    wgmma::wait<0>();
+                }
                 warpgroup.last_values.release();
                 changed(o);
                 finish(tile, softmax, o);
+                if (!(AITER_X_EARLY)) warpgroup.begin(turns.more(), scale.negate, s);
             }
             wgmma::wait<0>();
             changed(s);
