@@ -30,26 +30,22 @@
 #if defined(AITER_WGMMA)
 namespace aiter {
 
-/* Rows of a block are 64 for each warpgroup. The keys of a tile are limited by registers, S and P take 3/4 of one for
- * each, and by shared memory. */
+/* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more: three warpgroups hide it
+ * better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
+ * shared memory, and where the diagonal cuts tiles by what is multiplied for nothing. */
 template <int HEAD_DIM, bool CAUSAL, bool PAGED> struct WarpgroupShape {
-#if defined(AITER_X_KEYS)
-    static constexpr int WARPGROUPS = AITER_X_WARPGROUPS, KEYS = AITER_X_KEYS;
-    static constexpr bool PING_PONG = AITER_X_PING_PONG;
-#else
-    static constexpr int WARPGROUPS = HEAD_DIM <= 64 ? 3 : 2;
-    static constexpr int KEYS = HEAD_DIM <= 64                ? 128
-                                : HEAD_DIM <= 128             ? CAUSAL || PAGED ? 128 : 176
-                                : HEAD_DIM <= 192             ? 112
-                                                              : 80;
-    static constexpr bool PING_PONG = true;
-#endif
+    static constexpr int WARPGROUPS = HEAD_DIM <= 96 ? 3 : 2;
+    static constexpr int KEYS = HEAD_DIM <= 64    ? 128
+                                : HEAD_DIM <= 96  ? 96
+                                : HEAD_DIM <= 128 ? CAUSAL || PAGED ? 128 : 176
+                                : HEAD_DIM <= 192 ? 96
+                                                  : 64;
 };
 
 template <int HEAD_DIM, class Sequence>
 struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED> {
     using Shape = WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED>;
-    using Shape::WARPGROUPS, Shape::KEYS, Shape::PING_PONG;
+    using Shape::WARPGROUPS, Shape::KEYS;
     static constexpr bool PAGED = Sequence::IS_PAGED;
     static constexpr int WAVES = WARPGROUPS * 4, WAVE_ROWS = 16; /* without the waves that copy */
     static constexpr int BLOCKS = 1, WARPGROUP = 128, THREADS = (WARPGROUPS + 1) * WARPGROUP;
@@ -60,17 +56,12 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 
     static constexpr int COLUMNS = round_up(HEAD_DIM, 16), STEPS = COLUMNS / 16, LINES = round_up(HEAD_DIM, 64) / 64;
     static constexpr int TILE_BYTES = LINES * KEYS * 128, QUERY_BYTES = LINES * 64 * 128; /* of a warpgroup */
-    /* Of Q there is room for the next row tile too where that leaves four stages: its first scores are then made
-     * before the output of this one is written. */
     static constexpr int MOST_BYTES = 227 * 1024 - 512;
-#if defined(AITER_X_QUERIES)
-    static constexpr int QUERIES = AITER_X_QUERIES;
-#else
+    /* Of Q there is room for the next row tile too, where that leaves four stages. */
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
-#endif
-#if !defined(AITER_X_EARLY)
-#define AITER_X_EARLY QUERIES == 2
-#endif
+    /* Whether a row tile's first scores are made before the output of the one before is written: while that goes on, or
+     * after it, if Q comes too late for that. */
+    static constexpr bool EARLY = QUERIES == 2 || HEAD_DIM > 128;
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
@@ -398,21 +389,18 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         int number = wave() / 4; /* of the warpgroup */
         Ring ring = {shared}, first_keys, last_values;
         QueryRing queries = {shared, number};
-        uint32_t all_lanes = static_cast<uint32_t>(ballot(launch.tiles > 0)); /* a mask the compiler does not know */
 
         __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
             : launch(launch), shared(shared) {
-            if (PING_PONG && number == WARPGROUPS - 1) pass(FIRST_TURN, 2 * WARPGROUP); /* the first begins */
+            if (number == WARPGROUPS - 1) pass(FIRST_TURN, 2 * WARPGROUP); /* the first begins */
         }
 
         /* Named barriers: the warpgroup's own meeting, and its turn to set off. */
         static constexpr int FIRST_MEETING = 1, FIRST_TURN = 4;
         __device__ __forceinline__ void meet_all() const { meet(FIRST_MEETING + number, WARPGROUP); }
-        __device__ __forceinline__ void await_turn() const {
-            if (PING_PONG) meet(FIRST_TURN + number, 2 * WARPGROUP);
-        }
+        __device__ __forceinline__ void await_turn() const { meet(FIRST_TURN + number, 2 * WARPGROUP); }
         __device__ __forceinline__ void pass_turn() const {
-            if (PING_PONG) pass(FIRST_TURN + (number + 1 == WARPGROUPS ? 0 : number + 1), 2 * WARPGROUP);
+            pass(FIRST_TURN + (number + 1 == WARPGROUPS ? 0 : number + 1), 2 * WARPGROUP);
         }
         /* Not by the bulk copy engine: what other threads have copied becomes visible to wgmma. */
         __device__ __forceinline__ Ring take() {
@@ -431,16 +419,6 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             }
             if (negate || PAGED || !launch.mapped) wgmma::shared_is_written();
             if (negate) meet_all();
-        }
-
-        /* The assembler likes to wait for a product as early as it can, before the exponentials that are to be made
-         * meanwhile. It keeps the order of waits and of meetings of the wave: this one seems to need the sums. */
-        __device__ __forceinline__ void softmax_before_wait(const Softmax &softmax) const {
-#if defined(PIN)
-            asm volatile("{\n.reg .b32 all;\nor.b32 all, %0, %1;\nbar.warp.sync all;\n}" ::"r"(all_lanes),
-                         "r"(__float_as_uint(softmax.sum[0] + softmax.sum[1]))
-                         : "memory");
-#endif
         }
 
         /* Values past the end of the sequence become zeros: what the tensor holds there meets probabilities of 0. */
@@ -502,7 +480,6 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 changed(s);
                 if (masked) hide(first);
                 const bool grown = softmax.advance(s, shrink);
-                softmax_before_wait(softmax);
                 wgmma::wait<0>();
                 values.release();
                 changed(o);
@@ -596,7 +573,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                                  s, o);
                 turns.follow();
                 turns.template seek<RowTile>();
-                if (AITER_X_EARLY) {
+                if (EARLY) {
                     warpgroup.begin(turns.more(), scale.negate, s);
                     wgmma::wait<1>();
                 } else {
@@ -605,12 +582,12 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 warpgroup.last_values.release();
                 changed(o);
                 finish(tile, softmax, o);
-                if (!(AITER_X_EARLY)) warpgroup.begin(turns.more(), scale.negate, s);
+                if (!EARLY) warpgroup.begin(turns.more(), scale.negate, s);
             }
             wgmma::wait<0>();
             changed(s);
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
-            if (PING_PONG && warpgroup.number == 0) warpgroup.await_turn();
+            if (warpgroup.number == 0) warpgroup.await_turn();
         }
     }
 
