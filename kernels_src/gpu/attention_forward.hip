@@ -46,20 +46,19 @@ constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
 struct RowTile {
     Problem sequence;
     int first_row;
+    int keys_end; /* keys that any of its rows sees lie before this */
 
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
         : RowTile(launch, Loop::place(launch, index, (launch.problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS)) {}
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, Place place)
         : sequence(launch, place.batch(launch.problem), place.head(launch.problem)),
-          first_row(place.row_tile * BLOCK_ROWS) {}
+          first_row(place.row_tile * BLOCK_ROWS) {
+        const int rows_end = lesser(first_row + BLOCK_ROWS, sequence.rows);
+        keys_end = first_row < rows_end ? sequence.visible(rows_end - 1) : 0;
+    }
 
     /* Whether any of its rows is to be written. */
     __device__ __forceinline__ bool exists() const { return first_row < sequence.padded_rows; }
-    /* Keys that any of its rows sees lie before this. */
-    __device__ __forceinline__ int keys_end() const {
-        const int rows_end = lesser(first_row + BLOCK_ROWS, sequence.rows);
-        return first_row < rows_end ? sequence.visible(rows_end - 1) : 0;
-    }
 };
 
 __device__ __forceinline__ void store(const RowTile &tile, SharedAddress shared, float signed_scale,

@@ -62,7 +62,7 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
         const Scale scale(launch.problem.softmax_scale);
         Softmax softmax(scale.positive);
         Output o;
-        attend(tile.sequence, shared, tile.first_row, tile.keys_end(), scale.negate, softmax, o);
+        attend(tile.sequence, shared, tile.first_row, tile.keys_end, scale.negate, softmax, o);
         finish(tile, softmax, o);
     }
 

@@ -7,6 +7,7 @@
  *       wave 0      K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
  *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps). Pages, and
  *                   tensors of which there is no map, are copied by two waves, 16 bytes a lane (cp.async).
+ *       wave 2      finds out which row tiles the block takes
  *       wave 3      Q, as soon as a warpgroup has made its last scores
  *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
  *                   the scores are there their softmax begins, while the product goes on. The warpgroups take turns in
@@ -56,7 +57,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 
     static constexpr int COLUMNS = round_up(HEAD_DIM, 16), STEPS = COLUMNS / 16, LINES = round_up(HEAD_DIM, 64) / 64;
     static constexpr int TILE_BYTES = LINES * KEYS * 128, QUERY_BYTES = LINES * 64 * 128; /* of a warpgroup */
-    static constexpr int MOST_BYTES = 227 * 1024 - 512;
+    static constexpr int MOST_BYTES = 227 * 1024 - 1024;
     /* Of Q there is room for the next row tile too, where that leaves four stages. */
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
     /* Whether a row tile's first scores are made before the output of the one before is written: while that goes on, or
@@ -66,7 +67,8 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16, TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
-    static constexpr int SHARED_BYTES = TURNS_AT + 2 * 24;
+    static constexpr int TURN_BYTES = 16 + 256; /* two barriers and what a row tile is */
+    static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
 
     using Scores = Accumulator<1, KEYS>;
@@ -173,58 +175,64 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         return {before + rest % heads / group, rest % group, row_tiles - 1 - rest / heads};
     }
 
-    /* `full` and `empty` belong to two slots through which wave 0 of those that copy tells the others what is next. */
-    struct Turns {
-        const Launch &launch;
-        SharedAddress slots;
-        int tile = block(), slot = 0;
+    /* Wave 2 of those that copy finds out what the block's row tiles are, two ahead, and hands them to the others in two
+     * slots of shared memory, each with barriers like those of the ring. */
+    struct Turn {
+        SharedAddress shared;
+        int slot = 0;
         uint32_t turn = 0;
 
-        __device__ __forceinline__ Turns(const Launch &launch, SharedAddress shared)
-            : launch(launch), slots(shared + TURNS_AT) {}
-        __device__ __forceinline__ bool more() const { return tile < launch.tiles; }
-        __device__ __forceinline__ SharedAddress full() const { return slots + slot * 16; }
+        __device__ __forceinline__ SharedAddress full() const { return shared + TURNS_AT + slot * TURN_BYTES; }
         __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
-        __device__ __forceinline__ SharedAddress number() const { return slots + 32 + slot * 4; }
-        __device__ __forceinline__ void advance() { turn ^= slot, slot ^= 1; }
-        static __device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
+        __device__ __forceinline__ SharedAddress exists() const { return full() + 16; }
+        __device__ __forceinline__ SharedAddress tile() const { return full() + 32; }
+        __device__ __forceinline__ Turn after() const { return {shared, slot ^ 1, turn ^ slot}; }
 
-        /* On to the next tile that has rows. */
-        template <class RowTile> __device__ __forceinline__ void seek() {
-#pragma unroll 1
-            while (more() && !same(RowTile(launch, tile).exists())) follow();
+        /* Is there another row tile? */
+        __device__ __forceinline__ bool await() const {
+            mbarrier::wait(full(), turn);
+            return same(shared_load<int>(exists()));
         }
-        __device__ __forceinline__ void follow() {
-            if (launch.next == nullptr) {
-                tile += blocks();
-            } else {
-                mbarrier::wait(full(), turn);
-                tile = same(shared_load<int>(number()));
-                wave_sync();
-                if (lane() == 0) mbarrier::arrive(empty());
-                advance();
+        template <class RowTile> __device__ __forceinline__ RowTile read() const {
+            static_assert(sizeof(RowTile) <= TURN_BYTES - 32, "");
+            return shared_load<RowTile>(tile());
+        }
+        __device__ __forceinline__ void release() const {
+            wave_sync();
+            if (lane() == 0) mbarrier::arrive(empty());
+        }
+        __device__ __forceinline__ void vacate() const { mbarrier::wait(empty(), turn ^ 1); }
+        __device__ __forceinline__ void announce(bool another) const {
+            if (lane() == 0) {
+                shared_store(exists(), static_cast<int>(another));
+                mbarrier::arrive(full());
             }
-        }
-        /* Asked for early, as it takes long. */
-        __device__ __forceinline__ int ask() const {
-            int taken = 0;
-            if (launch.next != nullptr && lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
-            return taken;
-        }
-        __device__ __forceinline__ void lead(int taken) {
-            if (launch.next == nullptr) {
-                tile += blocks();
-            } else {
-                tile = blocks() + from_lane(taken, 0);
-                mbarrier::wait(empty(), turn ^ 1);
-                if (lane() == 0) {
-                    shared_store(number(), tile);
-                    mbarrier::arrive(full());
-                }
-                advance();
-            }
+            wave_sync();
         }
     };
+
+    template <class RowTile>
+    static __device__ __forceinline__ void find_row_tiles(const Launch &launch, SharedAddress shared) {
+        Turn turn = {shared};
+        int next;
+#pragma unroll 1
+        for (int index = block(); index < launch.tiles; index = next) {
+            if (launch.next == nullptr) {
+                next = index + static_cast<int>(gridDim.x);
+            } else { /* asked for early, as it takes long */
+                if (lane() == 0) next = static_cast<int>(gridDim.x + atomicAdd(launch.next, 1u));
+                next = from_lane(next, 0);
+            }
+            const RowTile tile(launch, index);
+            if (!tile.exists()) continue;
+            turn.vacate();
+            if (lane() == 0) shared_store(turn.tile(), tile);
+            turn.announce(true);
+            turn = turn.after();
+        }
+        turn.vacate();
+        turn.announce(false);
+    }
 
     /* ---- copies ---- */
 
@@ -380,7 +388,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     }
 
     /* A row tile that sees no keys goes through one tile of them all the same, masked. */
-    static __device__ __forceinline__ int first_tile_at_least(int keys_end) { return keys_end > 0 ? keys_end : 1; }
+    static __device__ __forceinline__ int at_least_one(int keys_end) { return keys_end > 0 ? keys_end : 1; }
 
     /* One warpgroup's way through the tiles of a row tile. */
     struct Warpgroup {
@@ -449,13 +457,18 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             if (more) pass_turn();
         }
 
-        /* Tiles up to keys_end, of which the warpgroup's rows see those up to unmasked_keys whole. All warpgroups of a
-         * block go through all of its tiles. begin() came before; the last product is not waited for. */
-        __device__ __forceinline__ void attend(const Sequence &sequence, int wave_row, int unmasked_keys, int keys_end,
-                                               Softmax &softmax, Scores &s, Output &o) {
+        /* All warpgroups of a block go through all of its tiles. begin() came before; the last product is not waited
+         * for. */
+        template <class RowTile>
+        __device__ __forceinline__ void attend(const RowTile &tile, Softmax &softmax, Scores &s, Output &o) {
+            const Sequence &sequence = tile.sequence;
+            const int wave_row = tile.first_row + wave() * WAVE_ROWS;
+            const int keys_end = same(at_least_one(tile.keys_end)), keys_count = same(sequence.keys.count);
+            /* Tiles before this are seen whole: by all of the warpgroup's rows, by all of the wave's. */
+            const int unmasked_keys = lesser(keys_end, same(sequence.visible(tile.first_row + number * 64)));
+            const int wave_unmasked_keys = same(sequence.visible(wave_row));
             uint32_t p[KEYS / 16][4];
             float shrink[2];
-            const int wave_unmasked_keys = same(sequence.visible(wave_row));
             const auto hide = [&](int first) {
                 if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
             };
@@ -494,7 +507,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             if (lane() == 0) mbarrier::arrive(queries.empty());
             queries.advance();
             last_values = take();
-            clear_past_end(last_values.tile(), sequence.keys.count - (first - KEYS));
+            clear_past_end(last_values.tile(), keys_count - (first - KEYS));
             wgmma::begin();
             begin_output(p, last_values.tile(), o);
         }
@@ -505,51 +518,50 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     /* See TileLoop. */
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, Finish finish) {
+        const bool mapped = !PAGED && launch.mapped;
         if (thread_in_block() == 0) {
-            const int copiers = !PAGED && launch.mapped ? 1 : COPIERS;
             for (Ring r = {shared}; r.turn == 0; r.advance()) {
-                mbarrier::make(r.full(), copiers);
+                mbarrier::make(r.full(), mapped ? 1 : COPIERS);
                 mbarrier::make(r.empty(), WAVES);
             }
             for (int i = 0; i < WARPGROUPS; ++i)
                 for (QueryRing r = {shared, i}; r.turn == 0; r.advance()) {
-                    mbarrier::make(r.full(), copiers == 1 ? 1 : WAVE);
+                    mbarrier::make(r.full(), mapped ? 1 : WAVE);
                     mbarrier::make(r.empty(), 4);
                 }
-            for (int i = 0; i < 2; ++i) {
-                mbarrier::make(shared + TURNS_AT + i * 16, 1);
-                /* wave 3, and where it copies wave 1, of those that copy, and the others */
-                mbarrier::make(shared + TURNS_AT + i * 16 + mbarrier::BYTES, WAVES + (copiers == 1 ? 1 : 2));
+            for (int slot = 0; slot < 2; ++slot) {
+                const Turn turn = {shared, slot};
+                mbarrier::make(turn.full(), 1);
+                mbarrier::make(turn.empty(), WAVES + (mapped ? 2 : 3)); /* all waves that read */
             }
             mbarrier::made();
         }
         barrier();
-        Turns turns(launch, shared);
+        Turn turn = {shared};
         if (wave() >= WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
             const int role = wave() - WAVES;
-            if (role == 0 || (role == 1 && (PAGED || !launch.mapped))) {
-                Ring ring = {shared};
-#pragma unroll 1
-                while (turns.more()) {
-                    const int taken = role == 0 ? turns.ask() : 0;
-                    const RowTile tile(launch, turns.tile);
-                    if (tile.exists())
-                        copy_tiles(launch, tile.sequence, ring, first_tile_at_least(tile.keys_end()));
-                    if (role == 0) turns.lead(taken);
-                    else turns.follow();
-                }
-                if (PAGED || !launch.mapped) wait_for_copies();
+            if (role == 2) {
+                find_row_tiles<RowTile>(launch, shared);
             } else if (role == 3) {
                 QueryRing ring = {shared, 0};
 #pragma unroll 1
-                for (; turns.more(); turns.follow()) {
-                    const RowTile tile(launch, turns.tile);
-                    if (!tile.exists()) continue;
+                for (; turn.await(); turn = turn.after()) {
+                    const RowTile tile = turn.template read<RowTile>();
+                    turn.release();
 #pragma unroll 1
                     for (ring.warpgroup = 0; ring.warpgroup < WARPGROUPS; ++ring.warpgroup)
                         copy_queries(launch, tile.sequence, ring, tile.first_row + ring.warpgroup * 64);
                     ring.advance();
+                }
+                wait_for_copies();
+            } else if (role == 0 || !mapped) {
+                Ring ring = {shared};
+#pragma unroll 1
+                for (; turn.await(); turn = turn.after()) {
+                    const RowTile tile = turn.template read<RowTile>();
+                    turn.release();
+                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys_end));
                 }
                 wait_for_copies();
             }
@@ -557,32 +569,29 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
             const Scale scale(launch.problem.softmax_scale);
             Warpgroup warpgroup(launch, shared);
-            turns.template seek<RowTile>();
             Scores s;
-            warpgroup.begin(turns.more(), scale.negate, s);
+            bool more = turn.await();
+            warpgroup.begin(more, scale.negate, s);
 #pragma unroll 1
-            while (turns.more()) {
-                const RowTile tile(launch, turns.tile);
+            while (more) {
                 Softmax softmax(scale.positive);
                 Output o;
                 o.clear();
-                const int keys_end = same(first_tile_at_least(tile.keys_end()));
-                const int unmasked_keys =
-                    lesser(keys_end, same(tile.sequence.visible(tile.first_row + warpgroup.number * 64)));
-                warpgroup.attend(tile.sequence, tile.first_row + wave() * WAVE_ROWS, unmasked_keys, keys_end, softmax,
-                                 s, o);
-                turns.follow();
-                turns.template seek<RowTile>();
+                warpgroup.attend(turn.template read<RowTile>(), softmax, s, o);
+                const Turn next = turn.after();
+                more = next.await();
                 if (EARLY) {
-                    warpgroup.begin(turns.more(), scale.negate, s);
+                    warpgroup.begin(more, scale.negate, s);
                     wgmma::wait<1>();
                 } else {
                     wgmma::wait<0>();
                 }
                 warpgroup.last_values.release();
                 changed(o);
-                finish(tile, softmax, o);
-                if (!EARLY) warpgroup.begin(turns.more(), scale.negate, s);
+                finish(turn.template read<RowTile>(), softmax, o); /* read again: registers are few meanwhile */
+                turn.release();
+                turn = next;
+                if (!EARLY) warpgroup.begin(more, scale.negate, s);
             }
             wgmma::wait<0>();
             changed(s);
