@@ -457,15 +457,17 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             if (more) pass_turn();
         }
 
-        /* All warpgroups of a block go through all of its tiles. begin() came before; the last product is not waited
-         * for. */
+        /* begin() came before; the last product is not waited for. Tiles that only other warpgroups see are passed
+         * over, but in step with these. */
         template <class RowTile>
         __device__ __forceinline__ void attend(const RowTile &tile, Softmax &softmax, Scores &s, Output &o) {
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
             const int keys_end = same(at_least_one(tile.keys_end)), keys_count = same(sequence.keys.count);
             /* Tiles before this are seen whole: by all of the warpgroup's rows, by all of the wave's. */
-            const int unmasked_keys = lesser(keys_end, same(sequence.visible(tile.first_row + number * 64)));
+            const int first_row = tile.first_row + number * 64, last_row = lesser(first_row + 64, sequence.rows) - 1;
+            const int own_end = same(at_least_one(first_row <= last_row ? sequence.visible(last_row) : 0));
+            const int unmasked_keys = lesser(own_end, same(sequence.visible(first_row)));
             const int wave_unmasked_keys = same(sequence.visible(wave_row));
             uint32_t p[KEYS / 16][4];
             float shrink[2];
@@ -503,13 +505,26 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
 #pragma unroll 1
             for (; first + KEYS <= unmasked_keys; first += KEYS) step(first, false);
 #pragma unroll 1
-            for (; first < keys_end; first += KEYS) step(first, true);
+            for (; first < own_end; first += KEYS) step(first, true);
             if (lane() == 0) mbarrier::arrive(queries.empty());
             queries.advance();
+            if (first < keys_end) pass_over_scores();
             last_values = take();
             clear_past_end(last_values.tile(), keys_count - (first - KEYS));
             wgmma::begin();
             begin_output(p, last_values.tile(), o);
+#pragma unroll 1
+            for (; first < keys_end; first += KEYS) {
+                wgmma::wait<0>();
+                last_values.release(); /* now, or the copies could not go on */
+                if (first + KEYS < keys_end) pass_over_scores();
+                last_values = take();
+            }
+        }
+        __device__ __forceinline__ void pass_over_scores() {
+            take().release();
+            await_turn();
+            pass_turn();
         }
     };
 
