@@ -90,18 +90,18 @@ template <int COLUMNS> struct Product;
 #define AITER_PRODUCT(n, i0, i1, i2, i3, i4)                                                                           \
     template <> struct Product<n> {                                                                                    \
         static __device__ __forceinline__ void multiply(float (*c)[4], Matrix a, Matrix b, bool add) {                 \
-            asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #i2                                 \
-                         ", 0;\nmov.b64 a, {%" #i0 ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1                 \
-                         ", " AITER_WGMMA_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n" #n                        \
-                         "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n "}, a, b, add, 1, 1, 0, 0;\n}"             \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #i2 ", 0;\nmov.b64 a, {%" #i0       \
+                         ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1 ", " AITER_WGMMA_DESCRIPTOR               \
+                         "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n \
+                         "}, a, b, add, 1, 1, 0, 0;\n}"                                                                \
                          : AITER_WGMMA_TILES_##n                                                                       \
                          : "r"(a), "r"(b), "r"(static_cast<int>(add)));                                                \
         }                                                                                                              \
         static __device__ __forceinline__ void multiply_transposed(float (*c)[4], const uint32_t (&a)[4], Matrix b) {  \
             asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.b32 add, 0, 0;\nmov.b64 b, {%" #i4                 \
-                         ", " AITER_WGMMA_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES\
-                         "{" AITER_WGMMA_RESULT_##n "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3                          \
-                         "}, b, add, 1, 1, 1;\n}"                                                                      \
+                         ", " AITER_WGMMA_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n" #n                        \
+                         "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3  \
+                                                                            "}, b, add, 1, 1, 1;\n}"                   \
                          : AITER_WGMMA_TILES_##n                                                                       \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                        \
         }                                                                                                              \

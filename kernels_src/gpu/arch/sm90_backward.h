@@ -124,7 +124,7 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
 #pragma unroll
         for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
             wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnLayout::BLOCK_BYTES + j % 4 * 32) / 16,
-                            b + (j / 4 * Layout::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
+                                             b + (j / 4 * Layout::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
         wgmma::end();
     }
 
@@ -142,7 +142,8 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
         for (int n = 0; n < Layout::BLOCKS; ++n)
 #pragma unroll
             for (int j = 0; j < TOKENS / 16; ++j)
-                wgmma::Product<64>::multiply_transposed(&o.tile[0][n * 8], a[j], b + (n * Layout::BLOCK_BYTES + j * 16 * 128) / 16);
+                wgmma::Product<64>::multiply_transposed(&o.tile[0][n * 8], a[j],
+                                                        b + (n * Layout::BLOCK_BYTES + j * 16 * 128) / 16);
         wgmma::end();
     }
 };

@@ -66,7 +66,8 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
-    static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16, TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
+    static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
+                         TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
     static constexpr int TURN_BYTES = 16 + 256; /* two barriers and what a row tile is */
     static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
@@ -96,16 +97,15 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         static_cast<Arguments &>(launch) = call;
         launch.tiles = static_cast<int>(tiles);
         const int64_t batch = p.packed_k ? 1 : p.batch, tokens = p.packed_k ? p.total_k : p.seqlen_k;
-        launch.mapped = !PAGED &&
-                        tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
-                                         p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
-                        tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
-                        tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, HEAD_DIM,
-                                         KEYS);
+        launch.mapped =
+            !PAGED &&
+            tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
+                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
+            tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
+            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS);
         int device = 0, blocks = 0;
         hipError_t error = hipGetDevice(&device);
-        if (error == hipSuccess)
-            error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
+        if (error == hipSuccess) error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
         if (error != hipSuccess) return error;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = Sequence::IS_CAUSAL ? section(p, unit_tiles, blocks) : 1;
@@ -175,7 +175,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         return {before + rest % heads / group, rest % group, row_tiles - 1 - rest / heads};
     }
 
-    /* Wave 2 of those that copy finds out what the block's row tiles are, two ahead, and hands them to the others in two
+    /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in two
      * slots of shared memory, each with barriers like those of the ring. */
     struct Turn {
         SharedAddress shared;
@@ -214,23 +214,25 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     template <class RowTile>
     static __device__ __forceinline__ void find_row_tiles(const Launch &launch, SharedAddress shared) {
         Turn turn = {shared};
-        int next;
-#pragma unroll 1
-        for (int index = block(); index < launch.tiles; index = next) {
-            if (launch.next == nullptr) {
-                next = index + static_cast<int>(gridDim.x);
-            } else { /* asked for early, as it takes long */
-                if (lane() == 0) next = static_cast<int>(gridDim.x + atomicAdd(launch.next, 1u));
-                next = from_lane(next, 0);
-            }
-            const RowTile tile(launch, index);
-            if (!tile.exists()) continue;
-            turn.vacate();
-            if (lane() == 0) shared_store(turn.tile(), tile);
-            turn.announce(true);
-            turn = turn.after();
-        }
+        int index = block();
         turn.vacate();
+#pragma unroll 1
+        while (index < launch.tiles) {
+            const RowTile tile(launch, index);
+            if (tile.exists()) {
+                if (lane() == 0) shared_store(turn.tile(), tile);
+                turn.announce(true);
+                turn = turn.after();
+                turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
+            }
+            if (launch.next == nullptr) {
+                index += static_cast<int>(gridDim.x);
+            } else {
+                int taken = 0;
+                if (lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
+                index = static_cast<int>(gridDim.x) + from_lane(taken, 0);
+            }
+        }
         turn.announce(false);
     }
 
@@ -282,20 +284,22 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     }
 
     template <bool VALUES>
-    static __device__ __forceinline__ void copy(const Launch &launch, const Sequence &sequence, Ring &ring,
-                                                int first) {
+    static __device__ __forceinline__ void copy(const Launch &launch, const Sequence &sequence, Ring &ring, int first) {
         if (!PAGED && launch.mapped) copy_by_map<VALUES>(launch, sequence, ring, first);
         else copy_rows<VALUES>(sequence, ring, first);
     }
 
+    /* Before the last tile, calls almost_done(). */
+    template <class AlmostDone>
     static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
-                                                      int keys_end) {
+                                                      int keys_end, AlmostDone almost_done) {
         copy<false>(launch, sequence, ring, 0);
 #pragma unroll 1
         for (int first = KEYS; first < keys_end; first += KEYS) {
             copy<false>(launch, sequence, ring, first);
             copy<true>(launch, sequence, ring, first - KEYS);
         }
+        almost_done();
         copy<true>(launch, sequence, ring, (keys_end - 1) / KEYS * KEYS);
     }
 
@@ -572,11 +576,14 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 wait_for_copies();
             } else if (role == 0 || !mapped) {
                 Ring ring = {shared};
+                bool first = true;
 #pragma unroll 1
-                for (; turn.await(); turn = turn.after()) {
+                for (; turn.await(); turn = turn.after(), first = false) {
                     const RowTile tile = turn.template read<RowTile>();
-                    turn.release();
-                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys_end));
+                    /* The turn before is kept until the one after is needed: its slot is that one's. */
+                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys_end), [&] {
+                        if (!first) turn.after().release();
+                    });
                 }
                 wait_for_copies();
             }
@@ -629,10 +636,9 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 uint32_t w[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    w[i] = n + i < Output::TILES
-                               ? to_elements(o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0)),
-                                             o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0) + 1))
-                               : 0;
+                    w[i] = n + i < Output::TILES ? to_elements(o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0)),
+                                                               o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0) + 1))
+                                                 : 0;
                 /* Lane t is to have tile n + t: first the half of the tiles that it is in, then the tile. */
                 const uint32_t a0 = high ? w[2] : w[0], a1 = high ? w[3] : w[1];
                 const uint32_t b0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
@@ -642,8 +648,8 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 const uint32_t from_b = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
                 const uint2 own = odd ? make_uint2(from_a, a) : make_uint2(a, from_a);
                 const uint2 other = odd ? make_uint2(from_b, b) : make_uint2(b, from_b);
-                const uint4 chunk = high ? make_uint4(other.x, other.y, own.x, own.y)
-                                         : make_uint4(own.x, own.y, other.x, other.y);
+                const uint4 chunk =
+                    high ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
                 if (to != nullptr && (n + t) * 8 < HEAD_DIM) reinterpret_cast<uint4 *>(to)[n + t] = chunk;
             }
         }
