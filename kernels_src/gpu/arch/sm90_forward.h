@@ -43,6 +43,37 @@ template <int HEAD_DIM, bool CAUSAL, bool PAGED> struct WarpgroupShape {
                                                   : 64;
 };
 
+/* 2^x by the units that add and multiply, for x up to 127: those that exponentiate have their hands full where there are
+ * few dimensions. Within 8e-5; exact where 16 bits are rounded to, as for NaN, infinity and underflow. */
+__device__ __forceinline__ float exp2_by_polynomial(float x) {
+    constexpr float ROUND = 12582912.0f; /* 1.5 * 2^23: what is added to it becomes an integer, in the low bits */
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-127.0f));
+    const float integer = x + ROUND, rest = x - (integer - ROUND);
+    const float power = __uint_as_float((__float_as_uint(integer) << 23) + 0x3f800000u); /* 0 for -127 */
+    return (((0.0551716649f * rest + 0.242611122f) * rest + 0.693260986f) * rest + 0.999928074f) * power;
+}
+
+template <int KEYS, bool BOTH_UNITS> struct WarpgroupScores : Accumulator<1, KEYS> {
+    __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
+        float sum[2] = {0.0f, 0.0f}; /* two, as each addition waits for the one before */
+#pragma unroll
+        for (int i = 0; i < this->VALUES; ++i) {
+            const float x = __fmaf_rn(this->get(slot, i), scale, -reference);
+            const float y = BOTH_UNITS && i % 4 == 3 ? exp2_by_polynomial(x) : exp2(x);
+            this->set(slot, i, y);
+            sum[i % 2] += y;
+        }
+        return sum[0] + sum[1];
+    }
+};
+
+/* Where blocks take row tiles by a counter: clears it. The kernel that counts is launched early, and waits for this one
+ * where it counts first. */
+__global__ void clear_counter(uint32_t *next) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    *next = 0;
+}
+
 template <int HEAD_DIM, class Sequence>
 struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED> {
     using Shape = WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED>;
@@ -72,7 +103,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
 
-    using Scores = Accumulator<1, KEYS>;
+    using Scores = WarpgroupScores<KEYS, (HEAD_DIM <= 64)>;
     using Output = Accumulator<1, COLUMNS>;
     using Softmax = OnlineSoftmax<2>;
 
@@ -111,12 +142,11 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         launch.section = Sequence::IS_CAUSAL ? section(p, unit_tiles, blocks) : 1;
         const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
         launch.next = nullptr;
-        if (tiles > blocks && !equal) {
-            launch.next = static_cast<uint32_t *>(t.workspace);
-            error = cudaMemsetAsync(launch.next, 0, sizeof(uint32_t), static_cast<cudaStream_t>(stream));
-            if (error != hipSuccess) return error;
-        }
-        return aiter::launch(kernel, lesser<int64_t>(tiles, blocks), THREADS, SHARED_BYTES, stream, launch);
+        blocks = static_cast<int>(lesser<int64_t>(tiles, blocks));
+        if (tiles == blocks || equal) return aiter::launch(kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
+        launch.next = static_cast<uint32_t *>(t.workspace);
+        if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
+        return launch_next(kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
     }
 
     /* x, which is the same in all lanes: or the assembler takes branches on it for divergent, and in those it would
@@ -228,6 +258,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             if (launch.next == nullptr) {
                 index += static_cast<int>(gridDim.x);
             } else {
+                asm volatile("griddepcontrol.wait;" ::: "memory"); /* clear_counter */
                 int taken = 0;
                 if (lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
                 index = static_cast<int>(gridDim.x) + from_lane(taken, 0);
