@@ -33,38 +33,14 @@ namespace aiter {
 
 /* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more: three warpgroups hide it
  * better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
- * shared memory, and where the diagonal cuts tiles by what is multiplied for nothing. */
-template <int HEAD_DIM, bool CAUSAL, bool PAGED> struct WarpgroupShape {
+ * shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
+template <int HEAD_DIM> struct WarpgroupShape {
     static constexpr int WARPGROUPS = HEAD_DIM <= 96 ? 3 : 2;
     static constexpr int KEYS = HEAD_DIM <= 64    ? 128
                                 : HEAD_DIM <= 96  ? 96
-                                : HEAD_DIM <= 128 ? CAUSAL || PAGED ? 128 : 176
+                                : HEAD_DIM <= 128 ? 128
                                 : HEAD_DIM <= 192 ? 96
                                                   : 64;
-};
-
-/* 2^x by the units that add and multiply, for x up to 127: those that exponentiate have their hands full where there are
- * few dimensions. Within 8e-5; exact where 16 bits are rounded to, as for NaN, infinity and underflow. */
-__device__ __forceinline__ float exp2_by_polynomial(float x) {
-    constexpr float ROUND = 12582912.0f; /* 1.5 * 2^23: what is added to it becomes an integer, in the low bits */
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-127.0f));
-    const float integer = x + ROUND, rest = x - (integer - ROUND);
-    const float power = __uint_as_float((__float_as_uint(integer) << 23) + 0x3f800000u); /* 0 for -127 */
-    return (((0.0551716649f * rest + 0.242611122f) * rest + 0.693260986f) * rest + 0.999928074f) * power;
-}
-
-template <int KEYS, bool BOTH_UNITS> struct WarpgroupScores : Accumulator<1, KEYS> {
-    __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
-        float sum[2] = {0.0f, 0.0f}; /* two, as each addition waits for the one before */
-#pragma unroll
-        for (int i = 0; i < this->VALUES; ++i) {
-            const float x = __fmaf_rn(this->get(slot, i), scale, -reference);
-            const float y = BOTH_UNITS && i % 4 == 3 ? exp2_by_polynomial(x) : exp2(x);
-            this->set(slot, i, y);
-            sum[i % 2] += y;
-        }
-        return sum[0] + sum[1];
-    }
 };
 
 /* Where blocks take row tiles by a counter: clears it. The kernel that counts is launched early, and waits for this one
@@ -74,9 +50,8 @@ __global__ void clear_counter(uint32_t *next) {
     *next = 0;
 }
 
-template <int HEAD_DIM, class Sequence>
-struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED> {
-    using Shape = WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::IS_PAGED>;
+template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HEAD_DIM> {
+    using Shape = WarpgroupShape<HEAD_DIM>;
     using Shape::WARPGROUPS, Shape::KEYS;
     static constexpr bool PAGED = Sequence::IS_PAGED;
     static constexpr int WAVES = WARPGROUPS * 4, WAVE_ROWS = 16; /* without the waves that copy */
@@ -91,9 +66,6 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     static constexpr int MOST_BYTES = 227 * 1024 - 1024;
     /* Of Q there is room for the next row tile too, where that leaves four stages. */
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
-    /* Whether a row tile's first scores are made before the output of the one before is written: while that goes on, or
-     * after it, if Q comes too late for that. */
-    static constexpr bool EARLY = QUERIES == 2 || HEAD_DIM > 128;
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
@@ -103,7 +75,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
     static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
 
-    using Scores = WarpgroupScores<KEYS, (HEAD_DIM <= 64)>;
+    using Scores = Accumulator<1, KEYS>;
     using Output = Accumulator<1, COLUMNS>;
     using Softmax = OnlineSoftmax<2>;
 
@@ -430,7 +402,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
         const Launch &launch;
         SharedAddress shared;
         int number = wave() / 4; /* of the warpgroup */
-        Ring ring = {shared}, first_keys, last_values;
+        Ring ring = {shared};
         QueryRing queries = {shared, number};
 
         __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
@@ -478,24 +450,9 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             meet_all();
         }
 
-        /* The first scores of a row tile set off: a product that attend() waits for. After the last row tile another
-         * is made of what memory holds, for nothing: the assembler wants the same products on all ways. */
-        __device__ __forceinline__ void begin(bool more, bool negate, Scores &s) {
-            first_keys = ring;
-            if (more) {
-                await_queries(negate);
-                take();
-                await_turn();
-            }
-            wgmma::begin();
-            begin_scores(queries.tile(), first_keys.tile(), s);
-            if (more) pass_turn();
-        }
-
-        /* begin() came before; the last product is not waited for. Tiles that only other warpgroups see are passed
-         * over, but in step with these. */
+        /* Tiles that only other warpgroups see are passed over, but in step with these. */
         template <class RowTile>
-        __device__ __forceinline__ void attend(const RowTile &tile, Softmax &softmax, Scores &s, Output &o) {
+        __device__ __forceinline__ void attend(const RowTile &tile, bool negate, Softmax &softmax, Output &o) {
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
             const int keys_end = same(at_least_one(tile.keys_end)), keys_count = same(sequence.keys.count);
@@ -504,12 +461,19 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             const int own_end = same(at_least_one(first_row <= last_row ? sequence.visible(last_row) : 0));
             const int unmasked_keys = lesser(own_end, same(sequence.visible(first_row)));
             const int wave_unmasked_keys = same(sequence.visible(wave_row));
+            Scores s;
             uint32_t p[KEYS / 16][4];
             float shrink[2];
             const auto hide = [&](int first) {
                 if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
             };
 
+            await_queries(negate);
+            const Ring first_keys = take();
+            await_turn();
+            wgmma::begin();
+            begin_scores(queries.tile(), first_keys.tile(), s);
+            pass_turn();
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
@@ -544,7 +508,7 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             if (lane() == 0) mbarrier::arrive(queries.empty());
             queries.advance();
             if (first < keys_end) pass_over_scores();
-            last_values = take();
+            Ring last_values = take();
             clear_past_end(last_values.tile(), keys_count - (first - KEYS));
             wgmma::begin();
             begin_output(p, last_values.tile(), o);
@@ -555,6 +519,9 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
                 if (first + KEYS < keys_end) pass_over_scores();
                 last_values = take();
             }
+            wgmma::wait<0>();
+            last_values.release();
+            changed(o);
         }
         __device__ __forceinline__ void pass_over_scores() {
             take().release();
@@ -622,32 +589,15 @@ struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, Sequence::IS_CAUSAL, Sequence::I
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
             const Scale scale(launch.problem.softmax_scale);
             Warpgroup warpgroup(launch, shared);
-            Scores s;
-            bool more = turn.await();
-            warpgroup.begin(more, scale.negate, s);
 #pragma unroll 1
-            while (more) {
+            for (; turn.await(); turn = turn.after()) {
                 Softmax softmax(scale.positive);
                 Output o;
                 o.clear();
-                warpgroup.attend(turn.template read<RowTile>(), softmax, s, o);
-                const Turn next = turn.after();
-                more = next.await();
-                if (EARLY) {
-                    warpgroup.begin(more, scale.negate, s);
-                    wgmma::wait<1>();
-                } else {
-                    wgmma::wait<0>();
-                }
-                warpgroup.last_values.release();
-                changed(o);
-                finish(turn.template read<RowTile>(), softmax, o); /* read again: registers are few meanwhile */
+                warpgroup.attend(turn.template read<RowTile>(), scale.negate, softmax, o);
+                finish(turn.template read<RowTile>(), softmax, o); /* read again: registers were few meanwhile */
                 turn.release();
-                turn = next;
-                if (!EARLY) warpgroup.begin(more, scale.negate, s);
             }
-            wgmma::wait<0>();
-            changed(s);
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
             if (warpgroup.number == 0) warpgroup.await_turn();
         }
