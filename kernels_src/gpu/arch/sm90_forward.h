@@ -1,6 +1,6 @@
 /* The loop over the tiles of keys on sm_90a: wgmma, copies by the bulk copy engine, blocks that stay.
  *
- *   block           one for each SM. It takes row tiles one after the other: in a fixed order, or, where they differ in
+ *   block           one for each SM. It takes row tiles one after the other: in a fixed order or, where they differ in
  *                   work, by a counter in memory. While its last products are made and its output goes out, the first
  *                   tiles of the next row tile arrive.
  *   roles           two or three warpgroups multiply, 64 rows each; the last one copies:
@@ -71,9 +71,9 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
-    static constexpr int TURN_BYTES = 16 + 256; /* two barriers and what a row tile is */
+    static constexpr int TURN_BYTES = 352; /* two barriers and what a row tile is */
     static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
-    static_assert(STAGES >= 3 && KEYS % 16 == 0, "");
+    static_assert(STAGES >= 3 && KEYS % 16 == 0 && SHARED_BYTES <= 227 * 1024, "");
 
     using Scores = Accumulator<1, KEYS>;
     using Output = Accumulator<1, COLUMNS>;
@@ -90,7 +90,11 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
 
     /* ---- host ---- */
 
-    static int64_t workspace_bytes(const aiter_attention_problem &) { return 16; }
+    /* For the counter. Where it is the lengths of padded sequences alone that make row tiles differ, nothing here tells:
+     * then there is none, and each row tile gets a block of its own. */
+    static int64_t workspace_bytes(const aiter_attention_problem &p) {
+        return Sequence::IS_CAUSAL || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
+    }
 
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
         const aiter_attention_problem &p = call.problem;
@@ -113,12 +117,12 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = Sequence::IS_CAUSAL ? section(p, unit_tiles, blocks) : 1;
         const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
-        launch.next = nullptr;
-        blocks = static_cast<int>(lesser<int64_t>(tiles, blocks));
-        if (tiles == blocks || equal) return aiter::launch(kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
-        launch.next = static_cast<uint32_t *>(t.workspace);
+        const bool counted = !equal && t.workspace != nullptr && tiles > blocks;
+        launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
+        const int64_t grid = equal || counted ? lesser<int64_t>(tiles, blocks) : tiles;
+        if (!counted) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
-        return launch_next(kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
+        return launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
     }
 
     /* x, which is the same in all lanes: or the assembler takes branches on it for divergent, and in those it would
@@ -156,14 +160,17 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
 
     /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
      * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
-     * block; but not more keys and values than the L2 cache holds, or than so few units have that reading them anew for
-     * every round of tiles costs little. The last section must not be a small one: the first is. */
+     * block. But then many units are begun at one time, and their keys and values come from memory all at once: no more
+     * than the L2 cache holds, and no more than leave each of them four blocks. So few as eight are no matter: theirs
+     * are many keys, and they are read again for each round of tiles without being missed. */
     static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
-        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, FEW = 8;
+        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, BLOCKS_OF_UNIT = 4, FEW = 8;
         const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * LINES * 128 * 2, 1); /* of one unit */
         const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
-        return static_cast<int>(lesser(balanced, greater(CACHED_BYTES / bytes, FEW)));
+        const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
+        return static_cast<int>(lesser(balanced, greater(most, FEW)));
     }
+    /* The last section must not be a small one: the first is. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
         const aiter_attention_problem &p = launch.problem;
         const int group = p.heads_q / p.heads_kv, unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
@@ -292,7 +299,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
         else copy_rows<VALUES>(sequence, ring, first);
     }
 
-    /* Before the last tile, calls almost_done(). */
+    /* Calls almost_done() before the last tile. */
     template <class AlmostDone>
     static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                       int keys_end, AlmostDone almost_done) {
