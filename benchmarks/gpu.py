@@ -1,6 +1,7 @@
-"""Every case on the GPU at hand, with PyTorch's operators (FlashAttention-2, cuDNN, unfused) in the same run.
+"""Every case on the GPU at hand, with PyTorch's operators (FlashAttention-2, cuDNN, unfused) in the same run, and with
+FlashAttention-3 where its wheel is installed (`pip install fa3-fwd`, Hopper only).
 
-    python benchmarks/gpu.py [--out FOLDER] [--only forward,decode,variable,backward,host]
+    python benchmarks/gpu.py [--out FOLDER] [--only forward,chunks,variable,decode,backward,host]
 
 Prints a table; with --out also writes gpu.json and, where matplotlib is installed, gpu.png. Times are medians of device
 events over repeated calls on random data that is larger than the caches, or for the small ones rotates among copies.
@@ -27,6 +28,11 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aiter
+
+try:
+    import fa3_fwd_interface as fa3
+except ImportError:
+    fa3 = None
 
 BACKENDS = {
     "FA2": SDPBackend.FLASH_ATTENTION,
@@ -108,21 +114,41 @@ def pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object
 
 
 def forward() -> Iterator[Case]:
-    for head_dim in (64, 128):
-        heads = 2048 // head_dim
-        for length in (1024, 4096, 16384):
+    """16384 tokens in all, heads * head_dim = 2048 or nearly."""
+    shapes = [(d, 2048 // d, 2048 // d) for d in (64, 96, 128, 192, 256)] + [(128, 32, 8)]
+    for head_dim, heads, heads_kv in shapes:
+        for length in (512, 1024, 2048, 4096, 8192, 16384):
             batch = 16384 // length
-            tensors = [randn(batch, length, heads, head_dim) for _ in "qkv"]
-            names = ("FA2", "cuDNN", "unfused")[: 3 if length <= 1024 else 2]  # unfused takes 60 times as long
+            tensors = [randn(batch, length, n, head_dim) for n in (heads, heads_kv, heads_kv)]
             for causal in (False, True):
-                theirs = [partial(pytorch, *tensors, is_causal=causal)]
+                theirs: dict[str, list[Call]] = {}
+                if fa3:
+                    theirs["FA3"] = [partial(fa3.flash_attn_func, *tensors, causal=causal)]
+                pytorchs = [partial(pytorch, *tensors, is_causal=causal, enable_gqa=heads != heads_kv)]
+                names = ("cuDNN", "FA2", "unfused")[: 3 if length == 1024 else 2]  # unfused takes 60 times as long
+                theirs |= dict.fromkeys(names, pytorchs)
                 yield Case(
-                    f"forward D{head_dim} {length}{' causal' * causal}",
+                    f"forward D{head_dim} {heads}/{heads_kv} {length}{' causal' * causal}",
                     "TFLOP/s",
                     4 * batch * heads * length * length * head_dim / (2 if causal else 1),
                     [partial(aiter.flash_attn_func, *tensors, causal=causal)],
-                    dict.fromkeys(names, theirs),
+                    theirs,
                 )
+
+
+def chunks() -> Iterator[Case]:
+    """The last tokens of a prompt that comes in pieces, over all keys before them."""
+    heads, heads_kv, head_dim = 32, 8, 128
+    for batch, rows, length in ((1, 128, 8192), (1, 512, 32768), (1, 2048, 131072), (8, 16, 4096), (32, 4, 4096)):
+        query = randn(batch, rows, heads, head_dim)
+        cache = [randn(batch, length, heads_kv, head_dim) for _ in "kv"]
+        yield Case(
+            f"chunk {batch} x {rows} on {length}",
+            "TFLOP/s",
+            4 * batch * heads * head_dim * rows * (length - (rows - 1) / 2),
+            [partial(aiter.flash_attn_func, query, *cache, causal=True)],
+            {"FA3": [partial(fa3.flash_attn_func, query, *cache, causal=True)]} if fa3 else {},
+        )
 
 
 def copy_bandwidth() -> float:
@@ -158,21 +184,31 @@ def paged(cache: list[torch.Tensor], page_size: int) -> tuple[torch.Tensor, ...]
 
 
 def variable() -> Iterator[Case]:
-    """Lengths uniform in [1, 4096], packed, against PyTorch on the padded batch with a mask."""
-    batch, longest, heads, head_dim = 16, 4096, 16, 128
-    lengths = torch.randint(1, longest + 1, (batch,), generator=torch.Generator().manual_seed(20))
-    packed = [randn(int(lengths.sum()), heads, head_dim) for _ in "qkv"]
-    padded = [randn(batch, longest, heads, head_dim) for _ in "qkv"]
-    on_gpu = lengths.to("cuda", torch.int32)
-    mask = (torch.arange(longest, device="cuda") < on_gpu.view(-1, 1)).view(batch, 1, 1, longest)
-    theirs = [partial(pytorch, *padded, attn_mask=mask)]
-    yield Case(
-        "variable length, uniform to 4096",
-        "TFLOP/s",
-        float((4 * lengths.double() ** 2 * heads * head_dim).sum()),
-        [partial(aiter.variable_length_attention, *packed, on_gpu, longest)],
-        {f"{name}, padded": theirs for name in ("PyTorch's choice", "efficient", "cuDNN", "unfused")},
-    )
+    """16 packed sequences of random lengths, against FA3 and, one of them, PyTorch on the padded batch with a mask."""
+    batch = 16
+    for longest, heads, heads_kv, head_dim in ((4096, 16, 16, 128), (1024, 32, 8, 64)):
+        lengths = torch.randint(1, longest + 1, (batch,), generator=torch.Generator().manual_seed(20))
+        packed = [randn(int(lengths.sum()), n, head_dim) for n in (heads, heads_kv, heads_kv)]
+        on_gpu = lengths.to("cuda", torch.int32)
+        starts = F.pad(on_gpu.cumsum(0), (1, 0)).to(torch.int32)
+        for causal in (False, True):
+            theirs: dict[str, list[Call]] = {}
+            if fa3:
+                arguments = (*packed, starts, starts, longest, longest)
+                theirs["FA3"] = [partial(fa3.flash_attn_varlen_func, *arguments, causal=causal)]
+            if longest == 4096 and not causal:
+                padded = [randn(batch, longest, n, head_dim) for n in (heads, heads_kv, heads_kv)]
+                mask = (torch.arange(longest, device="cuda") < on_gpu.view(-1, 1)).view(batch, 1, 1, longest)
+                names = (f"{name}, padded" for name in ("PyTorch's choice", "efficient", "cuDNN", "unfused"))
+                pytorchs = [partial(pytorch, *padded, attn_mask=mask)]
+                theirs |= dict.fromkeys(names, pytorchs)
+            yield Case(
+                f"variable length to {longest}, D{head_dim} {heads}/{heads_kv}{' causal' * causal}",
+                "TFLOP/s",
+                float((4 * lengths.double() ** 2 * heads * head_dim).sum()) / (2 if causal else 1),
+                [partial(aiter.variable_length_attention, *packed, on_gpu, longest, causal)],
+                theirs,
+            )
 
 
 def backward() -> Iterator[Case]:
@@ -212,10 +248,11 @@ def host() -> Iterator[Case]:
     yield Case("host time of a small call", "us", 0, ours, dict.fromkeys(("FA2", "cuDNN"), theirs))
 
 
-SECTIONS = {f.__name__: f for f in (forward, decode, variable, backward, host)}
+SECTIONS = {f.__name__: f for f in (forward, chunks, variable, decode, backward, host)}
 
 
-COLORS = {"aiter": "C0", "FA2": "C1", "cuDNN": "C2", "unfused": "C3", "efficient": "C4", "PyTorch's choice": "C5"}
+NAMES = ("aiter", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")
+COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)}
 
 
 def plot(rows: list[dict], device: str, path: Path) -> None:

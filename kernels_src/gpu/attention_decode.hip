@@ -354,7 +354,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const int over_units = plan.units < grid - 1;
     const int64_t row_blocks = (aiter::rows_of_unit(problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
     return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
-                              aiter::MERGE_WAVES * aiter::WAVE, stream, *call, grid, over_units);
+                              aiter::MERGE_WAVES * aiter::WAVE, 0, stream, *call, grid, over_units);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

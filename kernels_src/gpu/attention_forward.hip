@@ -33,7 +33,7 @@ namespace aiter {
 constexpr int HEAD_DIM = AITER_HEAD_DIM;
 constexpr bool CAUSAL = AITER_CAUSAL, PAGED = AITER_PAGED;
 using Problem = Sequence<CAUSAL, PAGED>;
-#if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 128 /* beyond, Q would not fit into the registers */
+#if defined(AITER_WGMMA)
 using Loop = WarpgroupLoop<HEAD_DIM, Problem>;
 #else
 using Loop = TileLoop<HEAD_DIM, Problem>;
@@ -42,9 +42,29 @@ using Output = Loop::Output;
 constexpr int SLOTS = Output::SLOTS;
 constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
 
-__device__ __forceinline__ void store(const Problem &sequence, SharedAddress shared, int block_row, float signed_scale,
+/* Rows of one head of one sequence, which a block works on at one time; Loop::place says in which order. */
+struct RowTile {
+    Problem sequence;
+    int first_row;
+    int keys_end; /* keys that any of its rows sees lie before this */
+
+    __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
+        : RowTile(launch, Loop::place(launch, index, (launch.problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS)) {}
+    __device__ __forceinline__ RowTile(const Loop::Launch &launch, Place place)
+        : sequence(launch, place.batch(launch.problem), place.head(launch.problem)),
+          first_row(place.row_tile * BLOCK_ROWS) {
+        const int rows_end = lesser(first_row + BLOCK_ROWS, sequence.rows);
+        keys_end = first_row < rows_end ? sequence.visible(rows_end - 1) : 0;
+    }
+
+    /* Whether any of its rows is to be written. */
+    __device__ __forceinline__ bool exists() const { return first_row < sequence.padded_rows; }
+};
+
+__device__ __forceinline__ void store(const RowTile &tile, SharedAddress shared, float signed_scale,
                                       OnlineSoftmax<SLOTS> &softmax, Output &o) {
-    const int wave_row = block_row + wave() * WAVE_ROWS;
+    const Problem &sequence = tile.sequence;
+    const int wave_row = tile.first_row + wave() * WAVE_ROWS;
     float log_sum[SLOTS];
     softmax.finish(log_sum);
     bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
@@ -69,13 +89,13 @@ __device__ __forceinline__ void store(const Problem &sequence, SharedAddress sha
         }
     }
     if (CAUSAL && wave_any(any_spoiled)) { /* is it a masked value that did it? */
-        const int last_row = lesser(block_row + BLOCK_ROWS, sequence.rows) - 1;
+        const int last_row = lesser(tile.first_row + BLOCK_ROWS, sequence.rows) - 1;
         const int end = lesser(round_up(sequence.visible(last_row), Loop::KEYS), sequence.keys.count);
         if (!values_not_finite<HEAD_DIM>(sequence, sequence.visible(wave_row), end))
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
     }
-    store_output<HEAD_DIM>(o, shared, [&](int row) {
+    Loop::store_output(o, shared, [&](int row) {
         row += wave_row;
         return row < sequence.padded_rows ? sequence.output + row * sequence.output_stride : nullptr;
     });
@@ -98,24 +118,11 @@ __device__ __forceinline__ void store(const Problem &sequence, SharedAddress sha
     }
 }
 
-__global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS) attention_forward(const Arguments arguments) {
+__global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
+    attention_forward(const AITER_GRID_CONSTANT Loop::Launch launch) {
     AITER_SHARED(shared, Loop::SHARED_BYTES);
-    const aiter_attention_problem &problem = arguments.problem;
-    const int row_blocks = (problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    const int group = problem.heads_q / problem.heads_kv;
-    const Work work = work_of_block(block(), problem.batch * problem.heads_kv, group * row_blocks);
-    const int batch = work.unit / problem.heads_kv;
-    const int head = work.unit % problem.heads_kv * group + work.part % group;
-    const int block_row = (row_blocks - 1 - work.part / group) * BLOCK_ROWS;
-
-    const Problem sequence(arguments, batch, head);
-    if (block_row >= sequence.padded_rows) return;
-    const Scale scale(problem.softmax_scale);
-    OnlineSoftmax<SLOTS> softmax(scale.positive);
-    Output o;
-    Loop::attend(sequence, shared_address(shared), block_row, scale.negate, softmax, o, [&] {
-        store(sequence, Loop::query_memory(shared_address(shared)), block_row, problem.softmax_scale * LOG2_E, softmax,
-              o);
+    Loop::run<RowTile>(launch, shared_address(shared), [&](const RowTile &tile, auto &softmax, auto &o) {
+        store(tile, shared_address(shared), launch.problem.softmax_scale * LOG2_E, softmax, o);
     });
 }
 
@@ -126,14 +133,15 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
     description->call_bytes = sizeof(aiter_call);
 }
 
-AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *) { return 0; }
+AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
+    return aiter::Loop::workspace_bytes(call->problem);
+}
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter_attention_problem &p = call->problem;
     if (const int error = aiter::check_problem(p)) return error;
-    const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
-    return aiter::launch(aiter::attention_forward, row_blocks * p.heads_q * p.batch, aiter::Loop::THREADS,
-                         aiter::Loop::SHARED_BYTES, stream, *call);
+    const int64_t row_tiles = (p.seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
+    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles * p.heads_q * p.batch, stream);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

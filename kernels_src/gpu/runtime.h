@@ -31,7 +31,9 @@ constexpr int CUDA_ARCH = CUDA_ARCHS[0]; /* what this build is for, also in host
 
 #if defined(__HIP__)
 #define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(256))) char name[bytes]
+#define AITER_GRID_CONSTANT
 #else
+#define AITER_GRID_CONSTANT __grid_constant__ /* the parameter has an address in memory that all threads share */
 #define AITER_SHARED(name, bytes) extern __shared__ __align__(1024) char name[]
 #endif
 
@@ -56,6 +58,15 @@ inline const char *error_text(int code) {
     }
 }
 
+#if !defined(__HIP__)
+/* Before every launch: the limit belongs to the current device, and setting it costs next to nothing. */
+template <class Kernel> int allow_shared(Kernel kernel, int shared) {
+    return shared <= 48 * 1024
+               ? cudaSuccess
+               : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+}
+#endif
+
 /* Starts `kernel` with `shared` bytes of AITER_SHARED memory. */
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void *stream,
@@ -63,11 +74,7 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int share
     if (blocks == 0) return 0;
     if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
 #if !defined(__HIP__)
-    /* Set on every launch: the limit belongs to the current device, and setting it costs next to nothing. */
-    if (shared > 48 * 1024) {
-        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-        if (error != cudaSuccess) return error;
-    }
+    if (const int error = allow_shared(kernel, shared)) return error;
     kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, static_cast<cudaStream_t>(stream)>>>(
         arguments...);
 #else
@@ -77,26 +84,28 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int share
 }
 
 /* Starts a kernel that continues the work of the one launched just before it. Where the GPU can (NVIDIA, sm_90 on), it
- * comes up while that one still runs, and waits for its results at wait_for_previous(). Without AITER_SHARED. */
+ * comes up while that one still runs, and waits for its results at wait_for_previous(). */
 template <class... Parameters, class... Arguments>
-int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, void *stream,
+int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void *stream,
                 const Arguments &...arguments) {
 #if !defined(__HIP__)
     if (CUDA_ARCH >= 900) {
         if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        if (const int error = allow_shared(kernel, shared)) return error;
         cudaLaunchAttribute early = {};
         early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         early.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config = {};
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = static_cast<size_t>(shared);
         config.stream = static_cast<cudaStream_t>(stream);
         config.attrs = &early;
         config.numAttrs = 1;
         return cudaLaunchKernelEx(&config, kernel, arguments...);
     }
 #endif
-    return launch(kernel, blocks, threads, 0, stream, arguments...);
+    return launch(kernel, blocks, threads, shared, stream, arguments...);
 }
 
 } // namespace aiter

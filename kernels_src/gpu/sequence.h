@@ -12,7 +12,9 @@ namespace aiter {
 using Arguments = aiter_attention_call; /* the kernel parameter */
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-template <class T> __device__ __forceinline__ T lesser(T x, T y) { return x < y ? x : y; }
+template <class T> __host__ __device__ __forceinline__ constexpr T lesser(T x, T y) { return x < y ? x : y; }
+
+template <class T> __host__ __device__ __forceinline__ constexpr T greater(T x, T y) { return x < y ? y : x; }
 
 /* Rows of sequence `batch` in a tensor: where they begin (packed) or 0, and how many there are. */
 struct Extent {
@@ -116,6 +118,7 @@ template <> struct KeyValueRows<true> {
 
 /* One query head of one sequence. Row i of the query sees the first `visible(i)` keys. */
 template <bool CAUSAL, bool PAGED> struct Sequence {
+    static constexpr bool IS_CAUSAL = CAUSAL, IS_PAGED = PAGED;
     const Element *query;
     Element *output;
     float *lse;                          /* null when not wanted */
@@ -123,6 +126,8 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
     int rows;                            /* query rows that exist */
     int padded_rows;                     /* rows to be written; past `rows` they are zeros */
     KeyValueRows<PAGED> keys;
+    /* Where row 0 stands in the tensor of queries and, not paged, token 0 of `keys` in those of keys and values. */
+    int query_batch, query_head, first_query, kv_batch, kv_head, first_key;
     int diagonal; /* causal: keys that row 0 sees, minus 1; may be negative */
 
     __device__ __forceinline__ int visible(int row) const {
@@ -134,7 +139,12 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
         const aiter_attention_tensors &t = arguments.tensors;
         const Extent q = extent(t.seqlens_q, batch, p.seqlen_q, p.packed_q, p.total_q);
         const Extent k = extent(t.seqlens_k, batch, p.seqlen_k, p.packed_k, p.total_k);
-        const int kv_head = head / (p.heads_q / p.heads_kv);
+        kv_head = head / (p.heads_q / p.heads_kv);
+        query_batch = p.packed_q ? 0 : batch;
+        query_head = head;
+        first_query = static_cast<int>(q.begin);
+        kv_batch = p.packed_k ? 0 : batch;
+        first_key = static_cast<int>(k.begin);
 
         query_stride = p.query_strides[1];
         output_stride = p.output_strides[1];
@@ -181,6 +191,15 @@ __device__ __forceinline__ Work work_of_block(int block, int units, int parts) {
     const int index = block / XCDS;
     return {index / parts * XCDS + block % XCDS, index % parts};
 }
+
+/* A tile of query rows: `unit` is a KV head of a sequence, `member` one of the query heads that read it. */
+struct Place {
+    int unit, member, row_tile;
+    __device__ __forceinline__ int batch(const aiter_attention_problem &p) const { return unit / p.heads_kv; }
+    __device__ __forceinline__ int head(const aiter_attention_problem &p) const {
+        return unit % p.heads_kv * (p.heads_q / p.heads_kv) + member;
+    }
+};
 
 /* What every kernel asks of a problem before it launches. */
 inline int check_problem(const aiter_attention_problem &p) {

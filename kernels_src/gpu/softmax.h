@@ -37,27 +37,21 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     }
 
     /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row
-     * of the wave; then the output so far must be multiplied by `shrink`. */
+     * of the wave; then the output so far must be multiplied by `shrink`. One row after the other, so that the greatest
+     * value of the next is looked for while the exponentials of this one are made. */
     template <class Scores> __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS]) {
-        float top[SLOTS];
         bool grown = false;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            top[slot] = row_max<LANES>(s.largest(slot)) * scale;
-            grown |= top[slot] > maximum[slot] + THRESHOLD;
-        }
-        grown = wave_any(grown);
-        if (grown) {
-#pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) {
-                const float next = __builtin_fmaxf(maximum[slot], top[slot]);
+            const float top = s.largest(slot) * scale; /* of this lane */
+            shrink[slot] = 1.0f;
+            if (wave_any(top > maximum[slot] + THRESHOLD)) {
+                const float next = __builtin_fmaxf(maximum[slot], row_max<LANES>(top));
                 shrink[slot] = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];
+                grown = true;
             }
-        }
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) {
             const float reference = maximum[slot] == -INFINITE ? 0.0f : maximum[slot];
             sum[slot] += s.exponentiate(slot, scale, reference);
         }

@@ -27,24 +27,53 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
     static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE;
     static constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries::SHARED_BYTES;
 
+    using Launch = Arguments; /* the kernel's parameter: the call, and what a loop adds to it */
+
+    static int64_t workspace_bytes(const aiter_attention_problem &) { return 0; }
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
+        return launch(kernel, row_tiles, THREADS, SHARED_BYTES, stream, call);
+    }
+
+    /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
+     * gaps at the end. */
+    static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
+        const aiter_attention_problem &p = launch.problem;
+        const int group = p.heads_q / p.heads_kv;
+        const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
+        return {work.unit, work.part % group, row_tiles - 1 - work.part / group};
+    }
+
     /* This wave's, for its query rows and later for store_output. */
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
         return shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES;
     }
+    template <class RowPointer>
+    static __device__ __forceinline__ void store_output(const Output &o, SharedAddress shared, RowPointer row) {
+        aiter::store_output<HEAD_DIM>(o, query_memory(shared), row);
+    }
 
-    /* For the rows from block_row on: leaves in `o` the sums of P V, and in `softmax` what they must be divided by.
-     * At its end, calls finish() in every wave that has rows: a loop may use more threads than its WAVES have. */
-    template <class Finish>
-    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int block_row,
-                                                  bool negate, Softmax &softmax, Output &o, Finish finish) {
-        const int wave_row = block_row + wave() * WAVE_ROWS;
-        const int rows_end = lesser(block_row + Tile::WAVES * WAVE_ROWS, sequence.rows);
-        const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
+    /* Goes through the block's row tiles, here one. Leaves in `o` the sums of P V, and in `softmax` what they must be
+     * divided by, and calls finish(tile, softmax, o) in every wave that has rows: a loop may use more threads than its
+     * WAVES have. */
+    template <class RowTile, class Finish>
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, Finish finish) {
+        const RowTile tile(launch, block());
+        if (!tile.exists()) return;
+        const Scale scale(launch.problem.softmax_scale);
+        Softmax softmax(scale.positive);
+        Output o;
+        attend(tile.sequence, shared, tile.first_row, tile.keys_end, scale.negate, softmax, o);
+        finish(tile, softmax, o);
+    }
+
+    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
+                                                  int keys_end, bool negate, Softmax &softmax, Output &o) {
+        const int wave_row = first_row + wave() * WAVE_ROWS;
         const int wave_keys = sequence.visible(lesser(wave_row + WAVE_ROWS, sequence.rows) - 1);
         const int unmasked_keys = sequence.visible(wave_row);
 
         o.clear();
-        if (keys_end == 0) return finish();
+        if (keys_end == 0) return;
         KeysAndValues tile(shared, thread_in_block());
         tile.issue(sequence.keys, 0);
         Queries queries;
@@ -66,7 +95,6 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
             softmax.update(s, o);
             tile.accumulate(s, o);
         }
-        finish();
     }
 };
 

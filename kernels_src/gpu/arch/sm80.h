@@ -182,10 +182,10 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot / 2][i / 2][slot % 2 * 2 + i % 2]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot / 2][i / 2][slot % 2 * 2 + i % 2] = x; }
     __device__ __forceinline__ float largest(int slot) const {
-        float x = get(slot, 0);
+        float x = get(slot, 0), y = get(slot, 1); /* two, as each step waits for the one before */
 #pragma unroll
-        for (int i = 1; i < VALUES; ++i) x = fmaxf(x, get(slot, i));
-        return x;
+        for (int i = 2; i < VALUES; i += 2) x = fmaxf(x, get(slot, i)), y = fmaxf(y, get(slot, i + 1));
+        return fmaxf(x, y);
     }
     __device__ __forceinline__ void multiply(int slot, float factor) {
 #pragma unroll

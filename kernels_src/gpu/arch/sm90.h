@@ -1,9 +1,11 @@
-/* NVIDIA sm_90a: wgmma, with which four waves (a warpgroup) multiply 64 rows by tiles in shared memory while they go
- *on. 
- * The results and the operands in registers have the layout of mma.sync (arch/sm80.h): wave w of the four has rows
- * 16 w ... 16 w + 15. Matrices in shared memory are blocks of rows of 128 bytes with the 128-byte swizzle, 1024-byte
- * aligned (PTX ISA, "Matrix descriptor" and "Shared memory layouts" of wgmma); the distance from eight rows to the next
- * eight is 1024 bytes, and 16 columns further on is 32 bytes, swizzled or not. */
+/* NVIDIA sm_90a: what Hopper has beyond sm_80. Products of a warpgroup (wgmma), barriers in shared memory (mbarrier),
+ * copies of whole tiles by the bulk copy engine (TMA), barriers for some of a block's waves.
+ *
+ * wgmma: four waves (a warpgroup) multiply 64 rows by a tile in shared memory while they go on. Results, and an operand
+ * in registers, have the layout of mma.sync (arch/sm80.h): wave w of the four has rows 16 w ... 16 w + 15. Matrices in
+ * shared memory are blocks of 64 columns, rows of 128 bytes with the 128-byte swizzle, 1024-byte aligned (PTX ISA,
+ * "Matrix descriptor" and "Shared memory layouts" of wgmma); the distance from eight rows to the next eight is 1024
+ * bytes, and 16 columns further on is 32 bytes, swizzled or not. */
 #ifndef AITER_GPU_ARCH_SM90_H
 #define AITER_GPU_ARCH_SM90_H
 
@@ -21,23 +23,14 @@
 namespace aiter {
 namespace wgmma {
 
-#if defined(AITER_DTYPE_BF16)
-#define AITER_WGMMA_64X64X16 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-#else
-#define AITER_WGMMA_64X64X16 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-#endif
-#define AITER_WGMMA_RESULT                                                                                             \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "  \
-    "%24, %25, %26, %27, %28, %29, %30, %31}"
-#define AITER_WGMMA_TILE(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define AITER_WGMMA_TILES                                                                                              \
-    AITER_WGMMA_TILE(0), AITER_WGMMA_TILE(1), AITER_WGMMA_TILE(2), AITER_WGMMA_TILE(3), AITER_WGMMA_TILE(4),           \
-        AITER_WGMMA_TILE(5), AITER_WGMMA_TILE(6), AITER_WGMMA_TILE(7)
-
-__device__ __forceinline__ uint64_t matrix(SharedAddress address) {
-    constexpr uint64_t SWIZZLE_128 = uint64_t(1) << 62, EIGHT_ROWS = uint64_t(1024 / 16) << 32, UNUSED = 1 << 16;
-    return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address >> 4);
+/* A tile in shared memory, the half of its descriptor that differs; `bytes` further on is matrix(...) + bytes / 16.
+ * block_bytes: from one block of 64 columns to the next, where B is read across them. */
+typedef uint32_t Matrix;
+__device__ __forceinline__ Matrix matrix(SharedAddress address, uint32_t block_bytes = 16) {
+    return block_bytes / 16 << 16 | address >> 4;
 }
+/* The other half: 128-byte swizzle, 1024 bytes from eight rows to the next eight. */
+#define AITER_WGMMA_DESCRIPTOR "0x40000040"
 
 /* Writes to shared memory by this thread become visible to wgmma; a barrier must follow. */
 __device__ __forceinline__ void shared_is_written() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -50,37 +43,102 @@ template <int OUTSTANDING> __device__ __forceinline__ void wait() {
 /* The value of x is not known before this point. */
 __device__ __forceinline__ void changed(float &x) { asm volatile("" : "+f"(x)::"memory"); }
 
-/* c (64 x 64) = or += A (64 x 16) B^T, with B (64 x 16); both in shared memory by rows. */
-__device__ __forceinline__ void multiply(float (*c)[4], uint64_t a, uint64_t b, bool add) {
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n" AITER_WGMMA_64X64X16 AITER_WGMMA_RESULT
-                 ", %32, %33, add, 1, 1, 0, 0;\n}"
-                 : AITER_WGMMA_TILES
-                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
+/* One instruction each, 16 deep, COLUMNS (a multiple of 16) wide; c: tiles of 8 columns, 4 values a lane.
+ *   multiply              c = or += A B^T, A (64 x 16) and B (COLUMNS x 16) in shared memory by rows
+ *   multiply_transposed   c += A B, A (64 x 16) in registers, B (16 x COLUMNS) in shared memory by rows */
+template <int COLUMNS> struct Product;
 
-/* The same with A in registers. */
-__device__ __forceinline__ void multiply(float (*c)[4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n" AITER_WGMMA_64X64X16 AITER_WGMMA_RESULT
-                 ", {%32, %33, %34, %35}, %36, add, 1, 1, 0;\n}"
-                 : AITER_WGMMA_TILES
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)));
-}
-
-/* c (64 x 64) += A (64 x 16, in registers) B, with B (16 x 64) in shared memory by rows. */
-__device__ __forceinline__ void multiply_transposed(float (*c)[4], const uint32_t (&a)[4], uint64_t b) {
-    asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n" AITER_WGMMA_64X64X16 AITER_WGMMA_RESULT
-                 ", {%32, %33, %34, %35}, %36, add, 1, 1, 1;\n}"
-                 : AITER_WGMMA_TILES
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
+#if defined(AITER_DTYPE_BF16)
+#define AITER_WGMMA_TYPES ".f32.bf16.bf16 "
+#else
+#define AITER_WGMMA_TYPES ".f32.f16.f16 "
+#endif
+#define AITER_WGMMA_RESULT_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define AITER_WGMMA_RESULT_32 AITER_WGMMA_RESULT_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define AITER_WGMMA_RESULT_48 AITER_WGMMA_RESULT_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define AITER_WGMMA_RESULT_64 AITER_WGMMA_RESULT_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define AITER_WGMMA_RESULT_80 AITER_WGMMA_RESULT_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define AITER_WGMMA_RESULT_96 AITER_WGMMA_RESULT_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define AITER_WGMMA_RESULT_112 AITER_WGMMA_RESULT_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define AITER_WGMMA_RESULT_128 AITER_WGMMA_RESULT_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define AITER_WGMMA_RESULT_144 AITER_WGMMA_RESULT_128 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define AITER_WGMMA_RESULT_160 AITER_WGMMA_RESULT_144 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define AITER_WGMMA_RESULT_176 AITER_WGMMA_RESULT_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define AITER_WGMMA_RESULT_192 AITER_WGMMA_RESULT_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define AITER_WGMMA_RESULT_208 AITER_WGMMA_RESULT_192 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define AITER_WGMMA_RESULT_224 AITER_WGMMA_RESULT_208 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define AITER_WGMMA_RESULT_240 AITER_WGMMA_RESULT_224 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define AITER_WGMMA_RESULT_256 AITER_WGMMA_RESULT_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define AITER_WGMMA_TILE(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define AITER_WGMMA_TILES_16 AITER_WGMMA_TILE(0), AITER_WGMMA_TILE(1)
+#define AITER_WGMMA_TILES_32 AITER_WGMMA_TILES_16, AITER_WGMMA_TILE(2), AITER_WGMMA_TILE(3)
+#define AITER_WGMMA_TILES_48 AITER_WGMMA_TILES_32, AITER_WGMMA_TILE(4), AITER_WGMMA_TILE(5)
+#define AITER_WGMMA_TILES_64 AITER_WGMMA_TILES_48, AITER_WGMMA_TILE(6), AITER_WGMMA_TILE(7)
+#define AITER_WGMMA_TILES_80 AITER_WGMMA_TILES_64, AITER_WGMMA_TILE(8), AITER_WGMMA_TILE(9)
+#define AITER_WGMMA_TILES_96 AITER_WGMMA_TILES_80, AITER_WGMMA_TILE(10), AITER_WGMMA_TILE(11)
+#define AITER_WGMMA_TILES_112 AITER_WGMMA_TILES_96, AITER_WGMMA_TILE(12), AITER_WGMMA_TILE(13)
+#define AITER_WGMMA_TILES_128 AITER_WGMMA_TILES_112, AITER_WGMMA_TILE(14), AITER_WGMMA_TILE(15)
+#define AITER_WGMMA_TILES_144 AITER_WGMMA_TILES_128, AITER_WGMMA_TILE(16), AITER_WGMMA_TILE(17)
+#define AITER_WGMMA_TILES_160 AITER_WGMMA_TILES_144, AITER_WGMMA_TILE(18), AITER_WGMMA_TILE(19)
+#define AITER_WGMMA_TILES_176 AITER_WGMMA_TILES_160, AITER_WGMMA_TILE(20), AITER_WGMMA_TILE(21)
+#define AITER_WGMMA_TILES_192 AITER_WGMMA_TILES_176, AITER_WGMMA_TILE(22), AITER_WGMMA_TILE(23)
+#define AITER_WGMMA_TILES_208 AITER_WGMMA_TILES_192, AITER_WGMMA_TILE(24), AITER_WGMMA_TILE(25)
+#define AITER_WGMMA_TILES_224 AITER_WGMMA_TILES_208, AITER_WGMMA_TILE(26), AITER_WGMMA_TILE(27)
+#define AITER_WGMMA_TILES_240 AITER_WGMMA_TILES_224, AITER_WGMMA_TILE(28), AITER_WGMMA_TILE(29)
+#define AITER_WGMMA_TILES_256 AITER_WGMMA_TILES_240, AITER_WGMMA_TILE(30), AITER_WGMMA_TILE(31)
+/* i0 ... i4: the numbers of the operands after the result, which takes the first n / 2. */
+#define AITER_PRODUCT(n, i0, i1, i2, i3, i4)                                                                           \
+    template <> struct Product<n> {                                                                                    \
+        static __device__ __forceinline__ void multiply(float (*c)[4], Matrix a, Matrix b, bool add) {                 \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #i2 ", 0;\nmov.b64 a, {%" #i0       \
+                         ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1 ", " AITER_WGMMA_DESCRIPTOR               \
+                         "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n \
+                         "}, a, b, add, 1, 1, 0, 0;\n}"                                                                \
+                         : AITER_WGMMA_TILES_##n                                                                       \
+                         : "r"(a), "r"(b), "r"(static_cast<int>(add)));                                                \
+        }                                                                                                              \
+        static __device__ __forceinline__ void multiply_transposed(float (*c)[4], const uint32_t (&a)[4], Matrix b) {  \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.b32 add, 0, 0;\nmov.b64 b, {%" #i4                 \
+                         ", " AITER_WGMMA_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n" #n                        \
+                         "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n "}, {%" #i0 ", %" #i1 ", %" #i2 ", %" #i3  \
+                                                                            "}, b, add, 1, 1, 1;\n}"                   \
+                         : AITER_WGMMA_TILES_##n                                                                       \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                        \
+        }                                                                                                              \
+    };
+AITER_PRODUCT(16, 8, 9, 10, 11, 12)
+AITER_PRODUCT(32, 16, 17, 18, 19, 20)
+AITER_PRODUCT(48, 24, 25, 26, 27, 28)
+AITER_PRODUCT(64, 32, 33, 34, 35, 36)
+AITER_PRODUCT(80, 40, 41, 42, 43, 44)
+AITER_PRODUCT(96, 48, 49, 50, 51, 52)
+AITER_PRODUCT(112, 56, 57, 58, 59, 60)
+AITER_PRODUCT(128, 64, 65, 66, 67, 68)
+AITER_PRODUCT(144, 72, 73, 74, 75, 76)
+AITER_PRODUCT(160, 80, 81, 82, 83, 84)
+AITER_PRODUCT(176, 88, 89, 90, 91, 92)
+AITER_PRODUCT(192, 96, 97, 98, 99, 100)
+AITER_PRODUCT(208, 104, 105, 106, 107, 108)
+AITER_PRODUCT(224, 112, 113, 114, 115, 116)
+AITER_PRODUCT(240, 120, 121, 122, 123, 124)
+AITER_PRODUCT(256, 128, 129, 130, 131, 132)
+#undef AITER_PRODUCT
+#undef AITER_WGMMA_TILE
 
 } // namespace wgmma
 
 /* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
 namespace mbarrier {
 
+constexpr int BYTES = 8;
+
 __device__ __forceinline__ void make(SharedAddress at, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
+}
+/* After the last make(); a barrier of the block must follow. */
+__device__ __forceinline__ void made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void arrive(SharedAddress at) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
@@ -88,6 +146,10 @@ __device__ __forceinline__ void arrive(SharedAddress at) {
 /* As soon as all copies that this thread has begun (cp.async) are there. */
 __device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
+}
+/* Arrives; and the phase is complete only when so many bytes more have been copied (tensor_map::copy). */
+__device__ __forceinline__ void arrive_and_expect(SharedAddress at, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
 /* Until the phase of this parity is complete; the phase before the first one, of parity 1, is. */
 __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
@@ -99,6 +161,15 @@ __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
 }
 
 } // namespace mbarrier
+
+/* Barriers 1 to 15, for `threads` of a block's threads: those that wait and those that only arrive. */
+__device__ __forceinline__ void meet(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void pass(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 } // namespace aiter
 #endif
 

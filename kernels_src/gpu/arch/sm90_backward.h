@@ -119,18 +119,18 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
 
     /* s = A B^T, of 64 rows of A */
     static __device__ __forceinline__ void multiply_rows(SharedAddress a_rows, SharedAddress b_rows, Scores &s) {
-        const uint64_t a = wgmma::matrix(a_rows), b = wgmma::matrix(b_rows);
+        const wgmma::Matrix a = wgmma::matrix(a_rows), b = wgmma::matrix(b_rows);
         wgmma::begin();
 #pragma unroll
         for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
-            wgmma::multiply(s.tile[0], a + (j / 4 * OwnLayout::BLOCK_BYTES + j % 4 * 32) / 16,
-                            b + (j / 4 * Layout::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
+            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnLayout::BLOCK_BYTES + j % 4 * 32) / 16,
+                                             b + (j / 4 * Layout::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
         wgmma::end();
     }
 
     /* o += round(s) B */
     static __device__ __forceinline__ void multiply_columns(const Scores &s, SharedAddress b_rows, Output &o) {
-        const uint64_t b = wgmma::matrix(b_rows);
+        const wgmma::Matrix b = wgmma::matrix(b_rows);
         uint32_t a[TOKENS / 16][4];
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j)
@@ -142,7 +142,8 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
         for (int n = 0; n < Layout::BLOCKS; ++n)
 #pragma unroll
             for (int j = 0; j < TOKENS / 16; ++j)
-                wgmma::multiply_transposed(&o.tile[0][n * 8], a[j], b + (n * Layout::BLOCK_BYTES + j * 16 * 128) / 16);
+                wgmma::Product<64>::multiply_transposed(&o.tile[0][n * 8], a[j],
+                                                        b + (n * Layout::BLOCK_BYTES + j * 16 * 128) / 16);
         wgmma::end();
     }
 };

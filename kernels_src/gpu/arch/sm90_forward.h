@@ -1,65 +1,150 @@
-/* The loop over the tiles of keys on sm_90a, with wgmma: four waves (a warpgroup) multiply 64 query rows by a whole
- * tile at once, asynchronously, and the vector unit works meanwhile.
+/* The loop over the tiles of keys on sm_90a: wgmma, copies by the bulk copy engine, blocks that stay.
  *
- *   carriers       one warpgroup copies tiles (cp.async) into a ring of stages, as far ahead as there are stages, in
- *                  the order in which they are used: K(0), K(1), V(0), K(2), V(1), ... V(last)
- *   the others     have 64 query rows each and go through the tiles on their own, so that one's softmax falls into
- *                  another's products. In each step the scores of a tile and the product of the one before set off
- *                  together; as soon as the scores are there their softmax begins, while the product goes on:
+ *   block           one for each SM. It takes row tiles one after the other: in a fixed order or, where they differ in
+ *                   work, by a counter in memory. While its last products are made and its output goes out, the first
+ *                   tiles of the next row tile arrive.
+ *   roles           two or three warpgroups multiply, 64 rows each; the last one copies:
+ *       wave 0      K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
+ *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps). Pages, and
+ *                   tensors of which there is no map, are copied by two waves, 16 bytes a lane (cp.async).
+ *       wave 2      finds out which row tiles the block takes
+ *       wave 3      Q, as soon as a warpgroup has made its last scores
+ *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
+ *                   the scores are there their softmax begins, while the product goes on. The warpgroups take turns in
+ *                   setting off (ping-pong), so that one's softmax falls into another's products:
  *
  *      matrix unit   Q K(0)^T | Q K(1)^T, P(0) V(0) | Q K(2)^T, P(1) V(1) | ...
  *      vector unit            | softmax of 0        | softmax of 1        | ...
  *
- *   registers       Q (A operand), S of one tile, P of the one before, O
- *   shared memory   the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes permuted as
- *                   wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when the carriers'
- *                   copies have arrived, `empty` when all other waves are done with it. */
+ *                   Tiles that all of its rows see whole come first, in a loop without masks; then those that the
+ *                   diagonal or the end cuts.
+ *   registers       S of one tile, P of the one before, O
+ *   shared memory   Q, and the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes
+ *                   permuted as wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when it has
+ *                   arrived, `empty` when all waves are done with it. */
 #ifndef AITER_GPU_ARCH_SM90_FORWARD_H
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
-#include "gpu/arch/sm90.h"
+#include "gpu/arch/sm90_tensor_map.h"
 #include "gpu/softmax.h"
 
 #if defined(AITER_WGMMA)
 namespace aiter {
 
-template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
-    /* Without the carriers. Up to 64 dimensions the softmax is half of the work: three warpgroups hide it better. */
-    static constexpr int WAVES = HEAD_DIM <= 64 ? 12 : 8, WAVE_ROWS = 16;
-    static constexpr int KEYS = HEAD_DIM <= 64 ? 64 : 128, STAGES = HEAD_DIM <= 64 ? 6 : 5, BLOCKS = 1;
-    static constexpr int CARRIERS = 128, THREADS = WAVES * WAVE + CARRIERS;
+/* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more: three warpgroups hide it
+ * better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
+ * shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
+template <int HEAD_DIM> struct WarpgroupShape {
+    static constexpr int WARPGROUPS = HEAD_DIM <= 96 ? 3 : 2;
+    static constexpr int KEYS = HEAD_DIM <= 64    ? 128
+                                : HEAD_DIM <= 96  ? 96
+                                : HEAD_DIM <= 128 ? 128
+                                : HEAD_DIM <= 192 ? 96
+                                                  : 64;
+};
+
+/* Where blocks take row tiles by a counter: clears it. The kernel that counts is launched early, and waits for this one
+ * where it counts first. */
+__global__ void clear_counter(uint32_t *next) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    *next = 0;
+}
+
+template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HEAD_DIM> {
+    using Shape = WarpgroupShape<HEAD_DIM>;
+    using Shape::WARPGROUPS, Shape::KEYS;
+    static constexpr bool PAGED = Sequence::IS_PAGED;
+    static constexpr int WAVES = WARPGROUPS * 4, WAVE_ROWS = 16; /* without the waves that copy */
+    static constexpr int BLOCKS = 1, WARPGROUP = 128, THREADS = (WARPGROUPS + 1) * WARPGROUP;
     /* Registers of a thread. A block begins with as many for each, and no more than that can be dealt out anew. */
     static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int OWN_REGISTERS = WAVES == 12 ? 160 : 240, CARRIER_REGISTERS = WAVES == 12 ? 32 : 24;
-    static_assert(WAVES * WAVE * OWN_REGISTERS + CARRIERS * CARRIER_REGISTERS <= THREADS * REGISTERS, "or it hangs");
-    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16, LINES = round_up(HEAD_DIM, 64) / 64;
-    static constexpr int TILE_BYTES = LINES * KEYS * 128;
-    using Queries = Query<HEAD_DIM, 1>;
-    using Scores = Accumulator<1, KEYS>;
-    using Output = Accumulator<1, LINES * 64>;
-    using Softmax = OnlineSoftmax<2>;
-    static constexpr int QUERIES_AT = STAGES * TILE_BYTES, BARRIERS_AT = QUERIES_AT + WAVES * Queries::SHARED_BYTES;
-    static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 16;
+    static constexpr int OWN_REGISTERS = WARPGROUPS == 3 ? 160 : 232, COPY_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
+    static_assert(WAVES * WAVE * OWN_REGISTERS + WARPGROUP * COPY_REGISTERS <= THREADS * REGISTERS, "or it hangs");
 
-    static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
-        return shared + QUERIES_AT + wave() * Queries::SHARED_BYTES;
+    static constexpr int COLUMNS = round_up(HEAD_DIM, 16), STEPS = COLUMNS / 16, LINES = round_up(HEAD_DIM, 64) / 64;
+    static constexpr int TILE_BYTES = LINES * KEYS * 128, QUERY_BYTES = LINES * 64 * 128; /* of a warpgroup */
+    static constexpr int MOST_BYTES = 227 * 1024 - 1024;
+    /* Of Q there is room for the next row tile too, where that leaves four stages. */
+    static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
+    static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
+    static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
+    static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
+    static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
+                         TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
+    static constexpr int TURN_BYTES = 352; /* two barriers and what a row tile is */
+    static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
+    static_assert(STAGES >= 3 && KEYS % 16 == 0 && SHARED_BYTES <= 227 * 1024, "");
+
+    using Scores = Accumulator<1, KEYS>;
+    using Output = Accumulator<1, COLUMNS>;
+    using Softmax = OnlineSoftmax<2>;
+
+    /* The kernel's parameter. */
+    struct Launch : Arguments {
+        CUtensorMap query, key, value;
+        bool mapped;    /* there are maps */
+        int tiles;      /* row tiles in all */
+        int section;    /* units whose tiles are taken together; see place() */
+        uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
+    };
+
+    /* ---- host ---- */
+
+    /* For the counter. Where it is the lengths of padded sequences alone that make row tiles differ, nothing here tells:
+     * then there is none, and each row tile gets a block of its own. */
+    static int64_t workspace_bytes(const aiter_attention_problem &p) {
+        return Sequence::IS_CAUSAL || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
     }
+
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
+        const aiter_attention_problem &p = call.problem;
+        const aiter_attention_tensors &t = call.tensors;
+        if (tiles > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        Launch launch;
+        static_cast<Arguments &>(launch) = call;
+        launch.tiles = static_cast<int>(tiles);
+        const int64_t batch = p.packed_k ? 1 : p.batch, tokens = p.packed_k ? p.total_k : p.seqlen_k;
+        launch.mapped =
+            !PAGED &&
+            tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
+                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
+            tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
+            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS);
+        int device = 0, blocks = 0;
+        hipError_t error = hipGetDevice(&device);
+        if (error == hipSuccess) error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
+        if (error != hipSuccess) return error;
+        const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
+        launch.section = Sequence::IS_CAUSAL ? section(p, unit_tiles, blocks) : 1;
+        const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
+        const bool counted = !equal && t.workspace != nullptr && tiles > blocks;
+        launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
+        const int64_t grid = equal || counted ? lesser<int64_t>(tiles, blocks) : tiles;
+        if (!counted) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
+        return launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+    }
+
+    /* x, which is the same in all lanes: or the assembler takes branches on it for divergent, and in those it would
+     * wait for each product. */
+    static __device__ __forceinline__ int same(int x) { return from_lane(x, 0); }
+
+    /* ---- ring of K and V ---- */
 
     struct Ring {
         SharedAddress shared;
         int stage = 0;
         uint32_t turn = 0; /* how often, modulo 2, the stages have been gone through */
 
-        __device__ __forceinline__ SharedAddress tile() const { return shared + stage * TILE_BYTES; }
+        __device__ __forceinline__ SharedAddress tile() const { return shared + RING_AT + stage * TILE_BYTES; }
         __device__ __forceinline__ SharedAddress full() const { return shared + BARRIERS_AT + stage * 16; }
-        __device__ __forceinline__ SharedAddress empty() const { return full() + 8; }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
         __device__ __forceinline__ void advance() {
             if (++stage == STAGES) stage = 0, turn ^= 1;
         }
-        /* The next tile to be used: its stage, which is to be released with empty(). */
+        /* The next tile to be used: its stage, which is to be released. */
         __device__ __forceinline__ Ring take() {
             mbarrier::wait(full(), turn);
-            wgmma::shared_is_written();
             const Ring taken = *this;
             advance();
             return taken;
@@ -67,47 +152,237 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
         __device__ __forceinline__ void release() const {
             if (lane() == 0) mbarrier::arrive(empty());
         }
+        /* The next stage to be filled. */
+        __device__ __forceinline__ void vacate() const { mbarrier::wait(empty(), turn ^ 1); /* at once in turn 0 */ }
     };
 
-    /* Copies a tile of keys or of values; zeros past the end of the sequence and past HEAD_DIM. */
+    /* ---- the order of row tiles ---- */
+
+    /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
+     * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
+     * block. But then many units are begun at one time, and their keys and values come from memory all at once: no more
+     * than the L2 cache holds, and no more than leave each of them four blocks. So few as eight are no matter: theirs
+     * are many keys, and they are read again for each round of tiles without being missed. */
+    static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
+        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, BLOCKS_OF_UNIT = 4, FEW = 8;
+        const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * LINES * 128 * 2, 1); /* of one unit */
+        const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
+        const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
+        return static_cast<int>(lesser(balanced, greater(most, FEW)));
+    }
+    /* The last section must not be a small one: the first is. */
+    static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
+        const aiter_attention_problem &p = launch.problem;
+        const int group = p.heads_q / p.heads_kv, unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
+        const int first = units % launch.section; /* units of the first section, if it is a small one */
+        int before = 0, many = first;
+        if (index >= first * unit_tiles) {
+            before = first + (index / unit_tiles - first) / launch.section * launch.section;
+            many = launch.section;
+        }
+        const int rest = index - before * unit_tiles, heads = many * group;
+        return {before + rest % heads / group, rest % group, row_tiles - 1 - rest / heads};
+    }
+
+    /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in two
+     * slots of shared memory, each with barriers like those of the ring. */
+    struct Turn {
+        SharedAddress shared;
+        int slot = 0;
+        uint32_t turn = 0;
+
+        __device__ __forceinline__ SharedAddress full() const { return shared + TURNS_AT + slot * TURN_BYTES; }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
+        __device__ __forceinline__ SharedAddress exists() const { return full() + 16; }
+        __device__ __forceinline__ SharedAddress tile() const { return full() + 32; }
+        __device__ __forceinline__ Turn after() const { return {shared, slot ^ 1, turn ^ slot}; }
+
+        /* Is there another row tile? */
+        __device__ __forceinline__ bool await() const {
+            mbarrier::wait(full(), turn);
+            return same(shared_load<int>(exists()));
+        }
+        template <class RowTile> __device__ __forceinline__ RowTile read() const {
+            static_assert(sizeof(RowTile) <= TURN_BYTES - 32, "");
+            return shared_load<RowTile>(tile());
+        }
+        __device__ __forceinline__ void release() const {
+            wave_sync();
+            if (lane() == 0) mbarrier::arrive(empty());
+        }
+        __device__ __forceinline__ void vacate() const { mbarrier::wait(empty(), turn ^ 1); }
+        __device__ __forceinline__ void announce(bool another) const {
+            if (lane() == 0) {
+                shared_store(exists(), static_cast<int>(another));
+                mbarrier::arrive(full());
+            }
+            wave_sync();
+        }
+    };
+
+    template <class RowTile>
+    static __device__ __forceinline__ void find_row_tiles(const Launch &launch, SharedAddress shared) {
+        Turn turn = {shared};
+        int index = block();
+        turn.vacate();
+#pragma unroll 1
+        while (index < launch.tiles) {
+            const RowTile tile(launch, index);
+            if (tile.exists()) {
+                if (lane() == 0) shared_store(turn.tile(), tile);
+                turn.announce(true);
+                turn = turn.after();
+                turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
+            }
+            if (launch.next == nullptr) {
+                index += static_cast<int>(gridDim.x);
+            } else {
+                asm volatile("griddepcontrol.wait;" ::: "memory"); /* clear_counter */
+                int taken = 0;
+                if (lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
+                index = static_cast<int>(gridDim.x) + from_lane(taken, 0);
+            }
+        }
+        turn.announce(false);
+    }
+
+    /* ---- copies ---- */
+
+    static constexpr int COPIERS = 64; /* threads, where there are no maps */
+
     template <bool VALUES>
-    static __device__ __forceinline__ void copy(const Sequence &sequence, Ring &ring, int first) {
-        mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
-        const auto tile = sequence.keys.tile(first);
+    static __device__ __forceinline__ void copy_by_map(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                       int first) {
+        ring.vacate();
+        if (lane() == 0) {
+            mbarrier::arrive_and_expect(ring.full(), TILE_BYTES);
+#pragma unroll
+            for (int line = 0; line < LINES; ++line)
+                tensor_map::copy(ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key, line * 64,
+                                 sequence.first_key + first, sequence.kv_head, sequence.kv_batch, ring.full());
+        }
+        wave_sync();
+        ring.advance();
+    }
+
+    /* Zeros past the end of the sequence and past HEAD_DIM. */
+    template <bool VALUES>
+    static __device__ __forceinline__ void copy_rows(const Sequence &sequence, Ring &ring, int first) {
+        ring.vacate();
         const int thread = thread_in_block() - WAVES * WAVE, row = thread / 8, chunk = thread % 8;
         const SharedAddress to = ring.tile() + RowLayout<64>::chunk(row, chunk);
-#pragma unroll 2 /* carriers have few registers */
-        for (int step = 0; step < KEYS; step += CARRIERS / 8) {
-            const auto place = tile.place(row, step);
-            const bool exists = first + row + step < sequence.keys.count;
+        /* In parts, as Sequence knows tiles of 128 tokens at most, and these begin before the end. What stands past the
+         * end of K is masked, and of V cleared (clear_past_end). */
+#pragma unroll 1
+        for (int part = 0; part < KEYS && first + part < sequence.keys.count; part += 64) {
+            const auto tile = sequence.keys.tile(first + part);
+#pragma unroll 1
+            for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS / 8) {
+                const auto place = tile.place(row, step);
+                const bool exists = first + part + row + step < sequence.keys.count;
 #pragma unroll
-            for (int line = 0; line < LINES; ++line) {
-                const int byte = line * 128 + chunk * 16;
-                const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
-                copy_async(to + step * 128 + line * KEYS * 128,
-                           VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
+                for (int line = 0; line < LINES; ++line) {
+                    const int byte = line * 128 + chunk * 16;
+                    const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
+                    copy_async(to + (part + step) * 128 + line * KEYS * 128,
+                               VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
+                }
             }
         }
         mbarrier::arrive_after_copies(ring.full());
         ring.advance();
     }
 
-    static __device__ __forceinline__ void begin_scores(const Queries &queries, SharedAddress keys, Scores &s) {
+    template <bool VALUES>
+    static __device__ __forceinline__ void copy(const Launch &launch, const Sequence &sequence, Ring &ring, int first) {
+        if (!PAGED && launch.mapped) copy_by_map<VALUES>(launch, sequence, ring, first);
+        else copy_rows<VALUES>(sequence, ring, first);
+    }
+
+    /* Calls almost_done() before the last tile. */
+    template <class AlmostDone>
+    static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                      int keys_end, AlmostDone almost_done) {
+        copy<false>(launch, sequence, ring, 0);
+#pragma unroll 1
+        for (int first = KEYS; first < keys_end; first += KEYS) {
+            copy<false>(launch, sequence, ring, first);
+            copy<true>(launch, sequence, ring, first - KEYS);
+        }
+        almost_done();
+        copy<true>(launch, sequence, ring, (keys_end - 1) / KEYS * KEYS);
+    }
+
+    /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */
+    static __device__ __forceinline__ void copy_query_rows(const Sequence &sequence, SharedAddress to, int first_row) {
+        const int chunk = lane() % 8;
+#pragma unroll 4
+        for (int row = lane() / 8; row < 64; row += 4) {
+            const bool exists = first_row + row < sequence.rows;
+            const char *from = reinterpret_cast<const char *>(
+                sequence.query + static_cast<int64_t>(exists ? first_row + row : 0) * sequence.query_stride);
 #pragma unroll
-        for (int n = 0; n < KEYS / 64; ++n)
+            for (int line = 0; line < LINES; ++line) {
+                const int byte = line * 128 + chunk * 16;
+                const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
+                copy_async(to + line * 64 * 128 + RowLayout<64>::chunk(row, chunk), from + byte, valid);
+            }
+        }
+    }
+
+    /* Q of one warpgroup: the stages of a ring of its own. */
+    struct QueryRing {
+        SharedAddress shared;
+        int warpgroup, stage = 0;
+        uint32_t turn = 0;
+
+        __device__ __forceinline__ SharedAddress tile() const {
+            return shared + (stage * WARPGROUPS + warpgroup) * QUERY_BYTES;
+        }
+        __device__ __forceinline__ SharedAddress full() const {
+            return shared + QUERY_BARRIERS_AT + (stage * WARPGROUPS + warpgroup) * 16;
+        }
+        __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
+        __device__ __forceinline__ void advance() {
+            if (++stage == QUERIES) stage = 0, turn ^= 1;
+        }
+    };
+
+    static __device__ __forceinline__ void copy_queries(const Launch &launch, const Sequence &sequence,
+                                                        const QueryRing &ring, int first_row) {
+        mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
+        if (PAGED || !launch.mapped) {
+            copy_query_rows(sequence, ring.tile(), first_row);
+            mbarrier::arrive_after_copies(ring.full());
+        } else {
+            if (lane() == 0) {
+                mbarrier::arrive_and_expect(ring.full(), QUERY_BYTES);
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j)
-                wgmma::multiply(&s.tile[0][n * 8], queries.operand[0][j],
-                                wgmma::matrix(keys + (j / 4 * KEYS + n * 64) * 128 + j % 4 * 32), j > 0);
+                for (int line = 0; line < LINES; ++line)
+                    tensor_map::copy(ring.tile() + line * 64 * 128, launch.query, line * 64,
+                                     sequence.first_query + first_row, sequence.query_head, sequence.query_batch,
+                                     ring.full());
+            }
+            wave_sync();
+        }
+    }
+
+    /* ---- products ---- */
+
+    static __device__ __forceinline__ void begin_scores(SharedAddress queries, SharedAddress keys, Scores &s) {
+        const wgmma::Matrix a = wgmma::matrix(opaque(queries)), b = wgmma::matrix(keys);
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j)
+            wgmma::Product<KEYS>::multiply(s.tile[0], a + (j / 4 * 64 * 128 + j % 4 * 32) / 16,
+                                           b + (j / 4 * KEYS * 128 + j % 4 * 32) / 16, j > 0);
         wgmma::end();
     }
     static __device__ __forceinline__ void begin_output(const uint32_t (&p)[KEYS / 16][4], SharedAddress values,
                                                         Output &o) {
+        const wgmma::Matrix b = wgmma::matrix(values, KEYS * 128);
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j)
-#pragma unroll
-            for (int n = 0; n < LINES; ++n)
-                wgmma::multiply_transposed(&o.tile[0][n * 8], p[j], wgmma::matrix(values + (n * KEYS + j * 16) * 128));
+            wgmma::Product<COLUMNS>::multiply_transposed(o.tile[0], p[j], b + j * 16 * 128 / 16);
         wgmma::end();
     }
     template <class Matrix> static __device__ __forceinline__ void changed(Matrix &m) {
@@ -126,90 +401,246 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop {
             }
     }
 
-    /* See TileLoop. */
-    template <class Finish>
-    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int block_row,
-                                                  bool negate, Softmax &softmax, Output &o, Finish finish) {
-        const int rows_end = lesser(block_row + WAVES * WAVE_ROWS, sequence.rows);
-        const int keys_end = block_row < rows_end ? sequence.visible(rows_end - 1) : 0; /* of the block */
+    /* A row tile that sees no keys goes through one tile of them all the same, masked. */
+    static __device__ __forceinline__ int at_least_one(int keys_end) { return keys_end > 0 ? keys_end : 1; }
+
+    /* One warpgroup's way through the tiles of a row tile. */
+    struct Warpgroup {
+        const Launch &launch;
+        SharedAddress shared;
+        int number = wave() / 4; /* of the warpgroup */
         Ring ring = {shared};
-        if (thread_in_block() == 0)
-            for (Ring r = ring; r.turn == 0; r.advance()) {
-                mbarrier::make(r.full(), CARRIERS);
+        QueryRing queries = {shared, number};
+
+        __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
+            : launch(launch), shared(shared) {
+            if (number == WARPGROUPS - 1) pass(FIRST_TURN, 2 * WARPGROUP); /* the first begins */
+        }
+
+        /* Named barriers: the warpgroup's own meeting, and its turn to set off. */
+        static constexpr int FIRST_MEETING = 1, FIRST_TURN = 4;
+        __device__ __forceinline__ void meet_all() const { meet(FIRST_MEETING + number, WARPGROUP); }
+        __device__ __forceinline__ void await_turn() const { meet(FIRST_TURN + number, 2 * WARPGROUP); }
+        __device__ __forceinline__ void pass_turn() const {
+            pass(FIRST_TURN + (number + 1 == WARPGROUPS ? 0 : number + 1), 2 * WARPGROUP);
+        }
+        /* Not by the bulk copy engine: what other threads have copied becomes visible to wgmma. */
+        __device__ __forceinline__ Ring take() {
+            const Ring taken = ring.take();
+            if (PAGED || !launch.mapped) wgmma::shared_is_written();
+            return taken;
+        }
+
+        __device__ __forceinline__ void await_queries(bool negate) {
+            mbarrier::wait(queries.full(), queries.turn);
+            if (negate) { /* see Scale; rare */
+                const SharedAddress mine = queries.tile() + thread_in_block() % WARPGROUP * 4;
+#pragma unroll 1
+                for (int i = 0; i < QUERY_BYTES; i += WARPGROUP * 4)
+                    shared_store(mine + i, shared_load<uint32_t>(mine + i) ^ 0x80008000u);
+            }
+            if (negate || PAGED || !launch.mapped) wgmma::shared_is_written();
+            if (negate) meet_all();
+        }
+
+        /* Values past the end of the sequence become zeros: what the tensor holds there meets probabilities of 0. */
+        __device__ __forceinline__ void clear_past_end(SharedAddress values, int rows) const {
+            if (rows >= KEYS) return;
+            const SharedAddress mine = values + thread_in_block() % WARPGROUP * 16;
+#pragma unroll 1
+            for (int i = rows * 128; i < KEYS * 128; i += WARPGROUP * 16)
+#pragma unroll
+                for (int line = 0; line < LINES; ++line)
+                    if (i + thread_in_block() % WARPGROUP * 16 < KEYS * 128)
+                        shared_store(mine + i + line * KEYS * 128, make_uint4(0, 0, 0, 0));
+            wgmma::shared_is_written();
+            meet_all();
+        }
+
+        /* Tiles that only other warpgroups see are passed over, but in step with these. */
+        template <class RowTile>
+        __device__ __forceinline__ void attend(const RowTile &tile, bool negate, Softmax &softmax, Output &o) {
+            const Sequence &sequence = tile.sequence;
+            const int wave_row = tile.first_row + wave() * WAVE_ROWS;
+            const int keys_end = same(at_least_one(tile.keys_end)), keys_count = same(sequence.keys.count);
+            /* Tiles before this are seen whole: by all of the warpgroup's rows, by all of the wave's. */
+            const int first_row = tile.first_row + number * 64, last_row = lesser(first_row + 64, sequence.rows) - 1;
+            const int own_end = same(at_least_one(first_row <= last_row ? sequence.visible(last_row) : 0));
+            const int unmasked_keys = lesser(own_end, same(sequence.visible(first_row)));
+            const int wave_unmasked_keys = same(sequence.visible(wave_row));
+            Scores s;
+            uint32_t p[KEYS / 16][4];
+            float shrink[2];
+            const auto hide = [&](int first) {
+                if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
+            };
+
+            await_queries(negate);
+            const Ring first_keys = take();
+            await_turn();
+            wgmma::begin();
+            begin_scores(queries.tile(), first_keys.tile(), s);
+            pass_turn();
+            wgmma::wait<0>();
+            first_keys.release();
+            changed(s);
+            hide(0);
+            softmax.advance(s, shrink);
+            round(s, p);
+            const auto step = [&](int first, bool masked) __attribute__((always_inline)) {
+                const Ring keys = take();
+                await_turn();
+                wgmma::begin();
+                begin_scores(queries.tile(), keys.tile(), s);
+                const Ring values = take();
+                wgmma::begin();
+                begin_output(p, values.tile(), o);
+                pass_turn();
+                wgmma::wait<1>();
+                keys.release();
+                changed(s);
+                if (masked) hide(first);
+                const bool grown = softmax.advance(s, shrink);
+                wgmma::wait<0>();
+                values.release();
+                changed(o);
+                round(s, p); /* before the branch: it fits between the exponentials */
+                if (grown) softmax.rescale(o, shrink);
+            };
+            int first = KEYS;
+#pragma unroll 1
+            for (; first + KEYS <= unmasked_keys; first += KEYS) step(first, false);
+#pragma unroll 1
+            for (; first < own_end; first += KEYS) step(first, true);
+            if (lane() == 0) mbarrier::arrive(queries.empty());
+            queries.advance();
+            if (first < keys_end) pass_over_scores();
+            Ring last_values = take();
+            clear_past_end(last_values.tile(), keys_count - (first - KEYS));
+            wgmma::begin();
+            begin_output(p, last_values.tile(), o);
+#pragma unroll 1
+            for (; first < keys_end; first += KEYS) {
+                wgmma::wait<0>();
+                last_values.release(); /* now, or the copies could not go on */
+                if (first + KEYS < keys_end) pass_over_scores();
+                last_values = take();
+            }
+            wgmma::wait<0>();
+            last_values.release();
+            changed(o);
+        }
+        __device__ __forceinline__ void pass_over_scores() {
+            take().release();
+            await_turn();
+            pass_turn();
+        }
+    };
+
+    /* ---- the block ---- */
+
+    /* See TileLoop. */
+    template <class RowTile, class Finish>
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, Finish finish) {
+        const bool mapped = !PAGED && launch.mapped;
+        if (thread_in_block() == 0) {
+            for (Ring r = {shared}; r.turn == 0; r.advance()) {
+                mbarrier::make(r.full(), mapped ? 1 : COPIERS);
                 mbarrier::make(r.empty(), WAVES);
             }
+            for (int i = 0; i < WARPGROUPS; ++i)
+                for (QueryRing r = {shared, i}; r.turn == 0; r.advance()) {
+                    mbarrier::make(r.full(), mapped ? 1 : WAVE);
+                    mbarrier::make(r.empty(), 4);
+                }
+            for (int slot = 0; slot < 2; ++slot) {
+                const Turn turn = {shared, slot};
+                mbarrier::make(turn.full(), 1);
+                mbarrier::make(turn.empty(), WAVES + (mapped ? 2 : 3)); /* all waves that read */
+            }
+            mbarrier::made();
+        }
         barrier();
+        Turn turn = {shared};
         if (wave() >= WAVES) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CARRIER_REGISTERS));
-            if (keys_end > 0) carry(sequence, ring, keys_end);
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
+            const int role = wave() - WAVES;
+            if (role == 2) {
+                find_row_tiles<RowTile>(launch, shared);
+            } else if (role == 3) {
+                QueryRing ring = {shared, 0};
+#pragma unroll 1
+                for (; turn.await(); turn = turn.after()) {
+                    const RowTile tile = turn.template read<RowTile>();
+                    turn.release();
+#pragma unroll 1
+                    for (ring.warpgroup = 0; ring.warpgroup < WARPGROUPS; ++ring.warpgroup)
+                        copy_queries(launch, tile.sequence, ring, tile.first_row + ring.warpgroup * 64);
+                    ring.advance();
+                }
+                wait_for_copies();
+            } else if (role == 0 || !mapped) {
+                Ring ring = {shared};
+                bool first = true;
+#pragma unroll 1
+                for (; turn.await(); turn = turn.after(), first = false) {
+                    const RowTile tile = turn.template read<RowTile>();
+                    /* The turn before is kept until the one after is needed: its slot is that one's. */
+                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys_end), [&] {
+                        if (!first) turn.after().release();
+                    });
+                }
+                wait_for_copies();
+            }
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
-            o.clear();
-            if (keys_end > 0) multiply(sequence, ring, block_row + wave() * WAVE_ROWS, keys_end, negate, softmax, o);
-            finish();
+            const Scale scale(launch.problem.softmax_scale);
+            Warpgroup warpgroup(launch, shared);
+#pragma unroll 1
+            for (; turn.await(); turn = turn.after()) {
+                Softmax softmax(scale.positive);
+                Output o;
+                o.clear();
+                warpgroup.attend(turn.template read<RowTile>(), scale.negate, softmax, o);
+                finish(turn.template read<RowTile>(), softmax, o); /* read again: registers were few meanwhile */
+                turn.release();
+            }
+            /* The first warpgroup's turn has been passed to it once more than it has taken. */
+            if (warpgroup.number == 0) warpgroup.await_turn();
         }
     }
 
-    static __device__ __forceinline__ void carry(const Sequence &sequence, Ring &ring, int keys_end) {
-        copy<false>(sequence, ring, 0);
-#pragma unroll 1
-        for (int first = KEYS; first < keys_end; first += KEYS) {
-            copy<false>(sequence, ring, first);
-            copy<true>(sequence, ring, first - KEYS);
+    /* Straight from the registers: four lanes that share a row exchange what they have of 32 columns, so that each has
+     * 16 bytes side by side. row(r): where row r of the wave goes, or null. */
+    template <class RowPointer>
+    static __device__ __forceinline__ void store_output(const Output &o, SharedAddress, RowPointer row) {
+        const int t = lane() % 4;
+        const bool high = t & 2, odd = t & 1;
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot) {
+            Element *to = row(Output::row(slot));
+#pragma unroll
+            for (int n = 0; n < Output::TILES; n += 4) {
+                uint32_t w[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    w[i] = n + i < Output::TILES ? to_elements(o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0)),
+                                                               o.get(slot, 2 * (n + i < Output::TILES ? n + i : 0) + 1))
+                                                 : 0;
+                /* Lane t is to have tile n + t: first the half of the tiles that it is in, then the tile. */
+                const uint32_t a0 = high ? w[2] : w[0], a1 = high ? w[3] : w[1];
+                const uint32_t b0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
+                const uint32_t b1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+                const uint32_t a = odd ? a1 : a0, b = odd ? b1 : b0;
+                const uint32_t from_a = __shfl_xor_sync(~0u, odd ? a0 : a1, 1);
+                const uint32_t from_b = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
+                const uint2 own = odd ? make_uint2(from_a, a) : make_uint2(a, from_a);
+                const uint2 other = odd ? make_uint2(from_b, b) : make_uint2(b, from_b);
+                const uint4 chunk =
+                    high ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
+                if (to != nullptr && (n + t) * 8 < HEAD_DIM) reinterpret_cast<uint4 *>(to)[n + t] = chunk;
+            }
         }
-        copy<true>(sequence, ring, (keys_end - 1) / KEYS * KEYS);
-        wait_for_copies();
-    }
-
-    /* All waves take part in every step, those too whose rows do not see the tile: a warpgroup multiplies as one, and
-     * in branches that the compiler takes for divergent it would wait for each product. */
-    static __device__ __forceinline__ void multiply(const Sequence &sequence, Ring &ring, int wave_row, int keys_end,
-                                                    bool negate, Softmax &softmax, Output &o) {
-        const int unmasked_keys = sequence.visible(wave_row);
-        Queries queries;
-        queries.load(
-            query_memory(ring.shared),
-            [&](int row) {
-                row += wave_row;
-                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
-            },
-            negate);
-        Scores s;
-        uint32_t p[KEYS / 16][4];
-        float shrink[2];
-        const auto probabilities = [&](int first) {
-            changed(s);
-            if (first + KEYS > unmasked_keys) mask(s, sequence, wave_row, first);
-            return softmax.advance(s, shrink);
-        };
-
-        const Ring first_keys = ring.take();
-        wgmma::begin();
-        begin_scores(queries, first_keys.tile(), s);
-        wgmma::wait<0>();
-        first_keys.release();
-        probabilities(0);
-        round(s, p);
-#pragma unroll 1
-        for (int first = KEYS; first < keys_end; first += KEYS) {
-            const Ring keys = ring.take(), values = ring.take();
-            wgmma::begin();
-            begin_scores(queries, keys.tile(), s);
-            begin_output(p, values.tile(), o);
-            wgmma::wait<1>();
-            keys.release();
-            const bool grown = probabilities(first);
-            wgmma::wait<0>();
-            values.release();
-            changed(o);
-            if (grown) softmax.rescale(o, shrink);
-            round(s, p);
-        }
-        const Ring last_values = ring.take();
-        wgmma::begin();
-        begin_output(p, last_values.tile(), o);
-        wgmma::wait<0>();
-        changed(o);
     }
 };
 

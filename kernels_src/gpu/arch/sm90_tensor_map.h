@@ -1,0 +1,70 @@
+/* The bulk copy engine of sm_90 (TMA): one thread sets off the copy of a whole tile from global into shared memory, by
+ * a map of the tensor that the host has made. Elements outside of the tensor arrive as zeros.
+ *
+ *   a tensor   (batch, token, head, column), columns adjacent; packed: one sequence, of all tokens
+ *   a box      ROWS tokens x 64 columns of one head, rows of 128 bytes with the swizzle of wgmma (arch/sm90.h)
+ *
+ * The map reaches the kernel as a parameter. What makes it is a function of the driver, found by way of the runtime. */
+#ifndef AITER_GPU_ARCH_SM90_TENSOR_MAP_H
+#define AITER_GPU_ARCH_SM90_TENSOR_MAP_H
+
+#include "gpu/arch/sm90.h"
+
+#if defined(AITER_WGMMA)
+#include <cuda.h>
+
+namespace aiter {
+namespace tensor_map {
+
+constexpr int COLUMNS = 64;
+
+/* Whether it could be made: it cannot of a tensor with strides of 0 or of 2^40 bytes, for instance. */
+inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3], int64_t batch, int64_t tokens,
+                 int64_t heads, int columns, int rows) {
+    static const auto encode = [] {
+        void *function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
+    if (encode == nullptr) return false;
+    const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(tokens), cuuint64_t(heads), cuuint64_t(batch)};
+    /* The stride of a dimension of size 1 is never used, but must be one that could be. */
+    const auto bytes = [&](int64_t size, int64_t stride) { return cuuint64_t(size == 1 ? 16 : stride * 2); };
+    const cuuint64_t steps[] = {bytes(tokens, strides[1]), bytes(heads, strides[2]), bytes(batch, strides[0])};
+    const cuuint32_t box[] = {COLUMNS, cuuint32_t(rows), 1, 1}, every[] = {1, 1, 1, 1};
+    for (const cuuint64_t step : steps)
+        if (step == 0) return false;
+    const CUtensorMapDataType type =
+#if defined(AITER_DTYPE_BF16)
+        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+#else
+        CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+#endif
+    return encode(&map, type, 4, const_cast<void *>(tensor), sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+__device__ __forceinline__ void prefetch(const CUtensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+/* One box; its bytes count for the barrier (mbarrier::arrive_and_expect). */
+__device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, int column, int token, int head,
+                                     int batch, SharedAddress barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                 "l"(&map), "r"(column), "r"(token), "r"(head), "r"(batch), "r"(barrier)
+                 : "memory");
+}
+
+} // namespace tensor_map
+} // namespace aiter
+#endif
+
+#endif
