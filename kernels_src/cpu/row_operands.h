@@ -35,8 +35,8 @@ AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
     typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
     const Elements first = (Elements)row_steps(values[0], v / 2 * LANES),
                    second = (Elements)row_steps(values[1], v / 2 * LANES);
-    return v % 2 == 0 ? (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(0))
-                      : (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(4));
+    return v % 2 == 0 ? (RowVec)shuffle<AITER_ZIP_QUARTERS(0)>(first, second)
+                      : (RowVec)shuffle<AITER_ZIP_QUARTERS(4)>(first, second);
 }
 
 AITER_INLINE void store_weights(Weight *weights, Vec values) {
@@ -48,9 +48,9 @@ AITER_INLINE void store_weights(Weight *weights, Vec values) {
 static void restore_order(float *row) {
     for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
         const Vec low = load(row + first), high = load(row + first + LANES);
-        store(row + first, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+        store(row + first, shuffle<0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23>(low, high));
         store(row + first + LANES,
-              __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+              shuffle<8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31>(low, high));
     }
 }
 
@@ -81,8 +81,8 @@ AITER_INLINE RowVec score_vector(const Element *row, int v) {
 static void restore_order(float *row) {
     for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
         const Vec even = load(row + first), odd = load(row + first + LANES);
-        store(row + first, __builtin_shufflevector(even, odd, AITER_ZIP_LOW));
-        store(row + first + LANES, __builtin_shufflevector(even, odd, AITER_ZIP_HIGH));
+        store(row + first, shuffle<AITER_ZIP_LOW>(even, odd));
+        store(row + first + LANES, shuffle<AITER_ZIP_HIGH>(even, odd));
     }
 }
 

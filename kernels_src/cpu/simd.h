@@ -7,7 +7,10 @@
 #ifndef AITER_CPU_SIMD_H
 #define AITER_CPU_SIMD_H
 
-#include <stddef.h>
+#if defined(__clang__) ? __clang_major__ < 14 : !defined(__GNUC__) || __GNUC__ < 11
+#error "CPU kernels need g++ 11 or clang++ 14, or a newer one"
+#endif
+
 #include <stdint.h>
 #include <string.h>
 
@@ -19,10 +22,8 @@
 
 #if defined(__clang__)
 #define AITER_UNROLL _Pragma("unroll")
-#define AITER_UNROLL_4 _Pragma("unroll 4")
 #else
 #define AITER_UNROLL _Pragma("GCC unroll 32")
-#define AITER_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 /* Off the fast path, or called once for much work: inlining it would only make builds slower. */
 #define AITER_OUTLINE __attribute__((noinline))
@@ -59,6 +60,16 @@ AITER_INLINE IntVec load(const int32_t *p) {
 AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
+
+/* These lanes of a and, counted on from its last one, of b. */
+template <int... LANE, class V> AITER_INLINE V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, LANE...);
+#else /* g++ 11 */
+    const decltype(a < b) lanes = {LANE...};
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
 
 /* 0, 1, 2, ... */
 AITER_INLINE IntVec lane_index() {
@@ -240,8 +251,8 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
         Vec next[LANES];
         AITER_UNROLL
         for (int i = 0; i < LANES / 2; i++) {
-            next[2 * i] = __builtin_shufflevector(rows[i], rows[i + LANES / 2], AITER_ZIP_LOW);
-            next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + LANES / 2], AITER_ZIP_HIGH);
+            next[2 * i] = shuffle<AITER_ZIP_LOW>(rows[i], rows[i + LANES / 2]);
+            next[2 * i + 1] = shuffle<AITER_ZIP_HIGH>(rows[i], rows[i + LANES / 2]);
         }
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
@@ -251,8 +262,8 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
 /* Adds lanes that are HALF apart, those of a in the lanes without that bit and those of b in the lanes with it: one
  * shuffle and one blend, as every second summand is where it belongs. */
 template <int HALF, int... LANE> AITER_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
-    return __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE)...) +
-           __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...);
+    return shuffle<(LANE & HALF ? LANES + LANE : LANE)...>(a, b) +
+           shuffle<(LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...>(a, b);
 }
 
 /* Lane i of the result is the sum of the lanes of rows[i]. */
@@ -267,7 +278,7 @@ template <int HALF = LANES / 2> AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
 AITER_INLINE float sum(Vec v) {
     AITER_UNROLL
     for (int half = LANES / 2; half > 0; half /= 2)
-        v = __builtin_shufflevector(v, v, AITER_ZIP_LOW) + __builtin_shufflevector(v, v, AITER_ZIP_HIGH);
+        v = shuffle<AITER_ZIP_LOW>(v, v) + shuffle<AITER_ZIP_HIGH>(v, v);
     return v[0];
 }
 
