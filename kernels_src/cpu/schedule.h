@@ -4,8 +4,10 @@
 
 #include <stdlib.h>
 
+#include "mask.h"
 #include "parallel.h"
 #include "row_attention.h"
+#include "score.h"
 #include "strip.h"
 
 constexpr int64_t TARGET_UNITS = 64;    /* enough to keep the cores of a large socket busy */
@@ -25,14 +27,16 @@ struct Schedule {
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
     int64_t splits, units;
-    int64_t starts_bytes, counters_bytes, partials_bytes; /* parts of the workspace */
+    int64_t sequences_bytes, counters_bytes, partials_bytes; /* parts of the workspace */
 
     Schedule(const aiter_attention_problem &p, int64_t threads) {
         group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
         rows = p.seqlen_q * group;
-        serial = 4.0 * HEAD_DIM * p.batch * p.heads_kv * rows * p.seqlen_k < SERIAL_FLOPS;
+        const Mask mask(p);
+        const int64_t row_keys = mask.most_keys(1, p.seqlen_k);
+        serial = 2.0 * (HEAD_DIM + VALUE_DIM) * p.batch * p.heads_kv * rows * row_keys < SERIAL_FLOPS;
         few_rows = rows <= MAX_ROWS;
-        const int64_t most_splits = clamp(p.seqlen_k / MIN_SPLIT_KEYS, 1, TARGET_UNITS);
+        const int64_t most_splits = clamp(row_keys / MIN_SPLIT_KEYS, 1, TARGET_UNITS);
         if (few_rows) {
             /* Memory bounds these: all heads of a token lie side by side, so one unit reads them all. */
             tile_rows = rows;
@@ -49,14 +53,14 @@ struct Schedule {
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
         }
-        starts_bytes = p.packed_q || p.packed_k ? 2 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)) : 0;
+        sequences_bytes = Sequences::workspace_bytes(p);
         counters_bytes = splits > 1 ? tiles * p.batch * sets * static_cast<int64_t>(sizeof(int32_t)) : 0;
         partials_bytes = splits > 1 ? p.batch * p.heads_kv * rows * splits * static_cast<int64_t>(sizeof(RowState)) : 0;
         if (splits == 1 && !few_rows) cut_rows(p.batch * sets, UNITS_PER_THREAD * threads);
         units = tiles * p.batch * sets * splits;
     }
 
-    int64_t counters_at() const { return aligned(starts_bytes); }
+    int64_t counters_at() const { return aligned(sequences_bytes); }
     int64_t partials_at() const { return counters_at() + aligned(counters_bytes); }
     int64_t workspace_bytes() const { return partials_at() + aligned(partials_bytes); }
 
@@ -74,8 +78,8 @@ struct Schedule {
 /* One thread's buffers. */
 struct Scratch {
     Step *queries, *packed, *weights;
-    float *outputs, *maxima, *sums, *scores;
-    int32_t *visible;
+    float *outputs, *maxima, *sums, *scores, *slopes;
+    int32_t *highs, *lows, *places;
     RowQuery *row_queries;
     RowState *row_states;
     char *memory;
@@ -104,11 +108,14 @@ struct Scratch {
             return end;
         }
         const int64_t rows = ceil_div(minimum(schedule.tile_rows, schedule.rows), STRIP_ROWS) * STRIP_ROWS;
-        take(outputs, rows * DIM, end);
+        take(outputs, rows * VALUE_WIDTH, end);
         take(queries, rows * DIM_STEPS, end);
         take(maxima, rows, end);
         take(sums, rows, end);
-        take(visible, rows, end);
+        take(highs, rows, end);
+        take(lows, WINDOW ? rows : 0, end);
+        take(places, ALIBI ? rows : 0, end);
+        take(slopes, ALIBI ? rows : 0, end);
         take(packed, StripWorker::PACKED_BLOCKS * PACKED_BLOCK, end);
         take(scores, StripWorker::SCORES, end);
         take(weights, StripWorker::WEIGHTS, end);

@@ -27,7 +27,8 @@
 #endif
 /* Off the fast path, or called once for much work: inlining it would only make builds slower. */
 #define AITER_OUTLINE __attribute__((noinline))
-#define AITER_INLINE static inline __attribute__((always_inline))
+#define AITER_INLINE_MEMBER inline __attribute__((always_inline))
+#define AITER_INLINE static AITER_INLINE_MEMBER
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define AITER_AVX512 1
@@ -155,6 +156,33 @@ template <int DEGREE> AITER_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+/* (2^x - 1) / (2^x + 1), which is tanh(x ln 2 / 2), to about DEGREE x 4 bits of its own size: 2^x - 1 is never the
+ * difference of two numbers that are nearly alike. The coefficients are minimax in relative error on [0, 1]. */
+template <int DEGREE> AITER_INLINE Vec tanh_by_exp2(Vec x) {
+    static_assert(DEGREE == 3 || DEGREE == 4 || DEGREE == 6, "no coefficients");
+    const IntVec sign = (IntVec)x & INT32_MIN;
+    Vec size = (Vec)((IntVec)x ^ sign);
+    size = size > 64.0f ? broadcast(64.0f) : size; /* 1 to the last bit; NaN stays NaN */
+#if AITER_AVX512
+    const Vec f = _mm512_maskz_reduce_ps(ALL_LANES, size, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const Vec power = _mm512_maskz_scalef_ps(ALL_LANES, broadcast(1.0f), size);
+#else
+    const Vec whole = floor(size), f = size - whole;
+    const Vec power = (Vec)((IntVec)broadcast(1.0f) + (__builtin_convertvector(whole, IntVec) << 23));
+#endif
+    Vec p; /* (2^f - 1) / f */
+    if (DEGREE == 3) {
+        p = horner(f, 6.931355633e-01f, 2.406171100e-01f, 5.352327570e-02f, 1.270729085e-02f);
+    } else if (DEGREE == 4) {
+        p = horner(f, 6.931475188e-01f, 2.402088274e-01f, 5.564865822e-02f, 9.213075379e-03f, 1.781432314e-03f);
+    } else {
+        p = horner(f, 6.931471721e-01f, 2.402271382e-01f, 5.549656508e-02f, 9.650650934e-03f, 1.271005744e-03f,
+                   2.074557745e-04f);
+    }
+    const Vec less_one = power * (p * f) + (power - 1.0f);
+    return (Vec)((IntVec)(less_one / (less_one + 2.0f)) | sign);
+}
+
 /* ---- the element type of the tensors ---- */
 
 #if AITER_DTYPE_FP32
@@ -175,6 +203,7 @@ AITER_INLINE HalfVec load(const Element *p) {
 
 #if AITER_DTYPE_BF16
 constexpr int EXP2_DEGREE = 3;
+constexpr uint16_t INFINITE_ELEMENT = 0x7f80; /* what is not less, without its sign, is infinite or NaN */
 
 AITER_INLINE Vec to_floats(HalfVec v) { return (Vec)(widen(v) << 16); }
 
@@ -184,6 +213,7 @@ AITER_INLINE HalfVec to_elements(Vec v) { /* to nearest even; NaN stays NaN */
 }
 #elif AITER_DTYPE_FP16
 constexpr int EXP2_DEGREE = 4;
+constexpr uint16_t INFINITE_ELEMENT = 0x7c00;
 
 AITER_INLINE Vec to_floats(HalfVec v) {
 #if AITER_AVX512

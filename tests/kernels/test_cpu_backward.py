@@ -18,13 +18,13 @@ def leaves(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def expected(tensors, grad_output, grad_lse, causal, scale):
+def expected(tensors, grad_output, grad_lse, causal, scale, options):
     """Gradients in float64, and in PyTorch's own operator; what flows through the log-sum-exp is added to the latter
     in float64, as PyTorch's operator has no such gradient."""
     exact = leaves(*(tensor.double() for tensor in tensors))
-    output, lse = reference.attend_one(*exact, causal, scale)
+    output, lse = reference.attend_one(*exact, causal, scale, **options)
     own = leaves(*tensors)
-    pytorch = torch.autograd.grad(pytorch_attend_one(*own, causal, scale), own, grad_output)
+    pytorch = torch.autograd.grad(pytorch_attend_one(*own, causal, scale, **options), own, grad_output)
     if grad_lse is None:
         return torch.autograd.grad(output, exact, grad_output.double()), pytorch
     seen = lse.isfinite()
@@ -38,7 +38,7 @@ def check(sequences, results, grad_output, grad_lse, causal, scale=None):
     for sequence, keys in sequences:
         tensors = sequence.query, sequence.key, sequence.value
         lse_grad = None if grad_lse is None else grad_lse[sequence.lse_rows]
-        exact, own = expected(tensors, grad_output[sequence.rows], lse_grad, causal, scale)
+        exact, own = expected(tensors, grad_output[sequence.rows], lse_grad, causal, scale, sequence.options)
         for i, rows in enumerate((sequence.rows, keys, keys)):
             references[i].append(exact[i].flatten())
             pytorch[i].append(own[i].flatten())
