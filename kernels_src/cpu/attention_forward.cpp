@@ -90,20 +90,39 @@ struct Forward {
                 clear(QueryRows(problem, tensors, seq, b, head), end, limit);
         if (first == end) return;
         const Visibility seen(mask, seq, first / schedule.group, (end - 1) / schedule.group);
-        const KeyRange part = part_of(seen.some, seq, split);
+        /* Splits that no other unit takes. */
+        const KeyRange pieces = schedule.invariant && schedule.splits == 1
+                                    ? KeyRange{seen.some.low / INVARIANT_KEYS, ceil_div(seen.some.high, INVARIANT_KEYS)}
+                                    : KeyRange{split, split + 1};
+        int64_t piece = pieces.low;
         auto deliver = [&](const QueryRows &queries, const KeyRows &keys, int64_t head, int64_t row, RowState &state) {
-            if (schedule.splits == 1) finish_row(queries, keys, seq, b, head, row, state);
-            else partials_of(b, head, row)[split] = state;
+            if (schedule.splits > 1) {
+                partials_of(b, head, row)[split] = state;
+            } else if (piece + 1 >= pieces.high && piece == pieces.low) {
+                finish_row(queries, keys, seq, b, head, row, state);
+            } else {
+                RowState &merged = scratch.row_states[row - first];
+                if (piece == pieces.low) merged = state;
+                else merge(merged, state);
+                if (piece + 1 == pieces.high) finish_row(queries, keys, seq, b, head, row, merged);
+            }
         };
-        if (schedule.few_rows) few_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
-        else many_rows(seq, b, first_head, first, end, part, seen.some.low, scratch, deliver);
+        do {
+            const KeyRange part = part_of(seen.some, seq, piece);
+            if (!schedule.few_rows) many_rows(seq, b, first_head, first, end, part, seen.some.low, scratch, deliver);
+#if !AITER_TILES
+            else if (schedule.invariant)
+                narrow_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
+#endif
+            else few_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
+        } while (++piece < pieces.high);
         if (schedule.splits > 1 && __atomic_sub_fetch(&unfinished[whole], 1, __ATOMIC_ACQ_REL) == 0)
             for (int64_t head = first_head; head < end_head; head++) {
                 const QueryRows queries(problem, tensors, seq, b, head);
                 const KeyRows keys(problem, tensors, seq, b, head);
                 for (int64_t row = first; row < end; row++) {
-                    RowState merged;
-                    merge(partials_of(b, head, row), merged);
+                    RowState merged = *partials_of(b, head, row);
+                    for (int64_t s = 1; s < schedule.splits; s++) merge(merged, partials_of(b, head, row)[s]);
                     finish_row(queries, keys, seq, b, head, row, merged);
                 }
             }
@@ -115,6 +134,10 @@ struct Forward {
 
     /* What a split of the keys has to look at: the blocks of keys lie alike in all splits, tiles and threads. */
     KeyRange part_of(const KeyRange &seen, const Sequence &seq, int64_t split) const {
+        if (schedule.invariant) {
+            const int64_t first = maximum(split * INVARIANT_KEYS, seen.low / BLOCK_KEYS * BLOCK_KEYS);
+            return {first, maximum(first, minimum((split + 1) * INVARIANT_KEYS, seen.high))};
+        }
         const int64_t base = WINDOW ? seen.low / BLOCK_KEYS * BLOCK_KEYS : 0;
         const int64_t all = WINDOW ? seen.high - base : seq.tokens_k;
         const int64_t chunk = ceil_div(ceil_div(all, schedule.splits), BLOCK_KEYS) * BLOCK_KEYS;
@@ -179,6 +202,45 @@ struct Forward {
         }
     }
 
+#if !AITER_TILES
+    /* Few rows with the bits that they would have among many. */
+    template <class Deliver>
+    void narrow_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
+                     const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
+        const int64_t heads = end_head - first_head;
+        for (int64_t i = 0; i < heads; i++) {
+            Strip &strip = scratch.strips[i] =
+                strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT, NarrowWorker::OUTPUT_ROW);
+            const QueryRows queries(problem, tensors, seq, b, first_head + i);
+            open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
+        }
+        NarrowWorker worker(scratch.products, scratch.scores, scratch.weights, scratch.packed, score);
+        auto rows_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
+        auto count_at = [&](int64_t j) { return static_cast<int>(clamp(part.high - j, 0, BLOCK_KEYS)); };
+        /* As in few_rows: all heads of some keys, then all heads of the next keys. */
+        for (int64_t j = part.low; j < part.high; j += BLOCK_KEYS)
+            for (int64_t i = 0; i < heads; i++) {
+                const bool last = i + 1 == heads;
+                worker.expect(rows_of(last ? 0 : i + 1), last ? j + BLOCK_KEYS : j, count_at(last ? j + BLOCK_KEYS : j),
+                              first_seen);
+                worker.attend(scratch.strips[i], static_cast<int>(rows), rows_of(i), j, count_at(j), first_seen);
+            }
+        for (int64_t i = 0; i < heads; i++) {
+            const QueryRows queries(problem, tensors, seq, b, first_head + i);
+            const Strip &strip = scratch.strips[i];
+            for (int64_t r = 0; r < rows; r++) {
+                RowState state;
+                state.clear();
+                state.maximum = strip.maximum[r];
+                state.sum = strip.sum[r];
+                if (!strip.empty)
+                    memcpy(state.output, strip.output + r * NarrowWorker::OUTPUT_ROW, VALUE_DIM * sizeof(float));
+                deliver(queries, rows_of(i), first_head + i, r, state);
+            }
+        }
+    }
+#endif
+
     template <class Deliver>
     void many_rows(const Sequence &seq, int64_t b, int64_t head, int64_t first, int64_t end, const KeyRange &part,
                    int64_t first_seen, const Scratch &scratch, const Deliver &deliver_row) const {
@@ -190,18 +252,7 @@ struct Forward {
         const int64_t vectors = ceil_div(end - first, LANES), count = ceil_div(vectors, STRIP_VECTORS);
         auto first_row = [&](int64_t i) { return minimum(first + i * vectors / count * LANES, end); };
         for (int64_t i = 0; i < count; i++) {
-            const int64_t offset = i * STRIP_ROWS;
-            strips[i] = {scratch.queries + offset * DIM_STEPS,
-                         scratch.outputs + offset * VALUE_WIDTH,
-                         scratch.maxima + offset,
-                         scratch.sums + offset,
-                         scratch.highs + offset,
-                         scratch.lows + offset,
-                         scratch.places + offset,
-                         scratch.slopes + offset,
-                         {},
-                         0,
-                         true};
+            strips[i] = strip_at(scratch, i, scratch.outputs + i * STRIP_ROWS * VALUE_WIDTH, 0);
             open_strip(strips[i], queries, seq, b, head, first_row(i), first_row(i + 1), part.high);
         }
         StripWorker worker(scratch.scores, scratch.weights, score);
@@ -215,6 +266,23 @@ struct Forward {
         }
         worker.finish();
         for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);
+    }
+
+    /* The i-th strip of a thread. */
+    static Strip strip_at(const Scratch &scratch, int64_t i, float *output, int output_row) {
+        const int64_t offset = i * STRIP_ROWS;
+        return {scratch.queries + offset * DIM_STEPS,
+                output,
+                scratch.maxima + offset,
+                scratch.sums + offset,
+                scratch.highs + offset,
+                scratch.lows + offset,
+                scratch.places + offset,
+                scratch.slopes + offset,
+                {},
+                0,
+                true,
+                output_row};
     }
 
     AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t b, int64_t head,
@@ -265,18 +333,15 @@ struct Forward {
         }
     }
 
-    /* One row from its splits, added in the order of the keys. */
-    AITER_OUTLINE void merge(const RowState *splits, RowState &merged) const {
-        merged = splits[0];
-        for (int64_t s = 1; s < schedule.splits; s++) {
-            const float largest = splits[s].maximum > merged.maximum ? splits[s].maximum : merged.maximum;
-            const float base = largest == -INFINITE ? 0.0f : largest;
-            const float old_weight = exp2f(merged.maximum - base), weight = exp2f(splits[s].maximum - base);
-            merged.maximum = largest;
-            merged.sum = merged.sum * old_weight + splits[s].sum * weight;
-            for (int d = 0; d < round_up(VALUE_DIM, LANES); d += LANES)
-                store(merged.output + d, load(merged.output + d) * old_weight + load(splits[s].output + d) * weight);
-        }
+    /* Adds what a row has come to with the next keys. */
+    AITER_OUTLINE static void merge(RowState &merged, const RowState &next) {
+        const float largest = next.maximum > merged.maximum ? next.maximum : merged.maximum;
+        const float base = largest == -INFINITE ? 0.0f : largest;
+        const float old_weight = exp2f(merged.maximum - base), weight = exp2f(next.maximum - base);
+        merged.maximum = largest;
+        merged.sum = merged.sum * old_weight + next.sum * weight;
+        for (int d = 0; d < round_up(VALUE_DIM, LANES); d += LANES)
+            store(merged.output + d, load(merged.output + d) * old_weight + load(next.output + d) * weight);
     }
 
     AITER_OUTLINE void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t b,

@@ -26,6 +26,12 @@
 #define AITER_PAIRS 1
 #endif
 
+#if AITER_TILES
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
+#endif
+
 #if AITER_PAIRS
 typedef int32_t Step;
 typedef IntVec StepVec;

@@ -26,6 +26,7 @@ struct Strip {
     Visibility seen; /* by the rows of the strip */
     int vectors;     /* that hold rows: 1, 2 or STRIP_VECTORS */
     bool empty;      /* nothing accumulated yet, `output` is not initialised */
+    int output_row;  /* 0; or `output` is O [row][VALUE_DIM], rows so far apart (narrow_strip.h) */
 
     /* How many of these keys no row of the strip sees before the first that one does, rounded down. */
     int first_seen(int32_t first_key, int count, int multiple) const {
@@ -138,6 +139,14 @@ struct OnlineSoftmax {
         return true;
     }
 
+    /* All of it at once. */
+    template <int VECTORS> void run() {
+        if (begin<VECTORS>()) raise<VECTORS>();
+        if (finish<VECTORS>()) return;
+        raise<VECTORS>();
+        finish<VECTORS>();
+    }
+
     template <int VECTORS> AITER_OUTLINE void raise() {
         for (int v = 0; v < VECTORS; v++) {
             Vec candidate = broadcast(-INFINITE);
@@ -158,6 +167,11 @@ struct OnlineSoftmax {
     void rescale(int v, Vec factor) {
         store(strip->sum + v * LANES, load(strip->sum + v * LANES) * factor);
         if (strip->empty) return;
+        if (strip->output_row > 0) {
+            for (int i = 0; i < LANES && v * LANES + i < MAX_ROWS; i++)
+                for (int d = 0; d < VALUE_DIM; d++) strip->output[(v * LANES + i) * strip->output_row + d] *= factor[i];
+            return;
+        }
         for (int d = 0; d < VALUE_DIM; d++) {
             float *p = strip->output + Lanes::at(d, v);
             store(p, load(p) * factor);

@@ -7,6 +7,7 @@
 #if AITER_TILES
 #include "strip_tiles.h"
 #else
+#include "narrow_strip.h"
 #include "strip_vector.h"
 #endif
 

@@ -42,11 +42,7 @@ class StripWorker {
         product<VECTORS, KeySteps>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART);
         mask_scores<VECTORS>(scores, strip, score, first_key, count);
         OnlineSoftmax softmax{scores, weights, &strip, count, score.softmax_scale(), 0, {}, {}, {}};
-        if (softmax.begin<VECTORS>()) softmax.raise<VECTORS>();
-        if (!softmax.finish<VECTORS>()) {
-            softmax.raise<VECTORS>();
-            softmax.finish<VECTORS>();
-        }
+        softmax.run<VECTORS>();
         const int steps = count / STEP_ELEMENTS;
         product<VECTORS, ValueColumns>(strip.output, values, weights, VALUE_WIDTH, steps, !strip.empty,
                                        steps);
