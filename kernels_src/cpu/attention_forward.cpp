@@ -134,6 +134,7 @@ struct Forward {
 
     /* What a split of the keys has to look at: the blocks of keys lie alike in all splits, tiles and threads. */
     KeyRange part_of(const KeyRange &seen, const Sequence &seq, int64_t split) const {
+        if (WINDOW && seen.low >= seen.high) return {seen.low, seen.low}; /* none, and there is no first one to begin at */
         if (schedule.invariant) {
             const int64_t first = maximum(split * INVARIANT_KEYS, seen.low / BLOCK_KEYS * BLOCK_KEYS);
             return {first, maximum(first, minimum((split + 1) * INVARIANT_KEYS, seen.high))};
