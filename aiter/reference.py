@@ -102,7 +102,7 @@ def _attend_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp from scores (heads, rows, keys), of which `hidden` (rows, keys) take no part."""
     if v.shape[1] == 0:
-        return v.new_zeros(*scores.shape[:2], v.shape[2]), v.new_full(scores.shape[:2], -math.inf)
+        return scores.softmax(2) @ v, v.new_full(scores.shape[:2], -math.inf)  # zeros
     if hidden is None or not hidden.any():
         return scores.softmax(2) @ v, scores.logsumexp(2)
     blind = hidden.all(1)

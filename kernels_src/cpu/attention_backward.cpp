@@ -264,6 +264,10 @@ struct Backward {
             }
         tile.count = static_cast<int>(minimum(end, h.seq.tokens_k) - tile.first);
         if (tile.count <= 0) return;
+        const KeyRange seen =
+            h.rows > 0 ? Visibility(mask, h.seq, 0, h.seq.tokens_q - 1).some : KeyRange{0, 0};
+        tile.seen = {static_cast<int>(clamp(seen.low - tile.first, 0, tile.count)),
+                     static_cast<int>(clamp(seen.high - tile.first, 0, tile.count))};
         tile.vectors = round_up((tile.count + LANES - 1) / LANES, STRIP_MULTIPLE);
         pack_columns<HEAD_DIM>(tile.keys_t, h.key, tile, score.sign);
         pack_columns<VALUE_DIM>(tile.values_t, h.value, tile, 1.0f);
@@ -298,13 +302,11 @@ struct Backward {
         block.rest = h.row_rest + first;
         block.delta = h.row_delta + first;
         const Element *queries[BLOCK_ROWS], *grads[BLOCK_ROWS];
-        for (int r = 0; r < count; r++) {
-            queries[r] = h.query[first + r];
-            grads[r] = h.grad_output[first + r];
-        }
         for (int r = 0; r < block.rows; r++) { /* rows of padding are like the last one, but their weights are zero */
             const int64_t row = first + minimum(r, count - 1), token = row / schedule.group;
             const KeyRange seen = mask.seen_by(h.seq, token);
+            queries[r] = seen.low < seen.high ? h.query[row] : NO_ROW;
+            grads[r] = seen.low < seen.high ? h.grad_output[row] : NO_ROW;
             block.high[r] = static_cast<int32_t>(seen.high);
             if (WINDOW) block.low[r] = static_cast<int32_t>(seen.low);
             if (!ALIBI) continue;

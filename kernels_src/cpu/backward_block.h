@@ -61,6 +61,16 @@ struct Rows {
     }
 };
 
+/* Keys of a tile, counted from its first one. */
+struct TileKeys {
+    int first, end;
+
+    bool contains(int key) const { return key >= first && key < end; }
+};
+
+/* In the place of a row that takes no part, whose zero weights must not meet what is not finite. */
+alignas(ALIGNMENT) static const Element NO_ROW[HEAD_DIM + VALUE_DIM] = {};
+
 /* A tile of keys and the gradients that it gathers. */
 struct KeyTile {
     Step *keys_t;         /* K^T [strip][DIM_STEPS][STRIP_ROWS] */
@@ -70,6 +80,7 @@ struct KeyTile {
     float *grad_values_t; /* [strip][VALUE_WIDTH][STRIP_ROWS] */
     int64_t first;        /* of its keys */
     int count, vectors;   /* keys, and the vectors that hold them */
+    TileKeys seen;        /* keys that any query row sees: the others take no part */
 };
 
 /* A block of query rows. */
@@ -126,22 +137,24 @@ template <int N> static void pack_columns(Step *columns, const Rows &rows, const
     for (int v = 0; v < tile.vectors; v++) {
         const Element *lanes[LANES];
         for (int i = 0; i < LANES; i++)
-            lanes[i] = v * LANES + i < tile.count ? rows[tile.first + v * LANES + i] : nullptr;
+            lanes[i] = tile.seen.contains(v * LANES + i) ? rows[tile.first + v * LANES + i] : nullptr;
         pack_lanes<N>(columns + v / STRIP_VECTORS * STEPS<N> * STRIP_ROWS, v % STRIP_VECTORS, lanes, sign);
     }
 }
 
 /* K of a tile, for dQ. */
 static void pack_rows(Step *steps, const Rows &rows, const KeyTile &tile) {
+    auto row_of = [&](int key) -> const Element * {
+        return tile.seen.contains(key) ? rows[tile.first + key] : NO_ROW;
+    };
     for (int key = 0; key < tile.vectors * LANES; key += STEP_ELEMENTS, steps += WIDTH)
         for (int d = 0; d < WIDTH; d += LANES) {
             StepVec v = StepVec{};
-            if (key < tile.count && d < HEAD_DIM) {
-                const Element *row = rows[tile.first + key] + d;
+            if (d < HEAD_DIM) {
 #if AITER_PAIRS
-                v = interleave(row, key + 1 < tile.count ? rows[tile.first + key + 1] + d : nullptr, HEAD_DIM - d);
+                v = interleave(row_of(key) + d, row_of(key + 1) + d, HEAD_DIM - d);
 #else
-                v = to_floats(row, HEAD_DIM - d);
+                v = to_floats(row_of(key) + d, HEAD_DIM - d);
 #endif
             }
             store_steps(steps + d, v);
@@ -253,11 +266,6 @@ static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &
         }
     }
 }
-
-/* Keys of a tile, counted from its first one. */
-struct TileKeys {
-    int first, end;
-};
 
 /* Adds the block's part to the gradients of the tile's keys and values, and leaves dS for the keys that are returned:
  * those that the block sees, rounded to whole vectors and strips. */
