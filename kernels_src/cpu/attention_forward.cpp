@@ -211,21 +211,26 @@ struct Forward {
         const int64_t heads = end_head - first_head;
         for (int64_t i = 0; i < heads; i++) {
             Strip &strip = scratch.strips[i] =
-                strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT, NarrowWorker::OUTPUT_ROW);
+                strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT, OUTPUT_DIM);
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
             open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
         }
-        NarrowWorker worker(scratch.products, scratch.scores, scratch.weights, scratch.packed, score);
-        auto rows_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
-        auto count_at = [&](int64_t j) { return static_cast<int>(clamp(part.high - j, 0, BLOCK_KEYS)); };
         /* As in few_rows: all heads of some keys, then all heads of the next keys. */
-        for (int64_t j = part.low; j < part.high; j += BLOCK_KEYS)
-            for (int64_t i = 0; i < heads; i++) {
-                const bool last = i + 1 == heads;
-                worker.expect(rows_of(last ? 0 : i + 1), last ? j + BLOCK_KEYS : j, count_at(last ? j + BLOCK_KEYS : j),
-                              first_seen);
-                worker.attend(scratch.strips[i], static_cast<int>(rows), rows_of(i), j, count_at(j), first_seen);
-            }
+        const int64_t steps = ceil_div(part.high - part.low, BLOCK_KEYS) * heads;
+        auto rows_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
+        auto locate = [&](int64_t step) {
+            const int64_t j = part.low + step / heads * BLOCK_KEYS;
+            return NarrowBlock(rows_of(step % heads), j, static_cast<int>(minimum(BLOCK_KEYS, part.high - j)),
+                               first_seen);
+        };
+        NarrowWorker worker(scratch.scores, scratch.weights, score);
+        NarrowBlock now, next;
+        if (steps > 0) next = locate(0);
+        for (int64_t step = 0; step < steps; step++) {
+            now = next;
+            if (step + 1 < steps) next = locate(step + 1);
+            worker.attend(scratch.strips[step % heads], static_cast<int>(rows), now, next);
+        }
         for (int64_t i = 0; i < heads; i++) {
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
             const Strip &strip = scratch.strips[i];
@@ -234,8 +239,8 @@ struct Forward {
                 state.clear();
                 state.maximum = strip.maximum[r];
                 state.sum = strip.sum[r];
-                if (!strip.empty)
-                    memcpy(state.output, strip.output + r * NarrowWorker::OUTPUT_ROW, VALUE_DIM * sizeof(float));
+                if (!strip.empty) memcpy(state.output, strip.output + r * OUTPUT_DIM, sizeof state.output);
+                restore_order(state.output);
                 deliver(queries, rows_of(i), first_head + i, r, state);
             }
         }

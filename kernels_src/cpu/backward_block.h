@@ -68,9 +68,6 @@ struct TileKeys {
     bool contains(int key) const { return key >= first && key < end; }
 };
 
-/* In the place of a row that takes no part, whose zero weights must not meet what is not finite. */
-alignas(ALIGNMENT) static const Element NO_ROW[HEAD_DIM + VALUE_DIM] = {};
-
 /* A tile of keys and the gradients that it gathers. */
 struct KeyTile {
     Step *keys_t;         /* K^T [strip][DIM_STEPS][STRIP_ROWS] */

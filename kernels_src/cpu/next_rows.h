@@ -11,9 +11,9 @@ class NextRows {
     int expected = 0, fetched = 0, share = 0;
 
   public:
-    /* `count` keys from the first one on, in so many calls of fetch(). Those before `seen` need not be there. */
-    void expect(const KeyRows &source, int64_t first, int count, int64_t calls, int64_t seen = 0) {
-        if (count > 0) find_seen(source, first, count, seen, rows, rows + count);
+    /* `count` keys from the first one on, in so many calls of fetch(). */
+    void expect(const KeyRows &source, int64_t first, int count, int64_t calls) {
+        source.find(first, count, rows, rows + count);
         expected = 2 * count;
         fetched = 0;
         share = static_cast<int>(ceil_div(expected, calls));

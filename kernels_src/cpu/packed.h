@@ -187,6 +187,9 @@ AITER_INLINE void store_weights(Step *weights, int key, int v, Vec low, Vec high
 #endif
 }
 
+/* In the place of a row that takes no part, whose zero weights must not meet what is not finite. */
+alignas(ALIGNMENT) static const Element NO_ROW[HEAD_DIM + VALUE_DIM] = {};
+
 /* Steps [first, first + LANES) of a row of N elements, zeros past its end. */
 template <int N> AITER_INLINE StepVec row_steps(const Element *row, int first) {
 #if AITER_PAIRS

@@ -87,7 +87,7 @@ struct Schedule {
 /* One thread's buffers. */
 struct Scratch {
     Step *queries, *packed, *weights;
-    float *outputs, *maxima, *sums, *scores, *products, *slopes;
+    float *outputs, *maxima, *sums, *scores, *slopes;
     int32_t *highs, *lows, *places;
     Strip *strips; /* of few rows, one for each KV head */
     RowQuery *row_queries;
@@ -133,8 +133,6 @@ struct Scratch {
         if (schedule.few_rows) {
             take(this->strips, strips, end);
             take(outputs, strips * NarrowWorker::OUTPUT, end);
-            take(products, NarrowWorker::PRODUCTS, end);
-            take(packed, NarrowWorker::PACKED, end);
             take(scores, NarrowWorker::SCORES, end);
             take(weights, NarrowWorker::WEIGHTS, end);
             return end;

@@ -26,7 +26,7 @@ struct Strip {
     Visibility seen; /* by the rows of the strip */
     int vectors;     /* that hold rows: 1, 2 or STRIP_VECTORS */
     bool empty;      /* nothing accumulated yet, `output` is not initialised */
-    int output_row;  /* 0; or `output` is O [row][VALUE_DIM], rows so far apart (narrow_strip.h) */
+    int output_row;  /* 0; or `output` is O [row][output_row] (narrow_strip.h) */
 
     /* How many of these keys no row of the strip sees before the first that one does, rounded down. */
     int first_seen(int32_t first_key, int count, int multiple) const {
@@ -169,7 +169,8 @@ struct OnlineSoftmax {
         if (strip->empty) return;
         if (strip->output_row > 0) {
             for (int i = 0; i < LANES && v * LANES + i < MAX_ROWS; i++)
-                for (int d = 0; d < VALUE_DIM; d++) strip->output[(v * LANES + i) * strip->output_row + d] *= factor[i];
+                for (int d = 0; d < strip->output_row; d++)
+                    strip->output[(v * LANES + i) * strip->output_row + d] *= factor[i];
             return;
         }
         for (int d = 0; d < VALUE_DIM; d++) {
