@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from aiter.layout import Indices, Sizes
+    from aiter.options import Options
 
 HEAD_DIM_STEP = 8
 HEAD_DIM_MAX = 256
@@ -169,7 +170,7 @@ class Names(NamedTuple):
     fill: bool = False  # the lengths of packed queries must add up to the rows there are
 
 
-def values(sizes: Sizes, indices: Indices, names: Names) -> None:
+def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> None:
     """Raises ValueError for the first length or page number that is out of range. Waits for a GPU."""
     seqlens_q, seqlens_k, page_table, starts_q, starts_k = indices
     if seqlens_q is not None:
@@ -186,7 +187,8 @@ def values(sizes: Sizes, indices: Indices, names: Names) -> None:
         if starts is not None:
             _starts(name, starts, longest, total)
     if page_table is not None:
-        _pages(page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k)
+        first_seen = _first_keys_seen(sizes, indices, options)
+        _pages(page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen)
 
 
 def _lengths(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None, fill: bool) -> None:
@@ -208,11 +210,35 @@ def _starts(name: str, starts: torch.Tensor, longest: int, total: int) -> None:
             )
 
 
+def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.Tensor | None:
+    """The first key of each sequence that a window lets a row see, or None where all are seen."""
+    if options.window_left < 0:
+        return None
+    places = options.query_offsets
+    if places is None:
+        seqlens_q, seqlens_k, page_table, starts_q, _ = indices
+        assert page_table is not None
+        rows = torch.full_like(page_table[:, 0], sizes.seqlen_q) if starts_q is None else starts_q.diff()
+        if seqlens_q is not None:
+            rows = torch.minimum(rows, seqlens_q)
+        places = (sizes.seqlen_k if seqlens_k is None else seqlens_k) - rows
+    return (places - options.window_left).clamp(min=0)
+
+
 def _pages(
-    page_table: torch.Tensor, num_pages: int, page_size: int, lengths: torch.Tensor | None, seqlen_k: int
+    page_table: torch.Tensor,
+    num_pages: int,
+    page_size: int,
+    lengths: torch.Tensor | None,
+    seqlen_k: int,
+    first_seen: torch.Tensor | None,
 ) -> None:
-    """The page numbers that the valid tokens need; what stands past them may be anything."""
+    """The page numbers that the valid tokens need, from the first that a window lets a row see; what stands before and
+    past them may be anything."""
     wrong = (page_table < 0) | (page_table >= num_pages)
+    if first_seen is not None:
+        columns = torch.arange(page_table.shape[1], device=page_table.device)
+        wrong &= columns >= (first_seen // page_size).unsqueeze(1)
     if lengths is not None:
         needed = (lengths.clamp(max=seqlen_k) + (page_size - 1)) // page_size
         wrong &= torch.arange(page_table.shape[1], device=page_table.device) < needed.unsqueeze(1)

@@ -147,7 +147,7 @@ def _look_at_values(call: Call) -> None:
             _latest[name] = weakref.ref(tensor), tensor._version, call.sizes
     if not seen:
         try:
-            checks.values(call.sizes, call.indices, call.names)
+            checks.values(call.sizes, call.indices, call.options, call.names)
         except ValueError:
             _latest.clear()
             raise

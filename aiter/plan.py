@@ -242,14 +242,14 @@ def _without_keys(call: Call, output: torch.Tensor, given: bool) -> torch.Tensor
 def _make_plan(key: Key, call: Call, query: torch.Tensor) -> Plan:
     """A kernel that is yet to be compiled cannot look at values: so they are looked at here, if they may be."""
     if not on_gpu(query):
-        checks.values(call.sizes, call.indices, call.names)
+        checks.values(call.sizes, call.indices, call.options, call.names)
     plan = plans[key] = Plan(key, query.device)
     return plan
 
 
 def _refuse_values(call: Call) -> None:
     """After a kernel has said that a value is out of range."""
-    checks.values(call.sizes, call.indices, call.names)
+    checks.values(call.sizes, call.indices, call.options, call.names)
     raise ValueError("a length or page number changed to one out of range while it was in use")
 
 

@@ -1,6 +1,7 @@
 """Attention written down as the mathematics says it, in float64, one sequence at a time: slow, and easy to trust.
 
-`aiter demo` and the tests hold the kernels against these.
+`aiter demo` and the tests hold the kernels against these. What each option means stands in
+kernels_src/include/aiter_abi.h.
 """
 
 from __future__ import annotations
@@ -12,46 +13,103 @@ import torch
 
 
 def attend_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, softmax_scale: float | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    offset: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence: query (seq_q, heads_q, head_dim), key and value (seq_k, heads_kv, head_dim).
+    """Attention of one sequence: query (seq_q, heads_q, head_dim), key (seq_k, heads_kv, head_dim), value (seq_k,
+    heads_kv, value_dim); alibi_slopes and sinks (heads_q,).
 
-    Returns float64 output like query and log-sum-exp (heads_q, seq_q). Each query takes part only with the keys that it
-    sees, so that what stands in the others, inf and NaN included, has no effect. Differentiable.
+    Returns float64 output (seq_q, heads_q, value_dim) and log-sum-exp (heads_q, seq_q). Each query takes part only with
+    the keys that it sees, so that what stands in the others, inf and NaN included, has no effect. Differentiable.
     """
     seq_q, heads_q, head_dim = query.shape
     seq_k, heads_kv, _ = key.shape
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     q, k, v = (t.double().transpose(0, 1) for t in (query, key, value))
     k, v = (t.repeat_interleave(heads_q // heads_kv, 0) for t in (k, v))
-    if not causal:
-        return _attend_rows(q, k, v, scale)
-    visible = torch.arange(seq_q, device=query.device) + (seq_k - seq_q + 1)
-    if v.isfinite().all() and k.isfinite().all():
-        hidden = torch.arange(seq_k, device=query.device) >= visible.unsqueeze(1)
-        return _attend_rows(q, k, v, scale, hidden)
-    rows = [_attend_rows(q[:, i : i + 1], k[:, : max(n, 0)], v[:, : max(n, 0)], scale) for i, n in enumerate(visible)]
-    outputs, lses = zip(*rows, strict=True)
-    return torch.cat(outputs), torch.cat(lses, 1)
+    seen = visible_keys(seq_q, seq_k, causal, window, offset, query.device)
+
+    def scores_of(rows: slice, keys: slice) -> torch.Tensor:
+        scores = capped(q[:, rows] @ k[:, keys].transpose(1, 2) * scale, softcap)
+        if alibi_slopes is None:
+            return scores
+        return scores + alibi_bias(seq_q, seq_k, alibi_slopes.double(), offset)[:, rows, keys]
+
+    every = slice(None)
+    if seen.all() or (v.isfinite().all() and k.isfinite().all()):
+        output, lse = _attend_rows(scores_of(every, every), v, ~seen)
+    else:  # row by row, with what each sees and nothing else
+        rows = []
+        for i in range(seq_q):
+            visible = seen[i].nonzero()
+            keys = slice(int(visible[0]), int(visible[-1]) + 1) if len(visible) else slice(0, 0)
+            rows.append(_attend_rows(scores_of(slice(i, i + 1), keys), v[:, keys], None))
+        output, lse = (torch.cat(parts, 1) for parts in zip(*rows, strict=True))
+    if sinks is not None:
+        output = output * torch.sigmoid(lse - sinks.double().unsqueeze(1)).unsqueeze(2)
+    return output.transpose(0, 1), lse
+
+
+def visible_keys(
+    seq_q: int,
+    seq_k: int,
+    causal: bool,
+    window: tuple[int, int] | None = None,
+    offset: int | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Which keys each query sees: (seq_q, seq_k), bool. Query i stands at key i + offset, by default seq_k - seq_q."""
+    left, right = window or (-1, -1)
+    if causal:
+        right = 0
+    # How far each key lies behind the place of each query.
+    ahead = torch.arange(seq_k, device=device) - _places(seq_q, seq_k, offset, device).unsqueeze(1)
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    return seen
+
+
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Scaled scores, none of them larger than the cap."""
+    return scores if softcap == 0.0 else softcap * torch.tanh(scores / softcap)
+
+
+def alibi_bias(seq_q: int, seq_k: int, slopes: torch.Tensor, offset: int | None = None) -> torch.Tensor:
+    """What ALiBi adds to the scores: (heads, seq_q, seq_k), in the dtype of the slopes (heads,)."""
+    places = _places(seq_q, seq_k, offset, slopes.device)
+    distance = (torch.arange(seq_k, device=slopes.device) - places.unsqueeze(1)).abs()
+    return -slopes.view(-1, 1, 1) * distance
+
+
+def _places(seq_q: int, seq_k: int, offset: int | None, device: torch.device | None) -> torch.Tensor:
+    return torch.arange(seq_q, device=device) + (seq_k - seq_q if offset is None else offset)
 
 
 def _attend_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, hidden: torch.Tensor | None = None
+    scores: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = q @ k.transpose(1, 2) * scale
-    if k.shape[1] == 0:
-        return torch.zeros_like(q).transpose(0, 1), q.new_full(q.shape[:2], -math.inf)
-    blind = None
-    if hidden is not None:
-        blind = hidden.all(1)
-        # A blind row would be 0/0; it is computed unmasked and replaced, which keeps its gradient zero, not NaN.
-        scores = scores.masked_fill(hidden & ~blind.unsqueeze(1), -math.inf)
-    lse = scores.logsumexp(2)
-    output = scores.softmax(2) @ v
-    if blind is not None:
-        output = output.masked_fill(blind.view(1, -1, 1), 0.0)
-        lse = lse.masked_fill(blind, -math.inf)
-    return output.transpose(0, 1), lse
+    """Output and log-sum-exp from scores (heads, rows, keys), of which `hidden` (rows, keys) take no part."""
+    if v.shape[1] == 0:
+        return scores.softmax(2) @ v, v.new_full(scores.shape[:2], -math.inf)  # zeros
+    if hidden is None or not hidden.any():
+        return scores.softmax(2) @ v, scores.logsumexp(2)
+    blind = hidden.all(1)
+    # A blind row would be 0/0; it is computed unmasked and replaced, which keeps its gradient zero, not NaN.
+    scores = scores.masked_fill(hidden & ~blind.unsqueeze(1), -math.inf)
+    output = (scores.softmax(2) @ v).masked_fill(blind.view(1, -1, 1), 0.0)
+    return output, scores.logsumexp(2).masked_fill(blind, -math.inf)
 
 
 def gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:

@@ -3,7 +3,7 @@ arguments on the device at hand, and on chosen points of it where a GPU is emula
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
@@ -42,13 +42,15 @@ STRIDES = ("contiguous", "heads_first", "sliced", "last")
 
 @dataclass
 class Sequence:
-    """One sequence of a batch: its rows of the arguments and where its rows of the results are."""
+    """One sequence of a batch: its rows of the arguments, where its rows of the results are, and what else
+    `reference.attend_one` takes for it (window, softcap, ...)."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     rows: tuple
     lse_rows: tuple
+    options: dict = field(default_factory=dict)
 
 
 def assert_sequences(output, lse, sequences, causal, softmax_scale=None):
@@ -56,10 +58,10 @@ def assert_sequences(output, lse, sequences, causal, softmax_scale=None):
     over the whole batch, as the rule compares two operators and not two rows."""
     references, pytorch = [], []
     for sequence in sequences:
-        tensors = sequence.query, sequence.key, sequence.value
-        expected, expected_lse = reference.attend_one(*tensors, causal, softmax_scale)
+        tensors, options = (sequence.query, sequence.key, sequence.value), sequence.options
+        expected, expected_lse = reference.attend_one(*tensors, causal, softmax_scale, **options)
         references.append(expected.flatten())
-        pytorch.append(pytorch_attend_one(*tensors, causal, softmax_scale).to(output.dtype).flatten())
+        pytorch.append(pytorch_attend_one(*tensors, causal, softmax_scale, **options).to(output.dtype).flatten())
         if lse is not None:
             torch.testing.assert_close(lse[sequence.lse_rows].double(), expected_lse, rtol=1e-4, atol=2e-4)
     if references:

@@ -21,10 +21,14 @@
 #include <math.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "backward_block.h"
 #include "launch_errors.h"
+#include "mask.h"
 #include "parallel.h"
+#include "score.h"
+#include "sequence.h"
 
 namespace {
 
@@ -36,22 +40,24 @@ struct Schedule {
     int64_t group, heads, blocks, tile_keys, tiles;
     int64_t rows; /* of one KV head in all sequences, as far as they need memory */
     int64_t first_tile_unit, units;
-    int64_t starts_at, progress_at, lse_at, rest_at, delta_at, grad_queries_at, workspace_bytes;
+    int64_t rows_at, progress_at, lse_at, rest_at, delta_at, grad_queries_at, workspace_bytes;
 
     explicit Schedule(const aiter_attention_problem &p) {
         group = p.heads_kv > 0 ? p.heads_q / p.heads_kv : 0;
         heads = static_cast<int64_t>(p.batch) * p.heads_kv;
         blocks = ceil_div(p.seqlen_q * group, BLOCK_ROWS);
         int64_t strips = TILE_STRIPS;
-        while (strips > 2 && heads * ceil_div(p.seqlen_k, strips * STRIP_ROWS) < TARGET_UNITS) strips--;
-        tiles = ceil_div(p.seqlen_k, strips * STRIP_ROWS);
-        tile_keys = tiles > 0 ? ceil_div(ceil_div(p.seqlen_k, tiles), STRIP_ROWS) * STRIP_ROWS : STRIP_ROWS;
+        if (!p.batch_invariant)
+            while (strips > 2 && heads * ceil_div(p.seqlen_k, strips * STRIP_ROWS) < TARGET_UNITS) strips--;
+        tile_keys = strips * STRIP_ROWS;
+        tiles = ceil_div(p.seqlen_k, tile_keys);
+        if (tiles > 0 && !p.batch_invariant) tile_keys = ceil_div(ceil_div(p.seqlen_k, tiles), STRIP_ROWS) * STRIP_ROWS;
         first_tile_unit = heads * blocks;
         units = first_tile_unit + heads * tiles;
         const int64_t all_rows = (p.packed_q ? p.total_q : p.batch * static_cast<int64_t>(p.seqlen_q)) * group;
         rows = all_rows + p.batch * static_cast<int64_t>(KEY_MULTIPLE);
-        starts_at = 0;
-        progress_at = aligned(starts_at + 3 * (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
+        rows_at = aligned(Sequences::workspace_bytes(p));
+        progress_at = aligned(rows_at + (p.batch + 1) * static_cast<int64_t>(sizeof(int64_t)));
         lse_at = aligned(progress_at + heads * blocks * static_cast<int64_t>(sizeof(int32_t)));
         rest_at = aligned(lse_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
         delta_at = aligned(rest_at + p.heads_kv * rows * static_cast<int64_t>(sizeof(float)));
@@ -85,15 +91,18 @@ struct Scratch {
 
     void place(const Schedule &schedule) {
         take(tile.keys_t, schedule.tile_keys * DIM_STEPS);
-        take(tile.values_t, schedule.tile_keys * DIM_STEPS);
+        take(tile.values_t, schedule.tile_keys * VALUE_STEPS);
         take(tile.keys, TILE_STEPS * WIDTH);
         take(tile.grad_keys_t, schedule.tile_keys * DIM);
-        take(tile.grad_values_t, schedule.tile_keys * DIM);
+        take(tile.grad_values_t, schedule.tile_keys * VALUE_WIDTH);
         take(block.queries, BLOCK_ROWS * DIM_STEPS);
-        take(block.grads, BLOCK_ROWS * DIM_STEPS);
+        take(block.grads, BLOCK_ROWS * VALUE_STEPS);
         take(block.queries_t, BLOCK_ROW_STEPS * DIM);
-        take(block.grads_t, BLOCK_ROW_STEPS * DIM);
-        take(block.visible, BLOCK_ROWS);
+        take(block.grads_t, BLOCK_ROW_STEPS * VALUE_WIDTH);
+        take(block.high, BLOCK_ROWS);
+        take(block.low, WINDOW ? BLOCK_ROWS : 0);
+        take(block.place, ALIBI ? BLOCK_ROWS : 0);
+        take(block.slope, ALIBI ? BLOCK_ROWS : 0);
         take(weights.scores, BLOCK_ROWS * STRIP_ROWS);
         take(weights.grads, BLOCK_ROWS * STRIP_ROWS);
         take(weights.right, BLOCK_ROW_STEPS * STRIP_ROWS);
@@ -106,6 +115,7 @@ struct Scratch {
 struct Head {
     Sequence seq;
     int64_t rows; /* query rows of the group */
+    int64_t batch, first_query_head;
     Rows query, output, grad_output, grad_query, key, value, grad_key, grad_value;
     const float *lse, *grad_lse; /* token 0 of the first query head; grad_lse may be null */
     int64_t lse_head_stride;
@@ -118,40 +128,49 @@ struct Backward {
     const aiter_attention_problem &forward;
     const aiter_attention_grad_tensors &tensors;
     const Schedule schedule;
-    int64_t *starts_q, *starts_k, *starts_rows; /* where each sequence begins: in packed tensors, in the workspace */
-    float scale_log2;
+    const Sequences sequences;
+    const Mask mask;
+    const Score score;
+    int64_t *first_rows;   /* of each sequence in the workspace */
     int64_t next_unit = 0; /* taken atomically */
 
     Backward(const aiter_attention_grad_problem &p, const aiter_attention_grad_tensors &t)
-        : problem(p), forward(p.forward), tensors(t), schedule(p.forward), starts_q(at<int64_t>(schedule.starts_at)),
-          starts_k(starts_q + forward.batch + 1), starts_rows(starts_k + forward.batch + 1),
-          scale_log2(static_cast<float>(forward.softmax_scale * LOG2_E)) {
-        if (forward.packed_q) find_starts(t.seqlens_q, forward.batch, forward.seqlen_q, forward.total_q, starts_q);
-        if (forward.packed_k) find_starts(t.seqlens_k, forward.batch, forward.seqlen_k, forward.total_k, starts_k);
-        starts_rows[0] = 0;
+        : problem(p), forward(p.forward), tensors(t), schedule(p.forward), sequences(p.forward, t, t.workspace),
+          mask(p.forward), score(p.forward, t.alibi_slopes), first_rows(at<int64_t>(schedule.rows_at)) {
+        first_rows[0] = 0;
         for (int64_t b = 0; b < forward.batch; b++)
-            starts_rows[b + 1] =
-                starts_rows[b] + ceil_div(sequence(b).tokens_q * schedule.group, KEY_MULTIPLE) * KEY_MULTIPLE;
+            first_rows[b + 1] =
+                first_rows[b] + ceil_div(sequences[b].tokens_q * schedule.group, KEY_MULTIPLE) * KEY_MULTIPLE;
         memset(at<int32_t>(schedule.progress_at), 0, schedule.heads * schedule.blocks * sizeof(int32_t));
+        sequences.for_rest_q(forward.total_q, [&](int64_t token) {
+            clear<HEAD_DIM>(t.grad_query, p.grad_query_strides, token, forward.heads_q);
+        });
+        sequences.for_rest_k(forward.total_k, [&](int64_t token) {
+            clear<HEAD_DIM>(t.grad_key, p.grad_key_strides, token, forward.heads_kv);
+            clear<VALUE_DIM>(t.grad_value, p.grad_value_strides, token, forward.heads_kv);
+        });
     }
 
     template <class T> T *at(int64_t offset) const {
         return reinterpret_cast<T *>(static_cast<char *>(tensors.workspace) + offset);
     }
 
-    Sequence sequence(int64_t b) const {
-        return find_sequence(forward.packed_q ? starts_q : nullptr, tensors.seqlens_q, forward.seqlen_q,
-                             forward.packed_k ? starts_k : nullptr, tensors.seqlens_k, forward.seqlen_k, b);
+    /* All heads of a row of a packed tensor. */
+    template <int N> static void clear(void *tensor, const int64_t *strides, int64_t token, int64_t heads) {
+        const Rows rows(tensor, strides, 0, token, 0, heads);
+        for (int64_t head = 0; head < heads; head++) memset(rows[head], 0, N * sizeof(Element));
     }
 
     Head head(int64_t index) const {
         const int64_t b = index / forward.heads_kv, h = index % forward.heads_kv, group = schedule.group;
-        const Sequence seq = sequence(b);
+        const Sequence seq = sequences[b];
         const int64_t bq = forward.packed_q ? 0 : b, bk = forward.packed_k ? 0 : b;
         const int64_t lse_at = bq * forward.lse_strides[0] + h * group * forward.lse_strides[1] + seq.first_q;
-        const int64_t row = h * schedule.rows + starts_rows[b];
+        const int64_t row = h * schedule.rows + first_rows[b];
         return {seq,
                 seq.tokens_q * group,
+                b,
+                h * group,
                 Rows(tensors.query, forward.query_strides, bq, seq.first_q, h, group),
                 Rows(tensors.output, forward.output_strides, bq, seq.first_q, h, group),
                 Rows(tensors.grad_output, problem.grad_output_strides, bq, seq.first_q, h, group),
@@ -192,21 +211,22 @@ struct Backward {
             for (int64_t row = first > h.rows ? first : h.rows;
                  row < minimum(first + BLOCK_ROWS, forward.seqlen_q * schedule.group); row++)
                 memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element)); /* padding */
-        const int64_t most_visible = first < end ? visible_keys(h.seq, (end - 1) / schedule.group) : 0;
+        const KeyRange seen = first < end ? visible(h, block).some : KeyRange{0, 0};
         for (int64_t row = first; row < end; row++) {
             const int64_t token = row / schedule.group, at = row % schedule.group * h.lse_head_stride + token;
             const Element *output = h.output[row], *grad_output = h.grad_output[row];
             Vec total = Vec{};
-            for (int d = 0; d < HEAD_DIM; d += LANES)
-                total += to_floats(output + d, HEAD_DIM - d) * to_floats(grad_output + d, HEAD_DIM - d);
-            const bool blind = visible_keys(h.seq, token) == 0;
-            /* A row that sees keys and yet has lse -inf has only scores of -inf: its softmax is 0/0. */
-            const float lse = h.lse[at] == -INFINITE ? NAN : h.lse[at];
+            for (int d = 0; d < VALUE_DIM; d += LANES)
+                total += to_floats(output + d, VALUE_DIM - d) * to_floats(grad_output + d, VALUE_DIM - d);
+            const KeyRange keys = mask.seen_by(h.seq, token);
+            const bool blind = keys.low >= keys.high;
+            /* A row that sees keys and yet has an infinite lse has infinite scores: its softmax is inf/inf or 0/0. */
+            const float lse = h.lse[at] - h.lse[at] == 0.0f ? h.lse[at] : NAN;
             const double exact = lse * LOG2_E;
             h.row_lse[row] = blind ? INFINITE : static_cast<float>(exact);
             h.row_rest[row] = blind ? 1.0f : static_cast<float>(1.0 + (h.row_lse[row] - exact) * LN_2);
             h.row_delta[row] = blind ? 0.0f : (whole(h) ? 0.0f : sum(total)) - (h.grad_lse ? h.grad_lse[at] : 0.0f);
-            if (most_visible == 0) memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element));
+            if (seen.low >= seen.high) memset(h.grad_query[row], 0, HEAD_DIM * sizeof(Element));
         }
         for (int64_t row = end; first < end && row < ceil_div(end, KEY_MULTIPLE) * KEY_MULTIPLE; row++) {
             h.row_lse[row] = INFINITE;
@@ -216,8 +236,13 @@ struct Backward {
         __atomic_store_n(&h.progress[block], 1, __ATOMIC_RELEASE);
     }
 
-    /* Whether one strip holds all keys of the sequence, and float32 is worth the trouble. */
-    static bool whole(const Head &h) { return FULL_PRECISION && h.seq.tokens_k <= STRIP_ROWS; }
+    /* Whether one strip holds all keys of the softmax, and float32 is worth the trouble. */
+    bool whole(const Head &h) const { return FULL_PRECISION && !problem.lse_is_given && h.seq.tokens_k <= STRIP_ROWS; }
+
+    Visibility visible(const Head &h, int64_t block) const {
+        const int64_t first = block * BLOCK_ROWS, end = minimum(first + BLOCK_ROWS, h.rows);
+        return Visibility(mask, h.seq, first / schedule.group, (end - 1) / schedule.group);
+    }
 
     static void wait_for(const int32_t &progress, int32_t wanted) {
         for (int spins = 0; __atomic_load_n(&progress, __ATOMIC_ACQUIRE) < wanted; spins++)
@@ -232,78 +257,73 @@ struct Backward {
             for (int64_t key = tile.first > h.seq.tokens_k ? tile.first : h.seq.tokens_k; key < end;
                  key++) { /* padding */
                 memset(h.grad_key[key], 0, HEAD_DIM * sizeof(Element));
-                memset(h.grad_value[key], 0, HEAD_DIM * sizeof(Element));
+                memset(h.grad_value[key], 0, VALUE_DIM * sizeof(Element));
             }
         tile.count = static_cast<int>(minimum(end, h.seq.tokens_k) - tile.first);
         if (tile.count <= 0) return;
+        const KeyRange seen = h.rows > 0 ? Visibility(mask, h.seq, 0, h.seq.tokens_q - 1).some : KeyRange{0, 0};
+        tile.seen = {static_cast<int>(clamp(seen.low - tile.first, 0, tile.count)),
+                     static_cast<int>(clamp(seen.high - tile.first, 0, tile.count))};
         tile.vectors = round_up((tile.count + LANES - 1) / LANES, STRIP_MULTIPLE);
-        pack_columns(tile.keys_t, h.key, tile);
-        pack_columns(tile.values_t, h.value, tile);
+        pack_columns<HEAD_DIM>(tile.keys_t, h.key, tile, score.sign);
+        pack_columns<VALUE_DIM>(tile.values_t, h.value, tile, 1.0f);
         pack_rows(tile.keys, h.key, tile);
-        const int64_t sums = ceil_div(tile.vectors, STRIP_VECTORS) * STRIP_ROWS * DIM;
-        memset(tile.grad_keys_t, 0, sums * sizeof(float));
-        memset(tile.grad_values_t, 0, sums * sizeof(float));
-        for (int64_t block = ceil_div(h.rows, BLOCK_ROWS) - 1; block >= 0; block--)
-            if (!run_block(h, block, static_cast<int32_t>(index), scratch)) break; /* earlier rows see fewer keys */
-        write_columns(h.grad_key, tile, tile.grad_keys_t, forward.softmax_scale);
-        write_columns(h.grad_value, tile, tile.grad_values_t, 1.0f);
+        const int64_t lanes = ceil_div(tile.vectors, STRIP_VECTORS) * STRIP_ROWS;
+        memset(tile.grad_keys_t, 0, lanes * DIM * sizeof(float));
+        memset(tile.grad_values_t, 0, lanes * VALUE_WIDTH * sizeof(float));
+        for (int64_t block = ceil_div(h.rows, BLOCK_ROWS) - 1; block >= 0; block--) {
+            scratch.block.seen = visible(h, block);
+            const KeyRange &seen = scratch.block.seen.some;
+            if (seen.high <= tile.first) break; /* and earlier rows see no later keys */
+            if (WINDOW && (seen.low >= tile.first + tile.count || seen.low >= seen.high)) continue;
+            run_block(h, block, index, scratch);
+        }
+        write_columns<HEAD_DIM>(h.grad_key, tile, tile.grad_keys_t, forward.softmax_scale);
+        write_columns<VALUE_DIM>(h.grad_value, tile, tile.grad_values_t, 1.0f);
     }
 
-    /* False if the block does not see the tile. */
-    bool run_block(const Head &h, int64_t index, int32_t tile_index, Scratch &scratch) const {
+    /* A block of rows that sees the tile. */
+    void run_block(const Head &h, int64_t index, int64_t tile_index, Scratch &scratch) const {
         const KeyTile &tile = scratch.tile;
         RowBlock &block = scratch.block;
         const int64_t first = index * BLOCK_ROWS;
         const int count = static_cast<int>(minimum(BLOCK_ROWS, h.rows - first));
-        block.fewest_visible = static_cast<int32_t>(visible_keys(h.seq, first / schedule.group));
-        block.most_visible = static_cast<int32_t>(visible_keys(h.seq, (first + count - 1) / schedule.group));
-        if (block.most_visible <= tile.first) return false;
         block.rows = round_up(count, KEY_MULTIPLE);
         block.whole = whole(h);
-        const bool few =
-            block.whole || (FULL_PRECISION && forward.seqlen_q * schedule.group <= MAX_ROWS); /* keys or rows */
+        const bool few = block.whole || (FULL_PRECISION && !forward.batch_invariant &&
+                                         forward.seqlen_q * schedule.group <= MAX_ROWS); /* keys or rows */
         block.score_part = few ? SHORT_PART : SCORE_PART;
         block.grad_part = few ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;
         block.rest = h.row_rest + first;
         block.delta = h.row_delta + first;
         const Element *queries[BLOCK_ROWS], *grads[BLOCK_ROWS];
-        for (int r = 0; r < count; r++) {
-            queries[r] = h.query[first + r];
-            grads[r] = h.grad_output[first + r];
+        for (int r = 0; r < block.rows; r++) { /* rows of padding are like the last one, but their weights are zero */
+            const int64_t row = first + minimum(r, count - 1), token = row / schedule.group;
+            const KeyRange seen = mask.seen_by(h.seq, token);
+            queries[r] = seen.low < seen.high ? h.query[row] : NO_ROW;
+            grads[r] = seen.low < seen.high ? h.grad_output[row] : NO_ROW;
+            block.high[r] = static_cast<int32_t>(seen.high);
+            if (WINDOW) block.low[r] = static_cast<int32_t>(seen.low);
+            if (!ALIBI) continue;
+            block.place[r] = place_of(h.seq, token);
+            block.slope[r] = score.slope(h.batch, h.first_query_head + row % schedule.group);
         }
-        for (int r = 0; r < block.rows; r++) /* rows of padding see what the last one sees: their weights are zero */
-            block.visible[r] =
-                static_cast<int32_t>(visible_keys(h.seq, (first + minimum(r, count - 1)) / schedule.group));
-        pack_keys(block.queries, queries, count);
-        pack_keys(block.grads, grads, count);
-        pack_values(block.queries_t, queries, count);
-        pack_values(block.grads_t, grads, count);
+        pack_row_steps<HEAD_DIM>(block.queries, queries, count);
+        pack_row_steps<VALUE_DIM>(block.grads, grads, count);
+        pack_step_rows<HEAD_DIM>(block.queries_t, queries, count);
+        pack_step_rows<VALUE_DIM>(block.grads_t, grads, count);
         wait_for(h.progress[index], 1);
-        const int keys = gather(tile, block, scratch.weights, scale_log2);
-        wait_for(h.progress[index], 1 + tile_index);
+        const TileKeys keys = gather(tile, block, scratch.weights, score);
+        /* How many tiles that the block sees come before this one. */
+        const int32_t before =
+            static_cast<int32_t>(tile_index - (WINDOW ? block.seen.some.low / schedule.tile_keys : 0));
+        wait_for(h.progress[index], 1 + before);
         float *grad_queries = h.grad_queries + first * WIDTH;
-        add_grad_queries(grad_queries, tile, block, scratch.weights, keys, tile_index > 0);
-        if (block.most_visible <= tile.first + tile.count)
+        add_grad_queries(grad_queries, tile, block, scratch.weights, keys, before > 0);
+        if (block.seen.some.high <= tile.first + tile.count)
             write_grad_queries(h.grad_query, first, count, grad_queries, forward.softmax_scale);
-        else __atomic_store_n(&h.progress[index], 2 + tile_index, __ATOMIC_RELEASE);
-        return true;
-    }
-
-    /* Packed rows that belong to no sequence. */
-    void clear_the_rest() const {
-        clear(tensors.grad_query, problem.grad_query_strides, forward.heads_q,
-              forward.packed_q ? starts_q[forward.batch] : forward.total_q, forward.total_q);
-        clear(tensors.grad_key, problem.grad_key_strides, forward.heads_kv,
-              forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
-        clear(tensors.grad_value, problem.grad_value_strides, forward.heads_kv,
-              forward.packed_k ? starts_k[forward.batch] : forward.total_k, forward.total_k);
-    }
-
-    static void clear(void *tensor, const int64_t *strides, int64_t heads, int64_t first, int64_t end) {
-        for (int64_t token = first; token < end; token++)
-            for (int64_t head = 0; head < heads; head++)
-                memset(Rows(tensor, strides, 0, token, head, 1)[0], 0, HEAD_DIM * sizeof(Element));
+        else __atomic_store_n(&h.progress[index], 2 + before, __ATOMIC_RELEASE);
     }
 };
 
@@ -323,9 +343,8 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *executor) {
     Backward backward(call->problem, call->tensors);
     const aiter_attention_problem &problem = call->problem.forward;
     const Schedule &schedule = backward.schedule;
-    backward.clear_the_rest();
     const double flops =
-        10.0 * HEAD_DIM * schedule.heads * schedule.group * problem.seqlen_q * problem.seqlen_k;
+        (6.0 * HEAD_DIM + 4.0 * VALUE_DIM) * schedule.heads * schedule.group * problem.seqlen_q * problem.seqlen_k;
     const int64_t threads = flops < SERIAL_FLOPS ? 1 : minimum(cpu->num_threads, schedule.units);
     run_parallel(cpu, static_cast<int>(threads), backward);
     return backward.next_unit < schedule.units ? OUT_OF_MEMORY : OK;

@@ -20,9 +20,18 @@
  * Masked keys take part with weight zero. Where such a key holds inf or NaN the row comes out NaN; finish_row sees that
  * and recomputes the row without the masked keys (attend_exactly).
  */
+#include <math.h>
+#include <string.h>
+
 #include "check_values.h"
 #include "launch_errors.h"
+#include "mask.h"
+#include "parallel.h"
+#include "row_attention.h"
 #include "schedule.h"
+#include "score.h"
+#include "sequence.h"
+#include "strip.h"
 
 namespace {
 
@@ -30,45 +39,28 @@ struct Forward {
     const aiter_attention_problem &problem;
     const aiter_attention_tensors &tensors;
     const Schedule schedule;
-    const int64_t *starts_q, *starts_k; /* packed only */
-    int32_t *unfinished;                /* splits still to come, for all units that differ in nothing else */
-    RowState *partials;                 /* [sequence][KV head][row][split] */
-    float scale_log2, sign;
-    int64_t next_unit = 0; /* taken atomically */
+    const Sequences sequences;
+    const Mask mask;
+    const Score score;
+    int32_t *unfinished = nullptr; /* splits still to come, for all units that differ in nothing else */
+    RowState *partials = nullptr;  /* [sequence][KV head][row][split] */
+    int64_t next_unit = 0;         /* taken atomically */
 
     Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t, int64_t threads)
-        : problem(p), tensors(t), schedule(p, threads), starts_q(nullptr), starts_k(nullptr), unfinished(nullptr),
-          partials(nullptr) {
-        /* Scaling by a negative number is scaling by its magnitude with the query negated; and a masked score must stay
-         * -inf even where the scale is zero. */
-        sign = p.softmax_scale < 0.0f ? -1.0f : 1.0f;
-        scale_log2 = static_cast<float>(p.softmax_scale * sign * LOG2_E);
-        scale_log2 = scale_log2 == 0.0f ? 0x1p-126f : scale_log2;
-        char *workspace = static_cast<char *>(t.workspace);
-        if (schedule.starts_bytes > 0) {
-            int64_t *starts = reinterpret_cast<int64_t *>(workspace);
-            if (p.packed_q) {
-                find_starts(t.seqlens_q, p.batch, p.seqlen_q, p.total_q, starts);
-                starts_q = starts;
-            }
-            if (p.packed_k) {
-                find_starts(t.seqlens_k, p.batch, p.seqlen_k, p.total_k, starts + p.batch + 1);
-                starts_k = starts + p.batch + 1;
-            }
-        }
+        : problem(p), tensors(t), schedule(p, threads), sequences(p, t, t.workspace), mask(p),
+          score(p, t.alibi_slopes) {
         if (schedule.splits > 1) {
+            char *workspace = static_cast<char *>(t.workspace);
             unfinished = reinterpret_cast<int32_t *>(workspace + schedule.counters_at());
             for (int64_t i = 0; i < schedule.units / schedule.splits; i++)
                 unfinished[i] = static_cast<int32_t>(schedule.splits);
             partials = reinterpret_cast<RowState *>(workspace + schedule.partials_at());
         }
-    }
-
-    Sequence sequence(int64_t b) const {
-        Sequence s = find_sequence(starts_q, tensors.seqlens_q, problem.seqlen_q, starts_k, tensors.seqlens_k,
-                                   problem.seqlen_k, b);
-        if (problem.page_size > 0 && problem.num_pages == 0) s.tokens_k = 0;
-        return s;
+        if (p.clear_rest)
+            sequences.for_rest_q(p.total_q, [&](int64_t token) {
+                for (int64_t head = 0; head < p.heads_kv; head++)
+                    clear(QueryRows(p, t, {1, 0, token, 0, 0}, 0, head), 0, schedule.group);
+            });
     }
 
     /* Takes units until none is left: what each thread does. */
@@ -91,30 +83,48 @@ struct Forward {
         const int64_t tile = schedule.tiles - 1 - whole / (schedule.sets * problem.batch);
         const int64_t first_head = set * schedule.set_heads;
         const int64_t end_head = minimum(first_head + schedule.set_heads, problem.heads_kv);
-        const Sequence seq = sequence(b);
+        const Sequence seq = sequences[b];
         const int64_t first = tile * schedule.tile_rows, limit = minimum(first + schedule.tile_rows, schedule.rows);
         const int64_t end = clamp(seq.tokens_q * schedule.group, first, limit);
-        if (!problem.packed_q && split == 0)
+        if (!problem.packed_q && problem.clear_rest && split == 0)
             for (int64_t head = first_head; head < end_head; head++)
-                clear_padding(QueryRows(problem, tensors, seq, b, head), end, limit);
+                clear(QueryRows(problem, tensors, seq, b, head), end, limit);
         if (first == end) return;
-        const int64_t chunk = ceil_div(ceil_div(seq.tokens_k, schedule.splits), BLOCK_KEYS) * BLOCK_KEYS;
-        const int64_t last_seen = visible_keys(seq, (end - 1) / schedule.group);
-        const int64_t first_key = minimum(split * chunk, last_seen), end_key = minimum(first_key + chunk, last_seen);
+        const Visibility seen(mask, seq, first / schedule.group, (end - 1) / schedule.group);
+        /* Splits that no other unit takes. */
+        const KeyRange pieces = schedule.invariant && schedule.splits == 1
+                                    ? KeyRange{seen.some.low / INVARIANT_KEYS, ceil_div(seen.some.high, INVARIANT_KEYS)}
+                                    : KeyRange{split, split + 1};
+        int64_t piece = pieces.low;
         auto deliver = [&](const QueryRows &queries, const KeyRows &keys, int64_t head, int64_t row, RowState &state) {
-            if (schedule.splits == 1) finish_row(queries, keys, seq, row, state);
-            else partials_of(b, head, row)[split] = state;
+            if (schedule.splits > 1) {
+                partials_of(b, head, row)[split] = state;
+            } else if (piece + 1 >= pieces.high && piece == pieces.low) {
+                finish_row(queries, keys, seq, b, head, row, state);
+            } else {
+                RowState &merged = scratch.row_states[row - first];
+                if (piece == pieces.low) merged = state;
+                else merge(merged, state);
+                if (piece + 1 == pieces.high) finish_row(queries, keys, seq, b, head, row, merged);
+            }
         };
-        if (schedule.few_rows) few_rows(seq, b, first_head, end_head, end, first_key, end_key, scratch, deliver);
-        else many_rows(seq, b, first_head, first, end, first_key, end_key, scratch, deliver);
+        do {
+            const KeyRange part = part_of(seen.some, seq, piece);
+            if (!schedule.few_rows) many_rows(seq, b, first_head, first, end, part, seen.some.low, scratch, deliver);
+#if !AITER_TILES
+            else if (schedule.invariant)
+                narrow_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
+#endif
+            else few_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
+        } while (++piece < pieces.high);
         if (schedule.splits > 1 && __atomic_sub_fetch(&unfinished[whole], 1, __ATOMIC_ACQ_REL) == 0)
             for (int64_t head = first_head; head < end_head; head++) {
                 const QueryRows queries(problem, tensors, seq, b, head);
                 const KeyRows keys(problem, tensors, seq, b, head);
                 for (int64_t row = first; row < end; row++) {
-                    RowState merged;
-                    merge(partials_of(b, head, row), merged);
-                    finish_row(queries, keys, seq, row, merged);
+                    RowState merged = *partials_of(b, head, row);
+                    for (int64_t s = 1; s < schedule.splits; s++) merge(merged, partials_of(b, head, row)[s]);
+                    finish_row(queries, keys, seq, b, head, row, merged);
                 }
             }
     }
@@ -123,43 +133,65 @@ struct Forward {
         return partials + ((b * problem.heads_kv + head) * schedule.rows + row) * schedule.splits;
     }
 
-    static void clear_padding(const QueryRows &queries, int64_t first, int64_t end) {
+    /* What a split of the keys has to look at: the blocks of keys lie alike in all splits, tiles and threads. */
+    KeyRange part_of(const KeyRange &seen, const Sequence &seq, int64_t split) const {
+        if (WINDOW && seen.low >= seen.high)
+            return {seen.low, seen.low}; /* none, and there is no first one to begin at */
+        if (schedule.invariant) {
+            const int64_t first = maximum(split * INVARIANT_KEYS, seen.low / BLOCK_KEYS * BLOCK_KEYS);
+            return {first, maximum(first, minimum((split + 1) * INVARIANT_KEYS, seen.high))};
+        }
+        const int64_t base = WINDOW ? seen.low / BLOCK_KEYS * BLOCK_KEYS : 0;
+        const int64_t all = WINDOW ? seen.high - base : seq.tokens_k;
+        const int64_t chunk = ceil_div(ceil_div(all, schedule.splits), BLOCK_KEYS) * BLOCK_KEYS;
+        const int64_t first = minimum(base + split * chunk, seen.high);
+        return {first, minimum(first + chunk, seen.high)};
+    }
+
+    static void clear(const QueryRows &queries, int64_t first, int64_t end) {
         for (int64_t row = first; row < end; row++) {
-            memset(queries.output_row(row), 0, HEAD_DIM * sizeof(Element));
+            memset(queries.output_row(row), 0, VALUE_DIM * sizeof(Element));
             queries.store_lse(row, -INFINITE);
         }
     }
 
     template <class Deliver>
-    void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows, int64_t first_key,
-                  int64_t end_key, const Scratch &scratch, const Deliver &deliver) const {
-        int64_t visible[MAX_ROWS];
-        for (int64_t r = 0; r < rows; r++) visible[r] = visible_keys(seq, r / schedule.group);
+    void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
+                  const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
+        KeyRange visible[MAX_ROWS];
+        for (int64_t r = 0; r < rows; r++) visible[r] = mask.seen_by(seq, r / schedule.group);
         for (int64_t head = first_head; head < end_head; head++) {
             const QueryRows queries(problem, tensors, seq, b, head);
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t i = (head - first_head) * rows + r;
-                load_query(scratch.row_queries[i], queries.query_row(r), sign < 0.0f);
+                load_query(scratch.row_queries[i], queries.query_row(r), score.sign);
                 scratch.row_states[i].clear();
             }
         }
         /* All heads of some keys, then all heads of the next keys: mostly the order of memory, whatever the layout. */
-        const int64_t heads = end_head - first_head, steps = ceil_div(end_key - first_key, ROW_KEYS) * heads;
+        const int64_t first_key = WINDOW ? maximum(part.low, first_seen / ROW_KEYS * ROW_KEYS) : part.low;
+        const int64_t heads = end_head - first_head, steps = ceil_div(part.high - first_key, ROW_KEYS) * heads;
         auto locate = [&](int64_t step) {
             const int64_t j = first_key + step / heads * ROW_KEYS;
             return RowStep(KeyRows(problem, tensors, seq, b, first_head + step % heads), j,
-                           static_cast<int>(minimum(ROW_KEYS, end_key - j)));
+                           static_cast<int>(minimum(ROW_KEYS, part.high - j)), first_seen);
         };
         RowStep now, next;
         if (steps > 0) next = locate(0);
         for (int64_t step = 0; step < steps; step++) {
             now = next;
             if (step + 1 < steps) next = locate(step + 1);
-            int seen[MAX_ROWS];
+            RowScope scopes[MAX_ROWS];
             const int64_t j = first_key + step / heads * ROW_KEYS, i = step % heads * rows;
-            for (int64_t r = 0; r < rows; r++)
-                seen[r] = static_cast<int>(clamp(visible[r] - j, 0, minimum(ROW_KEYS, end_key - j)));
-            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, seen, scale_log2,
+            for (int64_t r = 0; r < rows; r++) {
+                scopes[r].high = static_cast<int>(clamp(visible[r].high - j, 0, minimum(ROW_KEYS, part.high - j)));
+                if (WINDOW) scopes[r].low = static_cast<int>(clamp(visible[r].low - j, 0, ROW_KEYS));
+                if (!ALIBI) continue;
+                const int64_t head = first_head + step % heads;
+                scopes[r].distance = place_of(seq, r / schedule.group) - static_cast<int32_t>(j);
+                scopes[r].slope = score.slope(b, head * schedule.group + r % schedule.group);
+            }
+            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, scopes, score,
                         scratch.row_states + i);
         }
         for (int64_t head = first_head; head < end_head; head++) {
@@ -173,9 +205,53 @@ struct Forward {
         }
     }
 
+#if !AITER_TILES
+    /* Few rows with the bits that they would have among many. */
     template <class Deliver>
-    void many_rows(const Sequence &seq, int64_t b, int64_t head, int64_t first, int64_t end, int64_t first_key,
-                   int64_t end_key, const Scratch &scratch, const Deliver &deliver_row) const {
+    void narrow_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
+                     const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
+        const int64_t heads = end_head - first_head;
+        for (int64_t i = 0; i < heads; i++) {
+            Strip &strip = scratch.strips[i] =
+                strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT, OUTPUT_DIM);
+            const QueryRows queries(problem, tensors, seq, b, first_head + i);
+            open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
+        }
+        /* As in few_rows: all heads of some keys, then all heads of the next keys. */
+        const int64_t steps = ceil_div(part.high - part.low, BLOCK_KEYS) * heads;
+        auto rows_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
+        auto locate = [&](int64_t step) {
+            const int64_t j = part.low + step / heads * BLOCK_KEYS;
+            return NarrowBlock(rows_of(step % heads), j, static_cast<int>(minimum(BLOCK_KEYS, part.high - j)),
+                               first_seen);
+        };
+        NarrowWorker worker(scratch.scores, scratch.weights, score);
+        NarrowBlock now, next;
+        if (steps > 0) next = locate(0);
+        for (int64_t step = 0; step < steps; step++) {
+            now = next;
+            if (step + 1 < steps) next = locate(step + 1);
+            worker.attend(scratch.strips[step % heads], static_cast<int>(rows), now, next);
+        }
+        for (int64_t i = 0; i < heads; i++) {
+            const QueryRows queries(problem, tensors, seq, b, first_head + i);
+            const Strip &strip = scratch.strips[i];
+            for (int64_t r = 0; r < rows; r++) {
+                RowState state;
+                state.clear();
+                state.maximum = strip.maximum[r];
+                state.sum = strip.sum[r];
+                if (!strip.empty) memcpy(state.output, strip.output + r * OUTPUT_DIM, sizeof state.output);
+                restore_order(state.output);
+                deliver(queries, rows_of(i), first_head + i, r, state);
+            }
+        }
+    }
+#endif
+
+    template <class Deliver>
+    void many_rows(const Sequence &seq, int64_t b, int64_t head, int64_t first, int64_t end, const KeyRange &part,
+                   int64_t first_seen, const Scratch &scratch, const Deliver &deliver_row) const {
         const QueryRows queries(problem, tensors, seq, b, head);
         const KeyRows keys(problem, tensors, seq, b, head);
         auto deliver = [&](int64_t row, RowState &state) { deliver_row(queries, keys, head, row, state); };
@@ -184,24 +260,15 @@ struct Forward {
         const int64_t vectors = ceil_div(end - first, LANES), count = ceil_div(vectors, STRIP_VECTORS);
         auto first_row = [&](int64_t i) { return minimum(first + i * vectors / count * LANES, end); };
         for (int64_t i = 0; i < count; i++) {
-            const int64_t offset = i * STRIP_ROWS;
-            strips[i] = {scratch.queries + offset * DIM_STEPS,
-                         scratch.outputs + offset * DIM,
-                         scratch.maxima + offset,
-                         scratch.sums + offset,
-                         scratch.visible + offset,
-                         0,
-                         0,
-                         0,
-                         true};
-            open_strip(strips[i], queries, seq, first_row(i), first_row(i + 1), end_key);
+            strips[i] = strip_at(scratch, i, scratch.outputs + i * STRIP_ROWS * VALUE_WIDTH, 0);
+            open_strip(strips[i], queries, seq, b, head, first_row(i), first_row(i + 1), part.high);
         }
-        StripWorker worker(scratch.scores, scratch.weights, scale_log2);
-        for (int64_t j = first_key; j < end_key; j += BLOCK_KEYS) {
-            const int block = static_cast<int>(minimum(BLOCK_KEYS, end_key - j));
-            Step *packed = scratch.packed + (j - first_key) / BLOCK_KEYS % StripWorker::PACKED_BLOCKS * PACKED_BLOCK;
-            pack_block(packed, keys, j, block);
-            worker.expect(keys, j + block, static_cast<int>(minimum(BLOCK_KEYS, end_key - j - block)), count);
+        StripWorker worker(scratch.scores, scratch.weights, score);
+        for (int64_t j = part.low; j < part.high; j += BLOCK_KEYS) {
+            const int block = static_cast<int>(minimum(BLOCK_KEYS, part.high - j));
+            Step *packed = scratch.packed + (j - part.low) / BLOCK_KEYS % StripWorker::PACKED_BLOCKS * PACKED_BLOCK;
+            pack_block(packed, keys, j, block, first_seen);
+            worker.expect(keys, j + block, static_cast<int>(minimum(BLOCK_KEYS, part.high - j - block)), count);
             for (int64_t i = 0; i < count; i++)
                 worker.attend(strips[i], packed, packed + PACKED_VALUES, static_cast<int32_t>(j), block);
         }
@@ -209,27 +276,48 @@ struct Forward {
         for (int64_t i = 0; i < count; i++) close_strip(strips[i], first_row(i), first_row(i + 1), deliver);
     }
 
-    AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t first,
-                                  int64_t end, int64_t end_key) const {
+    /* The i-th strip of a thread. */
+    static Strip strip_at(const Scratch &scratch, int64_t i, float *output, int output_row) {
+        const int64_t offset = i * STRIP_ROWS;
+        return {scratch.queries + offset * DIM_STEPS,
+                output,
+                scratch.maxima + offset,
+                scratch.sums + offset,
+                scratch.highs + offset,
+                scratch.lows + offset,
+                scratch.places + offset,
+                scratch.slopes + offset,
+                {},
+                0,
+                true,
+                output_row};
+    }
+
+    AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t b, int64_t head,
+                                  int64_t first, int64_t end, int64_t end_key) const {
         const int vectors = static_cast<int>(ceil_div(end - first, LANES));
         strip.vectors = vectors <= 2 ? vectors : STRIP_VECTORS;
-        strip.most_visible = 0;
-        strip.fewest_visible = static_cast<int32_t>(end_key);
+        strip.seen = Visibility(mask, seq, queries.token(first), queries.token(end - 1));
+        strip.seen.some.high = minimum(strip.seen.some.high, end_key);
+        strip.seen.every.high = minimum(strip.seen.every.high, end_key);
         for (int v = 0; v < strip.vectors; v++) {
             const Element *rows[LANES];
             for (int i = 0; i < LANES; i++) {
                 const int64_t row = first + v * LANES + i;
                 rows[i] = row < end ? queries.query_row(row) : nullptr;
                 /* Lanes without a row behave like the last one; their results go nowhere. */
-                const int64_t seen = visible_keys(seq, queries.token(minimum(row, end - 1)));
-                const int32_t visible = static_cast<int32_t>(minimum(seen, end_key));
-                strip.visible[v * LANES + i] = visible;
-                strip.most_visible = visible > strip.most_visible ? visible : strip.most_visible;
-                strip.fewest_visible = visible < strip.fewest_visible ? visible : strip.fewest_visible;
+                const int64_t like = minimum(row, end - 1), token = queries.token(like);
+                const KeyRange seen = mask.seen_by(seq, token);
+                strip.high[v * LANES + i] = static_cast<int32_t>(minimum(seen.high, end_key));
+                if (WINDOW) strip.low[v * LANES + i] = static_cast<int32_t>(seen.low);
+                if (ALIBI) {
+                    strip.place[v * LANES + i] = place_of(seq, token);
+                    strip.slope[v * LANES + i] = score.slope(b, head * schedule.group + like % schedule.group);
+                }
                 strip.maximum[v * LANES + i] = -INFINITE;
                 strip.sum[v * LANES + i] = 0.0f;
             }
-            pack_queries(strip.queries, v, rows, sign < 0.0f);
+            pack_lanes<HEAD_DIM>(strip.queries, v, rows, score.sign);
         }
     }
 
@@ -238,10 +326,10 @@ struct Forward {
     void close_strip(const Strip &strip, int64_t first, int64_t end, const Deliver &deliver) const {
         for (int v = 0; v < strip.vectors; v++) {
             RowState states[LANES];
-            for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES) {
+            for (int d = 0; d < round_up(VALUE_DIM, LANES); d += LANES) {
                 Vec square[LANES];
                 for (int i = 0; i < LANES; i++)
-                    square[i] = strip.empty || d + i >= HEAD_DIM ? Vec{} : load(strip.output + Lanes::at(d + i, v));
+                    square[i] = strip.empty || d + i >= VALUE_DIM ? Vec{} : load(strip.output + Lanes::at(d + i, v));
                 transpose(square);
                 for (int i = 0; i < LANES; i++) store(states[i].output + d, square[i]);
             }
@@ -253,40 +341,37 @@ struct Forward {
         }
     }
 
-    /* One row from its splits, added in the order of the keys. */
-    AITER_OUTLINE void merge(const RowState *splits, RowState &merged) const {
-        merged = splits[0];
-        for (int64_t s = 1; s < schedule.splits; s++) {
-            const float largest = splits[s].maximum > merged.maximum ? splits[s].maximum : merged.maximum;
-            const float base = largest == -INFINITE ? 0.0f : largest;
-            const float old_weight = exp2f(merged.maximum - base), weight = exp2f(splits[s].maximum - base);
-            merged.maximum = largest;
-            merged.sum = merged.sum * old_weight + splits[s].sum * weight;
-            for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES)
-                store(merged.output + d, load(merged.output + d) * old_weight + load(splits[s].output + d) * weight);
-        }
+    /* Adds what a row has come to with the next keys. */
+    AITER_OUTLINE static void merge(RowState &merged, const RowState &next) {
+        const float largest = next.maximum > merged.maximum ? next.maximum : merged.maximum;
+        const float base = largest == -INFINITE ? 0.0f : largest;
+        const float old_weight = exp2f(merged.maximum - base), weight = exp2f(next.maximum - base);
+        merged.maximum = largest;
+        merged.sum = merged.sum * old_weight + next.sum * weight;
+        for (int d = 0; d < round_up(VALUE_DIM, LANES); d += LANES)
+            store(merged.output + d, load(merged.output + d) * old_weight + load(next.output + d) * weight);
     }
 
-    AITER_OUTLINE void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t row,
-                                  RowState &state) const {
+    AITER_OUTLINE void finish_row(const QueryRows &queries, const KeyRows &keys, const Sequence &seq, int64_t b,
+                                  int64_t head, int64_t row, RowState &state) const {
         Element *output = queries.output_row(row);
-        const int64_t visible = visible_keys(seq, queries.token(row));
-        if (visible == 0) {
-            memset(output, 0, HEAD_DIM * sizeof(Element));
-            queries.store_lse(row, -INFINITE);
-            return;
-        }
+        const int64_t token = queries.token(row), query_head = head * schedule.group + row % schedule.group;
+        const KeyRange seen = mask.seen_by(seq, token);
+        if (seen.low >= seen.high) return clear(queries, row, row + 1);
         IntVec nan = IntVec{};
-        for (int d = 0; d < round_up(HEAD_DIM, LANES); d += LANES) {
+        for (int d = 0; d < round_up(VALUE_DIM, LANES); d += LANES) {
             const Vec o = load(state.output + d);
             nan |= o != o;
         }
         if (any(nan)) {
-            attend_exactly(queries.query_row(row), keys, visible, scale_log2 * sign, state);
+            const ScoredRow scored{queries.query_row(row), place_of(seq, token), score.slope(b, query_head)};
+            attend_exactly(scored, keys, seen, score, state);
         }
-        const float factor = 1.0f / state.sum; /* all scores -inf: 0 * inf, NaN as it should be */
-        for (int d = 0; d < HEAD_DIM; d += LANES)
-            store_elements(output + d, load(state.output + d) * factor, HEAD_DIM - d);
+        float sum = state.sum;
+        if (tensors.sinks) sum += exp2f(static_cast<float>(tensors.sinks[query_head] * LOG2_E) - state.maximum);
+        const float factor = 1.0f / sum; /* all scores -inf: 0 * inf, NaN as it should be */
+        for (int d = 0; d < VALUE_DIM; d += LANES)
+            store_elements(output + d, load(state.output + d) * factor, VALUE_DIM - d);
         if (!queries.lse) return;
         /* In double: the gradients of a whole row are as wrong as its log-sum-exp. */
         queries.store_lse(row, static_cast<float>((state.maximum + log2(static_cast<double>(state.sum))) * LN_2));

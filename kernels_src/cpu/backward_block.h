@@ -1,8 +1,8 @@
 /* The gradient of one block of query rows with respect to one tile of keys: five products, in the layouts of packed.h.
  *
  *                keys of the tile ->                                   a strip of STRIP_ROWS keys at a time:
- *   query rows   S  = Q K^T         P  = 2^(scale S - lse)             dV^T += dO^T P
- *       |        dP = dO V^T        dS = P (dP - delta)                dK^T += Q^T dS
+ *   query rows   S  = Q K^T         P  = 2^(score(S) - lse)            dV^T += dO^T P
+ *       |        dP = dO V^T        dS = P (dP - delta) score'(S)      dK^T += Q^T dS
  *       v
  *                                             when all strips are done:   dQ += dS K
  *
@@ -18,11 +18,18 @@
 #ifndef AITER_CPU_BACKWARD_BLOCK_H
 #define AITER_CPU_BACKWARD_BLOCK_H
 
+#include <string.h>
+
+#include "mask.h"
 #include "matrix.h"
+#include "packed.h"
+#include "score.h"
 
 constexpr int WIDTH = round_up(DIM, LANES); /* K and dQ have head_dim along the lanes */
+constexpr int VALUE_STEPS = STEPS<VALUE_DIM>;
 /* Keys per tile: K^T, V^T, K and the gradients of keys and values share L2 with a block of rows. */
-constexpr int TILE_STRIPS = 65536 / DIM < 1024 ? 65536 / DIM / STRIP_ROWS : 1024 / STRIP_ROWS;
+constexpr int TILE_ROOM = 65536 / ((DIM + VALUE_WIDTH) / 2);
+constexpr int TILE_STRIPS = (TILE_ROOM < 1024 ? TILE_ROOM : 1024) / STRIP_ROWS;
 constexpr int TILE_KEYS = TILE_STRIPS * STRIP_ROWS;
 constexpr int TILE_STEPS = TILE_KEYS / STEP_ELEMENTS;
 #if AITER_TILES
@@ -35,7 +42,7 @@ constexpr int QUERY_PART = 64; /* steps of keys that dQ is summed over at a time
 constexpr int STRIP_MULTIPLE = 1;
 #endif
 constexpr int BLOCK_ROW_STEPS = BLOCK_ROWS / STEP_ELEMENTS;
-constexpr int GRAD_PART = FULL_PRECISION ? 32 : DIM_STEPS; /* steps that dP is summed over at a time */
+constexpr int GRAD_PART = FULL_PRECISION ? 32 : VALUE_STEPS; /* steps that dP is summed over at a time */
 constexpr int LEFT_ROW =
     TILE_STEPS + LANES; /* steps from one row of dS to the next: no power of two, for the L1 cache */
 
@@ -54,26 +61,49 @@ struct Rows {
     }
 };
 
+/* Keys of a tile, counted from its first one. */
+struct TileKeys {
+    int first, end;
+
+    bool contains(int key) const { return key >= first && key < end; }
+};
+
 /* A tile of keys and the gradients that it gathers. */
 struct KeyTile {
-    Step *keys_t, *values_t;            /* K^T, V^T [strip][DIM_STEPS][STRIP_ROWS] */
-    Step *keys;                         /* K [key step][WIDTH] */
-    float *grad_keys_t, *grad_values_t; /* [strip][DIM][STRIP_ROWS] */
-    int64_t first;                      /* of its keys */
-    int count, vectors;                 /* keys, and the vectors that hold them */
+    Step *keys_t;         /* K^T [strip][DIM_STEPS][STRIP_ROWS] */
+    Step *values_t;       /* V^T [strip][VALUE_STEPS][STRIP_ROWS] */
+    Step *keys;           /* K [key step][WIDTH] */
+    float *grad_keys_t;   /* [strip][DIM][STRIP_ROWS] */
+    float *grad_values_t; /* [strip][VALUE_WIDTH][STRIP_ROWS] */
+    int64_t first;        /* of its keys */
+    int count, vectors;   /* keys, and the vectors that hold them */
+    TileKeys seen;        /* keys that any query row sees: the others take no part */
 };
 
 /* A block of query rows. */
 struct RowBlock {
-    Step *queries, *grads;     /* Q, dO [row][DIM_STEPS] */
-    Step *queries_t, *grads_t; /* Q^T, dO^T, as pack_values leaves them */
+    Step *queries, *grads;     /* Q, dO, as pack_row_steps leaves them */
+    Step *queries_t, *grads_t; /* Q^T, dO^T, as pack_step_rows leaves them */
     const float *lse, *delta;  /* lse as a power of two; rows that take no part have +inf, which makes P zero */
     const float *rest;         /* 2^(lse - what lse was before it was rounded to a float) */
-    int32_t *visible;          /* keys below this are seen */
+    int32_t *high, *low;       /* each row sees the keys from low to high - 1; low only with AITER_WINDOW */
+    int32_t *place;            /* of each row among the keys, and its slope: only with AITER_ALIBI */
+    float *slope;
+    Visibility seen;           /* by the rows */
     int rows;                  /* a multiple of KEY_MULTIPLE */
     int score_part, grad_part; /* steps that S and dP are summed over at a time */
     bool whole;                /* one strip holds all keys: delta is -d(lse) only, and lse says which rows take part */
-    int32_t fewest_visible, most_visible;
+
+    /* Whether a row sees each of the keys `first` + lane. */
+    IntVec sees(int row, int32_t first) const {
+        return in_range(lane_index() + first, WINDOW ? low[row] : 0, high[row]);
+    }
+
+    /* Scores of a row's products with the keys `first` + lane, and their derivative by scale q.k. */
+    AITER_INLINE_MEMBER Vec score(const Score &score, int row, int32_t first, Vec products, Vec &derivative) const {
+        const IntVec distance = ALIBI ? place[row] - (lane_index() + first) : IntVec{};
+        return score(products, distance, ALIBI ? slope[row] : 0.0f, derivative);
+    }
 };
 
 /* What lies between the products. */
@@ -100,26 +130,26 @@ static __attribute__((noinline)) void product(int vectors, float *c, const Step 
 }
 
 /* K^T or V^T of a tile. */
-static void pack_columns(Step *columns, const Rows &rows, const KeyTile &tile) {
+template <int N> static void pack_columns(Step *columns, const Rows &rows, const KeyTile &tile, float sign) {
     for (int v = 0; v < tile.vectors; v++) {
         const Element *lanes[LANES];
         for (int i = 0; i < LANES; i++)
-            lanes[i] = v * LANES + i < tile.count ? rows[tile.first + v * LANES + i] : nullptr;
-        pack_queries(columns + v / STRIP_VECTORS * DIM_STEPS * STRIP_ROWS, v % STRIP_VECTORS, lanes, false);
+            lanes[i] = tile.seen.contains(v * LANES + i) ? rows[tile.first + v * LANES + i] : nullptr;
+        pack_lanes<N>(columns + v / STRIP_VECTORS * STEPS<N> * STRIP_ROWS, v % STRIP_VECTORS, lanes, sign);
     }
 }
 
 /* K of a tile, for dQ. */
 static void pack_rows(Step *steps, const Rows &rows, const KeyTile &tile) {
+    auto row_of = [&](int key) -> const Element * { return tile.seen.contains(key) ? rows[tile.first + key] : NO_ROW; };
     for (int key = 0; key < tile.vectors * LANES; key += STEP_ELEMENTS, steps += WIDTH)
         for (int d = 0; d < WIDTH; d += LANES) {
             StepVec v = StepVec{};
-            if (key < tile.count && d < HEAD_DIM) {
-                const Element *row = rows[tile.first + key] + d;
+            if (d < HEAD_DIM) {
 #if AITER_PAIRS
-                v = interleave(row, key + 1 < tile.count ? rows[tile.first + key + 1] + d : nullptr, HEAD_DIM - d);
+                v = interleave(row_of(key) + d, row_of(key + 1) + d, HEAD_DIM - d);
 #else
-                v = to_floats(row, HEAD_DIM - d);
+                v = to_floats(row_of(key) + d, HEAD_DIM - d);
 #endif
             }
             store_steps(steps + d, v);
@@ -151,32 +181,34 @@ AITER_INLINE void store_pair(Step *right, Step *left, Vec low, Vec high) {
 #endif
 }
 
-/* P of a row, for a vector of keys. */
-AITER_INLINE Vec weights_of(const RowBlock &block, int row, Vec scores, float scale_log2) {
-    const Vec weights = exp2<EXP2_DEGREE>(scores * scale_log2 - block.lse[row]);
-    return FULL_PRECISION ? weights * block.rest[row] : weights;
+/* P and dS of a row, for the keys `first` + lane. */
+template <bool MASKED>
+AITER_INLINE void weights_of(const Weights &w, const RowBlock &block, int row, int at, int32_t first,
+                             const Score &score, Vec &weights, Vec &grads) {
+    Vec derivative;
+    const Vec scores = block.score(score, row, first, load(w.scores + at), derivative);
+    weights = exp2<EXP2_DEGREE>(scores - block.lse[row]);
+    if (FULL_PRECISION) weights *= block.rest[row];
+    grads = weights * (load(w.grads + at) - block.delta[row]);
+    if (SOFTCAP) grads *= derivative;
+    if (MASKED) { /* selected, not multiplied: what is masked may be inf or NaN */
+        const IntVec sees = block.sees(row, first);
+        weights = sees ? weights : Vec{};
+        grads = sees ? grads : Vec{};
+    }
 }
 
 /* From S and dP to P and dS, for a strip that begins at `first_key` of the tile. */
 template <bool MASKED>
 static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_first, int first_key, int vectors,
-                          float scale_log2) {
-    const IntVec lane = lane_index();
+                          const Score &given) {
+    const Score score = given; /* a copy, as what is stored could change what only a reference points to */
     for (int r = 0; r < block.rows; r += 2) {
         for (int v = 0; v < vectors; v++) {
-            const int first = Lanes::at(r, v), second = Lanes::at(r + 1, v);
-            Vec low = weights_of(block, r, load(w.scores + first), scale_log2);
-            Vec high = weights_of(block, r + 1, load(w.scores + second), scale_log2);
-            Vec grad_low = low * (load(w.grads + first) - block.delta[r]);
-            Vec grad_high = high * (load(w.grads + second) - block.delta[r + 1]);
-            if (MASKED) { /* selected, not multiplied: what is masked may be inf or NaN */
-                const IntVec key = lane + static_cast<int32_t>(tile_first + first_key + v * LANES);
-                const IntVec sees_low = key < block.visible[r], sees_high = key < block.visible[r + 1];
-                low = sees_low ? low : Vec{};
-                high = sees_high ? high : Vec{};
-                grad_low = sees_low ? grad_low : Vec{};
-                grad_high = sees_high ? grad_high : Vec{};
-            }
+            const int32_t first = static_cast<int32_t>(tile_first + first_key + v * LANES);
+            Vec low, high, grad_low, grad_high;
+            weights_of<MASKED>(w, block, r, Lanes::at(r, v), first, score, low, grad_low);
+            weights_of<MASKED>(w, block, r + 1, Lanes::at(r + 1, v), first, score, high, grad_high);
             const int right = Lanes::at(r / STEP_ELEMENTS, v);
             store_pair(w.right + right, nullptr, low, high);
             store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + (first_key + v * LANES) / STEP_ELEMENTS,
@@ -190,12 +222,12 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
 struct WholeRow {
     Vec weights[STRIP_VECTORS], grads[STRIP_VECTORS];
 
-    WholeRow(const Weights &w, const RowBlock &block, int row, int vectors, float scale_log2) {
-        const int32_t visible = block.lse[row] == INFINITE ? 0 : block.visible[row];
-        Vec most = broadcast(-INFINITE);
+    WholeRow(const Weights &w, const RowBlock &block, int row, int vectors, const Score &score) {
+        const IntVec takes_part = broadcast(block.lse[row] == INFINITE ? 0 : -1);
+        Vec most = broadcast(-INFINITE), derivatives[STRIP_VECTORS];
         for (int v = 0; v < vectors; v++) {
-            const Vec scores = load(w.scores + Lanes::at(row, v)) * scale_log2;
-            weights[v] = lane_index() + v * LANES < visible ? scores : broadcast(-INFINITE);
+            const Vec scores = block.score(score, row, v * LANES, load(w.scores + Lanes::at(row, v)), derivatives[v]);
+            weights[v] = block.sees(row, v * LANES) & takes_part ? scores : broadcast(-INFINITE);
             most = maximum(weights[v], most);
         }
         float largest = most[0];
@@ -204,19 +236,23 @@ struct WholeRow {
         for (int v = 0; v < vectors; v++) total += weights[v] = exp2<EXP2_DEGREE>(weights[v] - largest);
         const float factor = 1.0f / sum(total);
         for (int v = 0; v < vectors; v++) {
-            const IntVec sees = lane_index() + v * LANES < visible;
+            const IntVec sees = block.sees(row, v * LANES) & takes_part;
             grads[v] = sees ? load(w.grads + Lanes::at(row, v)) : Vec{};
             weights[v] = sees ? weights[v] * factor : Vec{};
             products += weights[v] * grads[v];
         }
         const float delta = sum(products) + block.delta[row];
-        for (int v = 0; v < vectors; v++) grads[v] = weights[v] * (grads[v] - delta);
+        for (int v = 0; v < vectors; v++) {
+            grads[v] = weights[v] * (grads[v] - delta);
+            if (SOFTCAP) grads[v] = block.sees(row, v * LANES) & takes_part ? grads[v] * derivatives[v] : Vec{};
+        }
     }
 };
 
-static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &block, int vectors, float scale_log2) {
+static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &block, int vectors,
+                                              const Score &score) {
     for (int r = 0; r < block.rows; r += 2) {
-        const WholeRow low(w, block, r, vectors, scale_log2), high(w, block, r + 1, vectors, scale_log2);
+        const WholeRow low(w, block, r, vectors, score), high(w, block, r + 1, vectors, score);
         for (int v = 0; v < vectors; v++) {
             const int right = Lanes::at(r / STEP_ELEMENTS, v);
             store_pair(w.right + right, nullptr, low.weights[v], high.weights[v]);
@@ -226,39 +262,41 @@ static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &
     }
 }
 
-/* Adds the block's part to the gradients of the tile's keys and values, and leaves dS; returns how many of its keys
- * dS covers: those that the block sees, rounded up. */
-static int gather(const KeyTile &tile, const RowBlock &block, const Weights &w, float scale_log2) {
-    const int seen = static_cast<int>(minimum(tile.count, block.most_visible - tile.first));
+/* Adds the block's part to the gradients of the tile's keys and values, and leaves dS for the keys that are returned:
+ * those that the block sees, rounded to whole vectors and strips. */
+static TileKeys gather(const KeyTile &tile, const RowBlock &block, const Weights &w, const Score &score) {
+    const int seen = static_cast<int>(minimum(tile.count, block.seen.some.high - tile.first));
     const int vectors = round_up((seen + LANES - 1) / LANES, STRIP_MULTIPLE), row_steps = block.rows / STEP_ELEMENTS;
-    for (int v = 0; v < vectors; v += STRIP_VECTORS) {
+    const int64_t before = WINDOW ? clamp(block.seen.some.low - tile.first, 0, tile.count) : 0;
+    const int first_vector = static_cast<int>(before / STRIP_ROWS * STRIP_VECTORS);
+    for (int v = first_vector; v < vectors; v += STRIP_VECTORS) {
         const int width = static_cast<int>(minimum(STRIP_VECTORS, vectors - v)), first_key = v * LANES;
-        const int64_t columns = static_cast<int64_t>(first_key) * DIM_STEPS,
-                      sums = static_cast<int64_t>(first_key) * DIM;
-        product<KeySteps>(width, w.scores, block.queries, tile.keys_t + columns, block.rows, DIM_STEPS, false,
-                          block.score_part);
-        product<KeySteps>(width, w.grads, block.grads, tile.values_t + columns, block.rows, DIM_STEPS, false,
-                          block.grad_part);
-        if (FULL_PRECISION && block.whole) differentiate_whole(w, block, width, scale_log2);
-        else if (block.fewest_visible < tile.first + first_key + width * LANES)
-            differentiate<true>(w, block, tile.first, first_key, width, scale_log2);
-        else differentiate<false>(w, block, tile.first, first_key, width, scale_log2);
-        product<ValueColumns>(width, tile.grad_values_t + sums, block.grads_t, w.right, DIM, row_steps, true,
-                              row_steps);
-        product<ValueColumns>(width, tile.grad_keys_t + sums, block.queries_t, w.grad_right, DIM, row_steps, true,
-                              row_steps);
+        const int64_t strip = first_key;
+        product<RowSteps<HEAD_DIM>>(width, w.scores, block.queries, tile.keys_t + strip * DIM_STEPS, block.rows,
+                                    DIM_STEPS, false, block.score_part);
+        product<RowSteps<VALUE_DIM>>(width, w.grads, block.grads, tile.values_t + strip * VALUE_STEPS, block.rows,
+                                     VALUE_STEPS, false, block.grad_part);
+        if (FULL_PRECISION && block.whole) differentiate_whole(w, block, width, score);
+        else if (block.seen.cuts(tile.first + first_key, width * LANES))
+            differentiate<true>(w, block, tile.first, first_key, width, score);
+        else differentiate<false>(w, block, tile.first, first_key, width, score);
+        product<StepColumns<VALUE_DIM>>(width, tile.grad_values_t + strip * VALUE_WIDTH, block.grads_t, w.right,
+                                        VALUE_WIDTH, row_steps, true, row_steps);
+        product<StepColumns<HEAD_DIM>>(width, tile.grad_keys_t + strip * DIM, block.queries_t, w.grad_right, DIM,
+                                       row_steps, true, row_steps);
     }
-    return vectors * LANES;
+    return {first_vector * LANES, vectors * LANES};
 }
 
-/* dQ [row][WIDTH] (+)= dS K */
+/* dQ [row][WIDTH] (+)= dS K, over these keys of the tile. */
 static __attribute__((noinline)) void add_grad_queries(float *grad_queries, const KeyTile &tile, const RowBlock &block,
-                                                       const Weights &w, int keys, bool accumulate) {
+                                                       const Weights &w, TileKeys keys, bool accumulate) {
     constexpr int REST = WIDTH % STRIP_ROWS / LANES, WHOLE = WIDTH - REST * LANES;
     using Left = Strided<LEFT_ROW>;
     using Right = Strided<WIDTH>;
-    for (int first = 0; first < keys / STEP_ELEMENTS; first += QUERY_PART, accumulate = true) {
-        const int steps = static_cast<int>(minimum(QUERY_PART, keys / STEP_ELEMENTS - first));
+    const int end = keys.end / STEP_ELEMENTS;
+    for (int first = keys.first / STEP_ELEMENTS; first < end; first += QUERY_PART, accumulate = true) {
+        const int steps = static_cast<int>(minimum(QUERY_PART, end - first));
         const Step *left = w.grad_left + first, *right = tile.keys + first * WIDTH;
         for (int d = 0; d < WHOLE; d += STRIP_ROWS)
             multiply<STRIP_VECTORS, Right, Left, Right>(grad_queries + d, left, right + d, block.rows, steps,
@@ -276,16 +314,16 @@ static void write_grad_queries(const Rows &rows, int64_t first, int count, const
 }
 
 /* Writes rows of dK or dV, which lie along the lanes until now. */
-static void write_columns(const Rows &rows, const KeyTile &tile, const float *columns, float scale) {
+template <int N> static void write_columns(const Rows &rows, const KeyTile &tile, const float *columns, float scale) {
     for (int v = 0; v < tile.vectors; v++) {
-        const float *strip = columns + static_cast<int64_t>(v / STRIP_VECTORS) * DIM * STRIP_ROWS;
-        for (int d = 0; d < HEAD_DIM; d += LANES) {
+        const float *strip = columns + static_cast<int64_t>(v / STRIP_VECTORS) * PADDED<N> * STRIP_ROWS;
+        for (int d = 0; d < N; d += LANES) {
             Vec square[LANES];
             for (int i = 0; i < LANES; i++)
-                square[i] = d + i < DIM ? load(strip + Lanes::at(d + i, v % STRIP_VECTORS)) * scale : Vec{};
+                square[i] = d + i < PADDED<N> ? load(strip + Lanes::at(d + i, v % STRIP_VECTORS)) * scale : Vec{};
             transpose(square);
             for (int i = 0; i < LANES && v * LANES + i < tile.count; i++)
-                store_elements(rows[tile.first + v * LANES + i] + d, square[i], HEAD_DIM - d);
+                store_elements(rows[tile.first + v * LANES + i] + d, square[i], N - d);
         }
     }
 }

@@ -4,6 +4,7 @@
 #define AITER_CPU_CHECK_VALUES_H
 
 #include "aiter_abi.h"
+#include "mask.h"
 
 /* Lengths from 0 to `most`; `total` rows in all where `fill`, else no more than those. */
 static inline bool lengths_fit(const int32_t *lengths, int64_t batch, int64_t most, bool packed, int64_t total,
@@ -28,13 +29,17 @@ static inline bool starts_fit(const int32_t *starts, int64_t batch, int64_t most
     return true;
 }
 
-/* Where pages are named, those that the valid tokens lie in. */
+/* Where pages are named, those that the valid tokens lie in, from the first that any row sees. */
 static inline bool pages_fit(const aiter_attention_problem &p, const aiter_attention_tensors &t) {
     if (p.page_size <= 0) return true;
+    const Mask mask(p);
     for (int64_t b = 0; b < p.batch; b++) {
-        const int64_t tokens = t.seqlens_k ? t.seqlens_k[b] : p.seqlen_k;
+        Sequence s{p.seqlen_q, t.seqlens_k ? t.seqlens_k[b] : p.seqlen_k, 0, 0, 0};
+        if (p.packed_q && t.starts_q) s.tokens_q = t.starts_q[b + 1] - t.starts_q[b];
+        if (t.seqlens_q) s.tokens_q = minimum(t.seqlens_q[b], s.tokens_q);
+        s.offset = t.query_offsets ? t.query_offsets[b] : s.tokens_k - s.tokens_q;
         const int32_t *pages = t.page_table + b * p.page_table_stride;
-        for (int64_t i = 0; i * p.page_size < tokens; i++)
+        for (int64_t i = mask.seen_by(s, 0).low / p.page_size; i * p.page_size < s.tokens_k; i++)
             if (pages[i] < 0 || pages[i] >= p.num_pages) return false;
     }
     return true;

@@ -14,16 +14,16 @@ struct Tiles { /* nothing to set up */
     static bool permitted() { return true; }
 };
 
-/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of TILE_ROWS, and VECTORS of lanes;
- * `part` steps are summed at a time. C, A and B are their layouts. */
-template <int VECTORS, class C, class A, class B>
+/* C[i][lane] (+)= sum over s of A[i][s] * B[s][lane], for i < count, a multiple of ROWS, and VECTORS of lanes; `part`
+ * steps are summed at a time. C, A and B are their layouts. */
+template <int VECTORS, class C, class A, class B, int ROWS = TILE_ROWS>
 static void multiply(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
-    for (int first = 0; first < count; first += TILE_ROWS, a += TILE_ROWS * A::ROW, c += TILE_ROWS * C::ROW)
+    for (int first = 0; first < count; first += ROWS, a += ROWS * A::ROW, c += ROWS * C::ROW)
         for (int begin = 0; begin < steps; begin += part) {
             const int end = static_cast<int>(minimum(begin + part, steps));
-            Vec total[TILE_ROWS][VECTORS];
+            Vec total[ROWS][VECTORS];
             AITER_UNROLL
-            for (int i = 0; i < TILE_ROWS; i++) {
+            for (int i = 0; i < ROWS; i++) {
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) total[i][v] = Vec{};
             }
@@ -32,14 +32,14 @@ static void multiply(float *c, const Step *a, const Step *b, int count, int step
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) right[v] = load_steps(b + B::at(s, v));
                 AITER_UNROLL
-                for (int i = 0; i < TILE_ROWS; i++) {
+                for (int i = 0; i < ROWS; i++) {
                     const StepVec left = broadcast(a[i * A::ROW + s * A::STEP]);
                     AITER_UNROLL
                     for (int v = 0; v < VECTORS; v++) total[i][v] = multiply_add(total[i][v], left, right[v]);
                 }
             }
             AITER_UNROLL
-            for (int i = 0; i < TILE_ROWS; i++) {
+            for (int i = 0; i < ROWS; i++) {
                 AITER_UNROLL
                 for (int v = 0; v < VECTORS; v++) {
                     float *p = c + C::at(i, v);

@@ -16,7 +16,7 @@
 #ifndef AITER_CPU_PACKED_H
 #define AITER_CPU_PACKED_H
 
-#include "sequence.h"
+#include "mask.h"
 
 #if (AITER_DTYPE_BF16 && AITER_CPU_AMXBF16) || (AITER_DTYPE_FP16 && AITER_CPU_AMXFP16)
 #define AITER_TILES 1
@@ -24,6 +24,12 @@
 #elif AITER_DTYPE_BF16 && AITER_CPU_AVX512BF16
 #define AITER_DOT_PRODUCTS 1
 #define AITER_PAIRS 1
+#endif
+
+#if AITER_TILES
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
 #endif
 
 #if AITER_PAIRS
@@ -39,39 +45,48 @@ static_assert(sizeof(Step) == 4, "a step fills one lane");
 
 constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
+/* Rows of more elements than this leave room for half as many in the caches. */
+constexpr int HALVES = HEAD_DIM + VALUE_DIM > 2 * 256 ? 2 : 1;
+
 #if AITER_TILES
 #if AITER_BACKWARD
-constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 128;
+constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 128 / HALVES;
 #else
-constexpr int STRIP_VECTORS = 4, BLOCK_KEYS = 256; /* so that tiles of K, V and O^T come from L2 less often */
+constexpr int STRIP_VECTORS = 4, BLOCK_KEYS = 256 / HALVES; /* so that tiles of K, V, O^T come from L2 less often */
 #endif
 constexpr int MIN_TILE_ROWS = 256;
-constexpr int KEY_MULTIPLE = 32;            /* a tile of weights takes 32 keys */
-constexpr int DIM = round_up(HEAD_DIM, 32); /* head_dim as the products see it: padded with zeros */
+constexpr int KEY_MULTIPLE = 32; /* a tile of weights takes 32 keys */
+constexpr int DIM_MULTIPLE = 32; /* products see head_dim padded with zeros */
 #else
 #if AITER_AVX2
-constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 128;
+constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 128 / HALVES;
 #elif AITER_AVX512
-constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 64;
+constexpr int STRIP_VECTORS = 3, BLOCK_KEYS = 64 / HALVES;
 #else
-constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 64;
+constexpr int STRIP_VECTORS = 2, BLOCK_KEYS = 64 / HALVES;
 #endif
 constexpr int MIN_TILE_ROWS = 96;
 constexpr int KEY_MULTIPLE = 8;
-constexpr int DIM = HEAD_DIM;
+constexpr int DIM_MULTIPLE = 8;
 #endif
-constexpr int MAX_TILE_ROWS = 1024;
+constexpr int MAX_TILE_ROWS = 1024 / HALVES;
 /* STRIP_VECTORS: vectors of query rows that are worked on together. BLOCK_KEYS: keys per step of the online softmax;
  * scores and weights of a strip fit L1 (without tiles), packed keys and values L2. KEY_MULTIPLE: blocks are padded with
  * zero keys. MIN_TILE_ROWS: for fewer rows than this, packing keys and values costs too much of the time.
  * MAX_TILE_ROWS: Q^T and O^T of a tile lie in L2, or beside it where it is small; packing less often is worth more. */
 constexpr int STRIP_ROWS = STRIP_VECTORS * LANES;
-constexpr int DIM_STEPS = DIM / STEP_ELEMENTS;
+
+/* A head_dim as the products see it, N being HEAD_DIM or VALUE_DIM. */
+template <int N> constexpr int PADDED = round_up(N, DIM_MULTIPLE);
+template <int N> constexpr int STEPS = PADDED<N> / STEP_ELEMENTS;
+
+constexpr int DIM = PADDED<HEAD_DIM>, DIM_STEPS = STEPS<HEAD_DIM>;
+constexpr int VALUE_WIDTH = PADDED<VALUE_DIM>;
 constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else rounding to 16 bits outweighs all other */
 constexpr int SCORE_PART = FULL_PRECISION ? 64 : DIM_STEPS;       /* steps that a score is summed over at a time */
 constexpr int BLOCK_STEPS = BLOCK_KEYS / STEP_ELEMENTS;
-constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;           /* where the values of a packed block begin */
-constexpr int PACKED_BLOCK = PACKED_VALUES + BLOCK_STEPS * DIM; /* steps in a packed block */
+constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;                   /* where the values of a packed block begin */
+constexpr int PACKED_BLOCK = PACKED_VALUES + BLOCK_STEPS * VALUE_WIDTH; /* steps in a packed block */
 
 /* Where vector v of a row lies in a matrix: row after row, or in tiles of 16 rows by one vector, 1 KB each in one
  * piece, which matrix tiles load faster than rows that lie far apart. */
@@ -92,17 +107,21 @@ template <int ROW_STEPS> struct Columns {
     static constexpr int ROW = 1, STEP = ROW_STEPS;
 };
 
+/* Lanes: what has the rows of a strip along its lanes. Of rows of N elements, RowSteps: [row][step], StepRows: [row
+ * step][d] or, on tiles, [d][row step], and StepColumns: that as [d][row step]. */
 #if AITER_TILES
-using Lanes = Tiled<STRIP_VECTORS>;            /* what has the rows of a strip along its lanes */
-using KeySteps = Tiled<DIM_STEPS / LANES>;     /* K[key][step] */
-using ValueSteps = Tiled<BLOCK_STEPS / LANES>; /* V^T[d][step] */
-using ValueColumns = ValueSteps;
+using Lanes = Tiled<STRIP_VECTORS>;
+template <int N> using RowSteps = Tiled<STEPS<N> / LANES>;
+template <int N> using StepRows = Tiled<BLOCK_STEPS / LANES>;
+template <int N> using StepColumns = StepRows<N>;
 #else
 using Lanes = Strided<STRIP_ROWS>;
-using KeySteps = Strided<DIM_STEPS>;
-using ValueSteps = Strided<DIM>;   /* V[step][d] */
-using ValueColumns = Columns<DIM>; /* the same, as V^T */
+template <int N> using RowSteps = Strided<STEPS<N>>;
+template <int N> using StepRows = Strided<PADDED<N>>;
+template <int N> using StepColumns = Columns<PADDED<N>>;
 #endif
+using KeySteps = RowSteps<HEAD_DIM>;         /* K[key][step] */
+using ValueColumns = StepColumns<VALUE_DIM>; /* V^T[d][key step] */
 
 AITER_INLINE Vec multiply_add(Vec total, Vec a, Vec b) { return a * b + total; }
 #if AITER_DOT_PRODUCTS
@@ -111,9 +130,18 @@ AITER_INLINE Vec multiply_add(Vec total, IntVec a, IntVec b) {
 }
 #endif
 
-AITER_INLINE Vec negate(Vec steps) { return -steps; }
+/* Times -1, 0 or 1. What is not finite times 0 is NaN. */
+AITER_INLINE Vec times_sign(Vec steps, float sign) { return sign == 1.0f ? steps : steps * sign; }
 #if AITER_PAIRS
-AITER_INLINE IntVec negate(IntVec steps) { return steps ^ static_cast<int32_t>(0x80008000); }
+AITER_INLINE IntVec times_sign(IntVec steps, float sign) {
+    typedef uint16_t Elements __attribute__((vector_size(sizeof(IntVec))));
+    constexpr uint16_t MAGNITUDE = 0x7fff; /* also the bits of a NaN */
+    if (sign == 0.0f) {
+        const Elements magnitude = (Elements)steps & MAGNITUDE;
+        return (IntVec)(magnitude >= INFINITE_ELEMENT ? Elements{} + MAGNITUDE : Elements{});
+    }
+    return sign < 0.0f ? steps ^ static_cast<int32_t>(0x80008000) : steps;
+}
 #endif
 
 AITER_INLINE StepVec load_steps(const Step *p) { return load(p); }
@@ -159,90 +187,84 @@ AITER_INLINE void store_weights(Step *weights, int key, int v, Vec low, Vec high
 #endif
 }
 
-/* Steps [first, first + LANES) of a row, zeros past its end. */
-AITER_INLINE StepVec row_steps(const Element *row, int first) {
+/* In the place of a row that takes no part, whose zero weights must not meet what is not finite. */
+alignas(ALIGNMENT) static const Element NO_ROW[HEAD_DIM + VALUE_DIM] = {};
+
+/* Steps [first, first + LANES) of a row of N elements, zeros past its end. */
+template <int N> AITER_INLINE StepVec row_steps(const Element *row, int first) {
 #if AITER_PAIRS
     StepVec v = StepVec{};
-    const int left = HEAD_DIM / 2 - first;
+    const int left = N / 2 - first;
     if (left >= LANES) memcpy(&v, row + first * 2, sizeof v);
     else if (left > 0) memcpy(&v, row + first * 2, left * sizeof(Step));
     return v;
 #else
-    return to_floats(row + first, HEAD_DIM - first);
+    return to_floats(row + first, N - first);
 #endif
 }
 
-/* Q^T[step][lane] of LANES rows, vector v of a strip; a null row is zeros. */
-static AITER_OUTLINE void pack_queries(Step *queries, int v, const Element *const *rows, bool negated) {
-    for (int s = 0; s < DIM_STEPS; s += LANES) {
+/* [step][lane] of LANES rows, vector v of a strip, times `sign`; a null row is zeros. For Q^T, and in the backward pass
+ * K^T and V^T. */
+template <int N> static AITER_OUTLINE void pack_lanes(Step *lanes, int v, const Element *const *rows, float sign) {
+    for (int s = 0; s < STEPS<N>; s += LANES) {
         Vec square[LANES];
-        for (int i = 0; i < LANES; i++) {
-            const StepVec steps = rows[i] ? row_steps(rows[i], s) : StepVec{};
-            square[i] = (Vec)(negated ? negate(steps) : steps);
-        }
+        for (int i = 0; i < LANES; i++)
+            square[i] = (Vec)(rows[i] ? times_sign(row_steps<N>(rows[i], s), sign) : StepVec{});
         transpose(square);
-        for (int i = 0; i < LANES && s + i < DIM_STEPS; i++)
-            store(reinterpret_cast<float *>(queries) + Lanes::at(s + i, v), square[i]);
+        for (int i = 0; i < LANES && s + i < STEPS<N>; i++)
+            store(reinterpret_cast<float *>(lanes) + Lanes::at(s + i, v), square[i]);
     }
 }
 
-/* K[key][step] */
-static void pack_keys(Step *keys, const Element *const *rows, int count) {
+/* [row][step], for K, and in the backward pass Q and dO. */
+template <int N> static void pack_row_steps(Step *packed, const Element *const *rows, int count) {
     for (int i = 0; i < round_up(count, KEY_MULTIPLE); i++)
-        for (int s = 0; s < DIM_STEPS; s += LANES)
-            store_steps(keys + KeySteps::at(i, s / LANES), i < count ? row_steps(rows[i], s) : StepVec{},
-                        DIM_STEPS - s);
-}
-
-/* Rows as the right operand of a product that sums over them: [step][d], WIDTH values apart. Null rows and those from
- * `count` to `padded` are zeros. */
-template <int WIDTH> static inline void pack_steps(Step *packed, const Element *const *rows, int count, int padded) {
-    for (int i = 0; i < padded; i += STEP_ELEMENTS, packed += WIDTH)
-        for (int d = 0; d < WIDTH; d += LANES) {
-            StepVec steps = StepVec{};
-            if (i < count && rows[i] && d < HEAD_DIM)
-#if AITER_PAIRS
-                steps = interleave(rows[i] + d, i + 1 < count && rows[i + 1] ? rows[i + 1] + d : nullptr, HEAD_DIM - d);
-#else
-                steps = to_floats(rows[i] + d, HEAD_DIM - d);
-#endif
-            store_steps(packed + d, steps, WIDTH - d);
-        }
+        for (int s = 0; s < STEPS<N>; s += LANES)
+            store_steps(packed + RowSteps<N>::at(i, s / LANES), i < count ? row_steps<N>(rows[i], s) : StepVec{},
+                        STEPS<N> - s);
 }
 
 #if AITER_TILES
-/* V^T[d][step], through squares of LANES steps by LANES values of d. */
-static void pack_values(Step *values, const Element *const *rows, int count) {
+/* [d][row step], through squares of LANES steps by LANES values of d. */
+template <int N> static void pack_step_rows(Step *packed, const Element *const *rows, int count) {
     for (int first = 0; first < count; first += LANES * STEP_ELEMENTS)
-        for (int d = 0; d < DIM; d += LANES) {
+        for (int d = 0; d < PADDED<N>; d += LANES) {
             Vec square[LANES];
             for (int i = 0; i < LANES; i++) {
-                const int key = first + i * STEP_ELEMENTS;
-                square[i] =
-                    key < count && d < HEAD_DIM
-                        ? (Vec)interleave(rows[key] + d, key + 1 < count ? rows[key + 1] + d : nullptr, HEAD_DIM - d)
-                        : Vec{};
+                const int row = first + i * STEP_ELEMENTS;
+                square[i] = row < count && d < N
+                                ? (Vec)interleave(rows[row] + d, row + 1 < count ? rows[row + 1] + d : nullptr, N - d)
+                                : Vec{};
             }
             transpose(square);
             for (int i = 0; i < LANES; i++)
-                store(reinterpret_cast<float *>(values) + ValueSteps::at(d + i, first / STEP_ELEMENTS / LANES),
+                store(reinterpret_cast<float *>(packed) + StepRows<N>::at(d + i, first / STEP_ELEMENTS / LANES),
                       square[i]);
         }
 }
 #elif AITER_PAIRS
-/* V[step][d] */
-static void pack_values(Step *values, const Element *const *rows, int count) {
-    pack_steps<DIM>(values, rows, count, round_up(count, KEY_MULTIPLE));
+/* [row step][d], for V, and in the backward pass Q and dO. */
+template <int N> static void pack_step_rows(Step *packed, const Element *const *rows, int count) {
+    for (int i = 0; i < round_up(count, KEY_MULTIPLE); i += STEP_ELEMENTS, packed += PADDED<N>)
+        for (int d = 0; d < PADDED<N>; d += LANES) {
+            StepVec steps = StepVec{};
+            if (i < count) steps = interleave(rows[i] + d, i + 1 < count ? rows[i + 1] + d : nullptr, N - d);
+            store_steps(packed + d, steps, PADDED<N> - d);
+        }
 }
 #else
-static void pack_values(Step *values, const Element *const *rows, int count) { pack_keys(values, rows, count); }
+template <int N> static void pack_step_rows(Step *packed, const Element *const *rows, int count) {
+    pack_row_steps<N>(packed, rows, count);
+}
 #endif
 
-static inline AITER_OUTLINE void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count) {
+/* Keys [first, first + count) and their values. Those before `seen`, which nobody sees, are not read: the first one that
+ * is seen stands in for them. */
+static inline AITER_OUTLINE void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count, int64_t seen) {
     const Element *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
-    rows.find(first, count, keys, values);
-    pack_keys(packed, keys, count);
-    pack_values(packed + PACKED_VALUES, values, count);
+    find_seen(rows, first, count, seen, keys, values);
+    pack_row_steps<HEAD_DIM>(packed, keys, count);
+    pack_step_rows<VALUE_DIM>(packed + PACKED_VALUES, values, count);
 }
 
 #endif

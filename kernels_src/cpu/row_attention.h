@@ -9,6 +9,7 @@
 #include <math.h>
 
 #include "row_operands.h"
+#include "score.h"
 
 constexpr int ROWS_AT_ONCE = 4; /* that share a load from L1; more than these, up to MAX_ROWS, share one from memory */
 constexpr int ROW_KEYS = 16;    /* keys per step of the online softmax */
@@ -18,7 +19,7 @@ static_assert(ROW_KEYS % LANES == 0, "scores of a step fill whole vectors");
 /* Online softmax of one row: maximum (log2 domain), sum of 2^(score - maximum), and values weighted likewise. */
 struct RowState {
     float maximum, sum;
-    alignas(64) float output[PADDED_DIM];
+    alignas(64) float output[OUTPUT_DIM];
 
     void clear() {
         maximum = -INFINITE;
@@ -27,16 +28,16 @@ struct RowState {
     }
 };
 
-typedef RowVec RowQuery[SCORE_VECTORS];
+typedef RowVec RowQuery[KEY_VECTORS];
 typedef Weight RowWeights[ROW_KEYS / PAIR];
 
-/* Where the keys and values of one step lie; places past the last key repeat it. */
+/* Where the keys and values of one step lie; places past the last key repeat it, those before `seen` repeat that. */
 struct RowStep {
     const Element *keys[ROW_KEYS], *values[ROW_KEYS];
 
     RowStep() {}
-    RowStep(const KeyRows &rows, int64_t first, int count) {
-        rows.find(first, count, keys, values);
+    RowStep(const KeyRows &rows, int64_t first, int count, int64_t seen) {
+        find_seen(rows, first, count, seen, keys, values);
         for (int i = count; i < ROW_KEYS; i++) {
             keys[i] = keys[count - 1];
             values[i] = values[count - 1];
@@ -44,31 +45,36 @@ struct RowStep {
     }
 };
 
-static void load_query(RowQuery &query, const Element *row, bool negated) {
-    for (int v = 0; v < SCORE_VECTORS; v++) {
-        const RowVec elements = score_vector(row, v);
-        query[v] = negated ? negate(elements) : elements;
-    }
+static void load_query(RowQuery &query, const Element *row, float sign) {
+    for (int v = 0; v < KEY_VECTORS; v++) query[v] = times_sign(key_vector(row, v), sign);
 }
 
-AITER_INLINE float exact_dot(const Element *query, const Element *key) {
-    Vec total = Vec{};
-    for (int d = 0; d < HEAD_DIM; d += LANES)
-        total += to_floats(query + d, HEAD_DIM - d) * to_floats(key + d, HEAD_DIM - d);
-    return sum(total);
-}
+/* A query row, and what its scores depend on beside products. */
+struct ScoredRow {
+    const Element *query;
+    int32_t place;
+    float slope; /* of ALiBi */
+
+    /* The score of one key, by sums in float32 whatever the dtype. */
+    float score(const Score &score, const Element *key, int64_t index) const {
+        Vec total = Vec{};
+        for (int d = 0; d < HEAD_DIM; d += LANES)
+            total += times_sign(to_floats(query + d, HEAD_DIM - d), score.sign) * to_floats(key + d, HEAD_DIM - d);
+        return score(broadcast(sum(total)), broadcast(place - static_cast<int32_t>(index)), slope)[0];
+    }
+};
 
 /* The exact answer for one row, in two passes over its keys: for rows in which a value that is not finite met a weight
  * that is zero, where the fast path has produced a NaN that the mathematics may not have. Leaves weights relative to
- * the true maximum in `state`. The scale may be negative here. */
-static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &rows, int64_t keys, float scale_log2,
+ * the true maximum in `state`. */
+static AITER_OUTLINE void attend_exactly(const ScoredRow &row, const KeyRows &rows, KeyRange keys, const Score &scoring,
                                          RowState &state) {
     const Element *key, *value;
     bool nan = false;
     state.clear();
-    for (int64_t j = 0; j < keys; j++) {
+    for (int64_t j = keys.low; j < keys.high; j++) {
         rows.find(j, 1, &key, &value);
-        const float score = exact_dot(query, key) * scale_log2;
+        const float score = row.score(scoring, key, j);
         nan |= score != score;
         state.maximum = score > state.maximum ? score : state.maximum;
     }
@@ -78,15 +84,15 @@ static AITER_OUTLINE void attend_exactly(const Element *query, const KeyRows &ro
         for (float &o : state.output) o = NAN;
         return;
     }
-    for (int64_t j = 0; j < keys; j++) {
+    for (int64_t j = keys.low; j < keys.high; j++) {
         rows.find(j, 1, &key, &value);
-        const float score = exact_dot(query, key) * scale_log2;
+        const float score = row.score(scoring, key, j);
         float weight = exp2f(score - state.maximum);
         state.sum += weight;
         /* A weight is positive however small, and inf times it is inf. */
         if (weight < 0x1p-126f && score > -INFINITE) weight = 0x1p-126f;
-        for (int d = 0; d < HEAD_DIM; d += LANES)
-            store(state.output + d, load(state.output + d) + weight * to_floats(value + d, HEAD_DIM - d));
+        for (int d = 0; d < VALUE_DIM; d += LANES)
+            store(state.output + d, load(state.output + d) + weight * to_floats(value + d, VALUE_DIM - d));
     }
 }
 
@@ -102,13 +108,13 @@ AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const
         AITER_UNROLL
         for (int part = 0; part < KEYS; part += PART) {
             AITER_UNROLL
-            for (int k = part; k < part + PART; k++) prefetch_row(next.keys[i + k]);
-            for (int first = 0; first < SCORE_VECTORS; first += UNIT_VECTORS / PAIR) {
+            for (int k = part; k < part + PART; k++) prefetch_row<HEAD_DIM>(next.keys[i + k]);
+            for (int first = 0; first < KEY_VECTORS; first += UNIT_VECTORS / PAIR) {
                 AITER_UNROLL
                 for (int v = first; v < first + UNIT_VECTORS / PAIR; v++) {
                     AITER_UNROLL
                     for (int k = part; k < part + PART; k++) {
-                        const RowVec key = score_vector(step.keys[i + k], v);
+                        const RowVec key = key_vector(step.keys[i + k], v);
                         AITER_UNROLL
                         for (int r = 0; r < ROWS; r++)
                             products[r * KEYS + k] = multiply_add(products[r * KEYS + k], queries[r][v], key);
@@ -136,7 +142,7 @@ AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &nex
     for (int i = 0; i < ROW_KEYS / PAIR; i++) {
         if (first == 0) {
             AITER_UNROLL
-            for (int k = 0; k < PAIR; k++) prefetch_row(next.values[i * PAIR + k]);
+            for (int k = 0; k < PAIR; k++) prefetch_row<VALUE_DIM>(next.values[i * PAIR + k]);
         }
         AITER_UNROLL
         for (int v = 0; v < VECTORS; v++) {
@@ -154,16 +160,23 @@ AITER_INLINE void add_vectors(int first, const RowStep &step, const RowStep &nex
 
 template <int ROWS>
 AITER_INLINE void add_values(const RowStep &step, const RowStep &next, const RowWeights *weights, RowState *states) {
-    constexpr int MOST = SUMS_AT_ONCE / (ROWS == 3 ? 4 : ROWS), REST = ROW_VECTORS % MOST;
-    for (int first = 0; first < ROW_VECTORS - REST; first += MOST)
+    constexpr int MOST = SUMS_AT_ONCE / (ROWS == 3 ? 4 : ROWS), REST = OUTPUT_VECTORS % MOST;
+    for (int first = 0; first < OUTPUT_VECTORS - REST; first += MOST)
         add_vectors<ROWS, MOST>(first, step, next, weights, states);
-    if (REST > 0) add_vectors<ROWS, REST + !REST>(ROW_VECTORS - REST, step, next, weights, states);
+    if (REST > 0) add_vectors<ROWS, REST + !REST>(OUTPUT_VECTORS - REST, step, next, weights, states);
 }
 
-/* ROWS rows of one KV head over the keys of a step; row r sees the first seen[r] of them. */
+/* What one row sees of a step, counted from the step's first key, and what else its scores depend on. */
+struct RowScope {
+    int high, low;    /* the keys from low to high - 1; without AITER_WINDOW low does not count */
+    int32_t distance; /* place of the query less that of the first key */
+    float slope;      /* of ALiBi */
+};
+
+/* ROWS rows of one KV head over the keys of a step. */
 template <int ROWS>
 static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &step, const RowStep &next,
-                                      const int *seen, float scale_log2, RowState *states) {
+                                      const RowScope *scopes, const Score &score, RowState *states) {
     alignas(64) float all_scores[ROWS][ROW_KEYS];
     alignas(64) RowWeights weights[ROWS];
     score_keys<ROWS>(queries, step, next, all_scores);
@@ -172,7 +185,9 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
         float *scores = all_scores[r];
         IntVec larger = IntVec{};
         for (int i = 0; i < ROW_KEYS; i += LANES) {
-            const Vec scaled = lane_index() < seen[r] - i ? load(scores + i) * scale_log2 : broadcast(-INFINITE);
+            const IntVec seen = in_range(lane_index(), scopes[r].low - i, scopes[r].high - i);
+            const Vec all = score(load(scores + i), scopes[r].distance - i - lane_index(), scopes[r].slope);
+            const Vec scaled = seen ? all : broadcast(-INFINITE);
             larger |= scaled > state.maximum;
             store(scores + i, scaled);
         }
@@ -182,7 +197,7 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
             const float factor = exp2<EXP2_DEGREE>(broadcast(state.maximum - largest))[0];
             state.maximum = largest;
             state.sum *= factor;
-            for (int d = 0; d < PADDED_DIM; d += LANES) store(state.output + d, load(state.output + d) * factor);
+            for (int d = 0; d < OUTPUT_DIM; d += LANES) store(state.output + d, load(state.output + d) * factor);
         }
         const float base = state.maximum == -INFINITE ? 0.0f : state.maximum;
         Vec added = Vec{};
@@ -197,15 +212,15 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
 }
 
 /* Up to MAX_ROWS rows. */
-static void attend_rows(int count, const RowQuery *queries, const RowStep &step, const RowStep &next, const int *seen,
-                        float scale_log2, RowState *states) {
+static void attend_rows(int count, const RowQuery *queries, const RowStep &step, const RowStep &next,
+                        const RowScope *scopes, const Score &score, RowState *states) {
     for (int r = 0; r < count; r += ROWS_AT_ONCE) {
         const RowStep &fetch = r == 0 ? next : step; /* once is enough */
         switch (count - r) {
-        case 1: attend_rows<1>(queries + r, step, fetch, seen + r, scale_log2, states + r); break;
-        case 2: attend_rows<2>(queries + r, step, fetch, seen + r, scale_log2, states + r); break;
-        case 3: attend_rows<3>(queries + r, step, fetch, seen + r, scale_log2, states + r); break;
-        default: attend_rows<ROWS_AT_ONCE>(queries + r, step, fetch, seen + r, scale_log2, states + r);
+        case 1: attend_rows<1>(queries + r, step, fetch, scopes + r, score, states + r); break;
+        case 2: attend_rows<2>(queries + r, step, fetch, scopes + r, score, states + r); break;
+        case 3: attend_rows<3>(queries + r, step, fetch, scopes + r, score, states + r); break;
+        default: attend_rows<ROWS_AT_ONCE>(queries + r, step, fetch, scopes + r, score, states + r);
         }
     }
 }

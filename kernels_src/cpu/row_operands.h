@@ -16,8 +16,9 @@ constexpr int UNIT_VECTORS = 2; /* a vector full of elements is this many vector
 #else
 constexpr int UNIT_VECTORS = 1;
 #endif
-constexpr int PADDED_DIM = round_up(HEAD_DIM, UNIT_VECTORS *LANES);
-constexpr int ROW_VECTORS = PADDED_DIM / LANES; /* of floats: what an output row fills */
+constexpr int UNIT = UNIT_VECTORS * LANES;
+constexpr int OUTPUT_DIM = round_up(VALUE_DIM, UNIT);
+constexpr int OUTPUT_VECTORS = OUTPUT_DIM / LANES; /* of floats: what an output row fills */
 
 #if AITER_DOT_PRODUCTS
 
@@ -25,7 +26,7 @@ typedef StepVec RowVec;
 typedef Step Weight; /* of two keys */
 constexpr int PAIR = 2;
 
-AITER_INLINE RowVec score_vector(const Element *row, int v) { return row_steps(row, v * LANES); }
+AITER_INLINE RowVec key_vector(const Element *row, int v) { return row_steps<HEAD_DIM>(row, v * LANES); }
 
 /* Elements 8 i to 8 i + 3 of 2 LANES are in the even vector, the others in the odd one: one instruction each. */
 #define AITER_ZIP_4(first) first, first + 32, first + 1, first + 33, first + 2, first + 34, first + 3, first + 35
@@ -33,10 +34,10 @@ AITER_INLINE RowVec score_vector(const Element *row, int v) { return row_steps(r
     AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
 AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
     typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
-    const Elements first = (Elements)row_steps(values[0], v / 2 * LANES),
-                   second = (Elements)row_steps(values[1], v / 2 * LANES);
-    return v % 2 == 0 ? (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(0))
-                      : (RowVec)__builtin_shufflevector(first, second, AITER_ZIP_QUARTERS(4));
+    const Elements first = (Elements)row_steps<VALUE_DIM>(values[0], v / 2 * LANES),
+                   second = (Elements)row_steps<VALUE_DIM>(values[1], v / 2 * LANES);
+    return v % 2 == 0 ? (RowVec)shuffle<AITER_ZIP_QUARTERS(0)>(first, second)
+                      : (RowVec)shuffle<AITER_ZIP_QUARTERS(4)>(first, second);
 }
 
 AITER_INLINE void store_weights(Weight *weights, Vec values) {
@@ -46,11 +47,10 @@ AITER_INLINE void store_weights(Weight *weights, Vec values) {
 
 /* The order of elements that value_vector() leaves in an output row, undone. */
 static void restore_order(float *row) {
-    for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
+    for (int first = 0; first < OUTPUT_DIM; first += 2 * LANES) {
         const Vec low = load(row + first), high = load(row + first + LANES);
-        store(row + first, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
-        store(row + first + LANES,
-              __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+        store(row + first, shuffle<0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23>(low, high));
+        store(row + first + LANES, shuffle<8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31>(low, high));
     }
 }
 
@@ -65,8 +65,8 @@ AITER_INLINE void store_weights(Weight *weights, Vec values) { store(weights, va
 #if AITER_DTYPE_BF16
 
 /* Vector 2 c holds elements 2 (c LANES + lane), vector 2 c + 1 those after them: one instruction each. */
-AITER_INLINE RowVec score_vector(const Element *row, int v) {
-    const int first = v / 2 * 2 * LANES, left = HEAD_DIM - first;
+template <int N> AITER_INLINE RowVec row_vector(const Element *row, int v) {
+    const int first = v / 2 * 2 * LANES, left = N - first;
     IntVec pairs = IntVec{};
     if (left >= 2 * LANES) memcpy(&pairs, row + first, sizeof pairs);
     else
@@ -79,24 +79,27 @@ AITER_INLINE RowVec score_vector(const Element *row, int v) {
 }
 
 static void restore_order(float *row) {
-    for (int first = 0; first < PADDED_DIM; first += 2 * LANES) {
+    for (int first = 0; first < OUTPUT_DIM; first += 2 * LANES) {
         const Vec even = load(row + first), odd = load(row + first + LANES);
-        store(row + first, __builtin_shufflevector(even, odd, AITER_ZIP_LOW));
-        store(row + first + LANES, __builtin_shufflevector(even, odd, AITER_ZIP_HIGH));
+        store(row + first, shuffle<AITER_ZIP_LOW>(even, odd));
+        store(row + first + LANES, shuffle<AITER_ZIP_HIGH>(even, odd));
     }
 }
 
 #else
 
-AITER_INLINE RowVec score_vector(const Element *row, int v) { return to_floats(row + v * LANES, HEAD_DIM - v * LANES); }
+template <int N> AITER_INLINE RowVec row_vector(const Element *row, int v) {
+    return to_floats(row + v * LANES, N - v * LANES);
+}
 static void restore_order(float *) {}
 
 #endif
 
-AITER_INLINE RowVec value_vector(const Element *const *values, int v) { return score_vector(values[0], v); }
+AITER_INLINE RowVec key_vector(const Element *row, int v) { return row_vector<HEAD_DIM>(row, v); }
+AITER_INLINE RowVec value_vector(const Element *const *values, int v) { return row_vector<VALUE_DIM>(values[0], v); }
 
 #endif
 
-constexpr int SCORE_VECTORS = ROW_VECTORS / PAIR; /* of a query or key */
+constexpr int KEY_VECTORS = round_up(HEAD_DIM, UNIT) / LANES / PAIR; /* of a query or key */
 
 #endif

@@ -9,9 +9,16 @@
 #include "aiter_abi.h"
 #include "simd.h"
 
-constexpr int HEAD_DIM = AITER_HEAD_DIM;
+constexpr int HEAD_DIM = AITER_HEAD_DIM; /* of queries and keys */
+#if AITER_VALUE_DIM
+constexpr int VALUE_DIM = AITER_VALUE_DIM; /* of values and outputs */
+#else
+constexpr int VALUE_DIM = HEAD_DIM;
+#endif
+static_assert(HEAD_DIM % 8 == 0 && VALUE_DIM % 8 == 0, "rows are made of whole pieces of 8 elements");
 
 AITER_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+AITER_INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 AITER_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 AITER_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -25,50 +32,86 @@ constexpr int MAX_ROWS = 8;
 constexpr int64_t ALIGNMENT = 64;
 AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) * ALIGNMENT; }
 
-/* Lengths of one sequence and, when packed, the token at which it begins. */
+/* One sequence: its lengths, where it begins in packed tensors, and where its queries stand. */
 struct Sequence {
     int64_t tokens_q, tokens_k;
     int64_t first_q, first_k; /* 0 unless packed */
+    int64_t offset;           /* query token i stands at key i + offset */
 };
 
-AITER_INLINE int64_t length_of(const int32_t *lengths, int64_t b, int64_t most) {
-    return lengths ? clamp(lengths[b], 0, most) : most;
-}
+/* The rows of a packed tensor that belong to a sequence. */
+struct Span {
+    int64_t first, end;
+};
 
-/* Packed: where each of the `batch` sequences begins, and in the last entry where the last one ends. */
-static inline void find_starts(const int32_t *lengths, int64_t batch, int64_t most, int64_t total, int64_t *starts) {
-    starts[0] = 0;
-    for (int64_t b = 0; b < batch; b++) starts[b + 1] = minimum(starts[b] + length_of(lengths, b, most), total);
-}
+/* The sequences of a problem. Lengths, starts and offsets are read from the tensors that the caller gave; spans of
+ * packed ones are kept in the workspace. */
+class Sequences {
+    const int32_t *seqlens_q, *seqlens_k, *offsets;
+    int64_t batch, most_q, most_k;
+    Span *spans_q = nullptr, *spans_k = nullptr; /* null unless packed */
 
-static inline Sequence find_sequence(const int64_t *starts_q, const int32_t *seqlens_q, int64_t most_q,
-                                     const int64_t *starts_k, const int32_t *seqlens_k, int64_t most_k, int64_t b) {
-    Sequence s{length_of(seqlens_q, b, most_q), length_of(seqlens_k, b, most_k), 0, 0};
-    if (starts_q) {
-        s.first_q = starts_q[b];
-        s.tokens_q = starts_q[b + 1] - starts_q[b];
+  public:
+    static int64_t workspace_bytes(const aiter_attention_problem &p) {
+        return (p.packed_q + p.packed_k) * p.batch * static_cast<int64_t>(sizeof(Span));
     }
-    if (starts_k) {
-        s.first_k = starts_k[b];
-        s.tokens_k = starts_k[b + 1] - starts_k[b];
-    }
-    return s;
-}
 
-/* The keys that this query token sees are those below this. */
-AITER_INLINE int64_t visible_keys(const Sequence &sequence, int64_t token) {
-#if AITER_CAUSAL
-    return clamp(token + 1 + sequence.tokens_k - sequence.tokens_q, 0, sequence.tokens_k);
-#else
-    (void)token;
-    return sequence.tokens_k;
-#endif
-}
+    template <class Tensors>
+    Sequences(const aiter_attention_problem &p, const Tensors &t, void *workspace)
+        : seqlens_q(t.seqlens_q), seqlens_k(t.seqlens_k), offsets(t.query_offsets), batch(p.batch), most_q(p.seqlen_q),
+          most_k(p.page_size > 0 && p.num_pages == 0 ? 0 : p.seqlen_k) {
+        Span *spans = static_cast<Span *>(workspace);
+        if (p.packed_q) find_spans(t.starts_q, seqlens_q, most_q, p.total_q, spans_q = spans);
+        if (p.packed_k) find_spans(t.starts_k, seqlens_k, most_k, p.total_k, spans_k = spans + p.packed_q * batch);
+    }
+
+    Sequence operator[](int64_t b) const {
+        Sequence s{length_of(seqlens_q, b, most_q), length_of(seqlens_k, b, most_k), 0, 0, 0};
+        if (spans_q) {
+            s.first_q = spans_q[b].first;
+            s.tokens_q = spans_q[b].end - spans_q[b].first;
+        }
+        if (spans_k) {
+            s.first_k = spans_k[b].first;
+            s.tokens_k = spans_k[b].end - spans_k[b].first;
+        }
+        s.offset = offsets ? offsets[b] : s.tokens_k - s.tokens_q;
+        return s;
+    }
+
+    /* Calls clear(row) for the rows of packed tensors, of `total` in all, that belong to no sequence. */
+    template <class Clear> void for_rest_q(int64_t total, const Clear &clear) const { for_rest(spans_q, total, clear); }
+    template <class Clear> void for_rest_k(int64_t total, const Clear &clear) const { for_rest(spans_k, total, clear); }
+
+  private:
+    static int64_t length_of(const int32_t *lengths, int64_t b, int64_t most) {
+        return lengths ? clamp(lengths[b], 0, most) : most;
+    }
+
+    /* One after the other and without overlapping, whatever the tensors hold. */
+    void find_spans(const int32_t *starts, const int32_t *lengths, int64_t most, int64_t total, Span *spans) const {
+        int64_t end = 0;
+        for (int64_t b = 0; b < batch; b++) {
+            const int64_t first = starts ? clamp(starts[b], end, total) : end;
+            end = minimum(first + length_of(lengths, b, most), starts ? clamp(starts[b + 1], first, total) : total);
+            spans[b] = {first, end};
+        }
+    }
+
+    template <class Clear> void for_rest(const Span *spans, int64_t total, const Clear &clear) const {
+        int64_t row = 0;
+        for (int64_t b = 0; spans && b < batch; b++) {
+            for (; row < spans[b].first; row++) clear(row);
+            row = spans[b].end;
+        }
+        for (; spans && row < total; row++) clear(row);
+    }
+};
 
 /* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
-AITER_INLINE void prefetch_row(const Element *row) {
+template <int ELEMENTS> AITER_INLINE void prefetch_row(const Element *row) {
     constexpr int LINE_ELEMENTS = 64 / sizeof(Element);
-    for (int d = 0; d < HEAD_DIM; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
+    for (int d = 0; d < ELEMENTS; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
 }
 
 /* The rows of one KV head's keys and values. */

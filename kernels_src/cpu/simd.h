@@ -7,7 +7,10 @@
 #ifndef AITER_CPU_SIMD_H
 #define AITER_CPU_SIMD_H
 
-#include <stddef.h>
+#if defined(__clang__) ? __clang_major__ < 14 : !defined(__GNUC__) || __GNUC__ < 11
+#error "CPU kernels need g++ 11 or clang++ 14, or a newer one"
+#endif
+
 #include <stdint.h>
 #include <string.h>
 
@@ -19,14 +22,13 @@
 
 #if defined(__clang__)
 #define AITER_UNROLL _Pragma("unroll")
-#define AITER_UNROLL_4 _Pragma("unroll 4")
 #else
 #define AITER_UNROLL _Pragma("GCC unroll 32")
-#define AITER_UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 /* Off the fast path, or called once for much work: inlining it would only make builds slower. */
 #define AITER_OUTLINE __attribute__((noinline))
-#define AITER_INLINE static inline __attribute__((always_inline))
+#define AITER_INLINE_MEMBER inline __attribute__((always_inline))
+#define AITER_INLINE static AITER_INLINE_MEMBER
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define AITER_AVX512 1
@@ -59,6 +61,16 @@ AITER_INLINE IntVec load(const int32_t *p) {
 AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
+
+/* These lanes of a and, counted on from its last one, of b. */
+template <int... LANE, class V> AITER_INLINE V shuffle(V a, V b) {
+#if __has_builtin(__builtin_shufflevector)
+    return __builtin_shufflevector(a, b, LANE...);
+#else /* g++ 11 */
+    const decltype(a < b) lanes = {LANE...};
+    return __builtin_shuffle(a, b, lanes);
+#endif
+}
 
 /* 0, 1, 2, ... */
 AITER_INLINE IntVec lane_index() {
@@ -144,6 +156,33 @@ template <int DEGREE> AITER_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+/* (2^x - 1) / (2^x + 1), which is tanh(x ln 2 / 2), to about DEGREE x 4 bits of its own size: 2^x - 1 is never the
+ * difference of two numbers that are nearly alike. The coefficients are minimax in relative error on [0, 1]. */
+template <int DEGREE> AITER_INLINE Vec tanh_by_exp2(Vec x) {
+    static_assert(DEGREE == 3 || DEGREE == 4 || DEGREE == 6, "no coefficients");
+    const IntVec sign = (IntVec)x & INT32_MIN;
+    Vec size = (Vec)((IntVec)x ^ sign);
+    size = size > 64.0f ? broadcast(64.0f) : size; /* 1 to the last bit; NaN stays NaN */
+#if AITER_AVX512
+    const Vec f = _mm512_maskz_reduce_ps(ALL_LANES, size, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const Vec power = _mm512_maskz_scalef_ps(ALL_LANES, broadcast(1.0f), size);
+#else
+    const Vec whole = floor(size), f = size - whole;
+    const Vec power = (Vec)((IntVec)broadcast(1.0f) + (__builtin_convertvector(whole, IntVec) << 23));
+#endif
+    Vec p; /* (2^f - 1) / f */
+    if (DEGREE == 3) {
+        p = horner(f, 6.931355633e-01f, 2.406171100e-01f, 5.352327570e-02f, 1.270729085e-02f);
+    } else if (DEGREE == 4) {
+        p = horner(f, 6.931475188e-01f, 2.402088274e-01f, 5.564865822e-02f, 9.213075379e-03f, 1.781432314e-03f);
+    } else {
+        p = horner(f, 6.931471721e-01f, 2.402271382e-01f, 5.549656508e-02f, 9.650650934e-03f, 1.271005744e-03f,
+                   2.074557745e-04f);
+    }
+    const Vec less_one = power * (p * f) + (power - 1.0f);
+    return (Vec)((IntVec)(less_one / (less_one + 2.0f)) | sign);
+}
+
 /* ---- the element type of the tensors ---- */
 
 #if AITER_DTYPE_FP32
@@ -164,6 +203,7 @@ AITER_INLINE HalfVec load(const Element *p) {
 
 #if AITER_DTYPE_BF16
 constexpr int EXP2_DEGREE = 3;
+constexpr uint16_t INFINITE_ELEMENT = 0x7f80; /* what is not less, without its sign, is infinite or NaN */
 
 AITER_INLINE Vec to_floats(HalfVec v) { return (Vec)(widen(v) << 16); }
 
@@ -173,6 +213,7 @@ AITER_INLINE HalfVec to_elements(Vec v) { /* to nearest even; NaN stays NaN */
 }
 #elif AITER_DTYPE_FP16
 constexpr int EXP2_DEGREE = 4;
+constexpr uint16_t INFINITE_ELEMENT = 0x7c00;
 
 AITER_INLINE Vec to_floats(HalfVec v) {
 #if AITER_AVX512
@@ -240,8 +281,8 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
         Vec next[LANES];
         AITER_UNROLL
         for (int i = 0; i < LANES / 2; i++) {
-            next[2 * i] = __builtin_shufflevector(rows[i], rows[i + LANES / 2], AITER_ZIP_LOW);
-            next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + LANES / 2], AITER_ZIP_HIGH);
+            next[2 * i] = shuffle<AITER_ZIP_LOW>(rows[i], rows[i + LANES / 2]);
+            next[2 * i + 1] = shuffle<AITER_ZIP_HIGH>(rows[i], rows[i + LANES / 2]);
         }
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
@@ -251,8 +292,8 @@ AITER_INLINE void transpose(Vec (&rows)[LANES]) {
 /* Adds lanes that are HALF apart, those of a in the lanes without that bit and those of b in the lanes with it: one
  * shuffle and one blend, as every second summand is where it belongs. */
 template <int HALF, int... LANE> AITER_INLINE Vec fold(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
-    return __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE : LANE)...) +
-           __builtin_shufflevector(a, b, (LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...);
+    return shuffle<(LANE & HALF ? LANES + LANE : LANE)...>(a, b) +
+           shuffle<(LANE & HALF ? LANES + LANE - HALF : LANE + HALF)...>(a, b);
 }
 
 /* Lane i of the result is the sum of the lanes of rows[i]. */
@@ -266,8 +307,7 @@ template <int HALF = LANES / 2> AITER_INLINE Vec sums_of(Vec (&rows)[LANES]) {
 
 AITER_INLINE float sum(Vec v) {
     AITER_UNROLL
-    for (int half = LANES / 2; half > 0; half /= 2)
-        v = __builtin_shufflevector(v, v, AITER_ZIP_LOW) + __builtin_shufflevector(v, v, AITER_ZIP_HIGH);
+    for (int half = LANES / 2; half > 0; half /= 2) v = shuffle<AITER_ZIP_LOW>(v, v) + shuffle<AITER_ZIP_HIGH>(v, v);
     return v[0];
 }
 

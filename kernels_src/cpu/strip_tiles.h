@@ -1,10 +1,10 @@
-/* Strips on matrix tiles: the vector units soften some scores while the tiles multiply.
+/* Strips on matrix tiles: the vector units take the softmax of some scores while the tiles multiply.
  *
- * A block of keys is cut into chunks. While chunk c of a strip is softened, the tiles accumulate a part of the block
- * that was softened before (of another strip, mostly), and then multiply the scores of chunk c + 1:
+ * A block of keys is cut into chunks. While the softmax of chunk c of a strip is taken, the tiles accumulate a part of
+ * the block before (of another strip, mostly), whose weights are there, and then multiply the scores of chunk c + 1:
  *
  *   tiles     scores B0 | part of A | scores B1 | part of A | scores B2 | ... | scores C0 | part of B | scores C1 | ...
- *   vectors             | soften B0             | soften B1             | ...             | soften C0
+ *   vectors             | softmax B0            | softmax B1            | ...             | softmax C0
  *
  * Both streams are interleaved a few dozen instructions at a time, which is what the CPU can reorder; that is why a
  * strip's work ends two calls later than it begins.
@@ -12,8 +12,12 @@
 #ifndef AITER_CPU_STRIP_TILES_H
 #define AITER_CPU_STRIP_TILES_H
 
+#include "matrix.h"
+#include "next_rows.h"
+#include "softmax.h"
+
 class StripWorker {
-    static constexpr int CHUNK = 2 * TILE_SIDE; /* keys that are softened together */
+    static constexpr int CHUNK = 2 * TILE_SIDE; /* keys whose softmax is taken together */
 
     /* A strip and a block of keys: the values of keys [first, end) have weights, and are still to be accumulated. */
     struct Block {
@@ -29,12 +33,12 @@ class StripWorker {
                          WEIGHTS = 2 * BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
     static constexpr int PACKED_BLOCKS = 2; /* as it may still be busy with the last strip of the block before */
 
-    StripWorker(float *scores_buffer, Step *weights_buffer, float scale)
+    StripWorker(float *scores_buffer, Step *weights_buffer, const Score &how)
         : scores(scores_buffer), next_scores(scores_buffer + CHUNK * STRIP_ROWS),
           soft{nullptr, nullptr, weights_buffer, 0, 0, 0},
-          pending{nullptr, nullptr, weights_buffer + BLOCK_STEPS * STRIP_ROWS, 0, 0, 0} {
-        softening.scale_log2 = scale;
-        softening.count = softening.done = 0;
+          pending{nullptr, nullptr, weights_buffer + BLOCK_STEPS * STRIP_ROWS, 0, 0, 0}, score_of(how) {
+        softmax.scale_log2 = how.softmax_scale();
+        softmax.count = softmax.done = 0;
     }
 
     /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. */
@@ -45,22 +49,22 @@ class StripWorker {
     /* Lets the strip see the packed block of `count` keys that begins at `first_key`. The values must stay until the
      * next call that sees any has returned. */
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
-        const int seen = static_cast<int>(minimum(count, strip.most_visible - first_key));
-        if (seen <= 0) return;
-        const int chunks = ceil_div(seen, CHUNK);
-        const int part = ceil_div(DIM / CHUNK, chunks) * CHUNK;
-        for (int c = 0; c < chunks; c++) {
-            score(strip, keys + KeySteps::at(c * CHUNK, 0));
-            finish_softening();
-            if (c == 0) open(strip, values);
-            begin_softening(first_key + c * CHUNK, c * CHUNK);
+        const int skipped = strip.first_seen(first_key, count, CHUNK);
+        const int seen = static_cast<int>(minimum(count, strip.seen.some.high - first_key));
+        if (seen <= skipped) return;
+        const int part = ceil_div(VALUE_WIDTH / CHUNK, ceil_div(seen - skipped, CHUNK)) * CHUNK;
+        for (int first = skipped; first < seen; first += CHUNK) {
+            multiply_scores(strip, keys + KeySteps::at(first, 0));
+            finish_softmax();
+            if (first == skipped) open(strip, values, first);
+            begin_softmax(first_key + first, first);
             if (pending.strip) accumulate(pending, part);
         }
     }
 
     /* Completes what the last calls have begun. */
     void finish() {
-        finish_softening();
+        finish_softmax();
         accumulate_all(pending);
         accumulate_all(soft);
         soft.strip = pending.strip = nullptr;
@@ -69,18 +73,18 @@ class StripWorker {
   private:
     /* What the vector units do meanwhile, in pieces. */
     auto piece(int pieces) {
-        const int keys = round_up(ceil_div(softening.count - softening.done, pieces), 2);
+        const int keys = round_up(ceil_div(softmax.count - softmax.done, pieces), 2);
         return [this, keys] {
             next.fetch();
-            if (softening.done < softening.count)
-                with_vectors(*soft.strip, [&](auto vectors) { softening.advance<decltype(vectors)::value>(keys); });
+            if (softmax.done < softmax.count)
+                with_vectors(*soft.strip, [&](auto vectors) { softmax.advance<decltype(vectors)::value>(keys); });
         };
     }
 
     /* How often a product of a chunk of keys, or of as many dimensions, calls `meanwhile`. */
     static int groups(const Strip &strip, int steps) { return steps / TILE_SIDE * (strip.vectors + 1) / 2; }
 
-    void score(const Strip &strip, const Step *keys) {
+    void multiply_scores(const Strip &strip, const Step *keys) {
         const auto meanwhile = piece(groups(strip, DIM_STEPS));
         with_vectors(strip, [&](auto vectors) {
             multiply<decltype(vectors)::value, Lanes, KeySteps, Lanes>(next_scores, keys, strip.queries, CHUNK,
@@ -88,41 +92,41 @@ class StripWorker {
         });
     }
 
-    /* The block that has been softened is the one to accumulate now. */
-    void open(Strip &strip, const Step *values) {
+    /* The block whose weights are there is the one to accumulate now; keys from `first` on are next. */
+    void open(Strip &strip, const Step *values, int first) {
         accumulate_all(pending);
         Step *free = pending.weights;
         pending = soft;
-        soft = {&strip, values, free, 0, 0, 0};
+        soft = {&strip, values, free, first, first, 0};
     }
 
-    void begin_softening(int32_t first_key, int first) {
+    void begin_softmax(int32_t first_key, int first) {
         float *mine = next_scores;
         next_scores = scores;
         scores = mine;
-        softening.scores = mine;
-        softening.weights = soft.weights + Lanes::at(first / STEP_ELEMENTS, 0);
-        softening.strip = soft.strip;
-        softening.count = CHUNK;
+        softmax.scores = mine;
+        softmax.weights = soft.weights + Lanes::at(first / STEP_ELEMENTS, 0);
+        softmax.strip = soft.strip;
+        softmax.count = CHUNK;
         with_vectors(*soft.strip, [&](auto vectors) { begin<decltype(vectors)::value>(first_key); });
     }
 
     template <int VECTORS> void begin(int32_t first_key) {
-        if (soft.strip->fewest_visible < first_key + CHUNK) hide_keys<VECTORS>(scores, *soft.strip, first_key, CHUNK);
-        if (softening.begin<VECTORS>()) raise<VECTORS>();
+        mask_scores<VECTORS>(scores, *soft.strip, score_of, first_key, CHUNK);
+        if (softmax.begin<VECTORS>()) raise<VECTORS>();
     }
 
-    void finish_softening() {
-        if (softening.count == 0) return;
+    void finish_softmax() {
+        if (softmax.count == 0) return;
         with_vectors(*soft.strip, [&](auto vectors) { finish<decltype(vectors)::value>(); });
         soft.end += CHUNK;
-        softening.count = softening.done = 0;
+        softmax.count = softmax.done = 0;
     }
 
     template <int VECTORS> void finish() {
-        if (softening.finish<VECTORS>()) return;
+        if (softmax.finish<VECTORS>()) return;
         raise<VECTORS>();
-        softening.finish<VECTORS>();
+        softmax.finish<VECTORS>();
     }
 
     template <int VECTORS> AITER_OUTLINE void raise() {
@@ -132,18 +136,18 @@ class StripWorker {
             accumulate_all(so_far);
             soft.first = soft.end;
         }
-        softening.raise<VECTORS>();
+        softmax.raise<VECTORS>();
     }
 
     /* The next `dimensions` of the values of a block. */
     void accumulate(Block &block, int dimensions) {
-        const int count = static_cast<int>(minimum(dimensions, DIM - block.dimensions)),
+        const int count = static_cast<int>(minimum(dimensions, VALUE_WIDTH - block.dimensions)),
                   steps = (block.end - block.first) / STEP_ELEMENTS;
         const auto meanwhile = piece(groups(*block.strip, count / CHUNK * steps + DIM_STEPS));
         with_vectors(*block.strip,
                      [&](auto vectors) { accumulate<decltype(vectors)::value>(block, count, steps, meanwhile); });
         block.dimensions += count;
-        if (block.dimensions < DIM) return;
+        if (block.dimensions < VALUE_WIDTH) return;
         block.strip->empty = false;
         block.strip = nullptr;
     }
@@ -157,12 +161,13 @@ class StripWorker {
     }
 
     AITER_OUTLINE void accumulate_all(Block &block) {
-        if (block.strip && block.first < block.end) accumulate(block, DIM);
+        if (block.strip && block.first < block.end) accumulate(block, VALUE_WIDTH);
     }
 
     float *scores, *next_scores;
-    Softening softening;
-    Block soft, pending;
+    OnlineSoftmax softmax;
+    Block soft, pending; /* whose softmax is being taken; whose values are being accumulated */
+    Score score_of;
     NextRows next;
 };
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import emulator
@@ -93,31 +94,111 @@ def ints(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a call takes beside queries, keys and values; what each means stands in aiter_abi.h."""
+
+    causal: bool = False
+    scale: float | None = None
+    seqlens_q: torch.Tensor | None = None
+    seqlens_k: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+    max_seqlen: tuple[int, int] | None = None  # packed: rows and keys of the longest sequence
+    starts_q: torch.Tensor | None = None
+    starts_k: torch.Tensor | None = None
+    query_offsets: torch.Tensor | None = None
+    window: tuple[int, int] | None = None
+    softcap: float = 0.0
+    alibi_slopes: torch.Tensor | None = None  # (heads_q,) or (batch, heads_q)
+    sinks: torch.Tensor | None = None
+    batch_invariant: bool = False
+    clear_rest: bool = True
+
+    def problem(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
+    ) -> abi.AttentionProblem:
+        packed_q, packed_k, paged = query.dim() == 3, key.dim() == 3, self.page_table is not None
+        ends = self.seqlens_q if self.seqlens_q is not None else self.starts_q[1:] if packed_q else None
+        left, right = self.window or (0, 0)
+        return abi.AttentionProblem(
+            batch=len(ends) if packed_q else query.shape[0],
+            heads_q=query.shape[-2],
+            heads_kv=key.shape[-2],
+            seqlen_q=self.max_seqlen[0] if packed_q else query.shape[1],
+            seqlen_k=self._most_keys(key),
+            packed_q=packed_q,
+            packed_k=packed_k,
+            page_size=key.shape[1] if paged else 0,
+            total_q=query.shape[0] if packed_q else 0,
+            total_k=key.shape[0] if packed_k else 0,
+            num_pages=key.shape[0] if paged else 0,
+            page_table_stride=self.page_table.stride(0) if paged else 0,
+            query_strides=_strides(query),
+            key_strides=_strides(key),
+            value_strides=_strides(value),
+            output_strides=_strides(output),
+            lse_strides=(0, query.shape[0]) if packed_q else lse.stride()[:2],
+            alibi_stride=0 if self.alibi_slopes is None or self.alibi_slopes.dim() == 1 else query.shape[-2],
+            softmax_scale=1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale,
+            softcap=self.softcap,
+            window_left=left,
+            window_right=0 if self.causal and self.window else right,
+            clear_rest=self.clear_rest,
+            batch_invariant=self.batch_invariant,
+        )
+
+    def _most_keys(self, key: torch.Tensor) -> int:
+        if self.page_table is not None:
+            return self.page_table.shape[1] * key.shape[1]
+        return self.max_seqlen[1] if key.dim() == 3 else key.shape[1]
+
+    def spec(self, target: str, name: str, query: torch.Tensor, value: torch.Tensor) -> Spec:
+        switched_on = {
+            "alibi": self.alibi_slopes is not None,
+            "paged": self.page_table is not None and target in GPUS,
+            "softcap": self.softcap != 0.0,
+            "window": self.window is not None,
+        }
+        options = [(word, 1) for word, on in switched_on.items() if on]
+        if value.shape[-1] != query.shape[-1]:
+            options.append(("value_dim", value.shape[-1]))
+        dtype = next(word for word, known in DTYPES.items() if known == query.dtype)
+        arch = arch_of(torch.device("cuda")) if target == "cuda" else target
+        causal = self.causal and self.window is None
+        return Spec(name, dtype, query.shape[-1], causal, arch, tuple(sorted(options)))
+
+    def reads(self, *names: str) -> dict[str, torch.Tensor | None]:
+        """These tensors, under the names that they have in the call."""
+        return {name: getattr(self, name) for name in names}
+
+
+_LAYOUT = ("seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes")
+
+
 def attend(
     target: str,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    causal: bool = False,
-    scale: float | None = None,
-    seqlens_q: torch.Tensor | None = None,
-    seqlens_k: torch.Tensor | None = None,
-    page_table: torch.Tensor | None = None,
-    max_seqlen: tuple[int, int] | None = None,
+    *options: object,
     name: str = "attention_forward",
-    **running: object,
+    threads: int = 2,
+    parallel: int | None = GOMP_PARALLEL,
+    stats: dict | None = None,
+    **more: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp. Tensors are (batch, seq, heads, head_dim), or packed (total, heads, head_dim) with
-    `max_seqlen`; with a page table key and value are (pages, position, heads, head_dim). `running`: see `_run`."""
-    output = _unwritten(query)
+    `max_seqlen`; with a page table key and value are (pages, position, heads, head_dim). `options` and `more` make
+    `Options`; the others see `_run`."""
+    call = Options(*options, **more)
+    output = _unwritten(query, value.shape[-1])
     packed, heads_q = query.dim() == 3, query.shape[-2]
     lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
     lse = torch.full(lse_shape, math.nan, device=query.device)
-    problem = _problem(query, key, value, lse, scale, seqlens_q, page_table, max_seqlen)
-    reads = {"query": query, "key": key, "value": value}
-    reads |= {"seqlens_q": seqlens_q, "seqlens_k": seqlens_k, "page_table": page_table}
-    built = _kernel(target, name, query.dtype, query.shape[-1], causal, page_table is not None)
-    _run(target, built, problem, reads, {"output": output, "lse": lse}, **running)
+    reads = {"query": query, "key": key, "value": value, **call.reads(*_LAYOUT, "page_table", "sinks")}
+    built = _kernel(target, call.spec(target, name, query, value))
+    problem = call.problem(query, key, value, output, lse)
+    _run(target, built, problem, reads, {"output": output, "lse": lse}, threads, parallel, stats)
     return output, lse
 
 
@@ -130,80 +211,44 @@ def gradients(
     lse: torch.Tensor,
     grad_output: torch.Tensor,
     grad_lse: torch.Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    seqlens_q: torch.Tensor | None = None,
-    seqlens_k: torch.Tensor | None = None,
-    max_seqlen: tuple[int, int] | None = None,
-    **running: object,
+    *options: object,
+    lse_is_given: bool = False,
+    threads: int = 2,
+    parallel: int | None = GOMP_PARALLEL,
+    stats: dict | None = None,
+    **more: object,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dQ, dK and dV, from what `attend` returned. Tensors are dense, or packed with `max_seqlen`."""
+    call = Options(*options, **more)
     results = tuple(_unwritten(tensor) for tensor in (query, key, value))
     tensors = zip(("grad_output", *_GRADIENTS), (grad_output, *results), strict=True)
     problem = abi.AttentionGradProblem(
-        forward=_problem(query, key, value, lse, scale, seqlens_q, None, max_seqlen),
+        forward=call.problem(query, key, value, output, lse),
         **{f"{name}_strides": _strides(tensor) for name, tensor in tensors},
+        lse_is_given=lse_is_given,
     )
     reads = {"query": query, "key": key, "value": value, "output": output, "lse": lse}
-    reads |= {"grad_output": grad_output, "grad_lse": grad_lse, "seqlens_q": seqlens_q, "seqlens_k": seqlens_k}
-    built = _kernel(target, "attention_backward", query.dtype, query.shape[-1], causal, False)
-    _run(target, built, problem, reads, dict(zip(_GRADIENTS, results, strict=True)), **running)
+    reads |= {"grad_output": grad_output, "grad_lse": grad_lse, **call.reads(*_LAYOUT)}
+    built = _kernel(target, call.spec(target, "attention_backward", query, value))
+    _run(target, built, problem, reads, dict(zip(_GRADIENTS, results, strict=True)), threads, parallel, stats)
     return results
 
 
-def _unwritten(like: torch.Tensor) -> torch.Tensor:
+def _unwritten(like: torch.Tensor, head_dim: int | None = None) -> torch.Tensor:
     """Whatever the kernel does not write shows up as NaN."""
-    return torch.full(like.shape, math.nan, dtype=like.dtype, device=like.device)
+    shape = (*like.shape[:-1], head_dim or like.shape[-1])
+    return torch.full(shape, math.nan, dtype=like.dtype, device=like.device)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     return (0, *tensor.stride()[:2]) if tensor.dim() == 3 else tensor.stride()[:3]
 
 
-def _problem(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float | None,
-    seqlens_q: torch.Tensor | None,
-    page_table: torch.Tensor | None,
-    max_seqlen: tuple[int, int] | None,
-) -> abi.AttentionProblem:
-    packed_q, packed_k, paged = query.dim() == 3, key.dim() == 3, page_table is not None
-    heads_q, head_dim = query.shape[-2:]
-    return abi.AttentionProblem(
-        batch=len(seqlens_q) if packed_q else query.shape[0],
-        heads_q=heads_q,
-        heads_kv=key.shape[-2],
-        seqlen_q=max_seqlen[0] if packed_q else query.shape[1],
-        seqlen_k=page_table.shape[1] * key.shape[1] if paged else max_seqlen[1] if packed_k else key.shape[1],
-        packed_q=packed_q,
-        packed_k=packed_k,
-        page_size=key.shape[1] if paged else 0,
-        total_q=query.shape[0] if packed_q else 0,
-        total_k=key.shape[0] if packed_k else 0,
-        num_pages=key.shape[0] if paged else 0,
-        page_table_stride=page_table.stride(0) if paged else 0,
-        query_strides=_strides(query),
-        key_strides=_strides(key),
-        value_strides=_strides(value),
-        output_strides=_strides(torch.empty(query.shape, device="meta")),
-        lse_strides=(0, query.shape[0]) if packed_q else lse.stride()[:2],
-        softmax_scale=1 / math.sqrt(head_dim) if scale is None else scale,
-        clear_rest=1,
-    )
-
-
 @functools.cache
-def _kernel(target: str, name: str, dtype: torch.dtype, head_dim: int, causal: bool, paged: bool) -> Kernel:
+def _kernel(target: str, spec: Spec) -> Kernel:
     if target in EMULATED:
         emulator.load_runtime()
-    arch = arch_of(torch.device("cuda")) if target == "cuda" else target
-    options = (("paged", 1),) if paged and target in GPUS else ()
-    dtype_name = next(word for word, known in DTYPES.items() if known == dtype)
-    spec = Spec(name, dtype_name, head_dim, causal, arch, options)
-    if (dtype_name, arch) not in STOOD_IN:
+    if (spec.dtype, spec.arch) not in STOOD_IN:
         return get_kernel(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AITER_CXX", str(STAND_IN))
@@ -227,9 +272,9 @@ def _run(
     problem: ctypes.Structure,
     reads: dict[str, torch.Tensor | None],
     writes: dict[str, torch.Tensor],
-    threads: int = 2,
-    parallel: int | None = GOMP_PARALLEL,
-    stats: dict | None = None,
+    threads: int,
+    parallel: int | None,
+    stats: dict | None,
 ) -> None:
     """Launches on a workspace that holds garbage. `reads` and `writes` are fields of the call's tensors. `threads` and
     `parallel` make a CPU's executor; `stats` receives what the emulator has counted."""

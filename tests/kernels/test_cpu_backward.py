@@ -18,13 +18,13 @@ def leaves(*tensors):
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
 
 
-def expected(tensors, grad_output, grad_lse, causal, scale):
+def expected(tensors, grad_output, grad_lse, causal, scale, options):
     """Gradients in float64, and in PyTorch's own operator; what flows through the log-sum-exp is added to the latter
     in float64, as PyTorch's operator has no such gradient."""
     exact = leaves(*(tensor.double() for tensor in tensors))
-    output, lse = reference.attend_one(*exact, causal, scale)
+    output, lse = reference.attend_one(*exact, causal, scale, **options)
     own = leaves(*tensors)
-    pytorch = torch.autograd.grad(pytorch_attend_one(*own, causal, scale), own, grad_output)
+    pytorch = torch.autograd.grad(pytorch_attend_one(*own, causal, scale, **options), own, grad_output)
     if grad_lse is None:
         return torch.autograd.grad(output, exact, grad_output.double()), pytorch
     seen = lse.isfinite()
@@ -38,7 +38,7 @@ def check(sequences, results, grad_output, grad_lse, causal, scale=None):
     for sequence, keys in sequences:
         tensors = sequence.query, sequence.key, sequence.value
         lse_grad = None if grad_lse is None else grad_lse[sequence.lse_rows]
-        exact, own = expected(tensors, grad_output[sequence.rows], lse_grad, causal, scale)
+        exact, own = expected(tensors, grad_output[sequence.rows], lse_grad, causal, scale, sequence.options)
         for i, rows in enumerate((sequence.rows, keys, keys)):
             references[i].append(exact[i].flatten())
             pytorch[i].append(own[i].flatten())
@@ -117,6 +117,50 @@ def test_long_sequence_in_chunks(dtype, arch):
     results = gradients(arch, query, key, value, output, lse, grad_output, None, True, -0.2)
     sequences = [(s, (b, slice(None))) for b, s in enumerate(dense_sequences(query, key, value))]
     check(sequences, results, grad_output, None, True, -0.2)
+
+
+@on_cpus(sorted(ABLEST | {NATIVE[0]}))
+def test_what_is_not_finite_is_not_hidden(dtype, arch):
+    """inf or NaN in an argument: what is NaN in float64 is not finite here, and no gradient is finite
+    that is not in float64; few keys or many."""
+    for keys in (4, 20, 60, 200):
+        for victim in range(4):
+            for bad in (float("inf"), float("-inf"), float("nan")):
+                tensors = [randn(1, n, 1, HEAD_DIM, dtype=dtype) for n in (4, keys, keys, 4)]
+                tensors[victim][0, 1, 0, 3] = bad
+                *inputs, grad_output = tensors
+                output, lse = attend(arch, *inputs, False)
+                results = gradients(arch, *inputs, output, lse, grad_output, None, False)
+                exact = leaves(*(tensor[0].double() for tensor in inputs))
+                wanted = torch.autograd.grad(reference.attend_one(*exact)[0], exact, grad_output[0].double())
+                for got, want in zip(results, wanted, strict=True):
+                    assert not got[0][want.isnan()].isfinite().any()
+                    assert want.isfinite().all() <= got.isfinite().all()
+    # A log-sum-exp that is handed in, and its gradient.
+    tensors = [randn(1, n, 1, HEAD_DIM, dtype=dtype) for n in (4, 20, 20, 4)]
+    output, lse = attend(arch, *tensors[:3], False)
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        wrong = lse.clone()
+        wrong[0, 0, 1] = bad
+        for own_lse, grad_lse in ((wrong, None), (lse, wrong)):
+            results = gradients(
+                arch, *tensors[:3], output, own_lse, tensors[3], grad_lse, False, lse_is_given=grad_lse is None
+            )
+            assert not results[0][0, 1].isfinite().any()
+            assert results[0][0, [0, 2, 3]].isfinite().all() and not results[1].isfinite().all()
+
+
+@on_cpus(sorted(ABLEST | {NATIVE[0]}))
+def test_scale_of_zero(dtype, arch):
+    large = 1e4 if dtype == "fp16" else 1e25
+    for keys in (20, 200):
+        query, key = (randn(1, n, 1, HEAD_DIM, dtype=dtype).sign() * large for n in (70, keys))
+        value, grad_output = (randn(1, n, 1, HEAD_DIM, dtype=dtype) for n in (keys, 70))
+        output, lse = attend(arch, query, key, value, False, 0.0)
+        results = gradients(arch, query, key, value, output, lse, grad_output, None, False, 0.0)
+        assert not results[0].any() and not results[1].any()
+        expected = grad_output[0].double().mean(0) * (70 / keys)
+        torch.testing.assert_close(results[2][0].double(), expected.expand(keys, 1, -1), rtol=2e-2, atol=1e-3)
 
 
 def test_dtypes_are_covered():

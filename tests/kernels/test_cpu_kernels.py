@@ -129,7 +129,7 @@ def test_same_bits_for_any_threads(dtype, arch, seq_q, seq_k):
 
 
 @archs
-@pytest.mark.parametrize("scale", (-0.3, 0.0, 1.0))
+@pytest.mark.parametrize("scale", (-0.3, 0.0, -0.0, 1.0))
 def test_scale(dtype, arch, scale):
     for seq_q in (1, 50):
         query = randn(2, seq_q, 2, HEAD_DIM, dtype=dtype)
@@ -162,6 +162,24 @@ def test_large_and_equal_scores(dtype, arch):
                 4 * eps, 2e-3 if scale > 1 else 0
             )  # large scores: the rounding of a score is a factor of a weight
             torch.testing.assert_close(output[0].double(), expected, rtol=2 * eps, atol=atol)
+
+
+@archs
+@pytest.mark.parametrize("scale", (0.0, -0.0))
+def test_scale_of_zero(dtype, arch, scale):
+    """Weights are equal however large the products are, as zero times any number is zero; what is not finite is NaN."""
+    large = 1e4 if dtype == "fp16" else 1e25
+    for seq_q in (1, 50):
+        query, key = (randn(1, n, 1, HEAD_DIM, dtype=dtype).sign() * large for n in (seq_q, 60))
+        value = randn(1, 60, 1, HEAD_DIM, dtype=dtype)
+        output, lse = attend(arch, query, key, value, True, scale)
+        assert_sequences(output, lse, list(dense_sequences(query, key, value)), True, scale)
+        for victim in (query, key):
+            before, victim[0, -1, 0, 3] = victim[0, -1, 0, 3].item(), math.inf
+            output, lse = attend(arch, query, key, value, True, scale)
+            assert output[0, -1].isnan().all() and lse[0, 0, -1].isnan()
+            assert output[0, :-1].isfinite().all() and lse[0, 0, :-1].isfinite().all()
+            victim[0, -1, 0, 3] = before
 
 
 @archs_and_masks

@@ -82,7 +82,8 @@ def check(target, dtype, head_dim, causal, lengths, heads, form="padded", grad_l
         output = torch.cat([s.output for s in made])
         lse = torch.cat([s.lse for s in made], 1)
         grad = torch.cat([s.grad_lse for s in made], 1) if grad_lse else None
-        results = gradients(target, *tensors, output, lse, grad_output, grad, causal, scale, *seqlens, longest)
+        options = {"max_seqlen": longest}
+        results = gradients(target, *tensors, output, lse, grad_output, grad, causal, scale, *seqlens, **options)
     else:
         *tensors, grad_output = (
             batch(tensors, longest[side], math.nan)

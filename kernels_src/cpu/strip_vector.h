@@ -1,0 +1,67 @@
+/* Strips by vector instructions: the scores of a block of keys, their softmax, and the values that they weight. */
+#ifndef AITER_CPU_STRIP_VECTOR_H
+#define AITER_CPU_STRIP_VECTOR_H
+
+#include "matrix.h"
+#include "next_rows.h"
+#include "softmax.h"
+
+/* Works on one strip and one block of keys after the other. */
+class StripWorker {
+  public:
+    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS,
+                         WEIGHTS = BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
+    static constexpr int PACKED_BLOCKS = 1;                  /* that it needs at a time */
+
+    StripWorker(float *scores_buffer, Step *weights_buffer, const Score &how)
+        : scores(scores_buffer), weights(weights_buffer), score(how) {}
+
+    /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. */
+    void expect(const KeyRows &rows, int64_t first, int count, int64_t strips) {
+        next.expect(rows, first, count, strips * (BLOCK_KEYS + VALUE_WIDTH) / PIECE);
+    }
+
+    /* Lets the strip see the packed block of `count` keys that begins at `first_key`. */
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
+        const int skipped = strip.first_seen(first_key, count, KEY_MULTIPLE);
+        const int seen = static_cast<int>(minimum(count, strip.seen.some.high - first_key)) - skipped;
+        if (seen <= 0) return;
+        keys += KeySteps::at(skipped, 0);
+        values += StepRows<VALUE_DIM>::at(skipped / STEP_ELEMENTS, 0);
+        const int padded = round_up(seen, KEY_MULTIPLE);
+        with_vectors(strip, [&](auto vectors) {
+            attend<decltype(vectors)::value>(strip, keys, values, first_key + skipped, padded);
+        });
+    }
+
+    void finish() {}
+
+  private:
+    template <int VECTORS>
+    void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
+        product<VECTORS, KeySteps>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART);
+        mask_scores<VECTORS>(scores, strip, score, first_key, count);
+        OnlineSoftmax softmax{scores, weights, &strip, count, score.softmax_scale(), 0, {}, {}, {}};
+        softmax.run<VECTORS>();
+        const int steps = count / STEP_ELEMENTS;
+        product<VECTORS, ValueColumns>(strip.output, values, weights, VALUE_WIDTH, steps, !strip.empty, steps);
+        strip.empty = false;
+    }
+
+    template <int VECTORS, class A>
+    void product(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
+        for (int first = 0; first < count; first += PIECE) {
+            next.fetch();
+            multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b, PIECE, steps, accumulate,
+                                               part);
+        }
+    }
+
+    static constexpr int PIECE = KEY_MULTIPLE; /* rows of a product between two calls of next.fetch() */
+    NextRows next;
+    float *scores;
+    Step *weights;
+    Score score;
+};
+
+#endif
