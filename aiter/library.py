@@ -114,10 +114,14 @@ def _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_
     if sinks is None:
         return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, lse_is_given)
     total = with_sinks(lse, sinks)
-    if grad_lse is not None:
-        # A gradient of the keys' own log-sum-exp goes to their own weights, which are larger by this.
-        grad_lse = torch.where(lse == -torch.inf, 0.0, grad_lse * (total - lse).exp())
-    return plan.backward(call, query, key, value, output, total, grad_output, grad_lse, True)
+    if grad_lse is None:
+        return plan.backward(call, query, key, value, output, total, grad_output, None, True)
+    # A gradient of the keys' own log-sum-exp goes to weights among the keys. What sinks take of those is then taken of
+    # the output's gradient instead: a row's weights may be too small to be scaled up again.
+    if grad_output is not None:
+        share = torch.where(lse == -torch.inf, 0.0, (lse - total).exp())
+        grad_output = (grad_output * share.transpose(-1, -2).unsqueeze(-1)).to(grad_output.dtype)
+    return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, True)
 
 
 def with_sinks(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
