@@ -15,6 +15,7 @@
  *   opaque(x)                  x, but the compiler cannot know it is the same as before: what depends on it is computed
  *                              again instead of being kept in registers through the loop
  *   opaque_scalar(x)           the same for a value that all lanes share
+ *   reread(parameter)          the kernel's first parameter, but what is read from it is not what was read before
  *   global_load<T>(pointer), global_store(pointer, x)   for pointers that the compiler cannot see to be global
  *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
  *

@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const 
     for (bool again = false; step < end; again = true) {
         const int index = (step - place.begin) / place.steps, unit_begin = place.begin + index * place.steps;
         const int first = step - unit_begin, last = lesser(end - unit_begin, place.steps);
-        const Unit unit(arguments, place.batch, index, schedule.parts);
+        const Unit unit(reread(arguments), place.batch, index, schedule.parts);
 
         int row_tiles = 1; /* a power of two, as TEAMS is */
         while (row_tiles * Tile::ROWS < unit.rows) row_tiles *= 2;
@@ -240,12 +240,14 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const 
         if (first_key < end_key)
             attend(unit, shared_address(shared), first_key, end_key, wave_row, group, groups, score, softmax, o);
         add_up(shared, group, groups, row_tiles, softmax, o);
+        /* The unit once more, so that what only writing needs is not kept through the loop. */
+        const Unit written(reread(arguments), opaque_scalar(place.batch), opaque_scalar(index), schedule.parts);
         const bool whole = first == 0 && last == place.steps;
         if (group == 0) {
-            if (whole) store(unit, wave_row, score, softmax, o);
-            else store_part(unit, parts, first == 0, wave_row, softmax, o);
+            if (whole) store(written, wave_row, score, softmax, o);
+            else store_part(written, parts, first == 0, wave_row, softmax, o);
         }
-        if (whole) unit.clear_padding(row_tiles * Tile::ROWS);
+        if (whole) written.clear_padding(row_tiles * Tile::ROWS);
 
         step = unit_begin + last;
         if (step == place.begin + place.steps * schedule.units && step < end)

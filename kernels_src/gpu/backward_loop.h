@@ -50,7 +50,7 @@ template <int PASS, class Tile, class Share> struct RowWise {
     __device__ __forceinline__ void begin_head(int head) {
         if (ALIBI) slope = share.slope(head);
     }
-    /* Does a tile of passing rows need hiding? */
+    /* Zeros where own and passing rows do not see each other. */
     __device__ __forceinline__ void hide(Scores &s, int first) const {
         aiter::hide<true>(s, 0.0f, first, [&](int slot) { return share.sees(wave_row + Scores::row(slot)); });
     }
@@ -148,6 +148,7 @@ template <int PASS> struct BackwardTileLoop {
         const int wave_row = share.block_row + Tile::wave_row();
         const Range first_sees = share.sees(wave_row);
         const Range last_sees = share.sees(lesser(wave_row + ROW_TILE, share.own_rows) - 1);
+        const int seen_end = wave_row < share.own_rows ? last_sees.high : 0;
         RowWise<PASS, Tile, Share> rows(share, wave_row);
         for (int head = 0; head < share.heads_passing; ++head) {
             rows.begin_head(head);
@@ -155,8 +156,8 @@ template <int PASS> struct BackwardTileLoop {
                 tile.publish();
                 issue();
                 const int end = first + Tile::TOKENS;
-                /* the tile is the other waves' */
-                if (!Tile::ALL_TAKE_PART && (end <= first_sees.low || first >= last_sees.high)) continue;
+                const bool sees_some = end > first_sees.low && first < seen_end;
+                if (!Tile::ALL_TAKE_PART && !sees_some) continue; /* the tile is the other waves' */
                 const bool masked = first < last_sees.low || end > first_sees.high;
                 Scores p, derivative, ds;
                 tile.scores(p);

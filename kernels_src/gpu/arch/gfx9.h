@@ -89,6 +89,13 @@ template <class T> __device__ __forceinline__ T opaque_scalar(T x) {
     return x;
 }
 
+/* The kernel's first parameter, once more: what is read from it then need not be kept in registers until then. */
+template <class T> __device__ __forceinline__ const T &reread(const T &) {
+    auto parameters = (const __attribute__((address_space(4))) char *)__builtin_amdgcn_kernarg_segment_ptr();
+    asm volatile("" : "+s"(parameters));
+    return *(const T *)parameters;
+}
+
 /* ---- shared memory (LDS) ---- */
 
 typedef uint32_t SharedAddress;

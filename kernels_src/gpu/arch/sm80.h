@@ -88,6 +88,9 @@ __device__ __forceinline__ float opaque(float x) {
 }
 template <class T> __device__ __forceinline__ T opaque_scalar(T x) { return x; }
 
+/* Parameters are constant memory, and read where they are needed. */
+template <class T> __device__ __forceinline__ const T &reread(const T &parameter) { return parameter; }
+
 /* ---- shared memory ---- */
 
 typedef uint32_t SharedAddress;

@@ -198,13 +198,14 @@ template <int PASS> struct BackwardWarpgroupLoop {
         const int team_row = share.block_row + wave() / Tile::TEAM * TEAM_ROWS;
         const Range first_sees = share.sees(team_row);
         const Range last_sees = share.sees(lesser(team_row + TEAM_ROWS, share.own_rows) - 1);
+        const int seen_end = team_row < share.own_rows ? last_sees.high : 0;
         RowWise<PASS, Tile, Share> rows(share, share.block_row + wave() * ROW_TILE);
         for (int head = 0; head < share.heads_passing; ++head) {
             rows.begin_head(head);
             for (int count = 0, first = share.first; count < share.tiles; ++count, first += Tile::TOKENS) {
                 tile.publish();
                 const int end = first + Tile::TOKENS;
-                if (end <= first_sees.low || first >= last_sees.high) { /* the tile is the other waves' */
+                if (end <= first_sees.low || first >= seen_end) { /* the tile is the other waves' */
                     tile.template release<0>();
                     continue;
                 }
