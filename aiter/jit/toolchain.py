@@ -163,7 +163,8 @@ class HipToolchain(Toolchain):
             yield "the usual place", str(path)
 
     def flags(self, spec: Spec) -> list[str]:
-        offload = ["-x", "hip", f"--offload-arch={spec.arch}", "-nogpulib"]
+        # clang tells the arch to the device's half of the compilation only.
+        offload = ["-x", "hip", f"--offload-arch={spec.arch}", f"-DAITER_{spec.arch.upper()}=1", "-nogpulib"]
         return [*offload, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:

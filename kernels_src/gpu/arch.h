@@ -4,9 +4,10 @@
  * The wave
  *   WAVE                       lanes of a wave
  *   XCDS                       chiplets over which consecutive blocks are dealt in turn (1: none)
- *   lane(), wave()             this lane in its wave; this wave in its block, as a scalar
+ *   lane(), wave()             this lane in its wave; this wave in its block, as a scalar: all lanes ask together
  *   block(), barrier()         this block in the grid; wait for all waves of the block, shared memory ordered
  *   exp2(x), log2(x)           hardware approximations, fp32; exp2(-inf) = 0
+ *   reciprocal(x), approximate_reciprocal(x)   the latter for what is rounded to 16 bit later, in one instruction
  *   wave_any(c), ballot(c)     is c true in any lane; one bit for each lane where it is
  *   first_lane(bits)           the lowest lane in a ballot
  *   from_lane(x, l), wave_sum(x)
@@ -14,6 +15,7 @@
  *   opaque(x)                  x, but the compiler cannot know it is the same as before: what depends on it is computed
  *                              again instead of being kept in registers through the loop
  *   opaque_scalar(x)           the same for a value that all lanes share
+ *   reread(parameter)          the kernel's first parameter, but what is read from it is not what was read before
  *   global_load<T>(pointer), global_store(pointer, x)   for pointers that the compiler cannot see to be global
  *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
  *
@@ -38,15 +40,17 @@
  * RowLayout<HEAD_DIM>: rows of elements in shared memory so that the arch's reads and writes find all banks
  *   BYTES, chunk(row, c)       of a row, padding included; where its 16-byte chunk c stands
  *
- * Query<HEAD_DIM, ROW_TILES>: the rows of Q a wave works on, as operand of the matrix unit
- *   SHARED_BYTES               shared memory that one wave needs for it (0: all in registers)
- *   load(shared, row, negate)  row(r): pointer to query row r of this wave's tile, or null for zeros
+ * Query<HEAD_DIM, ROW_TILES, TEAM>: the rows of Q that a wave, or all of a team's, work on, as operand of the matrix
+ * unit
+ *   SHARED_BYTES               shared memory that they need for it (0: all in registers)
+ *   load(shared, row, bits)    row(r): pointer to query row r of this wave's tile, or null for zeros; `bits` are
+ *                              applied to the elements on the way
  *
- * store_output(o, shared, row)   rounds and writes the first HEAD_DIM columns of O; row(r): where row r goes, or null;
- *                              `shared`: the wave's memory of its Query, which is overwritten
+ * store_output<COLUMNS>(o, shared, row)   rounds and writes the first COLUMNS columns of O; row(r): where row r goes,
+ *                                         or null; `shared`: the wave's memory of its Query, which is overwritten
  *
- * KeyValueTile<HEAD_DIM, KEYS, THREADS>: KEYS tokens of K and of V on their way from global into shared memory, carried
- * by THREADS threads (a block, or one wave of it). The copy of the next tile runs while this one is used:
+ * KeyValueTile<HEAD_DIM, VALUE_DIM, KEYS, THREADS>: KEYS tokens of K and of V on their way from global into shared
+ * memory, copied by THREADS threads (a block, or one wave of it). The next tile is copied while this one is used:
  *   SHARED_BYTES
  *   KeyValueTile(shared, thread)
  *   issue(rows, first)         start to fetch keys first ... first+KEYS-1 (rows: see KeyValueRows in sequence.h)
@@ -54,11 +58,12 @@
  *                              before. sync() is called where the THREADS threads must meet: pass barrier, or
  *                              wave_sync when they are one wave
  *   scores(query, s)           s = Q * K^T for the current tile
- *   accumulate(s, o)           o += round(s) * V: s holds the probabilities by now
- * Tokens past the end of the sequence read as zeros in V; what they give in s is finite or not, but never undefined.
+ *   accumulate(s, o, column)   o += round(s) * V, of the columns of V from `column` on; s holds the probabilities now
+ * Tokens past the end of the sequence, or before the first that any row sees, read as zeros in V; what they give in s
+ * is finite or not, but never undefined.
  *
- * Shapes: Shape<HEAD_DIM> proposes, for many query rows, ROW_TILES, KEYS, WAVES and BLOCKS (blocks that should fit
- * into one CU/SM at once; for __launch_bounds__).
+ * Shapes: Shape<HEAD_DIM, VALUE_DIM> proposes, for many query rows, ROW_TILES, KEYS, WAVES and BLOCKS (blocks that
+ * should fit into one CU/SM at once; for __launch_bounds__).
  *
  * An arch may go through the tiles in a way of its own (wgmma in arch/sm90_forward.h; two alternating groups of waves
  * would be another): tile_loop.h says what such a loop provides. */
@@ -66,18 +71,23 @@
 #define AITER_GPU_ARCH_H
 
 #include "gpu/runtime.h"
+#include "gpu/target.h"
 
 namespace aiter {
 
-typedef uint16_t Element; /* bits of an fp16 or bf16 */
+__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
-__host__ __device__ constexpr int round_up(int value, int multiple) {
-    return (value + multiple - 1) / multiple * multiple;
-}
+/* What happens to queries on their way to the matrix unit, two elements at a time: their signs change, or they become
+ * zeros (see score.h). */
+struct QueryBits {
+    uint32_t keep, flip;
+    __device__ __forceinline__ uint32_t operator()(uint32_t two) const { return (two & keep) ^ flip; }
+    __device__ __forceinline__ float factor() const { return keep == 0 ? 0.0f : flip == 0 ? 1.0f : -1.0f; }
+};
 
 } // namespace aiter
 
-#if defined(__HIP__)
+#if defined(AITER_GFX9)
 #include "gpu/arch/gfx9_tiles.h"
 #else
 #include "gpu/arch/sm80.h"

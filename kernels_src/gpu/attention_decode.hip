@@ -17,77 +17,92 @@
  *                      on their way (registers or shared memory, see arch/ *_decode.h): the next tiles
  *     each tile        advance     the next tile has arrived; a later one sets off
  *                      scores      S = Q K^T
+ *                      finish      what score.h does to them: normally nothing
+ *                      hide        only where an edge of what the rows see cuts the tile
  *                      update      P = exp2(S - max)
  *                      accumulate  O += P V
  *     at the end       waves of a row tile add up what they have, halving their number through shared memory; the
  *                      first writes it: the whole of a unit to the output, a part of one to the workspace
  *
+ * With a window, steps are counted over the keys that any row sees, and pages before them are not looked up. With
+ * batch_invariant, every range is one step of INVARIANT_KEYS keys, so that a unit is cut in the same places whatever
+ * else there is.
+ *
  * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results
  * do not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
  *
  * What arch/ *_decode.h provides:
- *   Decode<HEAD_DIM>                  ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
+ *   Decode<HEAD_DIM, VALUE_DIM>       ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
  *                                     LANES; Scores, Output and Queries: as Accumulator and Query in gpu/arch.h, with
- *                                     RUN columns adjacent and a row spread over LANES lanes; leads_row()
- *   KeyValueStream<HEAD_DIM, Rows>    (shared, rows, first, group, groups): the tiles group, group + groups, ... from
- *                                     token `first` to the end of rows; advance, scores and accumulate as above
+ *                                     RUN columns adjacent and a row spread over LANES lanes; leads_row(). TEAM waves
+ *                                     (above, a wave) have the same rows and tiles, each COLUMNS columns of O
+ *   KeyValueStream<HEAD_DIM, VALUE_DIM, Rows>   (shared, rows, first, group, groups): the tiles group, group + groups,
+ *                                               ... from token `first` to the end of rows; advance, scores and
+ *                                               accumulate as above. COOPERATIVE: waves fetch tiles for each other, so
+ *                                               that all must take part
  */
 #include "gpu/decode_schedule.h"
 
 namespace aiter {
 
+using Memory = DecodeMemory<HEAD_DIM, VALUE_DIM>;
 using Rows = KeyValueRows<PAGED>;
-using Stream = KeyValueStream<HEAD_DIM, Rows>;
+using Stream = Memory::Stream;
 using Scores = Tile::Scores;
 using Output = Tile::Output;
 using Softmax = OnlineSoftmax<Output::SLOTS, Tile::LANES>;
 constexpr int SLOTS = Output::SLOTS, RUN = Tile::RUN;
 
-constexpr int EXCHANGED = SLOTS * (Output::VALUES + 2); /* floats of a lane: O, maximum, sum */
-constexpr int EXCHANGE_BYTES = WAVES / 2 * EXCHANGED * WAVE * 4;
-constexpr int SHARED_BYTES = Stream::SHARED_BYTES > EXCHANGE_BYTES ? Stream::SHARED_BYTES : EXCHANGE_BYTES;
+constexpr int EXCHANGED = Memory::EXCHANGED;
+constexpr int SHARED_BYTES = Memory::SHARED_BYTES;
+static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
+
+/* Of value i of a lane; of a team's waves each has its own. Not by wave(), which all lanes must ask together. */
+__device__ __forceinline__ int column_of_lane(int i) {
+    return (Tile::TEAM == 1 ? 0 : thread_in_block() / WAVE % Tile::TEAM * Tile::COLUMNS) + Output::column_of_lane(i);
+}
 
 /* ---- one unit, or a part of it ---- */
 
-/* -inf for the keys of the tile beginning at `first` that a row does not see: those from `limit` on. */
-__device__ __forceinline__ void mask_from(Scores &s, const int (&limit)[SLOTS], int first) {
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
-        const int seen = limit[slot] - first - Scores::lane_column();
-#pragma unroll
-        for (int i = 0; i < Scores::VALUES; ++i)
-            /* opaque: for else the selection is moved out of the branch that spares most tiles of it */
-            s.set(slot, i, opaque(Scores::column(i) < seen ? s.get(slot, i) : -INFINITE));
-    }
-}
-
-/* The wave's tiles among keys first_key ... end-1, for the rows from `wave_row` on. */
+/* The team's tiles among keys first_key ... end-1, for the rows from `wave_row` on. */
 __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, int first_key, int end, int wave_row,
-                                       int group, int groups, bool negate, Softmax &softmax, Output &o) {
+                                       int group, int groups, const Score &score, Softmax &softmax, Output &o) {
+    if (!Stream::COOPERATIVE && wave_row >= unit.rows) return;
     Rows rows = unit.sequence.keys;
+    rows.begin = unit.sees(0).low;
     rows.count = end;
-    int limit[SLOTS]; /* keys that a row sees */
+    Range sees[SLOTS];
+    float slope[SLOTS];
+    int position[SLOTS];
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
-        limit[slot] = CAUSAL && row < unit.rows ? lesser(unit.visible(row), end) : end;
+        sees[slot] = MASKED && row < unit.rows ? unit.sees(row) : Range{0, end};
+        sees[slot].high = lesser(sees[slot].high, end);
+        if (ALIBI) slope[slot] = unit.slope(row), position[slot] = unit.position(row);
     }
-    const int all_see = CAUSAL && wave_row < unit.rows ? lesser(unit.visible(wave_row), end) : end;
+    Range all_see = {0, end};
+    if (MASKED && wave_row < unit.rows) {
+        all_see.high = lesser(unit.sees(wave_row).high, end);
+        if (WINDOW) all_see.low = unit.sees(lesser(wave_row + Tile::ROWS, unit.rows) - 1).low;
+    }
 
     Stream stream(shared, rows, first_key, group, groups);
     Tile::Queries queries;
     queries.load(
         stream.query_memory(),
-        [&](int row) { return wave_row + row < unit.rows ? unit.query(wave_row + row) : nullptr; }, negate);
+        [&](int row) { return wave_row + row < unit.rows ? unit.query(wave_row + row) : nullptr; }, score.query_bits);
     /* All waves make the same number of rounds: they may have to meet in each. */
     const int last_step = (end - first_key - 1) / STEP_KEYS;
-    for (int tile = group; tile < (last_step + 1) * WAVES; tile += groups) {
+    for (int tile = group; tile < (last_step + 1) * TEAMS; tile += groups) {
         stream.advance();
         const int first = first_key + tile * KEYS;
-        if (first >= end) continue;
+        if (first >= end || Stream::COOPERATIVE && wave_row >= unit.rows) continue;
         Scores s;
         stream.scores(queries, s);
-        if (first + KEYS > all_see) mask_from(s, limit, first);
+        score.finish(s, first, [&](int slot) { return slope[slot]; }, [&](int slot) { return position[slot]; });
+        if (!all_see.covers<WINDOW>(first, first + KEYS))
+            hide<WINDOW>(s, -INFINITE, first, [&](int slot) { return sees[slot]; });
         softmax.update(s, o);
         stream.accumulate(s, o);
     }
@@ -100,7 +115,7 @@ __device__ __forceinline__ void add_up(char *shared, int group, int groups, int 
         barrier();
         const bool gives = group >= distance && group < 2 * distance, takes = group < distance;
         float *box = reinterpret_cast<float *>(shared) +
-                     (wave() - (gives ? distance * row_tiles : 0)) * EXCHANGED * WAVE + lane();
+                     (wave() - (gives ? distance * row_tiles * Tile::TEAM : 0)) * EXCHANGED * WAVE + lane();
         if (gives)
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
@@ -132,28 +147,28 @@ template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Pack {
 };
 
 /* Writes finished rows: all keys have been seen. */
-__device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &softmax, Output &o) {
+__device__ __forceinline__ void store(const Unit &unit, int wave_row, const Score &score, Softmax &softmax, Output &o) {
     float log_sum[SLOTS];
     softmax.finish(log_sum);
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
-        const bool sees_keys = row < unit.rows && unit.visible(row) > 0;
+        const bool sees_keys = unit.sees_keys(row);
         if (!sees_keys) log_sum[slot] = -INFINITE;
-        const float inverse = reciprocal(softmax.sum[slot]);
+        const float inverse = reciprocal(softmax.sum[slot]) * unit.share(row, log_sum[slot]);
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < Output::VALUES; ++i) {
             o.set(slot, i, sees_keys ? o.get(slot, i) * inverse : 0.0f);
-            if (Output::column_of_lane(i) < HEAD_DIM) total += o.get(slot, i);
+            if (column_of_lane(i) < VALUE_DIM) total += o.get(slot, i);
         }
         bool spoiled = false;
-        if (CAUSAL) {
+        if (MASKED) {
             total = row_sum<Tile::LANES>(total);
             const bool suspect = total != total && __builtin_fabsf(log_sum[slot]) < INFINITE;
             for (uint64_t lanes = ballot(suspect && Tile::leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int bad = from_lane(row, first_lane(lanes));
-                if (unit.repair(bad, from_lane(log_sum[slot], first_lane(lanes)))) spoiled |= row == bad;
+                if (unit.repair(bad, score, from_lane(log_sum[slot], first_lane(lanes)))) spoiled |= row == bad;
             }
         }
         if (row >= unit.padded_rows) continue;
@@ -165,8 +180,8 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, Softmax &s
             Pack<uint32_t, RUN / 2> run;
 #pragma unroll
             for (int j = 0; j < RUN; j += 2) run.item[j / 2] = to_elements(o.get(slot, i + j), o.get(slot, i + j + 1));
-            if (Output::column_of_lane(i) < HEAD_DIM)
-                *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + Output::column_of_lane(i)) = run;
+            if (column_of_lane(i) < VALUE_DIM)
+                *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + column_of_lane(i)) = run;
         }
     }
 }
@@ -184,8 +199,7 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
             Pack<float, RUN> run;
 #pragma unroll
             for (int j = 0; j < RUN; ++j) run.item[j] = o.get(slot, i + j);
-            if (Output::column_of_lane(i) < HEAD_DIM)
-                *reinterpret_cast<Pack<float, RUN> *>(to + Output::column_of_lane(i)) = run;
+            if (column_of_lane(i) < VALUE_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + column_of_lane(i)) = run;
         }
         if (Tile::leads_row())
             *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {
@@ -196,37 +210,44 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
 __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const Arguments arguments, int grid) {
     AITER_SHARED(shared, SHARED_BYTES);
     let_next_start();
+    clear_rest(arguments, grid, THREADS);
     const Schedule schedule(arguments, grid);
     if (block() >= schedule.blocks) return;
     const Parts parts(arguments, grid);
-    const Scale scale(arguments.problem.softmax_scale);
-    const int end = schedule.range_begin(block() + 1);
+    const Score score(arguments.problem);
+    const int end = schedule.range_begin(block() + 1), keys_of_step = step_keys(arguments.problem);
     int step = schedule.range_begin(block());
     Schedule::Place place = schedule.find(INT32_MAX, step);
 
     for (bool again = false; step < end; again = true) {
         const int index = (step - place.begin) / place.steps, unit_begin = place.begin + index * place.steps;
         const int first = step - unit_begin, last = lesser(end - unit_begin, place.steps);
-        const Unit unit(arguments, place.batch, index, schedule.parts);
+        const Unit unit(reread(arguments), place.batch, index, schedule.parts);
 
-        int row_tiles = 1; /* a power of two, as WAVES is */
-        while (row_tiles * Tile::ROWS < unit.padded_rows) row_tiles *= 2;
-        const int groups = WAVES / row_tiles, group = wave() / row_tiles;
-        const int wave_row = wave() % row_tiles * Tile::ROWS;
-        const int seen = unit.rows == 0 ? 0 : unit.visible(unit.rows - 1);
-        const int first_key = first * STEP_KEYS, end_key = lesser(seen, last * STEP_KEYS);
+        int row_tiles = 1; /* a power of two, as TEAMS is */
+        while (row_tiles * Tile::ROWS < unit.rows) row_tiles *= 2;
+        const int team = wave() / Tile::TEAM, groups = TEAMS / row_tiles, group = team / row_tiles;
+        const int wave_row = team % row_tiles * Tile::ROWS;
+        const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
+        const int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
+        int first_key = origin + first * keys_of_step;
+        if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
 
         if (again) barrier(); /* the last unit's use of shared memory is over */
-        Softmax softmax(scale.positive);
+        Softmax softmax(score.unit);
         Output o;
         o.clear();
         if (first_key < end_key)
-            attend(unit, shared_address(shared), first_key, end_key, wave_row, group, groups, scale.negate, softmax, o);
+            attend(unit, shared_address(shared), first_key, end_key, wave_row, group, groups, score, softmax, o);
         add_up(shared, group, groups, row_tiles, softmax, o);
+        /* The unit once more, so that what only writing needs is not kept through the loop. */
+        const Unit written(reread(arguments), opaque_scalar(place.batch), opaque_scalar(index), schedule.parts);
+        const bool whole = first == 0 && last == place.steps;
         if (group == 0) {
-            if (first == 0 && last == place.steps) store(unit, wave_row, softmax, o);
-            else store_part(unit, parts, first == 0, wave_row, softmax, o);
+            if (whole) store(written, wave_row, score, softmax, o);
+            else store_part(written, parts, first == 0, wave_row, softmax, o);
         }
+        if (whole) written.clear_padding(row_tiles * Tile::ROWS);
 
         step = unit_begin + last;
         if (step == place.begin + place.steps * schedule.units && step < end)
@@ -241,11 +262,13 @@ constexpr int MERGE_ROWS = 2, MERGE_SLICES = 4, MERGE_WAVES = MERGE_ROWS * MERGE
 /* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units,
  * or over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments arguments, int grid, int over_units) {
-    constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
+    constexpr int DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
     __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE];
     const Schedule schedule(arguments, grid);
     const Parts parts(arguments, grid);
     const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
+    /* Even where there is nothing to merge: whoever comes next on the stream waits for this kernel alone. */
+    wait_for_previous();
     if (!over_units && item + 1 >= schedule.blocks) return;
     const int step = over_units ? INT32_MAX : schedule.range_begin(item + 1);
     const Schedule::Place place = schedule.find(over_units ? item / schedule.units : schedule.problem.batch, step);
@@ -256,9 +279,8 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments argum
 
     const Unit unit(arguments, place.batch, index, schedule.parts);
     const int row = block() % row_blocks * MERGE_ROWS + wave() / MERGE_SLICES, slice = wave() % MERGE_SLICES;
-    const bool sees_keys = row < unit.rows && unit.visible(row) > 0;
+    const bool sees_keys = unit.sees_keys(row);
     const int count = sees_keys ? last - first + 1 : 0; /* parts: place 1 of the first block, place 0 of the others */
-    wait_for_previous();
 
     float maximum = -INFINITE, total = 0.0f;
     for (int i = lane(); i < count; i += WAVE)
@@ -281,26 +303,29 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments argum
         const float *part = parts.output_row(first + i, i == 0, row);
 #pragma unroll
         for (int d = 0; d < DIMENSIONS; ++d)
-            if (lane() + d * WAVE < HEAD_DIM) sum[d] += weight * part[lane() + d * WAVE];
+            if (lane() + d * WAVE < VALUE_DIM) sum[d] += weight * part[lane() + d * WAVE];
     }
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) sums[wave()][lane() + d * WAVE] = sum[d];
     barrier();
     if (slice != 0 || row >= unit.padded_rows) return;
+    const float share = unit.share(row, log_sum);
     bool spoiled = false;
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d) {
         sum[d] = 0.0f;
 #pragma unroll
         for (int w = 0; w < MERGE_SLICES; ++w) sum[d] += sums[wave() + w][lane() + d * WAVE];
-        if (sees_keys) sum[d] *= reciprocal(total);
+        if (sees_keys) sum[d] *= reciprocal(total) * share;
         spoiled |= sum[d] != sum[d];
     }
     if (lane() == 0) unit.store_lse(row, log_sum);
-    if (CAUSAL && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE && unit.repair(row, log_sum)) return;
+    if (MASKED && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE &&
+        unit.repair(row, Score(arguments.problem), log_sum))
+        return;
 #pragma unroll
     for (int d = 0; d < DIMENSIONS; ++d)
-        if (lane() + d * WAVE < HEAD_DIM) unit.output(row)[lane() + d * WAVE] = to_element(sum[d]);
+        if (lane() + d * WAVE < VALUE_DIM) unit.output(row)[lane() + d * WAVE] = to_element(sum[d]);
 }
 
 /* ---- the host's side ---- */
@@ -310,8 +335,8 @@ struct Plan {
     int64_t units, steps, grid;
     Plan(const aiter_attention_problem &p, int compute_units) {
         units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
-        steps = units * steps_of(p.seqlen_k);
-        grid = blocks_for(units, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
+        steps = units * steps_of(p, most_keys_to_read(p));
+        grid = blocks_for(p, units, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
     }
     bool cuts() const { return grid > 1 && steps > units; } /* may they go through a unit? */
 };
@@ -336,7 +361,7 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
         if (count > most) most = count;
     }
     const aiter::Plan plan(call->problem, most);
-    return plan.cuts() ? aiter::Parts::bytes(plan.grid, aiter::rows_of_unit(call->problem)) : 0;
+    return plan.cuts() ? aiter::Parts::bytes(call->problem, plan.grid) : 0;
 }
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {

@@ -10,70 +10,80 @@
  *   where it lives   registers: Q (or shared memory, see the arch), S/P of one tile, O, maximum and sum of each row
  *                    shared memory: K and V of one tile, for all waves; the next tile is on its way there
  *
- *   each tile        S = Q K^T, mask where the diagonal or the end of the sequence cuts the tile, P = exp2(S - max),
- *                    O += P V: see tile_loop.h, or the loop that an arch has of its own (arch/sm90_forward.h)
+ *   each tile        S = Q K^T, cap and slope (score.h), mask where an edge of what the rows see cuts the tile
+ *                    (mask.h), P = exp2(S - max), O += P V: see tile_loop.h, or the loop that an arch has of its own
+ *                    (arch/sm90_forward.h)
  *
- *   at the end       O / sum and the log-sum-exp go to memory. Causal only: a NaN that a masked value has left in a row
- *                    (0 * inf within a matrix product) is found there, and that row is computed again key by key.
+ *   at the end       O / sum, less what a sink takes, and the log-sum-exp go to memory. With a mask: a NaN that a
+ *                    hidden value has left in a row (0 * inf within a matrix product) is found there, and that row is
+ *                    computed again key by key.
  *
- * Blocks of one KV head stand together in the grid, and of these the ones with most keys come first, so that the short
- * ones fill the gaps at the end. Built for one dtype, AITER_HEAD_DIM, AITER_CAUSAL and AITER_PAGED. */
+ * Blocks of one KV head stand together in the grid, and of these the last rows, which with a causal mask see most keys,
+ * come first, so that the short ones fill the gaps at the end. Built for the options of target.h. */
 #include "gpu/tile_loop.h"
-
-#if !defined(__HIP__)
+#if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_forward.h"
-#endif
-
-#ifndef AITER_PAGED
-#define AITER_PAGED 0
 #endif
 
 namespace aiter {
 
-constexpr int HEAD_DIM = AITER_HEAD_DIM;
-constexpr bool CAUSAL = AITER_CAUSAL, PAGED = AITER_PAGED;
-using Problem = Sequence<CAUSAL, PAGED>;
-#if defined(AITER_WGMMA)
-using Loop = WarpgroupLoop<HEAD_DIM, Problem>;
+/* wgmma's loop knows windows, caps, slopes and values of another length too, but has not run with them on a GPU yet;
+ * and its registers hold no output of more than 256 columns. */
+#if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM == AITER_HEAD_DIM && !AITER_WINDOW &&             \
+    !AITER_SOFTCAP && !AITER_ALIBI
+using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
 #else
-using Loop = TileLoop<HEAD_DIM, Problem>;
+using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
 #endif
 using Output = Loop::Output;
 constexpr int SLOTS = Output::SLOTS;
-constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::WAVES * WAVE_ROWS;
+constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::BLOCK_ROWS;
 
 /* Rows of one head of one sequence, which a block works on at one time; Loop::place says in which order. */
 struct RowTile {
-    Problem sequence;
+    int head;
+    Sequence sequence;
     int first_row;
-    int keys_end; /* keys that any of its rows sees lie before this */
+    Range
+        keys; /* that any of its rows sees; batch_invariant: from the beginning of a tile on, wherever the rows begin */
 
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
         : RowTile(launch, Loop::place(launch, index, (launch.problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS)) {}
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, Place place)
-        : sequence(launch, place.batch(launch.problem), place.head(launch.problem)),
+        : head(place.head(launch.problem)), sequence(launch, place.batch(launch.problem), head),
           first_row(place.row_tile * BLOCK_ROWS) {
-        const int rows_end = lesser(first_row + BLOCK_ROWS, sequence.rows);
-        keys_end = first_row < rows_end ? sequence.visible(rows_end - 1) : 0;
+        keys = sequence.mask.keys_of_any(first_row, first_row + BLOCK_ROWS);
+        sequence.keys.begin = keys.low;
+        if (WINDOW && launch.problem.batch_invariant) keys.low -= keys.low % Loop::KEYS;
     }
 
     /* Whether any of its rows is to be written. */
     __device__ __forceinline__ bool exists() const { return first_row < sequence.padded_rows; }
 };
 
-__device__ __forceinline__ void store(const RowTile &tile, SharedAddress shared, float signed_scale,
-                                      OnlineSoftmax<SLOTS> &softmax, Output &o) {
-    const Problem &sequence = tile.sequence;
-    const int wave_row = tile.first_row + wave() * WAVE_ROWS;
-    float log_sum[SLOTS];
+/* Did a value that not all of the wave's rows see stand in its matrix products, and is not finite? */
+__device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wave_row) {
+    const Sequence &sequence = tile.sequence;
+    const Range keys = tile.keys, all_see = sequence.mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+    const int end = lesser(keys.low + round_up(keys.high - keys.low, Loop::KEYS), sequence.keys.count);
+    return values_not_finite(sequence, all_see.high, end) ||
+           WINDOW && values_not_finite(sequence, keys.low, lesser(all_see.low, end));
+}
+
+__device__ __forceinline__ void store(const Arguments &arguments, const RowTile &tile, SharedAddress shared,
+                                      const Score &score, OnlineSoftmax<SLOTS> &softmax, Output &o) {
+    const Sequence &sequence = tile.sequence;
+    const int wave_row = tile.first_row + Loop::wave_row();
+    float log_sum[SLOTS], share[SLOTS];
     softmax.finish(log_sum);
     bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
     bool any_spoiled = false;
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
-        const bool sees_keys = row < sequence.rows && sequence.visible(row) > 0;
-        const float inverse = reciprocal(softmax.sum[slot]);
+        const bool sees_keys = row < sequence.rows && !sequence.mask.keys_of(row).empty();
+        share[slot] = share_of_keys(arguments.tensors.sinks, tile.head, log_sum[slot]);
+        const float inverse = reciprocal(softmax.sum[slot]) * share[slot];
         float row_total = 0.0f;
 #pragma unroll
         for (int i = 0; i < Output::VALUES; ++i) {
@@ -82,19 +92,16 @@ __device__ __forceinline__ void store(const RowTile &tile, SharedAddress shared,
         }
         if (!sees_keys) log_sum[slot] = -INFINITE;
         spoiled[slot] = false;
-        if (CAUSAL) {
+        if (MASKED) {
             row_total = row_sum(row_total);
             spoiled[slot] = row_total != row_total && __builtin_fabsf(log_sum[slot]) < INFINITE;
             any_spoiled |= spoiled[slot];
         }
     }
-    if (CAUSAL && wave_any(any_spoiled)) { /* is it a masked value that did it? */
-        const int last_row = lesser(tile.first_row + BLOCK_ROWS, sequence.rows) - 1;
-        const int end = lesser(round_up(sequence.visible(last_row), Loop::KEYS), sequence.keys.count);
-        if (!values_not_finite<HEAD_DIM>(sequence, sequence.visible(wave_row), end))
+    if (MASKED && wave_any(any_spoiled)) /* is it a hidden value that did it? */
+        if (!met_hidden_infinity(tile, wave_row))
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
-    }
     Loop::store_output(o, shared, [&](int row) {
         row += wave_row;
         return row < sequence.padded_rows ? sequence.output + row * sequence.output_stride : nullptr;
@@ -105,15 +112,15 @@ __device__ __forceinline__ void store(const RowTile &tile, SharedAddress shared,
         if (sequence.lse != nullptr && row < sequence.padded_rows && lane_leads_row())
             global_store(sequence.lse + row, log_sum[slot] * LN_2);
     }
-    if (CAUSAL && wave_any(any_spoiled)) {
+    if (MASKED && wave_any(any_spoiled)) {
         wave_sync(); /* these rows are written once more, by other lanes */
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot)
 #pragma unroll 1
             for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int leader = first_lane(lanes);
-                exact_row<HEAD_DIM>(sequence, from_lane(wave_row + Output::row(slot), leader), signed_scale,
-                                    from_lane(log_sum[slot], leader));
+                exact_row(sequence, from_lane(wave_row + Output::row(slot), leader), score,
+                          from_lane(log_sum[slot], leader), from_lane(share[slot], leader));
             }
     }
 }
@@ -121,8 +128,9 @@ __device__ __forceinline__ void store(const RowTile &tile, SharedAddress shared,
 __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     attention_forward(const AITER_GRID_CONSTANT Loop::Launch launch) {
     AITER_SHARED(shared, Loop::SHARED_BYTES);
-    Loop::run<RowTile>(launch, shared_address(shared), [&](const RowTile &tile, auto &softmax, auto &o) {
-        store(tile, shared_address(shared), launch.problem.softmax_scale * LOG2_E, softmax, o);
+    const Score score(launch.problem);
+    Loop::run<RowTile>(launch, shared_address(shared), score, [&](const RowTile &tile, auto &softmax, auto &o) {
+        store(launch, tile, shared_address(shared), score, softmax, o);
     });
 }
 

@@ -9,14 +9,17 @@
  *
  * and with P and dS (or their transposes: rows are the own ones, columns the passing ones) of own and passing rows
  *
- *   P = exp2(scale * x_own x_passing^T - log_sum)      dS = P * (y_own y_passing^T - delta)
+ *   P = exp2(score(x_own x_passing^T) - LSE)           dS = P * (y_own y_passing^T - delta) * score'
  *   gradient of x_own += dS x_passing                  gradient of y_own += P^ y_passing
  *
- * where log_sum (base 2) and delta = rowsum(output * grad_output) - grad_lse belong to query rows, whichever side they
- * are on. */
+ * where score is that of score.h, the LSE (base 2) and delta = rowsum(output * grad_output) - grad_lse belong to query
+ * rows, whichever side they are on. x has HEAD_DIM columns, y VALUE_DIM. */
 #ifndef AITER_GPU_BACKWARD_H
 #define AITER_GPU_BACKWARD_H
 
+#include "gpu/arch.h"
+#include "gpu/mask.h"
+#include "gpu/score.h"
 #include "gpu/sequence.h"
 
 namespace aiter {
@@ -37,13 +40,13 @@ struct Rows {
 };
 
 /* Of a query row, as the workspace holds them. */
-struct alignas(8) Terms {
-    float log_sum, delta;
+struct alignas(8) LseAndDelta {
+    float lse, delta;
 };
 
 struct RowPair {
     Rows x, y;
-    Terms *terms; /* of query rows */
+    LseAndDelta *terms; /* of query rows */
     int count;
 };
 
@@ -52,14 +55,15 @@ struct GradSequence {
     const GradArguments &arguments;
     int batch;
     Extent query, key;
-    int diagonal; /* causal: query row i sees the keys up to i + diagonal */
+    Mask mask;
 
     __device__ __forceinline__ GradSequence(const GradArguments &arguments, int batch)
         : arguments(arguments), batch(batch) {
         const aiter_attention_problem &p = arguments.problem.forward;
-        query = extent(arguments.tensors.seqlens_q, batch, p.seqlen_q, p.packed_q, p.total_q);
-        key = extent(arguments.tensors.seqlens_k, batch, p.seqlen_k, p.packed_k, p.total_k);
-        diagonal = key.count - query.count;
+        query = extent(query_side(p, arguments.tensors), batch);
+        key = extent(key_side(p, arguments.tensors), batch);
+        mask = Mask(p, query.count, key.count, arguments.tensors.query_offsets, batch);
+        mask.diagonal = uniform(mask.diagonal);
     }
     __device__ __forceinline__ Rows rows(const void *tensor, const int64_t (&strides)[3], const Extent &extent,
                                          bool packed, int head) const {
@@ -72,14 +76,13 @@ struct GradSequence {
     __device__ __forceinline__ Rows key_rows(const void *tensor, const int64_t (&strides)[3], int head) const {
         return rows(tensor, strides, key, arguments.problem.forward.packed_k, head);
     }
-    __device__ __forceinline__ int64_t query_tokens() const {
-        const aiter_attention_problem &p = arguments.problem.forward;
+    /* LSE and delta: a row of all tokens for every query head. */
+    static __host__ __device__ __forceinline__ int64_t query_tokens(const aiter_attention_problem &p) {
         return p.packed_q ? p.total_q : int64_t(p.batch) * p.seqlen_q;
     }
-    /* A row of all tokens for every query head. */
-    __device__ __forceinline__ Terms *terms(int head) const {
+    __device__ __forceinline__ LseAndDelta *terms(int head) const {
         const aiter_attention_problem &p = arguments.problem.forward;
-        return static_cast<Terms *>(arguments.tensors.workspace) + head * query_tokens() +
+        return static_cast<LseAndDelta *>(arguments.tensors.workspace) + head * query_tokens(p) +
                (p.packed_q ? query.begin : int64_t(batch) * p.seqlen_q);
     }
     __device__ __forceinline__ RowPair queries(int head) const {
@@ -91,7 +94,7 @@ struct GradSequence {
     __device__ __forceinline__ void next_head(RowPair &pair) const {
         pair.x.row_0 += arguments.problem.forward.query_strides[2] * 2;
         pair.y.row_0 += arguments.problem.grad_output_strides[2] * 2;
-        pair.terms += query_tokens();
+        pair.terms += query_tokens(arguments.problem.forward);
     }
     __device__ __forceinline__ RowPair keys(int head) const {
         return {key_rows(arguments.tensors.key, arguments.problem.forward.key_strides, head),
@@ -106,23 +109,61 @@ struct GradSequence {
     }
 };
 
-/* The passing rows that an own row takes part with: low <= row < high. */
-struct Window {
-    int low, high;
+/* What one block does: `rows` own rows from block_row on, and the passing rows that see them. Blocks with most to do
+ * come first: under a causal mask those of the last query rows, or of the first keys. */
+template <int PASS, int ROWS, int TOKENS> struct Share {
+    GradSequence sequence;
+    int kv_head, first_head, query_head, heads_passing;
+    int row_block, row_blocks, block_row; /* own side: the block's rows */
+    int own_rows, padded_rows;            /* all that exist, all to be written */
+    int first, tiles;                     /* the first passing row, and how many tiles; the same for each head */
+
+    static __device__ __forceinline__ int heads(const aiter_attention_problem &problem) { /* that share passing rows */
+        return owns_queries(PASS) ? problem.heads_q / problem.heads_kv : 1;
+    }
+    static __device__ __forceinline__ int blocks(const aiter_attention_problem &problem) {
+        return ((owns_queries(PASS) ? problem.seqlen_q : problem.seqlen_k) + ROWS - 1) / ROWS;
+    }
+    static __device__ __forceinline__ Work work(const aiter_attention_problem &problem, int block) {
+        return work_of_block(block, problem.batch * problem.heads_kv, heads(problem) * blocks(problem));
+    }
+    __device__ __forceinline__ Share(const GradArguments &arguments, int block)
+        : sequence(arguments, work(arguments.problem.forward, block).unit / arguments.problem.forward.heads_kv) {
+        const aiter_attention_problem &problem = arguments.problem.forward;
+        const Work work = Share::work(problem, block);
+        const int group = problem.heads_q / problem.heads_kv;
+        row_block = work.part / heads(problem), row_blocks = blocks(problem);
+        kv_head = work.unit % problem.heads_kv;
+        first_head = kv_head * group;
+        query_head = first_head + work.part % heads(problem);
+        heads_passing = owns_queries(PASS) ? 1 : group;
+        block_row = (owns_queries(PASS) ? row_blocks - 1 - row_block : row_block) * ROWS;
+        own_rows = owns_queries(PASS) ? sequence.query.count : sequence.key.count;
+        padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
+        first = sees(block_row).low;
+        const int passing_rows = sees(lesser(block_row + ROWS, own_rows) - 1).high - first;
+        tiles = block_row < own_rows && passing_rows > 0 ? (passing_rows + TOKENS - 1) / TOKENS : 0;
+    }
+    /* The passing rows that an own row takes part with. */
+    __device__ __forceinline__ Range sees(int own_row) const {
+        return owns_queries(PASS) ? sequence.mask.keys_of(own_row) : sequence.mask.rows_of(own_row);
+    }
+    /* Where an own row stands among the passing ones. */
+    __device__ __forceinline__ int position(int own_row) const {
+        return owns_queries(PASS) ? own_row + sequence.mask.diagonal : own_row - sequence.mask.diagonal;
+    }
+    __device__ __forceinline__ float slope(int passing_head) const {
+        return alibi_slope(sequence.arguments.problem.forward, sequence.arguments.tensors, sequence.batch,
+                           owns_queries(PASS) ? query_head : first_head + passing_head);
+    }
+    __device__ __forceinline__ RowPair own() const {
+        return owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
+    }
+    __device__ __forceinline__ RowPair passing() const {
+        return owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
+    }
 };
 
-template <bool CAUSAL, int PASS> __device__ __forceinline__ Window window(const GradSequence &sequence, int own_row) {
-    if (owns_queries(PASS))
-        return {0, CAUSAL ? clamp(own_row + sequence.diagonal + 1, 0, sequence.key.count) : sequence.key.count};
-    return {CAUSAL ? clamp(own_row - sequence.diagonal, 0, sequence.query.count) : 0, sequence.query.count};
-}
-
 } // namespace aiter
-
-#if defined(__HIP__)
-#include "gpu/arch/gfx9_backward.h"
-#else
-#include "gpu/arch/sm80_backward.h"
-#endif
 
 #endif

@@ -21,13 +21,12 @@ constexpr auto hipDeviceAttributeMultiprocessorCount = cudaDevAttrMultiProcessor
 inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
     return cudaDeviceGetAttribute(value, attribute, device);
 }
-constexpr int CUDA_ARCHS[] = {__CUDA_ARCH_LIST__};
-constexpr int CUDA_ARCH = CUDA_ARCHS[0]; /* what this build is for, also in host code: 800, 900 */
 #endif
 
 #include <stdint.h>
 
 #include "aiter_abi.h"
+#include "gpu/target.h"
 
 #if defined(__HIP__)
 #define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(256))) char name[bytes]
@@ -61,9 +60,8 @@ inline const char *error_text(int code) {
 #if !defined(__HIP__)
 /* Before every launch: the limit belongs to the current device, and setting it costs next to nothing. */
 template <class Kernel> int allow_shared(Kernel kernel, int shared) {
-    return shared <= 48 * 1024
-               ? cudaSuccess
-               : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    return shared <= 48 * 1024 ? cudaSuccess
+                               : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
 }
 #endif
 

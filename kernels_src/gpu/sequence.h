@@ -5,50 +5,113 @@
 #ifndef AITER_GPU_SEQUENCE_H
 #define AITER_GPU_SEQUENCE_H
 
-#include "gpu/arch.h"
+#include "gpu/mask.h"
+#include "gpu/score.h"
 
 namespace aiter {
 
 using Arguments = aiter_attention_call; /* the kernel parameter */
 
-__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
-template <class T> __host__ __device__ __forceinline__ constexpr T lesser(T x, T y) { return x < y ? x : y; }
+/* The tokens of all sequences on one side, queries or keys: what says where each sequence's are. */
+struct Side {
+    const int32_t *lengths, *starts; /* null where there are none */
+    int most;
+    bool packed;
+    int64_t total; /* packed */
+};
+template <class Tensors>
+__device__ __forceinline__ Side query_side(const aiter_attention_problem &p, const Tensors &t) {
+    return {t.seqlens_q, t.starts_q, p.seqlen_q, p.packed_q != 0, p.total_q};
+}
+template <class Tensors> __device__ __forceinline__ Side key_side(const aiter_attention_problem &p, const Tensors &t) {
+    return {t.seqlens_k, t.starts_k, p.seqlen_k, p.packed_k != 0, p.total_k};
+}
 
-template <class T> __host__ __device__ __forceinline__ constexpr T greater(T x, T y) { return x < y ? y : x; }
-
-/* Rows of sequence `batch` in a tensor: where they begin (packed) or 0, and how many there are. */
+/* Rows of one sequence: where they begin (packed) or 0, and how many there are. */
 struct Extent {
     int64_t begin;
     int count;
 };
 
-/* A wave adds up the lengths before its sequence: all its lanes take part. */
-__device__ __forceinline__ Extent extent(const int32_t *lengths, int batch, int most, bool packed, int64_t total) {
-    Extent result = {0, most};
-    if (packed) {
-        int64_t sum = 0;
+/* Of a packed sequence with starts, or where the last one ends. */
+__device__ __forceinline__ int64_t start_of(const Side &side, int batch) {
+    return lesser<int64_t>(greater(uniform(side.starts[batch]), 0), side.total);
+}
+
+/* How many rows a sequence has, as far as that can be told without adding up those before it. */
+__device__ __forceinline__ int length_of(const Side &side, int batch) {
+    int count = side.most;
+    if (side.packed && side.starts != nullptr)
+        count = lesser(count, greater(greater(side.starts[batch + 1], 0) - greater(side.starts[batch], 0), 0));
+    return side.lengths == nullptr ? count : lesser(count, clamp(side.lengths[batch], 0, side.most));
+}
+
+/* Without starts, a wave adds up the lengths before its sequence: all its lanes take part. */
+__device__ __forceinline__ Extent extent(const Side &side, int batch) {
+    Extent result = {0, side.most};
+    if (side.packed) {
+        if (side.starts != nullptr) {
+            result.begin = start_of(side, batch);
+            result.count = static_cast<int>(
+                greater<int64_t>(lesser<int64_t>(start_of(side, batch + 1) - result.begin, side.most), 0));
+        } else {
+            int64_t sum = 0;
 #pragma unroll 1
-        for (int b = lane(); b < batch; b += WAVE) sum += clamp(lengths[b], 0, most);
-        /* Over the wave in two parts, so that the exchange is of 32-bit words and neither part overflows. */
-        result.begin = (static_cast<int64_t>(uniform(wave_sum(static_cast<int>(sum >> 24)))) << 24) +
-                       uniform(wave_sum(static_cast<int>(sum & 0xffffff)));
-        result.begin = lesser(result.begin, total);
+            for (int b = lane(); b < batch; b += WAVE) sum += clamp(side.lengths[b], 0, side.most);
+            /* Over the wave in two parts, so that the exchange is of 32-bit words and neither part overflows. */
+            result.begin = (static_cast<int64_t>(uniform(wave_sum(static_cast<int>(sum >> 24)))) << 24) +
+                           uniform(wave_sum(static_cast<int>(sum & 0xffffff)));
+            result.begin = lesser(result.begin, side.total);
+        }
     }
-    if (lengths != nullptr) result.count = uniform(clamp(lengths[batch], 0, most));
-    if (packed) result.count = static_cast<int>(lesser<int64_t>(result.count, total - result.begin));
+    if (side.lengths != nullptr) result.count = lesser(result.count, uniform(clamp(side.lengths[batch], 0, side.most)));
+    if (side.packed) result.count = static_cast<int>(lesser<int64_t>(result.count, side.total - result.begin));
     return result;
+}
+
+/* Calls clear(row, column) for every eighth column of the packed rows that belong to no sequence and stand between
+ * sequence `batch` and the next one or, for the first, before it; rows count from its own first. Thread `thread` of
+ * `threads` takes its share. Normally there are none. */
+template <int COLUMNS, class Clear>
+__device__ __forceinline__ void clear_rest(const Side &side, const Extent &own, int batch, int sequences, int thread,
+                                           int threads, Clear clear) {
+    constexpr int CHUNKS = COLUMNS / 8;
+    const bool last = batch == sequences - 1;
+    if (!side.packed || side.starts == nullptr && !last) return;
+    const int64_t rest = (last ? side.total : start_of(side, batch + 1)) - own.begin - own.count;
+#pragma unroll 1
+    for (int64_t i = thread; i < rest * CHUNKS; i += threads) clear(own.count + i / CHUNKS, i % CHUNKS * 8);
+    if (batch == 0)
+#pragma unroll 1
+        for (int64_t i = thread; i < own.begin * CHUNKS; i += threads) clear(-1 - i / CHUNKS, i % CHUNKS * 8);
 }
 
 /* Tokens of K and V of one sequence and KV head. `tile(first)` is the view of the tokens from `first` on; place(row,
  * step) is token row + step of it, or the last token of the sequence where that is past it. `row` differs from lane to
  * lane, `step` is the same for all: it goes into the scalar part of the address. Callers ask only for tiles of up to
- * 128 tokens that begin before `count`. */
+ * 128 tokens that begin before `count`. Of a window's tokens before `begin` nobody sees any: pages that hold no others
+ * are not looked up. */
 template <bool PAGED> struct KeyValueRows;
 
 template <> struct KeyValueRows<false> {
+    KeyValueRows() = default;
+    __device__ __forceinline__ KeyValueRows(const Arguments &arguments, const Extent &extent, int batch, int head)
+        : begin(0), count(extent.count) {
+        const aiter_attention_problem &p = arguments.problem;
+        const auto row_0 = [&](const void *tensor, const int64_t(&strides)[3]) {
+            return static_cast<const char *>(tensor) +
+                   (head * strides[2] + (p.packed_k ? extent.begin * strides[1] : batch * strides[0])) * 2;
+        };
+        key = row_0(arguments.tensors.key, p.key_strides);
+        value = row_0(arguments.tensors.value, p.value_strides);
+        key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
+        value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
+    }
+
     const char *key, *value;           /* token 0 */
     uint32_t key_stride, value_stride; /* bytes */
-    int count;
+    int begin, count;
+    __device__ __forceinline__ bool exists(int token) const { return token < count && (!WINDOW || token >= begin); }
 
     struct Tile {
         const char *key_base, *value_base;
@@ -84,10 +147,26 @@ template <> struct KeyValueRows<false> {
 };
 
 template <> struct KeyValueRows<true> {
+    KeyValueRows() = default;
+    __device__ __forceinline__ KeyValueRows(const Arguments &arguments, const Extent &extent, int batch, int head)
+        : begin(0), count(arguments.problem.num_pages == 0 ? 0 : extent.count) {
+        const aiter_attention_problem &p = arguments.problem;
+        const aiter_attention_tensors &t = arguments.tensors;
+        key = static_cast<const char *>(t.key) + head * p.key_strides[2] * 2;
+        value = static_cast<const char *>(t.value) + head * p.value_strides[2] * 2;
+        key_page_stride = p.key_strides[0] * 2, value_page_stride = p.value_strides[0] * 2;
+        key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
+        value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
+        pages = t.page_table + batch * p.page_table_stride;
+        page_size = p.page_size;
+        last_page = static_cast<int>(p.num_pages - 1);
+    }
+
     const char *key, *value;                    /* page 0 */
     int64_t key_page_stride, value_page_stride; /* bytes */
     uint32_t key_stride, value_stride;
-    int count;
+    int begin, count;
+    __device__ __forceinline__ bool exists(int token) const { return token < count && (!WINDOW || token >= begin); }
     const int32_t *pages;     /* of this sequence */
     int page_size, last_page; /* last_page: of the cache */
 
@@ -98,7 +177,8 @@ template <> struct KeyValueRows<true> {
             int page, position;
         };
         __device__ __forceinline__ Place place(int row, int step) const {
-            const unsigned t = static_cast<unsigned>(lesser(first + row + step, rows.count - 1));
+            const int token = lesser(first + row + step, rows.count - 1);
+            const unsigned t = static_cast<unsigned>(WINDOW ? greater(token, rows.begin) : token);
             const unsigned index = t / static_cast<unsigned>(rows.page_size);
             return {clamp(rows.pages[index], 0, rows.last_page), static_cast<int>(t - index * rows.page_size)};
         }
@@ -116,9 +196,8 @@ template <> struct KeyValueRows<true> {
     __device__ __forceinline__ Tile tile(int first) const { return {*this, first}; }
 };
 
-/* One query head of one sequence. Row i of the query sees the first `visible(i)` keys. */
-template <bool CAUSAL, bool PAGED> struct Sequence {
-    static constexpr bool IS_CAUSAL = CAUSAL, IS_PAGED = PAGED;
+/* One query head of one sequence. */
+struct Sequence {
     const Element *query;
     Element *output;
     float *lse;                          /* null when not wanted */
@@ -128,24 +207,13 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
     KeyValueRows<PAGED> keys;
     /* Where row 0 stands in the tensor of queries and, not paged, token 0 of `keys` in those of keys and values. */
     int query_batch, query_head, first_query, kv_batch, kv_head, first_key;
-    int diagonal; /* causal: keys that row 0 sees, minus 1; may be negative */
-
-    __device__ __forceinline__ int visible(int row) const {
-        return CAUSAL ? clamp(row + diagonal + 1, 0, keys.count) : keys.count;
-    }
+    Mask mask;
+    float slope; /* of the head, in base 2 */
 
     __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head) {
         const aiter_attention_problem &p = arguments.problem;
         const aiter_attention_tensors &t = arguments.tensors;
-        const Extent q = extent(t.seqlens_q, batch, p.seqlen_q, p.packed_q, p.total_q);
-        const Extent k = extent(t.seqlens_k, batch, p.seqlen_k, p.packed_k, p.total_k);
-        kv_head = head / (p.heads_q / p.heads_kv);
-        query_batch = p.packed_q ? 0 : batch;
-        query_head = head;
-        first_query = static_cast<int>(q.begin);
-        kv_batch = p.packed_k ? 0 : batch;
-        first_key = static_cast<int>(k.begin);
-
+        const Extent q = extent(query_side(p, t), batch), k = extent(key_side(p, t), batch);
         query_stride = p.query_strides[1];
         output_stride = p.output_strides[1];
         query = static_cast<const Element *>(t.query) + head * p.query_strides[2] +
@@ -155,27 +223,40 @@ template <bool CAUSAL, bool PAGED> struct Sequence {
         lse = t.lse == nullptr ? nullptr
                                : t.lse + head * p.lse_strides[1] + (p.packed_q ? q.begin : batch * p.lse_strides[0]);
         rows = q.count;
-        padded_rows = p.packed_q ? q.count : p.seqlen_q;
-        diagonal = k.count - q.count;
+        padded_rows = p.packed_q || !p.clear_rest ? q.count : p.seqlen_q;
+        slope = alibi_slope(p, t, batch, head);
 
-        keys.count = k.count;
-        keys.key = static_cast<const char *>(t.key) + kv_head * p.key_strides[2] * 2;
-        keys.value = static_cast<const char *>(t.value) + kv_head * p.value_strides[2] * 2;
-        keys.key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
-        keys.value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
-        if constexpr (PAGED) {
-            keys.key_page_stride = p.key_strides[0] * 2;
-            keys.value_page_stride = p.value_strides[0] * 2;
-            keys.pages = t.page_table + batch * p.page_table_stride;
-            keys.page_size = p.page_size;
-            keys.last_page = static_cast<int>(p.num_pages - 1);
-            if (p.num_pages == 0) keys.count = 0;
-        } else {
-            keys.key += (p.packed_k ? k.begin * p.key_strides[1] : batch * p.key_strides[0]) * 2;
-            keys.value += (p.packed_k ? k.begin * p.value_strides[1] : batch * p.value_strides[0]) * 2;
-        }
+        query_batch = p.packed_q ? 0 : batch;
+        query_head = head;
+        first_query = static_cast<int>(q.begin);
+        kv_batch = p.packed_k ? 0 : batch;
+        kv_head = head / (p.heads_q / p.heads_kv);
+        first_key = static_cast<int>(k.begin);
+        keys = KeyValueRows<PAGED>(arguments, k, batch, kv_head);
+        mask = Mask(p, q.count, keys.count, t.query_offsets, batch);
+        mask.diagonal = uniform(mask.diagonal);
     }
 };
+
+/* Zeros, and no log-sum-exp, in the packed rows that belong to no sequence, where they are asked for. `blocks` blocks
+ * of `threads` take the heads of the sequences in turn. */
+__device__ __forceinline__ void clear_rest(const Arguments &arguments, int blocks, int threads) {
+    const aiter_attention_problem &p = arguments.problem;
+    if (!p.clear_rest || !p.packed_q) return;
+#pragma unroll 1
+    for (int i = block(); i < p.batch * p.heads_q; i += blocks) {
+        const int batch = i / p.heads_q, head = i % p.heads_q;
+        const Side side = query_side(p, arguments.tensors);
+        const Extent own = extent(side, batch);
+        Element *output = static_cast<Element *>(arguments.tensors.output) + head * p.output_strides[2];
+        clear_rest<VALUE_DIM>(side, own, batch, p.batch, thread_in_block(), threads, [&](int64_t row, int column) {
+            row += own.begin;
+            global_store(output + row * p.output_strides[1] + column, Chunk{});
+            if (column == 0 && arguments.tensors.lse != nullptr)
+                global_store(arguments.tensors.lse + head * p.lse_strides[1] + row, -INFINITE);
+        });
+    }
+}
 
 /* Which work a block has. Work comes in units: all that reads one KV head of one sequence. A unit's blocks are numbered
  * together, so that they run at one time and find their keys in the L2 cache. With several chiplets (XCDs), to which
@@ -205,12 +286,9 @@ struct Place {
 inline int check_problem(const aiter_attention_problem &p) {
     const int64_t limit = int64_t(1) << 24;
     if (p.key_strides[1] >= limit || p.value_strides[1] >= limit) return LAUNCH_STRIDE_TOO_LARGE;
-#if defined(AITER_PAGED) && AITER_PAGED
-    if (p.page_size <= 0) return LAUNCH_BAD_PROBLEM;
-#else
-    if (p.page_size != 0) return LAUNCH_BAD_PROBLEM;
-#endif
+    if (PAGED ? p.page_size <= 0 : p.page_size != 0) return LAUNCH_BAD_PROBLEM;
     if (p.heads_kv <= 0 || p.heads_q % p.heads_kv != 0) return LAUNCH_BAD_PROBLEM;
+    if (SOFTCAP && !(p.softcap > 0)) return LAUNCH_BAD_PROBLEM;
     return 0;
 }
 

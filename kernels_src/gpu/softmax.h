@@ -8,22 +8,11 @@
 #ifndef AITER_GPU_SOFTMAX_H
 #define AITER_GPU_SOFTMAX_H
 
+#include "gpu/arch.h"
+#include "gpu/score.h"
 #include "gpu/sequence.h"
 
 namespace aiter {
-
-constexpr float INFINITE = __builtin_inff();
-constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
-
-/* Softmax in the exp2 domain needs a positive scale: queries are negated for a negative one, and for zero one so small
- * that every score becomes 0, while masked ones stay -inf. */
-struct Scale {
-    float positive;
-    bool negate;
-    __device__ __forceinline__ explicit Scale(float scale) : negate(scale < 0) {
-        positive = scale == 0 ? 1e-37f : (negate ? -scale : scale) * LOG2_E;
-    }
-};
 
 template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     static constexpr float THRESHOLD = 8.0f;
@@ -43,10 +32,12 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         bool grown = false;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            const float top = s.largest(slot) * scale; /* of this lane */
+            float top = s.largest(slot) * scale; /* of this lane */
             shrink[slot] = 1.0f;
             if (wave_any(top > maximum[slot] + THRESHOLD)) {
-                const float next = __builtin_fmaxf(maximum[slot], row_max<LANES>(top));
+                top = row_max<LANES>(top);
+                /* Only a row that must: its bits do not depend on which rows share its wave. */
+                const float next = top > maximum[slot] + THRESHOLD ? top : maximum[slot];
                 shrink[slot] = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];
@@ -80,39 +71,28 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     }
 };
 
-/* -inf for the keys of the tile beginning at `first` that a row does not see. The wave's rows begin at `wave_row`. */
-template <class Scores, class Sequence>
-__device__ __forceinline__ void mask(Scores &s, const Sequence &sequence, int wave_row, int first) {
-    wave_row = opaque(wave_row);
-#pragma unroll
-    for (int slot = 0; slot < Scores::SLOTS; ++slot) {
-        const int limit = sequence.visible(wave_row + Scores::row(slot)) - first - Scores::lane_column();
-        int rest; /* of the limit, from the first of 16 values on: columns are then small constants */
-#pragma unroll
-        for (int i = 0; i < Scores::VALUES; ++i) {
-            /* opaque: for else the selections are moved out of the branch that spares most tiles of them, and all the
-             * comparisons are made before the first selection. */
-            if (i % 16 == 0) rest = opaque(limit - Scores::column(i));
-            const bool visible = Scores::column(i) - Scores::column(i / 16 * 16) < rest;
-            s.set(slot, i, opaque(visible ? s.get(slot, i) : -INFINITE));
-        }
-    }
+/* The softmax's end: what joins its sum beside the keys. A sink is a score without a value; `log_sum` is that of the
+ * keys, in base 2. Returns their share of the whole, which the output is multiplied by. */
+__device__ __forceinline__ float share_of_keys(const float *sinks, int head, float log_sum) {
+    return sinks == nullptr ? 1.0f : reciprocal(1.0f + exp2(sinks[head] * LOG2_E - log_sum));
 }
 
 /* One row once more, by a whole wave, key by key and only those it sees: for rows into which a matrix product has let
- * 0 * inf or 0 * NaN of a masked value. `log_sum` of the row is in base 2 and right. Slow and rare. */
-template <int HEAD_DIM, class Sequence>
-__device__ __forceinline__ void exact_row(const Sequence &sequence, int row, float signed_scale, float log_sum) {
+ * 0 * inf or 0 * NaN of a masked value. `log_sum` of the row is in base 2 and right, `share` that of the keys. Slow and
+ * rare. */
+__device__ __forceinline__ void exact_row(const Sequence &sequence, int row, const Score &score, float log_sum,
+                                          float share) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
-    float q[DIMENSIONS], result[DIMENSIONS];
+    constexpr int VALUE_DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE;
+    float q[DIMENSIONS], result[VALUE_DIMENSIONS] = {};
 #pragma unroll
     for (int i = 0; i < DIMENSIONS; ++i) {
         const int d = lane() + i * WAVE;
-        q[i] = d < HEAD_DIM ? to_float(sequence.query[row * sequence.query_stride + d]) : 0.0f;
-        result[i] = 0.0f;
+        q[i] = d < HEAD_DIM ? to_float(sequence.query[row * sequence.query_stride + d]) * score.query_bits.factor() : 0;
     }
+    const Range sees = sequence.mask.keys_of(row);
 #pragma unroll 1
-    for (int key = 0; key < sequence.visible(row); ++key) {
+    for (int key = sees.low; key < sees.high; ++key) {
         const auto tile = sequence.keys.tile(key);
         const auto place = tile.place(0, 0);
         const Element *k = reinterpret_cast<const Element *>(tile.key(place, 0));
@@ -121,26 +101,26 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, flo
 #pragma unroll
         for (int i = 0; i < DIMENSIONS; ++i)
             if (lane() + i * WAVE < HEAD_DIM) dot += q[i] * to_float(k[lane() + i * WAVE]);
-        const float p = exp2(wave_sum(dot) * signed_scale - log_sum);
+        const float distance = __builtin_fabsf(static_cast<float>(row + sequence.mask.diagonal - key));
+        const float p = exp2(score.finish(wave_sum(dot), sequence.slope, distance) * score.unit - log_sum) * share;
 #pragma unroll
-        for (int i = 0; i < DIMENSIONS; ++i)
-            if (lane() + i * WAVE < HEAD_DIM) result[i] += p * to_float(v[lane() + i * WAVE]);
+        for (int i = 0; i < VALUE_DIMENSIONS; ++i)
+            if (lane() + i * WAVE < VALUE_DIM) result[i] += p * to_float(v[lane() + i * WAVE]);
     }
 #pragma unroll
-    for (int i = 0; i < DIMENSIONS; ++i)
-        if (lane() + i * WAVE < HEAD_DIM)
+    for (int i = 0; i < VALUE_DIMENSIONS; ++i)
+        if (lane() + i * WAVE < VALUE_DIM)
             sequence.output[row * sequence.output_stride + lane() + i * WAVE] = to_element(result[i]);
 }
 
 /* Is there a NaN or infinity among the values of tokens begin ... end-1? Asked by a whole wave. */
-template <int HEAD_DIM, class Sequence>
 __device__ __forceinline__ bool values_not_finite(const Sequence &sequence, int begin, int end) {
     bool found = false;
 #pragma unroll 1
     for (int key = begin; key < end; ++key) {
         const auto tile = sequence.keys.tile(key);
         const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0, 0), 0));
-        for (int d = lane(); d < HEAD_DIM; d += WAVE) found |= !(__builtin_fabsf(to_float(v[d])) < INFINITE);
+        for (int d = lane(); d < VALUE_DIM; d += WAVE) found |= !(__builtin_fabsf(to_float(v[d])) < INFINITE);
     }
     return wave_any(found);
 }

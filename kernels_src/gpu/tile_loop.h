@@ -3,7 +3,8 @@
  *   publish     the tile that was on its way is the current one (block barrier)
  *   issue       the tile after it sets off: its copy runs during what follows
  *   scores      S = Q K^T          matrix unit
- *   mask        only where the diagonal or the end of the sequence cuts the tile
+ *   finish      what score.h does to them: normally nothing
+ *   hide        only where an edge of what the rows see cuts the tile
  *   update      P = exp2(S - max)  vector unit, while other waves use the matrix unit
  *   accumulate  O += P V           matrix unit
  *
@@ -12,26 +13,37 @@
 #ifndef AITER_GPU_TILE_LOOP_H
 #define AITER_GPU_TILE_LOOP_H
 
+#include "gpu/arch.h"
+#include "gpu/mask.h"
+#include "gpu/score.h"
+#include "gpu/sequence.h"
 #include "gpu/softmax.h"
 
 namespace aiter {
 
-template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
-    using Tile = Shape<HEAD_DIM>;
-    using Queries = Query<HEAD_DIM, Tile::ROW_TILES>;
-    using KeysAndValues = KeyValueTile<HEAD_DIM, Tile::KEYS, Tile::WAVES * WAVE>;
+template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_DIM> {
+    using Tile = Shape<HEAD_DIM, VALUE_DIM>;
+    using Queries = Query<HEAD_DIM, Tile::ROW_TILES, Tile::TEAM>;
+    using KeysAndValues = KeyValueTile<HEAD_DIM, VALUE_DIM, Tile::KEYS, Tile::WAVES * WAVE>;
     using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
-    using Output = Accumulator<Tile::ROW_TILES, HEAD_DIM>;
+    using Output = Accumulator<Tile::ROW_TILES, columns_of_wave(VALUE_DIM, Tile::TEAM)>;
     using Softmax = OnlineSoftmax<Output::SLOTS>;
     static constexpr int THREADS = Tile::WAVES * WAVE;
-    static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE;
-    static constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + Tile::WAVES * Queries::SHARED_BYTES;
+    static constexpr int TEAM = Tile::TEAM, TEAMS = Tile::WAVES / TEAM; /* without teams, of one wave each */
+    static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE, BLOCK_ROWS = TEAMS * WAVE_ROWS;
+    /* Of a team's queries and, later, its output. */
+    static constexpr int TEAM_BYTES = greater(Queries::SHARED_BYTES, Query<VALUE_DIM, Tile::ROW_TILES>::SHARED_BYTES);
+    static constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + TEAMS * TEAM_BYTES;
+    static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
     using Launch = Arguments; /* the kernel's parameter: the call, and what a loop adds to it */
 
     static int64_t workspace_bytes(const aiter_attention_problem &) { return 0; }
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
         return launch(kernel, row_tiles, THREADS, SHARED_BYTES, stream, call);
+    }
+    static __device__ __forceinline__ int row_tiles(const aiter_attention_problem &p) {
+        return (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
     }
 
     /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
@@ -43,39 +55,50 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
         return {work.unit, work.part % group, row_tiles - 1 - work.part / group};
     }
 
-    /* This wave's, for its query rows and later for store_output. */
+    static __device__ __forceinline__ int team() { return TEAM == 1 ? wave() : wave() / TEAM; }
+    /* The first of this wave's rows, in the block's. */
+    static __device__ __forceinline__ int wave_row() { return team() * WAVE_ROWS; }
+    static __device__ __forceinline__ int first_column() {
+        return TEAM == 1 ? 0 : wave() % TEAM * columns_of_wave(VALUE_DIM, TEAM);
+    }
+    /* This team's, for its query rows and later for store_output. */
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
-        return shared + KeysAndValues::SHARED_BYTES + wave() * Queries::SHARED_BYTES;
+        return shared + KeysAndValues::SHARED_BYTES + team() * TEAM_BYTES;
     }
     template <class RowPointer>
     static __device__ __forceinline__ void store_output(const Output &o, SharedAddress shared, RowPointer row) {
-        aiter::store_output<HEAD_DIM>(o, query_memory(shared), row);
+        aiter::store_output<VALUE_DIM>(o, query_memory(shared), row, first_column());
     }
 
     /* Goes through the block's row tiles, here one. Leaves in `o` the sums of P V, and in `softmax` what they must be
      * divided by, and calls finish(tile, softmax, o) in every wave that has rows: a loop may use more threads than its
-     * WAVES have. */
+     * WAVES have. Then clears the rows that belong to no sequence: last, when registers are free. */
     template <class RowTile, class Finish>
-    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, Finish finish) {
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
+                                               Finish finish) {
         const RowTile tile(launch, block());
-        if (!tile.exists()) return;
-        const Scale scale(launch.problem.softmax_scale);
-        Softmax softmax(scale.positive);
-        Output o;
-        attend(tile.sequence, shared, tile.first_row, tile.keys_end, scale.negate, softmax, o);
-        finish(tile, softmax, o);
+        if (tile.exists()) {
+            Softmax softmax(score.unit);
+            Output o;
+            attend(tile.sequence, shared, tile.first_row, tile.keys, score, softmax, o);
+            finish(tile, softmax, o);
+        }
+        clear_rest(launch, row_tiles(launch.problem) * launch.problem.heads_q * launch.problem.batch, THREADS);
     }
 
     static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
-                                                  int keys_end, bool negate, Softmax &softmax, Output &o) {
-        const int wave_row = first_row + wave() * WAVE_ROWS;
-        const int wave_keys = sequence.visible(lesser(wave_row + WAVE_ROWS, sequence.rows) - 1);
-        const int unmasked_keys = sequence.visible(wave_row);
+                                                  const Range &block_keys, const Score &score, Softmax &softmax,
+                                                  Output &o) {
+        const Mask &mask = sequence.mask;
+        const int wave_row = first_row + TileLoop::wave_row();
+        const Range wave_keys = mask.keys_of_any(wave_row, wave_row + WAVE_ROWS);
+        const Range keys_of_all = mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+        const KeyValueRows<PAGED> &keys = sequence.keys;
 
         o.clear();
-        if (keys_end == 0) return;
+        if (block_keys.empty()) return;
         KeysAndValues tile(shared, thread_in_block());
-        tile.issue(sequence.keys, 0);
+        tile.issue(keys, block_keys.low);
         Queries queries;
         queries.load(
             query_memory(shared),
@@ -83,18 +106,25 @@ template <int HEAD_DIM, class Sequence> struct TileLoop : Shape<HEAD_DIM> {
                 row += wave_row;
                 return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
             },
-            negate);
+            score.query_bits);
 
-        for (int first = 0; first < keys_end; first += Tile::KEYS) {
+        for (int first = block_keys.low; first < block_keys.high; first += Tile::KEYS) {
+            const int end = first + Tile::KEYS;
             tile.publish(barrier);
-            if (first + Tile::KEYS < keys_end) tile.issue(sequence.keys, first + Tile::KEYS);
-            if (first >= wave_keys) continue; /* causal: the tile is the other waves' */
+            if (end < block_keys.high) tile.issue(keys, end);
+            if (!wave_keys.overlaps<WINDOW>(first, end)) continue; /* the tile is the other waves' */
             Scores s;
             tile.scores(queries, s);
-            if (first + Tile::KEYS > unmasked_keys) mask(s, sequence, wave_row, first);
+            score.finish(
+                s, first, [&](int) { return sequence.slope; },
+                [&](int slot) { return wave_row + Scores::row(slot) + mask.diagonal; });
+            if (!keys_of_all.covers<WINDOW>(first, end))
+                hide<WINDOW>(s, -INFINITE, first,
+                             [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
             softmax.update(s, o);
-            tile.accumulate(s, o);
+            tile.accumulate(s, o, first_column());
         }
+        if (TEAM > 1) barrier(); /* nobody reads the team's queries any more */
     }
 };
 

@@ -175,3 +175,18 @@ def test_cost_of_the_main_loop(target, dtype, head_dim, causal, paged):
     loop = kernel["main_loop"]
     assert loop["narrowest_load"] >= (4 if paged else 8)  # the page table's entries
     assert loop["lds_conflicts"] < 0.05
+
+
+@on_targets([p for p in CONTIGUOUS if p[2] == 128 and p[0] in ("gfx90a", "gfx950")])
+def test_keys_and_values_are_read_once_for_each_row_tile(target, dtype, head_dim, causal, paged):
+    """By the waves that have rows: not by the others, nor for padding."""
+    tokens, keys, heads = 16, 512, 4
+    query = randn(1, tokens, heads, head_dim, dtype=dtype)
+    key, value = (randn(1, keys, 1, head_dim, dtype=dtype) for _ in "kv")
+    once = 2 * key.numel() * key.element_size()
+    for valid in (1, 5, 9, 16):
+        stats = {}
+        attend(target, query, key, value, causal, None, ints([valid]), ints([keys]), stats=stats)
+        (kernel,) = (cost for name, cost in stats.items() if NAME in name)
+        row_tiles = -(-valid * heads // 16)
+        assert kernel["total"]["bytes"] <= (row_tiles + 0.5) * once

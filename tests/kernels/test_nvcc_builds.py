@@ -9,6 +9,7 @@ from aiter.jit.toolchain import NvccToolchain
 
 pytestmark = pytest.mark.skipif(NvccToolchain().find() is None, reason="no nvcc: set AITER_NVCC or put it on PATH")
 PAGED = (("paged", 1),)
+ALL = (("alibi", 1), ("softcap", 1))
 
 
 @pytest.mark.parametrize(
@@ -20,6 +21,10 @@ PAGED = (("paged", 1),)
         Spec("attention_decode", "fp16", 40, True, "sm_80"),
         Spec("attention_backward", "bf16", 128, True, "sm_90a"),
         Spec("attention_backward", "fp16", 64, False, "sm_80"),
+        # every option, on a GPU with little shared memory
+        Spec("attention_forward", "bf16", 192, False, "sm_86", (*ALL, ("value_dim", 128), ("window", 1))),
+        Spec("attention_decode", "fp16", 512, False, "sm_86", (*ALL[:1], *PAGED, *ALL[1:], ("window", 1))),
+        Spec("attention_backward", "bf16", 96, False, "sm_86", (*ALL, ("value_dim", 64), ("window", 1))),
     ),
     ids=lambda spec: spec.name,
 )

@@ -3,12 +3,15 @@
 #ifndef AITER_GPU_ARCH_GFX9_H
 #define AITER_GPU_ARCH_GFX9_H
 
+#include "gpu/runtime.h"
+#include "gpu/target.h"
+
 namespace aiter {
 
 constexpr int WAVE = 64;
 constexpr int ROW_TILE = 32;
 constexpr int LANES_PER_ROW = 2;
-#if defined(__gfx90a__)
+#if defined(AITER_GFX90A)
 constexpr int XCDS = 1; /* the two dies of an MI250 are two devices */
 #else
 constexpr int XCDS = 8;
@@ -22,6 +25,7 @@ typedef _Float16 f16x4 __attribute__((ext_vector_type(4)));
 typedef _Float16 f16x8 __attribute__((ext_vector_type(8)));
 typedef short i16x4 __attribute__((ext_vector_type(4)));
 typedef __bf16 bf16x8 __attribute__((ext_vector_type(8)));
+typedef u32x4 Chunk; /* 16 bytes, as they are copied */
 
 /* ---- the wave ---- */
 
@@ -45,6 +49,7 @@ __device__ __forceinline__ void wave_sync() {
 __device__ __forceinline__ float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
 __device__ __forceinline__ float log2(float x) { return __builtin_amdgcn_logf(x); }
 __device__ __forceinline__ float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
+__device__ __forceinline__ float approximate_reciprocal(float x) { return reciprocal(x); }
 
 __device__ __forceinline__ uint64_t ballot(bool condition) {
     return __builtin_amdgcn_uicmp(static_cast<int>(condition), 0, 33 /* != */);
@@ -84,6 +89,13 @@ template <class T> __device__ __forceinline__ T opaque_scalar(T x) {
     return x;
 }
 
+/* The kernel's first parameter, once more: what is read from it then need not be kept in registers until then. */
+template <class T> __device__ __forceinline__ const T &reread(const T &) {
+    auto parameters = (const __attribute__((address_space(4))) char *)__builtin_amdgcn_kernarg_segment_ptr();
+    asm volatile("" : "+s"(parameters));
+    return *(const T *)parameters;
+}
+
 /* ---- shared memory (LDS) ---- */
 
 typedef uint32_t SharedAddress;
@@ -111,7 +123,7 @@ template <class T> __device__ __forceinline__ void global_store(void *pointer, T
 /* Tiles in shared memory permute their 16-byte chunks by exclusive or, within lines that hold all banks once: 128 bytes
  * of 32 banks, on gfx950 256 bytes of 64. A read of 16 bytes a lane is served to 8 (16) lanes at a time, of which
  * gfx950 takes 0-3 12-15 20-27 together, so numbers that differ modulo 16 must be told apart, not just neighbours. */
-#if defined(__gfx950__)
+#if defined(AITER_GFX950)
 constexpr int LINE_CHUNKS = 16;
 #else
 constexpr int LINE_CHUNKS = 8;
@@ -135,6 +147,11 @@ template <int HEAD_DIM> struct RowLayout {
 
 /* ---- elements ---- */
 
+/* The low or the high halves of two words, that of `x` in the low one. */
+__device__ __forceinline__ uint32_t join_halves(uint32_t x, uint32_t y, bool high) {
+    return __builtin_amdgcn_perm(y, x, high ? 0x07060302u : 0x05040100u);
+}
+
 #if defined(AITER_DTYPE_BF16)
 __device__ __forceinline__ float to_float(Element bits) {
     return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16);
@@ -150,7 +167,7 @@ __device__ __forceinline__ uint32_t to_elements(float x, float y) {
  * in its low half, as has the one that the hardware makes, so the addition never carries out of it. */
 __device__ __forceinline__ uint32_t to_elements(float x, float y) {
     const uint32_t a = __builtin_bit_cast(uint32_t, x) + 0x8000u, b = __builtin_bit_cast(uint32_t, y) + 0x8000u;
-    return __builtin_amdgcn_perm(b, a, 0x07060302u);
+    return join_halves(a, b, true);
 }
 #endif
 #else

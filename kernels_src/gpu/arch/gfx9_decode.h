@@ -2,9 +2,10 @@
  * of them goes through shared memory, and no wave waits for another. Implements the interface described in
  * attention_decode.hip.
  *
- * Everything is computed transposed, as in arch/gfx9.h, but in 16x16 tiles of MFMA: S^T = K Q^T, O^T = V^T P^T. With
- * m = lane % 16 and g = lane / 16, accumulator register r of a tile is row 4 g + r, column m; an operand is row (or
- * column) m and a run of the contraction that begins with 4 g (gfx950: 8 g). So, for a tile of 32 tokens in halves n:
+ * Everything is computed transposed, as in arch/gfx9_tiles.h, but in 16x16 tiles of MFMA: S^T = K Q^T, O^T = V^T P^T.
+ * With m = lane % 16 and g = lane / 16, accumulator register r of a tile is row 4 g + r, column m; an operand is row
+ * (or column) m and a run of the contraction that begins with 4 g (gfx950: 8 g). So, for a tile of 32 tokens in halves
+ * n:
  *
  *   K   a lane loads 16-byte chunks 4 j + g of tokens 16 n + m: each 8 dimensions of an operand, two of 16x16x16
  *   Q   the same chunks of row m
@@ -19,6 +20,7 @@
 #ifndef AITER_GPU_ARCH_GFX9_DECODE_H
 #define AITER_GPU_ARCH_GFX9_DECODE_H
 
+#include "gpu/arch.h"
 #include "gpu/sequence.h"
 
 namespace aiter {
@@ -55,8 +57,7 @@ template <int HEAD_DIM> struct DecodeQueries {
     static constexpr int STEPS = round_up(HEAD_DIM, 32) / 32;
     u32x4 operand[STEPS];
 
-    template <class RowPointer> __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
-        const uint32_t sign = negate ? 0x80008000u : 0u;
+    template <class RowPointer> __device__ __forceinline__ void load(SharedAddress, RowPointer row, QueryBits bits) {
         const Element *source = row(lane() % 16);
         u32x4 chunk[STEPS] = {};
         if (source != nullptr)
@@ -66,7 +67,8 @@ template <int HEAD_DIM> struct DecodeQueries {
         /* opaque waits for them here: or the loop over the tiles would, in each round, for all that is on its way. */
 #pragma unroll
         for (int j = 0; j < STEPS; ++j)
-            operand[j] = opaque(4 * j + lane() / 16 < HEAD_DIM / 8 ? chunk[j] ^ sign : u32x4{0, 0, 0, 0});
+            operand[j] =
+                opaque(4 * j + lane() / 16 < HEAD_DIM / 8 ? chunk[j] & bits.keep ^ bits.flip : u32x4{0, 0, 0, 0});
     }
 };
 
@@ -122,23 +124,26 @@ template <int HEAD_DIM> struct DecodeOutput {
     }
 };
 
-template <int HEAD_DIM> struct Decode {
+template <int HEAD_DIM, int VALUE_DIM> struct Decode {
     static constexpr int ROWS = 16;
     static constexpr int LANES = 4, RUN = 4;
     static constexpr int KEYS = 32;
-    static constexpr int WAVES = 4;
-    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+    static constexpr int WAVES = 4, TEAM = team_of(VALUE_DIM), COLUMNS = columns_of_wave(VALUE_DIM, TEAM);
+    static constexpr int BLOCKS = greater(HEAD_DIM, VALUE_DIM) <= 128 ? 2 : 1;
     using Scores = DecodeScores;
-    using Output = DecodeOutput<HEAD_DIM>;
+    using Output = DecodeOutput<COLUMNS>;
     using Queries = DecodeQueries<HEAD_DIM>;
     static __device__ __forceinline__ bool leads_row() { return lane() < 16; }
 };
 
-template <int HEAD_DIM, class Rows> struct KeyValueStream {
+template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
     static constexpr int SHARED_BYTES = 0;
-    static constexpr int KEYS = Decode<HEAD_DIM>::KEYS;
+    static constexpr bool COOPERATIVE = false;
+    using Shape = Decode<HEAD_DIM, VALUE_DIM>;
+    using Output = typename Shape::Output;
+    static constexpr int KEYS = Shape::KEYS;
     static constexpr int STEPS = DecodeQueries<HEAD_DIM>::STEPS;
-    static constexpr int WIDE = DecodeOutput<HEAD_DIM>::WIDE, NARROW = DecodeOutput<HEAD_DIM>::NARROW;
+    static constexpr int WIDE = Output::WIDE, NARROW = Output::NARROW;
     using Place = typename Rows::Tile::Place;
 
     const Rows &rows;
@@ -177,6 +182,12 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
             }
         }
     }
+    /* Where this lane's `count` columns of a piece that begins with column `begin` stand; past the last, those. */
+    template <int COUNT> static __device__ __forceinline__ int value_byte(int begin) {
+        const int own = Shape::TEAM == 1 ? 0 : wave() % Shape::TEAM * Shape::COLUMNS;
+        const int last = (VALUE_DIM - own - begin) / COUNT - 1; /* may be negative: the piece is nobody's */
+        return 2 * (own + begin) + 2 * COUNT * lesser(lane() % 16, last);
+    }
     __device__ __forceinline__ void issue_values() {
         const auto source = tile(coming);
 #pragma unroll
@@ -186,11 +197,9 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
                 const auto at = source.place_of_lane(place, lane() / 16 * 4, 16 * n + i);
 #pragma unroll
                 for (int p = 0; p < WIDE; ++p)
-                    wide[p][n][i] = *reinterpret_cast<const u32x4 *>(
-                        source.value(at, p * 256 + 16 * lesser(lane() % 16, HEAD_DIM / 8 - 1 - p * 16)));
+                    wide[p][n][i] = *reinterpret_cast<const u32x4 *>(source.value(at, value_byte<8>(128 * p)));
                 if constexpr (NARROW != 0)
-                    narrow[0][n][i] = *reinterpret_cast<const u32x2 *>(
-                        source.value(at, WIDE * 256 + 8 * lesser(lane() % 16, HEAD_DIM / 4 - 1 - WIDE * 32)));
+                    narrow[0][n][i] = *reinterpret_cast<const u32x2 *>(source.value(at, value_byte<4>(128 * WIDE)));
             }
     }
 
@@ -214,28 +223,25 @@ template <int HEAD_DIM, class Rows> struct KeyValueStream {
 
     /* The halves' eight tokens of element pair h, and which of the pair: an operand of V^T. */
     template <class Piece> static __device__ __forceinline__ u32x4 transposed(const Piece (&v)[2][4], int h, int odd) {
-        const uint32_t which = odd ? 0x07060302u : 0x05040100u;
-        return u32x4{
-            __builtin_amdgcn_perm(v[0][1][h], v[0][0][h], which), __builtin_amdgcn_perm(v[0][3][h], v[0][2][h], which),
-            __builtin_amdgcn_perm(v[1][1][h], v[1][0][h], which), __builtin_amdgcn_perm(v[1][3][h], v[1][2][h], which)};
+        return u32x4{join_halves(v[0][0][h], v[0][1][h], odd), join_halves(v[0][2][h], v[0][3][h], odd),
+                     join_halves(v[1][0][h], v[1][1][h], odd), join_halves(v[1][2][h], v[1][3][h], odd)};
     }
 
-    __device__ __forceinline__ void accumulate(const DecodeScores &s, DecodeOutput<HEAD_DIM> &o) {
-        if (current + KEYS > rows.count) { /* the values past the end must be zeros */
+    __device__ __forceinline__ void accumulate(const DecodeScores &s, Output &o) {
+        if (current + KEYS > rows.count || WINDOW && current < rows.begin) { /* other values must be zeros */
 #pragma unroll
             for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    if (current + 16 * n + lane() / 16 * 4 + i >= rows.count) {
+                    if (!rows.exists(current + 16 * n + lane() / 16 * 4 + i)) {
 #pragma unroll
                         for (int p = 0; p < WIDE; ++p) wide[p][n][i] = u32x4{0, 0, 0, 0};
                         if constexpr (NARROW != 0) narrow[0][n][i] = u32x2{0, 0};
                     }
         }
-        const u32x4 p = {to_elements(s.half[0][0], s.half[0][1]), to_elements(s.half[0][2], s.half[0][3]),
-                         to_elements(s.half[1][0], s.half[1][1]), to_elements(s.half[1][2], s.half[1][3])};
+        const u32x4 p = round_operand(s, 0, 0);
 #pragma unroll
-        for (int n = 0; n < DecodeOutput<HEAD_DIM>::TILES; ++n) {
+        for (int n = 0; n < Output::TILES; ++n) {
             const int e = n % 8;
             const u32x4 v = n / 8 < WIDE ? transposed(wide[n / 8], e / 2, e % 2) : transposed(narrow[0], e / 2, e % 2);
             o.tile[n] = multiply_add(v, p, o.tile[n]);

@@ -20,6 +20,7 @@
 #ifndef AITER_GPU_ARCH_GFX9_TILES_H
 #define AITER_GPU_ARCH_GFX9_TILES_H
 
+#include "gpu/arch.h"
 #include "gpu/arch/gfx9.h"
 
 namespace aiter {
@@ -101,13 +102,12 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static __device__ __forceinline__ int lane_column() { return lane() / 32 * 4; }
 };
 
-template <int HEAD_DIM, int ROW_TILES> struct Query {
+template <int HEAD_DIM, int ROW_TILES, int TEAM = 1> struct Query {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
     static constexpr int SHARED_BYTES = 0;
     u32x4 operand[ROW_TILES][STEPS];
 
-    template <class RowPointer> __device__ __forceinline__ void load(SharedAddress, RowPointer row, bool negate) {
-        const uint32_t sign = negate ? 0x80008000u : 0u;
+    template <class RowPointer> __device__ __forceinline__ void load(SharedAddress, RowPointer row, QueryBits bits) {
         const int half = lane() / 32;
 #pragma unroll
         for (int m = 0; m < ROW_TILES; ++m) {
@@ -119,65 +119,42 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
                     if (16 * j + 8 < HEAD_DIM || half == 0) chunk[j] = global_load<u32x4>(source + 16 * j + 8 * half);
             }
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j) operand[m][j] = chunk[j] ^ sign;
+            for (int j = 0; j < STEPS; ++j) operand[m][j] = chunk[j] & bits.keep ^ bits.flip;
         }
     }
 };
 
 /* Straight from the registers, four dimensions (8 bytes) at a time: the two lanes of a row fill 16 bytes together, and
  * the L2 cache puts lines together. */
-template <int HEAD_DIM, int ROW_TILES, int COLUMNS, class RowPointer>
-__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress, RowPointer row) {
+template <int WIDTH, int ROW_TILES, int COLUMNS, class RowPointer>
+__device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress, RowPointer row,
+                                             int first_column = 0) {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
         Element *to = row(o.row(m));
         if (to != nullptr)
 #pragma unroll
-            for (int i = 0; i < HEAD_DIM / 2; i += 4)
-                global_store(to + o.lane_column() + o.column(i), u32x2{to_elements(o.get(m, i), o.get(m, i + 1)),
-                                                                       to_elements(o.get(m, i + 2), o.get(m, i + 3))});
+            for (int i = 0; i < lesser(WIDTH, COLUMNS) / 2; i += 4) {
+                if (first_column + o.column(i) >= WIDTH) break;
+                global_store(
+                    to + first_column + o.lane_column() + o.column(i),
+                    u32x2{to_elements(o.get(m, i), o.get(m, i + 1)), to_elements(o.get(m, i + 2), o.get(m, i + 3))});
+            }
     }
 }
 
-template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
-    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
-    static constexpr int CHUNKS = round_up(HEAD_DIM, 32) / 8; /* of 16 bytes in a row that V^T needs */
-    static constexpr int LANE_CHUNKS = 8;                     /* neighbouring chunks copied by neighbouring lanes */
-    static constexpr int GROUPS = KEYS / 4;
-    static constexpr int UNITS = round_up(CHUNKS, LANE_CHUNKS) * GROUPS; /* 16 bytes of 4 keys each */
-    static constexpr int COPIES = round_up(UNITS, THREADS) / THREADS;
-    static constexpr bool EVEN = UNITS % THREADS == 0;
-    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
-    static constexpr int VALUE_BYTES = CHUNKS * 8 * KEYS * 2;
-    static constexpr int SHARED_BYTES = KEY_BYTES + VALUE_BYTES;
-    static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+/* A tile of KEYS rows of COLUMNS elements, transposed: in shared memory [column][row], for operands that are columns.
+ * */
+template <int COLUMNS, int KEYS> struct TransposedLayout {
+    static constexpr int CHUNKS = round_up(COLUMNS, 32) / 8; /* of 16 bytes in a row: whole MFMA tiles */
+    static constexpr int BYTES = CHUNKS * 8 * KEYS * 2;
 
-    SharedAddress key_tile, value_tile;
-    int thread;
-    int current_valid = 0, coming_valid = 0; /* tokens of the tile that exist */
-    u32x4 key[COPIES][4], value[COPIES][4];  /* on their way */
-
-    __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
-        : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
-
-    /* The unit copied: chunk (8 dimensions) and place of the group of four keys in V^T. Eight lanes take one line of a
-     * row, so that global loads are whole 128-byte lines; the next eight the group in the other half of the same 16
-     * bytes of V^T, so that the transposed 8-byte stores of 16 lanes fill all banks. */
-    static __device__ __forceinline__ int unit_chunk(int unit) {
-        return unit % LANE_CHUNKS + unit / (LANE_CHUNKS * GROUPS) * LANE_CHUNKS;
-    }
-    static __device__ __forceinline__ int unit_place(int unit) { return unit / LANE_CHUNKS % GROUPS; }
-    static __device__ __forceinline__ int unit_key(int unit) { /* (J, half, a) -> first key of (J, a, half) */
-        const int place = unit_place(unit);
-        return (place & ~3) * 4 + (place & 1) * 8 + (place & 2) * 2;
-    }
-
-    /* V^T: a row of KEYS elements for each dimension, permuted so that neither neighbouring dimensions (reads) nor
-     * those 8 apart (the transposed stores) meet in a bank. Of two terms the first tells the former apart, the second
-     * the latter. */
-    static __host__ __device__ constexpr uint32_t value_offset(int dimension, int chunk) {
+    /* A row of KEYS elements for each dimension, permuted so that neither neighbouring dimensions (reads) nor those 8
+     * apart (the transposed stores) meet in a bank. Of two terms the first tells the former apart, the second the
+     * latter. */
+    static __host__ __device__ constexpr uint32_t offset(int dimension, int chunk) {
         const int d = dimension;
-#if defined(__gfx950__)
+#if defined(AITER_GFX950)
         /* reads find 64 banks, stores 32 */
         const int turn = KEYS >= 128  ? d % 16 ^ d / 16 % 4 * 2 ^ d / 8 % 2
                          : KEYS == 64 ? d / 2 % 8 ^ (d / 8 % 4 * 2 + d / 32 % 2)
@@ -187,64 +164,131 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
 #endif
         return static_cast<uint32_t>(((d * (KEYS / 8) + chunk) ^ turn) << 4);
     }
+};
+
+/* How threads copy a tile of KEYS rows that have CHUNKS pieces of 16 bytes: in units, one piece of four neighbouring
+ * keys. Eight lanes take one line of a row, so that global loads are whole 128-byte lines; the next eight the group in
+ * the other half of the same 16 bytes of V^T, so that the transposed 8-byte stores of 16 lanes fill all banks. */
+template <int CHUNKS, int KEYS> struct CopyUnits {
+    static constexpr int LANE_CHUNKS = 8; /* neighbouring chunks copied by neighbouring lanes */
+    static constexpr int GROUPS = KEYS / 4;
+    static constexpr int COUNT = round_up(CHUNKS, LANE_CHUNKS) * GROUPS;
+    /* Chunk of a unit, the place of its group of four keys in V^T, and the first of these. */
+    static __device__ __forceinline__ int chunk(int unit) {
+        return unit % LANE_CHUNKS + unit / (LANE_CHUNKS * GROUPS) * LANE_CHUNKS;
+    }
+    static __device__ __forceinline__ int place(int unit) { return unit / LANE_CHUNKS % GROUPS; }
+    static __device__ __forceinline__ int key(int unit) { /* (J, half, a) -> first key of (J, a, half) */
+        const int p = place(unit);
+        return (p & ~3) * 4 + (p & 1) * 8 + (p & 2) * 2;
+    }
+};
+
+/* Four rows of 16 bytes, and where they go in shared memory: as they are, or transposed. Addresses in shared memory are
+ * one register for each place of a thread; the rest of them are constants that are added or, in the bits that the
+ * layouts permute, exclusive-ored. Opaque, for else the compiler keeps every sum. */
+template <int COLUMNS> __device__ __forceinline__ void store_rows(SharedAddress first_row, const u32x4 (&four)[4]) {
+    const SharedAddress to = opaque(first_row);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) shared_store(further(to, RowLayout<COLUMNS>::chunk(k, 0)), four[k]);
+}
+template <int COLUMNS, int KEYS>
+__device__ __forceinline__ void store_transposed(SharedAddress first_column, const u32x4 (&four)[4]) {
+    const SharedAddress to = opaque(first_column);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const u32x2 column = {join_halves(four[0][i / 2], four[1][i / 2], i % 2),
+                              join_halves(four[2][i / 2], four[3][i / 2], i % 2)};
+        shared_store(further(to, TransposedLayout<COLUMNS, KEYS>::offset(i, 0)), column);
+    }
+}
+
+/* Scores, or what they have become, of 16 neighbouring columns as the operand of a second product: they stay where they
+ * are. */
+template <class Scores> __device__ __forceinline__ u32x4 round_operand(const Scores &s, int slot, int step) {
+    u32x4 p;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[i] = to_elements(s.get(slot, 8 * step + 2 * i), s.get(slot, 8 * step + 2 * i + 1));
+    return p;
+}
+
+template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTile {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
+    using ValueLayout = TransposedLayout<VALUE_DIM, KEYS>;
+    static constexpr int KEY_CHUNKS = STEPS * 2, VALUE_CHUNKS = ValueLayout::CHUNKS; /* that products read */
+    using Units = CopyUnits<greater(KEY_CHUNKS, VALUE_CHUNKS), KEYS>;
+    static constexpr int COPIES = round_up(Units::COUNT, THREADS) / THREADS;
+    static constexpr bool EVEN = Units::COUNT % THREADS == 0;
+    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
+    static constexpr int SHARED_BYTES = KEY_BYTES + ValueLayout::BYTES;
+    static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+
+    SharedAddress key_tile, value_tile;
+    int thread;
+    int begin, end;                         /* tokens of the tile on its way that exist, in the tile */
+    u32x4 key[COPIES][4], value[COPIES][4]; /* on their way */
+
+    __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
+        : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
+
+    /* Does every unit have a chunk below `chunks`? Else those past it are left out. */
+    static constexpr bool all_units(int chunks) { return Units::COUNT / Units::GROUPS == chunks; }
 
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
-        coming_valid = rows.count - first;
+        end = rows.count - first;
+        begin = WINDOW ? rows.begin - first : 0;
         const auto tile = rows.tile(first);
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
-            const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
-            const bool exists = (HEAD_DIM % 64 == 0 || chunk < HEAD_DIM / 8) && (EVEN || unit < UNITS);
+            const int unit = thread + copy * THREADS, chunk = Units::chunk(unit);
+            const bool exists = EVEN || unit < Units::COUNT;
+            const bool key_exists = (all_units(HEAD_DIM / 8) || chunk < HEAD_DIM / 8) && exists;
+            const bool value_exists = (all_units(VALUE_DIM / 8) || chunk < VALUE_DIM / 8) && exists;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
                 key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
-                if (exists) {
-                    const auto place = tile.place(unit_key(unit), k);
-                    key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
-                    value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
+                if (HEAD_DIM == VALUE_DIM) {
+                    if (key_exists) {
+                        const auto place = tile.place(Units::key(unit), k);
+                        key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
+                        value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
+                    }
+                } else {
+                    const auto place = tile.place(Units::key(unit), k);
+                    if (key_exists) key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
+                    if (value_exists) value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
                 }
             }
         }
     }
 
-    /* Addresses in shared memory are one register for each place of a thread; the rest of them are constants that are
-     * added or, in the bits that the layouts permute, exclusive-ored. Opaque, for else the compiler keeps every sum. */
     template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
         sync();
-        current_valid = coming_valid;
-        if (current_valid < KEYS) { /* the sequence ends within this tile: its last token was read in place of others */
+        if (end < KEYS ||
+            WINDOW && begin > 0) { /* the sequence ends within this tile: other tokens were read instead */
 #pragma unroll
             for (int copy = 0; copy < COPIES; ++copy)
 #pragma unroll
-                for (int k = 0; k < 4; ++k)
-                    if (unit_key(thread + copy * THREADS) + k >= current_valid) value[copy][k] = u32x4{0, 0, 0, 0};
+                for (int k = 0; k < 4; ++k) {
+                    const int token = Units::key(thread + copy * THREADS) + k;
+                    if (token >= end || WINDOW && token < begin) value[copy][k] = u32x4{0, 0, 0, 0};
+                }
         }
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy) {
-            const int unit = thread + copy * THREADS, chunk = unit_chunk(unit);
-            if (!EVEN && unit >= UNITS) continue;
-            if (CHUNKS % LANE_CHUNKS == 0 && CHUNKS == STEPS * 2 || chunk < STEPS * 2) {
-                const SharedAddress to = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(unit_key(unit), chunk));
-#pragma unroll
-                for (int k = 0; k < 4; ++k) shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), key[copy][k]);
-            }
-            if (CHUNKS % LANE_CHUNKS == 0 || chunk < CHUNKS) {
-                const int place = unit_place(unit);
-                const SharedAddress to = opaque(value_tile + value_offset(chunk * 8, place / 2) + place % 2 * 8);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    const uint32_t half = i % 2 ? 0x07060302u : 0x05040100u;
-                    const u32x2 four = {__builtin_amdgcn_perm(value[copy][1][i / 2], value[copy][0][i / 2], half),
-                                        __builtin_amdgcn_perm(value[copy][3][i / 2], value[copy][2][i / 2], half)};
-                    shared_store(further(to, value_offset(i, 0)), four);
-                }
-            }
+            const int unit = thread + copy * THREADS, chunk = Units::chunk(unit), place = Units::place(unit);
+            if (!EVEN && unit >= Units::COUNT) continue;
+            if (all_units(KEY_CHUNKS) || chunk < KEY_CHUNKS)
+                store_rows<HEAD_DIM>(key_tile + RowLayout<HEAD_DIM>::chunk(Units::key(unit), chunk), key[copy]);
+            if (all_units(VALUE_CHUNKS) || chunk < VALUE_CHUNKS)
+                store_transposed<VALUE_DIM, KEYS>(
+                    value_tile + ValueLayout::offset(chunk * 8, place / 2) + place % 2 * 8, value[copy]);
         }
         sync();
     }
 
-    template <int ROW_TILES>
-    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
+    template <int ROW_TILES, int TEAM>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
                                            Accumulator<ROW_TILES, KEYS> &s) const {
         const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
         s.clear();
@@ -258,20 +302,22 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
             }
     }
 
-    template <int ROW_TILES>
+    /* The columns of V from first_column on, as many as `o` has: all of them, or a multiple of 64, after which the
+     * permutation repeats. */
+    template <int ROW_TILES, int COLUMNS>
     __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
-                                               Accumulator<ROW_TILES, HEAD_DIM> &o) const {
-        const SharedAddress from = opaque(value_tile + value_offset(lane() & 31, lane() / 32));
+                                               Accumulator<ROW_TILES, COLUMNS> &o, int first_column = 0) const {
+        const SharedAddress from =
+            opaque(value_tile + ValueLayout::offset(lane() & 31, lane() / 32) + first_column * KEYS * 2);
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) {
             u32x4 p[ROW_TILES];
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m)
+            for (int m = 0; m < ROW_TILES; ++m) p[m] = round_operand(s, m, j);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) p[m][i] = to_elements(s.get(m, 8 * j + 2 * i), s.get(m, 8 * j + 2 * i + 1));
-#pragma unroll
-            for (int n = 0; n < Accumulator<ROW_TILES, HEAD_DIM>::TILES; ++n) {
-                const u32x4 v = shared_load<u32x4>(further(from, value_offset(n * 32, 2 * j)));
+            for (int n = 0; n < Accumulator<ROW_TILES, COLUMNS>::TILES; ++n) {
+                if (COLUMNS < VALUE_DIM && first_column + n * 32 >= VALUE_DIM) break;
+                const u32x4 v = shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j)));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
             }
@@ -279,13 +325,15 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     }
 };
 
-/* Four waves of 32 query rows. 64 KB LDS of a CU hold the tiles of two blocks, so that one computes while the other
- * copies or waits. */
-template <int HEAD_DIM> struct Shape {
+/* Four waves of 32 query rows, or two teams. As many keys, up to 8192 elements of K and of V each, as let two blocks'
+ * tiles fit into the 64 KB of LDS that a CU of gfx90a and gfx942 has, so that one computes while the other copies or
+ * waits; beyond 128 dimensions the registers leave room for one block anyway. */
+template <int HEAD_DIM, int VALUE_DIM> struct Shape {
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
     static constexpr int ROW_TILES = 1;
-    static constexpr int KEYS = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;
-    static constexpr int WAVES = 4;
-    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+    static constexpr int KEYS = WIDER <= 64 ? 128 : WIDER <= 128 ? 64 : 32;
+    static constexpr int WAVES = 4, TEAM = team_of(VALUE_DIM);
+    static constexpr int BLOCKS = WIDER <= 128 ? 2 : 1;
 };
 
 } // namespace aiter

@@ -11,9 +11,14 @@
  *
  * K and V go by cp.async into one of two stages of shared memory while the other is in use. K is read by ldmatrix, V by
  * ldmatrix.trans, both 16 x 16 elements at a time. With 32 rows a wave (two row tiles) each of those feeds four mma;
- * with 16 it would be two, and shared memory would be the bottleneck. */
+ * with 16 it would be two, and shared memory would be the bottleneck.
+ *
+ * How much shared memory a block can have differs: 99 KB on sm_86, sm_89 and sm_120, 163 on sm_80, 227 on sm_90. Shape
+ * takes the largest tiles that fit. */
 #ifndef AITER_GPU_ARCH_SM80_H
 #define AITER_GPU_ARCH_SM80_H
+
+#include "gpu/arch.h"
 
 namespace aiter {
 
@@ -43,6 +48,11 @@ __device__ __forceinline__ float log2(float x) {
     return y;
 }
 __device__ __forceinline__ float reciprocal(float x) { return __frcp_rn(x); }
+__device__ __forceinline__ float approximate_reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 __device__ __forceinline__ uint64_t ballot(bool condition) { return __ballot_sync(~0u, condition); }
 __device__ __forceinline__ int first_lane(uint64_t lanes) { return __ffsll(static_cast<long long>(lanes)) - 1; }
@@ -78,6 +88,9 @@ __device__ __forceinline__ float opaque(float x) {
 }
 template <class T> __device__ __forceinline__ T opaque_scalar(T x) { return x; }
 
+/* Parameters are constant memory, and read where they are needed. */
+template <class T> __device__ __forceinline__ const T &reread(const T &parameter) { return parameter; }
+
 /* ---- shared memory ---- */
 
 typedef uint32_t SharedAddress;
@@ -107,6 +120,14 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], Share
 __device__ __forceinline__ void copy_async(SharedAddress to, const char *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy_word_async(SharedAddress to, const float *from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
+}
+/* Copies since the last end_of_copies() are a group; a thread waits for all its groups but the latest OUTSTANDING. */
+__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int OUTSTANDING> __device__ __forceinline__ void wait_for_copies_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(OUTSTANDING) : "memory");
+}
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 /* Rows of 16-byte chunks, padded to whole 128-byte lines (all 32 banks). Chunk c
@@ -120,6 +141,8 @@ template <int HEAD_DIM> struct RowLayout {
 };
 
 /* ---- global memory ---- */
+
+typedef uint4 Chunk; /* 16 bytes, as they are copied */
 
 template <class T> __device__ __forceinline__ T global_load(const void *pointer) {
     return *static_cast<const T *>(pointer);
@@ -219,27 +242,40 @@ template <int HEAD_DIM> __device__ __forceinline__ SharedAddress at(SharedAddres
     return (lane_row ^ ((2 * j & 7) << 4)) + 2 * j / 8 * 128 + row * RowLayout<HEAD_DIM>::BYTES;
 }
 
-template <int HEAD_DIM, int ROW_TILES> struct Query {
+/* Scores, or what they have become, of 16 neighbouring columns as the A operand of a second product: they stay where
+ * they are. */
+template <class Scores>
+__device__ __forceinline__ void round_operand(const Scores &s, int row_tile, int step, uint32_t (&a)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float(&c)[4] = s.tile[row_tile][2 * step + i / 2];
+        a[i] = to_elements(c[i % 2 * 2], c[i % 2 * 2 + 1]);
+    }
+}
+
+/* The waves of a team load the rows together, into one memory; a barrier must follow. */
+template <int HEAD_DIM, int ROW_TILES, int TEAM = 1> struct Query {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
     static constexpr int CHUNKS = RowLayout<HEAD_DIM>::BYTES / 16;
-    static constexpr bool IN_REGISTERS = ROW_TILES * STEPS * 4 <= 32;
+    static constexpr bool IN_REGISTERS = ROW_TILES * STEPS * 4 <= 32 && TEAM == 1;
     static constexpr int ROWS = ROW_TILES * 16;
     static constexpr int SHARED_BYTES = ROWS * RowLayout<HEAD_DIM>::BYTES;
     SharedAddress rows;
     uint32_t operand[IN_REGISTERS ? ROW_TILES : 1][IN_REGISTERS ? STEPS : 1][4];
 
     template <class RowPointer>
-    __device__ __forceinline__ void load(SharedAddress shared, RowPointer row, bool negate) {
-        const uint32_t sign = negate ? 0x80008000u : 0u;
+    __device__ __forceinline__ void load(SharedAddress shared, RowPointer row, QueryBits bits) {
         rows = shared;
 #pragma unroll
-        for (int step = 0; step < ROWS * CHUNKS / WAVE; ++step) { /* unrolled: all loads are in flight together */
-            const int i = lane() + step * WAVE, r = i / CHUNKS, chunk = i % CHUNKS;
+        for (int step = 0; step < ROWS * CHUNKS / WAVE / TEAM;
+             ++step) { /* unrolled: all loads are in flight together */
+            const int i = (TEAM == 1 ? lane() : thread_in_block() % (TEAM * WAVE)) + step * TEAM * WAVE, r = i / CHUNKS,
+                      chunk = i % CHUNKS;
             const Element *source = row(r);
-            uint4 bits = {0, 0, 0, 0};
-            if (source != nullptr && chunk < HEAD_DIM / 8) bits = reinterpret_cast<const uint4 *>(source)[chunk];
-            bits.x ^= sign, bits.y ^= sign, bits.z ^= sign, bits.w ^= sign;
-            shared_store(shared + RowLayout<HEAD_DIM>::chunk(r, chunk), bits);
+            uint4 elements = {0, 0, 0, 0};
+            if (source != nullptr && chunk < HEAD_DIM / 8) elements = reinterpret_cast<const uint4 *>(source)[chunk];
+            shared_store(shared + RowLayout<HEAD_DIM>::chunk(r, chunk),
+                         uint4{bits(elements.x), bits(elements.y), bits(elements.z), bits(elements.w)});
         }
         __syncwarp();
         if constexpr (IN_REGISTERS)
@@ -255,36 +291,60 @@ template <int HEAD_DIM, int ROW_TILES> struct Query {
 
 /* By way of the wave's query rows in shared memory, which it needs no more: from there whole rows go out, 16 bytes a
  * lane and lanes side by side. */
-template <int HEAD_DIM, int ROW_TILES, int COLUMNS, class RowPointer>
+template <int WIDTH, int ROW_TILES, int COLUMNS, class RowPointer>
 __device__ __forceinline__ void store_output(const Accumulator<ROW_TILES, COLUMNS> &o, SharedAddress shared,
-                                             RowPointer row) {
-    constexpr int CHUNKS = HEAD_DIM / 8, ROWS = ROW_TILES * 16;
+                                             RowPointer row, int first_column = 0) {
+    constexpr int CHUNKS = lesser(WIDTH, COLUMNS) / 8, ROWS = ROW_TILES * 16;
+    const auto exists = [&](int n) { return first_column + n * 8 < WIDTH; };
     __syncwarp();
 #pragma unroll
     for (int slot = 0; slot < ROW_TILES * 2; ++slot)
 #pragma unroll
         for (int n = 0; n < CHUNKS; ++n)
-            shared_store(shared + RowLayout<HEAD_DIM>::chunk(o.row(slot), n) + lane() % 4 * 4,
-                         to_elements(o.get(slot, 2 * n), o.get(slot, 2 * n + 1)));
+            if (exists(n))
+                shared_store(shared + RowLayout<WIDTH>::chunk(o.row(slot), first_column / 8 + n) + lane() % 4 * 4,
+                             to_elements(o.get(slot, 2 * n), o.get(slot, 2 * n + 1)));
     __syncwarp();
 #pragma unroll 4
     for (int i = lane(); i < ROWS * CHUNKS; i += WAVE) {
         Element *to = row(i / CHUNKS);
-        if (to != nullptr)
-            reinterpret_cast<uint4 *>(to)[i % CHUNKS] =
-                shared_load<uint4>(shared + RowLayout<HEAD_DIM>::chunk(i / CHUNKS, i % CHUNKS));
+        const int chunk = first_column / 8 + i % CHUNKS;
+        if (to != nullptr && exists(i % CHUNKS))
+            reinterpret_cast<uint4 *>(to)[chunk] =
+                shared_load<uint4>(shared + RowLayout<WIDTH>::chunk(i / CHUNKS, chunk));
     }
 }
 
-template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
-    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16;
-    static constexpr int LINES = RowLayout<HEAD_DIM>::BYTES / 128;
-    static constexpr int PASS_ROWS = THREADS / 8; /* eight lanes copy one line of a row */
-    static constexpr int PASSES = KEYS / PASS_ROWS;
+/* Copies chunk thread % 8 of each line of 128 bytes of a tile's rows, a row to eight threads. */
+template <int COLUMNS, int KEYS, int THREADS> struct TileCopy {
+    static constexpr int CHUNKS = round_up(COLUMNS, 16) / 8; /* of a row that products read */
+    static constexpr int LINES = RowLayout<COLUMNS>::BYTES / 128;
+    static constexpr int PASS_ROWS = THREADS / 8;
+    static_assert(KEYS % PASS_ROWS == 0, "whole passes");
+
+    template <class Source>
+    static __device__ __forceinline__ void copy_row(SharedAddress to, int pass, int thread, bool exists,
+                                                    Source source) {
+#pragma unroll
+        for (int line = 0; line < LINES; ++line) {
+            const int chunk = line * 8 + thread % 8;
+            if (line * 8 + 8 > CHUNKS && chunk >= CHUNKS) continue; /* no product reads this chunk */
+            const bool valid = exists && (line * 8 + 8 <= COLUMNS / 8 || chunk < COLUMNS / 8);
+            copy_async((to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 + pass * PASS_ROWS * RowLayout<COLUMNS>::BYTES,
+                       source(chunk * 16), valid);
+        }
+    }
+};
+
+template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTile {
+    using Keys = TileCopy<HEAD_DIM, KEYS, THREADS>;
+    using Values = TileCopy<VALUE_DIM, KEYS, THREADS>;
+    static constexpr int STEPS = Keys::CHUNKS / 2, VALUE_STEPS = Values::CHUNKS / 2;
+    static constexpr int PASSES = KEYS / Keys::PASS_ROWS;
     static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
-    static constexpr int STAGE_BYTES = 2 * KEY_BYTES;
+    static constexpr int STAGE_BYTES = KEY_BYTES + KEYS * RowLayout<VALUE_DIM>::BYTES;
     static constexpr int SHARED_BYTES = 2 * STAGE_BYTES;
-    static_assert(KEYS % 16 == 0 && KEYS % PASS_ROWS == 0, "whole mma tiles, whole passes");
+    static_assert(KEYS % 16 == 0, "whole mma tiles");
 
     SharedAddress shared, current, coming;
     int thread;
@@ -295,21 +355,14 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
         const auto tile = rows.tile(first);
         const int row = opaque(thread / 8);
-        const SharedAddress to = coming + RowLayout<HEAD_DIM>::chunk(row, thread % 8);
+        const SharedAddress keys = coming + RowLayout<HEAD_DIM>::chunk(row, thread % 8);
+        const SharedAddress values = coming + KEY_BYTES + RowLayout<VALUE_DIM>::chunk(row, thread % 8);
 #pragma unroll
         for (int pass = 0; pass < PASSES; ++pass) {
-            const auto place = tile.place(row, pass * PASS_ROWS);
-            const bool exists = first + row + pass * PASS_ROWS < rows.count;
-#pragma unroll
-            for (int line = 0; line < LINES; ++line) {
-                const int chunk = line * 8 + thread % 8;
-                if (line * 8 + 8 > STEPS * 2 && chunk >= STEPS * 2) continue; /* no product reads this chunk */
-                const bool valid = exists && (line * 8 + 8 <= HEAD_DIM / 8 || chunk < HEAD_DIM / 8);
-                const SharedAddress chunk_to =
-                    (to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 + pass * PASS_ROWS * RowLayout<HEAD_DIM>::BYTES;
-                copy_async(chunk_to, tile.key(place, chunk * 16), valid);
-                copy_async(chunk_to + KEY_BYTES, tile.value(place, chunk * 16), valid);
-            }
+            const auto place = tile.place(row, pass * Keys::PASS_ROWS);
+            const bool exists = rows.exists(first + row + pass * Keys::PASS_ROWS);
+            Keys::copy_row(keys, pass, thread, exists, [&](int byte) { return tile.key(place, byte); });
+            Values::copy_row(values, pass, thread, exists, [&](int byte) { return tile.value(place, byte); });
         }
     }
 
@@ -321,8 +374,8 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         coming = free;
     }
 
-    template <int ROW_TILES>
-    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES> &query,
+    template <int ROW_TILES, int TEAM>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
                                            Accumulator<ROW_TILES, KEYS> &s) const {
         const SharedAddress lane_row = current + columns_first<HEAD_DIM>();
         s.clear();
@@ -331,7 +384,7 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
             uint32_t q[ROW_TILES][4];
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
-                if constexpr (Query<HEAD_DIM, ROW_TILES>::IN_REGISTERS) {
+                if constexpr (Query<HEAD_DIM, ROW_TILES, TEAM>::IN_REGISTERS) {
 #pragma unroll
                     for (int i = 0; i < 4; ++i) q[m][i] = query.operand[m][j][i];
                 } else {
@@ -351,24 +404,22 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
         }
     }
 
-    template <int ROW_TILES>
+    /* The columns of V from first_column on, as many as `o` has: all of them, or a multiple of 64. */
+    template <int ROW_TILES, int COLUMNS>
     __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
-                                               Accumulator<ROW_TILES, HEAD_DIM> &o) const {
-        const SharedAddress lane_row = current + KEY_BYTES + rows_first<HEAD_DIM>();
+                                               Accumulator<ROW_TILES, COLUMNS> &o, int first_column = 0) const {
+        const SharedAddress lane_row = current + KEY_BYTES + rows_first<VALUE_DIM>() + first_column * 2;
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) {
             uint32_t p[ROW_TILES][4];
 #pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m)
+            for (int m = 0; m < ROW_TILES; ++m) round_operand(s, m, j, p[m]);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float(&c)[4] = s.tile[m][2 * j + i / 2];
-                    p[m][i] = to_elements(c[i % 2 * 2], c[i % 2 * 2 + 1]);
-                }
-#pragma unroll
-            for (int n = 0; n < STEPS; ++n) {
+            for (int n = 0; n < round_up(COLUMNS, 16) / 16; ++n) {
+                /* Does V have as many columns in each part? */
+                if (VALUE_STEPS * 16 % round_up(COLUMNS, 16) != 0 && first_column / 16 + n >= VALUE_STEPS) break;
                 uint32_t v[4];
-                load_matrices_transposed(v, at<HEAD_DIM>(lane_row, j * 16, n));
+                load_matrices_transposed(v, at<VALUE_DIM>(lane_row, j * 16, n));
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) {
                     multiply_add(o.tile[m][2 * n], p[m], v[0], v[1]);
@@ -379,12 +430,31 @@ template <int HEAD_DIM, int KEYS, int THREADS> struct KeyValueTile {
     }
 };
 
-/* 128 query rows: four waves of 32, or eight of 16 where the output of 32 would not fit into the registers. */
-template <int HEAD_DIM> struct Shape {
-    static constexpr int ROW_TILES = HEAD_DIM <= 128 ? 2 : 1;
-    static constexpr int KEYS = 64;
-    static constexpr int WAVES = HEAD_DIM <= 128 ? 4 : 8;
-    static constexpr int BLOCKS = HEAD_DIM <= 128 ? 2 : 1;
+/* How many query rows a block has, and keys a tile. */
+struct ForwardShape {
+    int row_tiles, waves, keys;
+};
+constexpr int forward_bytes(int head_dim, int value_dim, ForwardShape shape) {
+    const int key_row = round_up(head_dim, 64) * 2, value_row = round_up(value_dim, 64) * 2;
+    const int rows = shape.waves / team_of(value_dim) * shape.row_tiles * 16;
+    return rows * greater(key_row, value_row) + 2 * shape.keys * (key_row + value_row);
+}
+/* 128 query rows, four waves of 32, or eight of 16 where the output of 32 would not fit into the registers; the more
+ * keys the better. What is too large becomes smaller, keys first, as long as each wave copies whole rows. */
+constexpr ForwardShape forward_shape(int head_dim, int value_dim) {
+    for (int waves = value_dim <= 128 ? 4 : 8; waves > 1; waves /= 2)
+        for (int keys = 64; keys >= greater(16, waves * 4); keys /= 2) {
+            const ForwardShape shape = {value_dim <= 128 ? 2 : 1, waves, keys};
+            if (forward_bytes(head_dim, value_dim, shape) <= SHARED_LIMIT) return shape;
+        }
+    return {1, 2, 16};
+}
+
+template <int HEAD_DIM, int VALUE_DIM> struct Shape {
+    static constexpr ForwardShape CHOSEN = forward_shape(HEAD_DIM, VALUE_DIM);
+    static constexpr int ROW_TILES = CHOSEN.row_tiles, KEYS = CHOSEN.keys, WAVES = CHOSEN.waves;
+    static constexpr int TEAM = team_of(VALUE_DIM);
+    static constexpr int BLOCKS = greater(HEAD_DIM, VALUE_DIM) <= 128 ? 2 : 1;
 };
 
 } // namespace aiter

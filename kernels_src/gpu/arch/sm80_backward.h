@@ -1,6 +1,6 @@
 /* The backward pass on NVIDIA with mma.sync: own and passing rows in shared memory, all waves copy and all multiply.
- * Implements the interface that attention_backward.hip describes. sm_90a has its own in arch/sm90_backward.h, on the
- * same tiles:
+ * Implements the interface that attention_backward.hip describes. sm_90a has a loop of its own in arch/sm90_backward.h,
+ * on the same tiles:
  *
  *   shared memory   own x | own y | stage 0 | stage 1 | ...      a stage: passing x | passing y | log_sum | delta
  *
@@ -11,11 +11,12 @@
 #define AITER_GPU_ARCH_SM80_BACKWARD_H
 
 #include "gpu/arch.h"
+#include "gpu/backward.h"
 
 namespace aiter {
 
-template <int ROWS, int HEAD_DIM> struct BlockLayout {
-    static constexpr int BLOCKS = round_up(HEAD_DIM, 64) / 64;
+template <int ROWS, int COLUMNS> struct BlockLayout {
+    static constexpr int BLOCKS = round_up(COLUMNS, 64) / 64;
     static constexpr int BLOCK_BYTES = ROWS * 128;
     static constexpr int BYTES = BLOCKS * BLOCK_BYTES;
     static __device__ __forceinline__ uint32_t chunk(int row, int chunk) {
@@ -27,24 +28,19 @@ template <int ROWS, int HEAD_DIM> struct BlockLayout {
     }
 };
 
-template <int OUTSTANDING> __device__ __forceinline__ void wait_for_copies_but() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OUTSTANDING) : "memory");
-}
-__device__ __forceinline__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void copy_word_async(SharedAddress to, const float *from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
-}
-
 /* Shared memory of a block, and its filling by THREADS threads. */
-template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUNT, int THREADS> struct BackwardTiles {
+template <int HEAD_DIM, int VALUE_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUNT, int THREADS>
+struct BackwardTiles {
     static constexpr int ROWS = OWN_ROWS, TOKENS = PASSING_ROWS, STAGES = STAGE_COUNT;
     static constexpr int COLUMN_RUN = 2;
-    static constexpr bool BOTH_IN_ONE_PASS = HEAD_DIM <= 128; /* the gradients of keys and values */
-    using OwnLayout = BlockLayout<ROWS, HEAD_DIM>;
-    using Layout = BlockLayout<TOKENS, HEAD_DIM>;
-    static constexpr int TERMS_AT = 2 * Layout::BYTES;
+    static constexpr bool BOTH_IN_ONE_PASS = HEAD_DIM + VALUE_DIM <= 256; /* the gradients of keys and values */
+    using OwnX = BlockLayout<ROWS, HEAD_DIM>;
+    using OwnY = BlockLayout<ROWS, VALUE_DIM>;
+    using PassingX = BlockLayout<TOKENS, HEAD_DIM>;
+    using PassingY = BlockLayout<TOKENS, VALUE_DIM>;
+    static constexpr int TERMS_AT = PassingX::BYTES + PassingY::BYTES;
     static constexpr int STAGE_BYTES = round_up(TERMS_AT + 2 * TOKENS * 4, 1024);
-    static constexpr int OWN_BYTES = 2 * OwnLayout::BYTES;
+    static constexpr int OWN_BYTES = OwnX::BYTES + OwnY::BYTES;
     static constexpr int TILE_BYTES = OWN_BYTES + STAGES * STAGE_BYTES + 1024; /* tiles begin at multiples of 1024 */
 
     SharedAddress own;
@@ -52,12 +48,12 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
 
     __device__ __forceinline__ SharedAddress stage(int i) const { return own + OWN_BYTES + i * STAGE_BYTES; }
 
-    /* Rows first ... first + COUNT - 1; those past `count` and columns past HEAD_DIM become zeros. Eight lanes copy one
+    /* Rows first ... first + COUNT - 1; those past `count` and columns past COLUMNS become zeros. Eight lanes copy one
      * line of a row. */
-    template <int COUNT>
+    template <int COUNT, int COLUMNS>
     static __device__ __forceinline__ void copy(SharedAddress tile, const Rows &rows, int first, int count,
                                                 int thread) {
-        using Layout = BlockLayout<COUNT, HEAD_DIM>;
+        using Layout = BlockLayout<COUNT, COLUMNS>;
         constexpr int STEP = THREADS / 8;
         static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "whole steps");
         const int row = thread / 8, chunk = thread % 8;
@@ -69,15 +65,15 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
 #pragma unroll
             for (int block = 0; block < Layout::BLOCKS; ++block)
                 copy_async(to + step * 128 + block * Layout::BLOCK_BYTES, from + step * rows.stride + block * 128,
-                           step < left && (block * 64 + 64 <= HEAD_DIM || block * 64 + chunk * 8 < HEAD_DIM));
+                           step < left && (block * 64 + 64 <= COLUMNS || block * 64 + chunk * 8 < COLUMNS));
     }
     __device__ __forceinline__ void copy_own(const RowPair &rows, int first, int thread) const {
-        copy<ROWS>(own, rows.x, first, rows.count, thread);
-        if (PASS != GRAD_VALUE) copy<ROWS>(own + OwnLayout::BYTES, rows.y, first, rows.count, thread);
+        copy<ROWS, HEAD_DIM>(own, rows.x, first, rows.count, thread);
+        if (PASS != GRAD_VALUE) copy<ROWS, VALUE_DIM>(own + OwnX::BYTES, rows.y, first, rows.count, thread);
     }
     __device__ __forceinline__ void copy_passing(SharedAddress to, const RowPair &rows, int first, int thread) const {
-        copy<TOKENS>(to, rows.x, first, rows.count, thread);
-        copy<TOKENS>(to + Layout::BYTES, rows.y, first, rows.count, thread);
+        copy<TOKENS, HEAD_DIM>(to, rows.x, first, rows.count, thread);
+        copy<TOKENS, VALUE_DIM>(to + PassingX::BYTES, rows.y, first, rows.count, thread);
         if (!owns_queries(PASS) && thread < 2 * TOKENS) { /* taken apart on the way */
             const int i = first + thread / 2;
             const float *terms = reinterpret_cast<const float *>(rows.terms + i);
@@ -99,42 +95,51 @@ template <int HEAD_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUN
         x = p_x * (x - d_x), y = p_y * (y - d_y);
     }
 
-    /* By way of the own rows in shared memory, needed no more. */
-    template <class Output, class RowPointer>
-    __device__ __forceinline__ void store(const Output &gradient, RowPointer row) const {
-        Accumulator<1, HEAD_DIM> columns;
+    /* By way of the own rows in shared memory, needed no more: of the rows that begin with `row`, the columns that
+     * begin with `column`. */
+    template <int COLUMNS, class Gradient, class RowPointer>
+    __device__ __forceinline__ void store(const Gradient &gradient, int row, int column, RowPointer pointer) const {
+        Accumulator<1, lesser(COLUMNS, Gradient::TILES * 8)> columns;
 #pragma unroll
         for (int n = 0; n < columns.TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) columns.tile[0][n][i] = gradient.tile[0][n][i];
-        store_output<HEAD_DIM>(columns, own + wave() * ROW_TILE * RowLayout<HEAD_DIM>::BYTES, row);
+        store_output<COLUMNS>(columns, own + row * RowLayout<COLUMNS>::BYTES, pointer, column);
     }
 };
 
-} // namespace aiter
+/* Tiles are small enough for the 99 KB of shared memory that every SM from sm_80 on has. Beyond 256 columns, teams of
+ * two waves have 16 rows. */
+struct BackwardShape {
+    int waves, tokens;
+};
+constexpr BackwardShape backward_shape(int wider) {
+    return wider <= 64    ? BackwardShape{8, 64}
+           : wider <= 128 ? BackwardShape{8, 32}
+           : wider <= 256 ? BackwardShape{4, 16}
+                          : BackwardShape{SHARED_LIMIT >= 160 * 1024 ? 4 : 2, 16};
+}
+constexpr int backward_rows(int wider) { return backward_shape(wider).waves / team_of(wider) * ROW_TILE; }
 
-#include "gpu/arch/sm90_backward.h"
-
-#if !defined(AITER_WGMMA)
-namespace aiter {
-
-/* Tiles are small enough for the 99 KB of shared memory that every SM from sm_80 on has. */
-constexpr int backward_waves(int head_dim) { return head_dim <= 128 ? 8 : 4; }
-constexpr int backward_tokens(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 32 : 16; }
-
-template <int HEAD_DIM, int PASS>
-struct Backward : BackwardTiles<HEAD_DIM, PASS, backward_waves(HEAD_DIM) * ROW_TILE, backward_tokens(HEAD_DIM), 2,
-                                backward_waves(HEAD_DIM) * WAVE> {
-    static constexpr int WAVES = backward_waves(HEAD_DIM), THREADS = WAVES * WAVE, TEAM = 1, BLOCKS = 1;
-    using Tiles = BackwardTiles<HEAD_DIM, PASS, WAVES * ROW_TILE, backward_tokens(HEAD_DIM), 2, THREADS>;
-    using Layout = typename Tiles::Layout;
-    using OwnLayout = typename Tiles::OwnLayout;
+template <int HEAD_DIM, int VALUE_DIM, int PASS>
+struct Backward : BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, backward_rows(greater(HEAD_DIM, VALUE_DIM)),
+                                backward_shape(greater(HEAD_DIM, VALUE_DIM)).tokens, 2,
+                                backward_shape(greater(HEAD_DIM, VALUE_DIM)).waves * WAVE> {
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), TEAM = team_of(WIDER);
+    static constexpr int WAVES = backward_shape(WIDER).waves, THREADS = WAVES * WAVE, BLOCKS = 1;
+    using Tiles =
+        BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, backward_rows(WIDER), backward_shape(WIDER).tokens, 2, THREADS>;
+    using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
     static constexpr int TOKENS = Tiles::TOKENS, STAGES = Tiles::STAGES, SHARED_BYTES = Tiles::TILE_BYTES;
-    static constexpr int RUN_ON = 0;
-    static constexpr bool CARRIERS = false;
     using Scores = Accumulator<1, TOKENS>;
-    using Output = Accumulator<1, HEAD_DIM>;
+    using GradX = Accumulator<1, columns_of_wave(HEAD_DIM, TEAM)>;
+    using GradY = Accumulator<1, columns_of_wave(VALUE_DIM, TEAM)>;
+    static __device__ __forceinline__ int wave_row() { return (TEAM == 1 ? wave() : wave() / TEAM) * ROW_TILE; }
+    template <int DIM> static __device__ __forceinline__ int first_column() {
+        return TEAM == 1 ? 0 : wave() % TEAM * columns_of_wave(DIM, TEAM);
+    }
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+    static constexpr bool ALL_TAKE_PART = false;
 
     int coming = 0, current = STAGES - 1;
     SharedAddress tile; /* the current stage */
@@ -158,63 +163,72 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, backward_waves(HEAD_DIM) * ROW_T
         current = current + 1 == STAGES ? 0 : current + 1;
         tile = this->stage(current);
     }
-    template <int> __device__ __forceinline__ void release() {}
-    template <int> static __device__ __forceinline__ void wait() {}
-    template <int, class Matrix> static __device__ __forceinline__ void finish(Matrix &) {}
-    __device__ __forceinline__ void end() { barrier(); }
+    static __device__ __forceinline__ void end() { barrier(); }
 
-    __device__ __forceinline__ void scores(Scores &s) const { multiply_rows(this->own, tile, s); }
-    __device__ __forceinline__ void grad_probabilities(Scores &dp) const {
-        multiply_rows(this->own + OwnLayout::BYTES, tile + Layout::BYTES, dp);
+    __device__ __forceinline__ void scores(Scores &s) const {
+        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own, tile, s);
     }
-    __device__ __forceinline__ void add_to_x(const Scores &ds, Output &dx) const { multiply_columns(ds, tile, dx); }
-    __device__ __forceinline__ void add_to_y(const Scores &p, Output &dy) const {
-        multiply_columns(p, tile + Layout::BYTES, dy);
+    __device__ __forceinline__ void grad_probabilities(Scores &dp) const {
+        multiply_rows<OwnY, PassingY, VALUE_DIM>(this->own + OwnX::BYTES, tile + PassingX::BYTES, dp);
+    }
+    __device__ __forceinline__ void add_to_x(const Scores &ds, GradX &dx) const {
+        multiply_columns<PassingX, HEAD_DIM>(ds, tile, dx);
+    }
+    __device__ __forceinline__ void add_to_y(const Scores &p, GradY &dy) const {
+        multiply_columns<PassingY, VALUE_DIM>(p, tile + PassingX::BYTES, dy);
     }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
         Tiles::term_at(tile, which, column, run);
     }
 
     /* s = A B^T, of this wave's 16 rows of A */
+    template <class Own, class Passing, int COLUMNS>
     static __device__ __forceinline__ void multiply_rows(SharedAddress a_rows, SharedAddress b_rows, Scores &s) {
-        const SharedAddress a_lane = a_rows + OwnLayout::chunk(wave() * ROW_TILE + lane() % 16, lane() / 16);
-        const SharedAddress b_lane = b_rows + Layout::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+        const SharedAddress a_lane = a_rows + Own::chunk(wave_row() + lane() % 16, lane() / 16);
+        const SharedAddress b_lane = b_rows + Passing::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
         s.clear();
 #pragma unroll
-        for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j) {
+        for (int j = 0; j < round_up(COLUMNS, 16) / 16; ++j) {
             uint32_t a[4];
-            load_matrices(a, OwnLayout::at(a_lane, 0, j));
+            load_matrices(a, Own::at(a_lane, 0, j));
 #pragma unroll
             for (int n = 0; n < TOKENS / 16; ++n) {
                 uint32_t b[4];
-                load_matrices(b, Layout::at(b_lane, n * 16, j));
+                load_matrices(b, Passing::at(b_lane, n * 16, j));
                 multiply_add(s.tile[0][2 * n], a, b[0], b[1]);
                 multiply_add(s.tile[0][2 * n + 1], a, b[2], b[3]);
             }
         }
     }
 
-    /* o += round(s) B */
-    static __device__ __forceinline__ void multiply_columns(const Scores &s, SharedAddress b_rows, Output &o) {
-        const SharedAddress b_lane = b_rows + Layout::chunk(lane() % 16, lane() / 16);
+    /* o += round(s) B, of this wave's columns of B: all of them, or a multiple of 64 from a multiple of 64 on */
+    template <class Passing, int COLUMNS>
+    static __device__ __forceinline__ void multiply_columns(const Scores &s, SharedAddress b_rows,
+                                                            Accumulator<1, columns_of_wave(COLUMNS, TEAM)> &o) {
+        const int first = first_column<COLUMNS>();
+        const SharedAddress b_lane =
+            b_rows + Passing::chunk(lane() % 16, lane() / 16) + first / 64 * Passing::BLOCK_BYTES;
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) {
             uint32_t a[4];
+            round_operand(s, 0, j, a);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                a[i] = to_elements(s.tile[0][2 * j + i / 2][i % 2 * 2], s.tile[0][2 * j + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-            for (int n = 0; n < round_up(HEAD_DIM, 16) / 16; ++n) {
+            for (int n = 0; n < round_up(columns_of_wave(COLUMNS, TEAM), 16) / 16; ++n) {
+                if (TEAM > 1 && first + n * 16 >= COLUMNS) break;
                 uint32_t b[4];
-                load_matrices_transposed(b, Layout::at(b_lane, j * 16, n));
+                load_matrices_transposed(b, Passing::at(b_lane, j * 16, n));
                 multiply_add(o.tile[0][2 * n], a, b[0], b[1]);
                 multiply_add(o.tile[0][2 * n + 1], a, b[2], b[3]);
             }
         }
     }
+
+    template <int COLUMNS, class Gradient, class RowPointer>
+    __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
+        Tiles::template store<COLUMNS>(gradient, wave_row(), first_column<COLUMNS>(), row);
+    }
 };
 
 } // namespace aiter
-#endif
 
 #endif

@@ -1,23 +1,22 @@
 /* Few query rows on NVIDIA: keys and values stream through a ring of stages in shared memory, filled by cp.async.
  * Implements the interface described in attention_decode.hip; matrices and tiles are those of arch/sm80.h.
  *
- *   a stage     WAVES tiles, of KEYS tokens each: tile w is fetched by wave w
+ *   a stage     a tile of KEYS tokens for each team, which is a wave, or two that fetch it together (see below)
  *   the ring    stage i is in use, stages i + 1 ... i + STAGES - 1 are on their way: about 64 KB of a block, 128 KB of
- *               an SM. 132 SMs with 1 us of latency at 3 TB/s ask for 23 KB each.
+ *               an SM. 132 SMs with 1 us of latency at 3 TB/s ask for 23 KB each. Where a block cannot have that much
+ *               shared memory (sm_86, sm_89 and sm_120 have 99 KB) there are fewer stages.
  *
  * With up to 16 query rows (one row tile) a wave uses the tile that it has fetched, and no wave ever waits for another.
- * With more, waves of different row tiles use the same tiles, and the block meets once a stage. */
+ * With more, waves of different row tiles use the same tiles, and the block meets once a stage; so it does where V has
+ * more than 256 columns, whose output would not fit into a lane's registers: two waves compute the same scores, and
+ * each half of the output. */
 #ifndef AITER_GPU_ARCH_SM80_DECODE_H
 #define AITER_GPU_ARCH_SM80_DECODE_H
 
+#include "gpu/arch.h"
 #include "gpu/sequence.h"
 
 namespace aiter {
-
-template <int OUTSTANDING> __device__ __forceinline__ void wait_for_all_copies_but() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(OUTSTANDING) : "memory");
-}
-__device__ __forceinline__ void end_of_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 /* A kernel lets the one after it come up, which waits where it needs the results (see launch_next in gpu/runtime.h). */
 __device__ __forceinline__ void let_next_start() {
@@ -31,101 +30,135 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-template <int HEAD_DIM> struct DecodeOutput : Accumulator<1, HEAD_DIM> {
+template <int COLUMNS> struct DecodeOutput : Accumulator<1, COLUMNS> {
     static __device__ __forceinline__ int column_of_lane(int i) {
         return DecodeOutput::column(i) + DecodeOutput::lane_column();
     }
 };
 
-template <int HEAD_DIM> struct Decode {
+/* A block's tiles: how many waves, tokens and stages. */
+struct DecodeShape {
+    int waves, keys, stages;
+};
+/* Do queries keep a place of their own in shared memory? Else they are in registers, and pass through a tile's. */
+constexpr bool queries_stay(int head_dim, int value_dim) { return head_dim > 128 || team_of(value_dim) > 1; }
+constexpr DecodeShape decode_shape(int head_dim, int value_dim) {
+    const int wider = greater(head_dim, value_dim), team = team_of(value_dim);
+    const int keys = wider <= 64 ? 32 : 16;
+    const int token = round_up(head_dim, 64) * 2 + round_up(value_dim, 64) * 2;
+    for (int waves = wider <= 128 ? 4 : 2;; waves /= 2) {
+        const int queries = queries_stay(head_dim, value_dim) ? waves / team * 16 * round_up(head_dim, 64) * 2 : 0;
+        const int stage = waves / team * keys * token, most = SHARED_LIMIT - queries;
+        /* Two blocks of 96 KB and their queries fit into the 228 KB of an H100's SM. */
+        const int stages = (most < 96 * 1024 ? most : 96 * 1024) / stage;
+        if (stages >= 2 || waves == team) return {waves, keys, stages};
+    }
+}
+
+template <int HEAD_DIM, int VALUE_DIM> struct Decode {
+    static constexpr DecodeShape CHOSEN = decode_shape(HEAD_DIM, VALUE_DIM);
     static constexpr int ROWS = ROW_TILE;
     static constexpr int LANES = LANES_PER_ROW, RUN = 2;
-    static constexpr int KEYS = HEAD_DIM <= 64 ? 32 : 16;
-    static constexpr int WAVES = HEAD_DIM <= 128 ? 4 : 2;
-    static constexpr int BLOCKS = 2;
+    static constexpr int KEYS = CHOSEN.keys, WAVES = CHOSEN.waves, STAGES = CHOSEN.stages;
+    static constexpr int BLOCKS = greater(HEAD_DIM, VALUE_DIM) <= 256 ? 2 : 1;
+    static constexpr int TEAM = team_of(VALUE_DIM), COLUMNS = columns_of_wave(VALUE_DIM, TEAM);
     using Scores = Accumulator<1, KEYS>;
-    using Output = DecodeOutput<HEAD_DIM>;
-    using Queries = Query<HEAD_DIM, 1>;
+    using Output = DecodeOutput<COLUMNS>;
+    using Queries = Query<HEAD_DIM, 1, TEAM>;
     static __device__ __forceinline__ bool leads_row() { return lane_leads_row(); }
 };
 
-template <int HEAD_DIM, class Rows> struct KeyValueStream {
-    using Shape = Decode<HEAD_DIM>;
-    using Tile = KeyValueTile<HEAD_DIM, Shape::KEYS, WAVE>;
+template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
+    using Shape = Decode<HEAD_DIM, VALUE_DIM>;
+    using Tile = KeyValueTile<HEAD_DIM, VALUE_DIM, Shape::KEYS, WAVE>;
     using Queries = typename Shape::Queries;
-    static constexpr int WAVES = Shape::WAVES, KEYS = Shape::KEYS;
+    static constexpr bool COOPERATIVE = true;
+    static constexpr int TEAM = Shape::TEAM, TEAMS = Shape::WAVES / TEAM, KEYS = Shape::KEYS, STAGES = Shape::STAGES;
     static constexpr int TILE_BYTES = Tile::STAGE_BYTES; /* K, then V */
-    static constexpr int STAGE_BYTES = WAVES * TILE_BYTES;
-    static constexpr int STAGES = 96 * 1024 / STAGE_BYTES; /* two blocks fit into the 228 KB of an H100's SM */
-    static constexpr int QUERY_BYTES = Queries::IN_REGISTERS ? 0 : WAVES * Queries::SHARED_BYTES;
+    static constexpr int STAGE_BYTES = TEAMS * TILE_BYTES;
+    static constexpr bool QUERIES_STAY = queries_stay(HEAD_DIM, VALUE_DIM);
+    static constexpr int QUERY_BYTES = QUERIES_STAY ? TEAMS * Queries::SHARED_BYTES : 0;
     static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + QUERY_BYTES;
-    static_assert(STAGES >= 3 && KEYS <= WAVE && Queries::SHARED_BYTES <= TILE_BYTES, "");
+    static_assert(STAGES >= 2 && KEYS <= WAVE, "a stage in use and one on its way; a lane looks up each token");
+    static_assert(QUERIES_STAY || Queries::IN_REGISTERS && Queries::SHARED_BYTES <= TILE_BYTES, "pass through a tile");
 
     const Rows &rows;
     SharedAddress shared;
     int group, groups;
-    int coming;                       /* first token of the tile that this wave fetches next */
+    int coming;                       /* first token of the tile that this team fetches next */
     typename Rows::Tile::Place place; /* of token `coming + lane`, looked up a stage ahead */
     int stage = STAGES - 1;           /* the one in use: none yet */
     int sub = 0;                      /* tile of the stage that comes next for this wave's rows */
     Tile tile;
 
+    static __device__ __forceinline__ int team() { return wave() / TEAM; }
+
     __device__ __forceinline__ KeyValueStream(SharedAddress shared, const Rows &rows, int first, int group, int groups)
-        : rows(rows), shared(shared), group(group), groups(groups), coming(first + wave() * KEYS), tile(shared, 0) {
+        : rows(rows), shared(shared), group(group), groups(groups), coming(first + team() * KEYS), tile(shared, 0) {
         look_up();
 #pragma unroll
         for (int i = 0; i < STAGES - 1; ++i) issue(i);
     }
 
-    /* Where a wave may put its queries: in the stage that is fetched last, in the place of its own tile. */
+    /* Where a team may put its queries: in the stage that is fetched last, in the place of its own tile. */
     __device__ __forceinline__ SharedAddress query_memory() const {
-        return Queries::IN_REGISTERS ? shared + (STAGES - 1) * STAGE_BYTES + wave() * TILE_BYTES
-                                     : shared + STAGES * STAGE_BYTES + wave() * Queries::SHARED_BYTES;
+        return QUERIES_STAY ? shared + STAGES * STAGE_BYTES + team() * Queries::SHARED_BYTES
+                            : shared + (STAGES - 1) * STAGE_BYTES + wave() * TILE_BYTES;
     }
 
     __device__ __forceinline__ void look_up() {
         if (coming < rows.count) place = rows.tile(coming).place(lane() % KEYS, 0);
     }
 
-    /* This wave's tile of the coming stage sets off to place `to` of the ring. */
-    __device__ __forceinline__ void issue(int to) {
-        constexpr int CHUNKS = 2 * Tile::STEPS; /* of a row: the last may lie past HEAD_DIM, and is zeros */
-        constexpr int UNITS = KEYS * CHUNKS;
-        if (coming < rows.count) {
-            const SharedAddress keys = shared + to * STAGE_BYTES + wave() * TILE_BYTES;
-            const auto source = rows.tile(coming);
+    /* 16-byte chunks of the coming tile's rows, of as many columns. Of a row, the last may lie past its end, and is
+     * zeros. */
+    template <int COLUMNS, class Copy> __device__ __forceinline__ void for_chunks(Copy copy) {
+        constexpr int CHUNKS = round_up(COLUMNS, 16) / 8, UNITS = KEYS * CHUNKS, LANES = TEAM * WAVE;
+        const auto source = rows.tile(coming);
 #pragma unroll
-            for (int i = 0; i < round_up(UNITS, WAVE) / WAVE; ++i) {
-                const int unit = lane() + i * WAVE;
-                const int token = unit / CHUNKS, chunk = unit % CHUNKS;
-                const auto at = source.place_of_lane(place, token, 0);
-                if (UNITS % WAVE != 0 && unit >= UNITS) break;
-                const bool valid = coming + token < rows.count && chunk < HEAD_DIM / 8;
-                const SharedAddress row = keys + RowLayout<HEAD_DIM>::chunk(token, chunk);
-                copy_async(row, source.key(at, chunk * 16), valid);
-                copy_async(row + Tile::KEY_BYTES, source.value(at, chunk * 16), valid);
-            }
-            coming += WAVES * KEYS;
+        for (int i = 0; i < round_up(UNITS, LANES) / LANES; ++i) {
+            const int unit = (TEAM == 1 ? lane() : thread_in_block() % LANES) + i * LANES;
+            const int token = unit / CHUNKS, chunk = unit % CHUNKS;
+            const auto at = source.place_of_lane(place, token, 0);
+            if (UNITS % LANES != 0 && unit >= UNITS) break;
+            const bool valid = rows.exists(coming + token) && chunk < COLUMNS / 8;
+            copy(source, at, RowLayout<COLUMNS>::chunk(token, chunk), chunk * 16, valid);
+        }
+    }
+
+    /* This team's tile of the coming stage sets off to place `to` of the ring. */
+    __device__ __forceinline__ void issue(int to) {
+        if (coming < rows.count) {
+            const SharedAddress keys = shared + to * STAGE_BYTES + team() * TILE_BYTES, values = keys + Tile::KEY_BYTES;
+            for_chunks<HEAD_DIM>([&](const auto &source, const auto &at, uint32_t offset, int byte, bool valid) {
+                copy_async(keys + offset, source.key(at, byte), valid);
+                if constexpr (VALUE_DIM == HEAD_DIM) copy_async(values + offset, source.value(at, byte), valid);
+            });
+            if constexpr (VALUE_DIM != HEAD_DIM)
+                for_chunks<VALUE_DIM>([&](const auto &source, const auto &at, uint32_t offset, int byte, bool valid) {
+                    copy_async(values + offset, source.value(at, byte), valid);
+                });
+            coming += TEAMS * KEYS;
             look_up();
         }
-        end_of_stage();
+        end_of_copies();
     }
 
     __device__ __forceinline__ void advance() {
         if (sub == 0) {
-            wait_for_all_copies_but<STAGES - 2>();
-            groups == WAVES ? wave_sync() : barrier(); /* tiles are here, and the stage before is free */
+            wait_for_copies_but<STAGES - 2>();
+            TEAM == 1 && groups == TEAMS ? wave_sync() : barrier(); /* tiles are here, and the stage before is free */
             issue(stage);
             stage = stage == STAGES - 1 ? 0 : stage + 1;
         }
         tile.current = shared + stage * STAGE_BYTES + (group + sub) * TILE_BYTES;
-        sub = sub + groups == WAVES ? 0 : sub + groups;
+        sub = sub + groups == TEAMS ? 0 : sub + groups;
     }
     __device__ __forceinline__ void scores(const Queries &queries, typename Shape::Scores &s) {
         tile.scores(queries, s);
     }
     __device__ __forceinline__ void accumulate(const typename Shape::Scores &s, typename Shape::Output &o) {
-        tile.accumulate(s, o);
+        tile.accumulate(s, o, TEAM == 1 ? 0 : wave() % TEAM * Shape::COLUMNS);
     }
 };
 

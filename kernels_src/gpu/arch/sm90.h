@@ -9,17 +9,8 @@
 #ifndef AITER_GPU_ARCH_SM90_H
 #define AITER_GPU_ARCH_SM90_H
 
-/* The list is known to the host's half of a compilation too, which must come to the same answer. */
-#if defined(__CUDA_ARCH_LIST__)
-#if __CUDA_ARCH_LIST__ >= 900 && __CUDA_ARCH_LIST__ < 1000
-#define AITER_WGMMA 1
-#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#error "build for sm_90a, not sm_90"
-#endif
-#endif
-#endif
+#include "gpu/arch/sm80.h"
 
-#if defined(AITER_WGMMA)
 namespace aiter {
 namespace wgmma {
 
@@ -171,6 +162,5 @@ __device__ __forceinline__ void pass(int barrier, int threads) {
 }
 
 } // namespace aiter
-#endif
 
 #endif

@@ -1,54 +1,54 @@
-/* The backward pass on sm_90a. Implements the interface that attention_backward.hip describes, with wgmma.
+/* The backward pass's loop on sm_90a (see backward_loop.h), with wgmma, on the tiles of arch/sm80_backward.h.
  *
- *   one warpgroup   carries: copies tiles by cp.async, as far ahead as there are stages, and needs few registers
- *   the others      own 64 rows each, and go through the tiles independently: while one works on probabilities, another
+ *   the producer    one warpgroup copies tiles by cp.async, as far ahead as there are stages, and needs few registers
+ *   the consumers   own 64 rows each, and go through the tiles independently: while one works on probabilities, another
  *                   has the matrix unit
  *
- * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all carriers' copies of a tile
- * have arrived, `empty` when all owning threads are done with it. One lane could arrive for its wave, after a
+ * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all of the producer's copies of
+ * a tile have arrived, `empty` when all consuming threads are done with it. One lane could arrive for its wave, after a
  * wave_sync; but compute-sanitizer's racecheck follows each thread's own arrivals only, and reported the other lanes'
- * reads of log_sum and delta. No difference in time was seen beyond the card's own spread. */
+ * reads of LSE and delta. No difference in time was seen beyond the card's own spread. */
 #ifndef AITER_GPU_ARCH_SM90_BACKWARD_H
 #define AITER_GPU_ARCH_SM90_BACKWARD_H
 
+#include "gpu/arch/sm80_backward.h"
 #include "gpu/arch/sm90.h"
+#include "gpu/backward_loop.h"
 
-#if defined(AITER_WGMMA)
 namespace aiter {
 
-template <int HEAD_DIM, int PASS> struct BackwardShape {
-    /* That own rows. With twelve there is always one that multiplies, if they get by on the registers. */
-    static constexpr int WAVES = HEAD_DIM > 192 ? 4 : HEAD_DIM <= 64 && PASS == GRAD_QUERY ? 12 : 8;
-    static constexpr int STAGES = HEAD_DIM <= 128 ? 4 : 2;
+template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
+    /* Of the consumers. With twelve there is always one that multiplies, if they get by on the registers. */
+    static constexpr int WAVES = WIDER > 192 ? 4 : WIDER <= 64 && PASS == GRAD_QUERY ? 12 : 8;
+    static constexpr int STAGES = WIDER <= 128 ? 4 : 2;
     /* Registers of a thread. A block of n threads starts with 65536 / n each and then deals them out anew. */
-    static constexpr int OWNER_REGISTERS = WAVES == 12 ? 152 : HEAD_DIM <= 64 ? 224 : 240;
-    static constexpr int CARRIER_REGISTERS = WAVES == 12 || HEAD_DIM <= 64 ? 56 : 24;
+    static constexpr int CONSUMER_REGISTERS = WAVES == 12 ? 152 : WIDER <= 64 ? 224 : 240;
+    static constexpr int PRODUCER_REGISTERS = WAVES == 12 || WIDER <= 64 ? 56 : 24;
 };
 
-template <int HEAD_DIM, int PASS>
-struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::WAVES * ROW_TILE, 64,
-                                BackwardShape<HEAD_DIM, PASS>::STAGES, 128> {
-    using Shape = BackwardShape<HEAD_DIM, PASS>;
-    static constexpr int WAVES = Shape::WAVES, TEAM = 4, BLOCKS = 1;
-    static constexpr int THREADS = WAVES * WAVE + 128;
-    static constexpr bool CARRIERS = true;
+template <int HEAD_DIM, int VALUE_DIM, int PASS>
+struct BackwardWarpgroupTiles
+    : BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::WAVES * ROW_TILE, 64,
+                    BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::STAGES, 128> {
+    using Shape = BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>;
+    static constexpr int WAVES = Shape::WAVES, TEAM = 4;
     static constexpr int TOKENS = 64, STAGES = Shape::STAGES;
     /* Groups of products that run on into the next tile: their operands are in registers that nothing else can use. */
-    static constexpr int RUN_ON = PASS == GRAD_KEY_VALUE && HEAD_DIM > 64 ? 0 : 1;
-    using Tiles = BackwardTiles<HEAD_DIM, PASS, WAVES * ROW_TILE, TOKENS, STAGES, 128>;
-    using Layout = typename Tiles::Layout;
-    using OwnLayout = typename Tiles::OwnLayout;
+    static constexpr int RUN_ON = PASS == GRAD_KEY_VALUE && Shape::WIDER > 64 ? 0 : 1;
+    using Tiles = BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, WAVES * ROW_TILE, TOKENS, STAGES, 128>;
+    using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
     static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + STAGES * 16;
     using Scores = Accumulator<1, TOKENS>;
-    using Output = Accumulator<1, round_up(HEAD_DIM, 64)>;
-    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+    using GradX = Accumulator<1, round_up(HEAD_DIM, 64)>;
+    using GradY = Accumulator<1, round_up(VALUE_DIM, 64)>;
 
     int current = 0;     /* stage */
     uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
     SharedAddress tile;  /* the current stage */
     int unreleased = -1; /* the stage before, while products that read it may run */
 
-    __device__ __forceinline__ explicit Backward(SharedAddress shared) : Tiles(shared) {
+    __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
         if (thread_in_block() == 0)
             for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), 128), mbarrier::make(empty(i), WAVES * WAVE);
         barrier();
@@ -59,10 +59,10 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
         if (++current == STAGES) current = 0, turn ^= 1;
     }
 
-    /* The carriers */
-    __device__ __forceinline__ bool carries() const { return wave() >= WAVES; }
-    static __device__ __forceinline__ void begin_to_carry() {
-        if (WAVES > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::CARRIER_REGISTERS));
+    /* The producer */
+    __device__ __forceinline__ bool produces() const { return wave() >= WAVES; }
+    static __device__ __forceinline__ void begin_to_produce() {
+        if (WAVES > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::PRODUCER_REGISTERS));
     }
     __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
         this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
@@ -75,9 +75,9 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
     }
     __device__ __forceinline__ void skip() {}
 
-    /* The owners */
-    static __device__ __forceinline__ void begin_to_own() {
-        if (WAVES > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::OWNER_REGISTERS));
+    /* The consumers */
+    static __device__ __forceinline__ void begin_to_consume() {
+        if (WAVES > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::CONSUMER_REGISTERS));
     }
     __device__ __forceinline__ void publish() {
         mbarrier::wait(full(current), turn);
@@ -102,53 +102,136 @@ struct Backward : BackwardTiles<HEAD_DIM, PASS, BackwardShape<HEAD_DIM, PASS>::W
     }
     __device__ __forceinline__ void end() { asm volatile("bar.sync 1, %0;" ::"n"(WAVES * WAVE) : "memory"); }
 
-    __device__ __forceinline__ SharedAddress team_rows() const {
-        return this->own + wave() / TEAM * TEAM * ROW_TILE * 128;
+    static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
+    /* In the own x; of the own y, BlockLayout has rows of the same length. */
+    static __device__ __forceinline__ int team_rows() { return wave() / TEAM * TEAM * ROW_TILE * 128; }
+    __device__ __forceinline__ void scores(Scores &s) const {
+        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own + team_rows(), tile, s);
     }
-    __device__ __forceinline__ void scores(Scores &s) const { multiply_rows(team_rows(), tile, s); }
     __device__ __forceinline__ void grad_probabilities(Scores &dp) const {
-        multiply_rows(team_rows() + OwnLayout::BYTES, tile + Layout::BYTES, dp);
+        multiply_rows<OwnY, PassingY, VALUE_DIM>(this->own + OwnX::BYTES + team_rows(), tile + PassingX::BYTES, dp);
     }
-    __device__ __forceinline__ void add_to_x(const Scores &ds, Output &dx) const { multiply_columns(ds, tile, dx); }
-    __device__ __forceinline__ void add_to_y(const Scores &p, Output &dy) const {
-        multiply_columns(p, tile + Layout::BYTES, dy);
+    __device__ __forceinline__ void add_to_x(const Scores &ds, GradX &dx) const {
+        multiply_columns<PassingX>(ds, tile, dx);
+    }
+    __device__ __forceinline__ void add_to_y(const Scores &p, GradY &dy) const {
+        multiply_columns<PassingY>(p, tile + PassingX::BYTES, dy);
     }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
         Tiles::term_at(tile, which, column, run);
     }
 
+    template <int COLUMNS, class Gradient, class RowPointer>
+    __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
+        Tiles::template store<COLUMNS>(gradient, wave_row(), 0, row);
+    }
+
     /* s = A B^T, of 64 rows of A */
+    template <class Own, class Passing, int COLUMNS>
     static __device__ __forceinline__ void multiply_rows(SharedAddress a_rows, SharedAddress b_rows, Scores &s) {
         const wgmma::Matrix a = wgmma::matrix(a_rows), b = wgmma::matrix(b_rows);
         wgmma::begin();
 #pragma unroll
-        for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
-            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnLayout::BLOCK_BYTES + j % 4 * 32) / 16,
-                                             b + (j / 4 * Layout::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
+        for (int j = 0; j < round_up(COLUMNS, 16) / 16; ++j)
+            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * Own::BLOCK_BYTES + j % 4 * 32) / 16,
+                                             b + (j / 4 * Passing::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
         wgmma::end();
     }
 
     /* o += round(s) B */
-    static __device__ __forceinline__ void multiply_columns(const Scores &s, SharedAddress b_rows, Output &o) {
+    template <class Passing, class Gradient>
+    static __device__ __forceinline__ void multiply_columns(const Scores &s, SharedAddress b_rows, Gradient &o) {
         const wgmma::Matrix b = wgmma::matrix(b_rows);
         uint32_t a[TOKENS / 16][4];
 #pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                a[j][i] = to_elements(s.tile[0][2 * j + i / 2][i % 2 * 2], s.tile[0][2 * j + i / 2][i % 2 * 2 + 1]);
+        for (int j = 0; j < TOKENS / 16; ++j) round_operand(s, 0, j, a[j]);
         wgmma::begin();
 #pragma unroll
-        for (int n = 0; n < Layout::BLOCKS; ++n)
+        for (int n = 0; n < Passing::BLOCKS; ++n)
 #pragma unroll
             for (int j = 0; j < TOKENS / 16; ++j)
                 wgmma::Product<64>::multiply_transposed(&o.tile[0][n * 8], a[j],
-                                                        b + (n * Layout::BLOCK_BYTES + j * 16 * 128) / 16);
+                                                        b + (n * Passing::BLOCK_BYTES + j * 16 * 128) / 16);
         wgmma::end();
     }
 };
 
+template <int PASS> struct BackwardWarpgroupLoop {
+    using Tile = BackwardWarpgroupTiles<HEAD_DIM, VALUE_DIM, PASS>;
+    using Scores = typename Tile::Scores;
+    using GradX = typename Tile::GradX;
+    using GradY = typename Tile::GradY;
+    using Share = aiter::Share<PASS, Tile::ROWS, Tile::TOKENS>;
+    static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr bool BOTH_IN_ONE_PASS = Tile::BOTH_IN_ONE_PASS;
+    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+
+    /* See BackwardTileLoop. */
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        Tile tile(shared);
+        if (tile.produces()) {
+            tile.begin_to_produce();
+            produce(share, tile);
+        } else {
+            tile.begin_to_consume();
+            GradX grad_x;
+            GradY grad_y;
+            if (gives_x(PASS)) grad_x.clear();
+            if (gives_y(PASS)) grad_y.clear();
+            if (share.tiles > 0) consume(share, tile, grad_x, grad_y);
+            finish(tile, grad_x, grad_y);
+        }
+    }
+
+    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
+        if (share.tiles == 0) return;
+        tile.load_own(share.own(), share.block_row);
+        Issue<Tile, Share> issue(share, tile);
+        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
+    }
+
+    static __device__ __forceinline__ void consume(const Share &share, Tile &tile, GradX &grad_x, GradY &grad_y) {
+        /* As in BackwardTileLoop, but of a warpgroup's rows: its waves multiply together. */
+        constexpr int TEAM_ROWS = Tile::TEAM * ROW_TILE;
+        const int team_row = share.block_row + wave() / Tile::TEAM * TEAM_ROWS;
+        const Range first_sees = share.sees(team_row);
+        const Range last_sees = share.sees(lesser(team_row + TEAM_ROWS, share.own_rows) - 1);
+        const int seen_end = team_row < share.own_rows ? last_sees.high : 0;
+        RowWise<PASS, Tile, Share> rows(share, share.block_row + wave() * ROW_TILE);
+        for (int head = 0; head < share.heads_passing; ++head) {
+            rows.begin_head(head);
+            for (int count = 0, first = share.first; count < share.tiles; ++count, first += Tile::TOKENS) {
+                tile.publish();
+                const int end = first + Tile::TOKENS;
+                if (end <= first_sees.low || first >= seen_end) { /* the tile is the other waves' */
+                    tile.template release<0>();
+                    continue;
+                }
+                const bool masked = first < last_sees.low || end > first_sees.high;
+                Scores p, derivative, ds;
+                tile.scores(p);
+                if (gives_x(PASS)) tile.grad_probabilities(ds);
+                tile.template release<gives_x(PASS) ? 2 : 1>();
+                tile.template finish<gives_x(PASS) ? 1 : 0>(p);
+                rows.probabilities(tile, p, derivative, first);
+                if (masked) rows.hide(p, first);
+                if (gives_y(PASS)) tile.add_to_y(p, grad_y);
+                if (!gives_x(PASS)) continue;
+                tile.template finish<gives_y(PASS) ? 1 : 0>(ds);
+                rows.grad_scores(tile, p, derivative, ds);
+                if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
+                tile.add_to_x(ds, grad_x);
+                tile.template wait<Tile::RUN_ON>();
+            }
+        }
+        if (gives_y(PASS)) tile.template finish<0>(grad_y);
+        if (gives_x(PASS)) tile.template finish<0>(grad_x);
+        tile.end();
+    }
+};
+
 } // namespace aiter
-#endif
 
 #endif

@@ -16,8 +16,8 @@
  *      matrix unit   Q K(0)^T | Q K(1)^T, P(0) V(0) | Q K(2)^T, P(1) V(1) | ...
  *      vector unit            | softmax of 0        | softmax of 1        | ...
  *
- *                   Tiles that all of its rows see whole come first, in a loop without masks; then those that the
- *                   diagonal or the end cuts.
+ *                   Tiles that all of its rows see whole go through a loop without masks; before it come those that a
+ *                   window's left edge cuts, after it those that the diagonal or the end cuts.
  *   registers       S of one tile, P of the one before, O
  *   shared memory   Q, and the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes
  *                   permuted as wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when it has
@@ -26,21 +26,24 @@
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
 #include "gpu/arch/sm90_tensor_map.h"
+#include "gpu/mask.h"
+#include "gpu/score.h"
+#include "gpu/sequence.h"
 #include "gpu/softmax.h"
 
-#if defined(AITER_WGMMA)
 namespace aiter {
 
 /* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more: three warpgroups hide it
  * better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
  * shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
-template <int HEAD_DIM> struct WarpgroupShape {
-    static constexpr int WARPGROUPS = HEAD_DIM <= 96 ? 3 : 2;
-    static constexpr int KEYS = HEAD_DIM <= 64    ? 128
-                                : HEAD_DIM <= 96  ? 96
-                                : HEAD_DIM <= 128 ? 128
-                                : HEAD_DIM <= 192 ? 96
-                                                  : 64;
+template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= 96 ? 3 : 2;
+    static constexpr int KEYS = WIDER <= 64                        ? 128
+                                : WIDER <= 96                      ? 96
+                                : WIDER <= 128                     ? 128
+                                : WIDER <= 192 && VALUE_DIM <= 128 ? 112
+                                : WIDER <= 192                     ? 96
+                                                                   : 64;
 };
 
 /* Where blocks take row tiles by a counter: clears it. The kernel that counts is launched early, and waits for this one
@@ -50,20 +53,22 @@ __global__ void clear_counter(uint32_t *next) {
     *next = 0;
 }
 
-template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HEAD_DIM> {
-    using Shape = WarpgroupShape<HEAD_DIM>;
+template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, VALUE_DIM> {
+    using Shape = WarpgroupShape<HEAD_DIM, VALUE_DIM>;
     using Shape::WARPGROUPS, Shape::KEYS;
-    static constexpr bool PAGED = Sequence::IS_PAGED;
-    static constexpr int WAVES = WARPGROUPS * 4, WAVE_ROWS = 16; /* without the waves that copy */
+    static constexpr int WAVES = WARPGROUPS * 4; /* without those that copy */
+    static constexpr int WAVE_ROWS = 16, BLOCK_ROWS = WAVES * WAVE_ROWS;
     static constexpr int BLOCKS = 1, WARPGROUP = 128, THREADS = (WARPGROUPS + 1) * WARPGROUP;
     /* Registers of a thread. A block begins with as many for each, and no more than that can be dealt out anew. */
     static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
     static constexpr int OWN_REGISTERS = WARPGROUPS == 3 ? 160 : 232, COPY_REGISTERS = WARPGROUPS == 3 ? 32 : 40;
     static_assert(WAVES * WAVE * OWN_REGISTERS + WARPGROUP * COPY_REGISTERS <= THREADS * REGISTERS, "or it hangs");
 
-    static constexpr int COLUMNS = round_up(HEAD_DIM, 16), STEPS = COLUMNS / 16, LINES = round_up(HEAD_DIM, 64) / 64;
-    static constexpr int TILE_BYTES = LINES * KEYS * 128, QUERY_BYTES = LINES * 64 * 128; /* of a warpgroup */
-    static constexpr int MOST_BYTES = 227 * 1024 - 1024;
+    static constexpr int COLUMNS = round_up(VALUE_DIM, 16), STEPS = round_up(HEAD_DIM, 16) / 16;
+    static constexpr int LINES = round_up(HEAD_DIM, 64) / 64, VALUE_LINES = round_up(VALUE_DIM, 64) / 64;
+    static constexpr int TILE_BYTES = greater(LINES, VALUE_LINES) * KEYS * 128; /* of a stage */
+    static constexpr int QUERY_BYTES = LINES * 64 * 128;                        /* of a warpgroup */
+    static constexpr int MOST_BYTES = SHARED_LIMIT - 1024;
     /* Of Q there is room for the next row tile too, where that leaves four stages. */
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
@@ -73,7 +78,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
     static constexpr int TURN_BYTES = 352; /* two barriers and what a row tile is */
     static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
-    static_assert(STAGES >= 3 && KEYS % 16 == 0 && SHARED_BYTES <= 227 * 1024, "");
+    static_assert(STAGES >= 3 && KEYS % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
 
     using Scores = Accumulator<1, KEYS>;
     using Output = Accumulator<1, COLUMNS>;
@@ -88,12 +93,15 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
     };
 
+    /* The first of this wave's rows, in the block's. */
+    static __device__ __forceinline__ int wave_row() { return wave() * WAVE_ROWS; }
+
     /* ---- host ---- */
 
-    /* For the counter. Where it is the lengths of padded sequences alone that make row tiles differ, nothing here tells:
-     * then there is none, and each row tile gets a block of its own. */
+    /* For the counter. Where it is the lengths of padded sequences alone that make row tiles differ, nothing here
+     * tells: then there is none, and each row tile gets a block of its own. */
     static int64_t workspace_bytes(const aiter_attention_problem &p) {
-        return Sequence::IS_CAUSAL || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
+        return MASKED || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
     }
 
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
@@ -109,14 +117,16 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
             tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
-            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS);
+            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, KEYS);
         int device = 0, blocks = 0;
         hipError_t error = hipGetDevice(&device);
         if (error == hipSuccess) error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
         if (error != hipSuccess) return error;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
-        launch.section = Sequence::IS_CAUSAL ? section(p, unit_tiles, blocks) : 1;
-        const bool equal = !Sequence::IS_CAUSAL && t.seqlens_q == nullptr && t.seqlens_k == nullptr;
+        launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
+        const bool given =
+            t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr || t.starts_k != nullptr;
+        const bool equal = !MASKED && !given;
         const bool counted = !equal && t.workspace != nullptr && tiles > blocks;
         launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
         const int64_t grid = equal || counted ? lesser<int64_t>(tiles, blocks) : tiles;
@@ -165,7 +175,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
      * are many keys, and they are read again for each round of tiles without being missed. */
     static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
         constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, BLOCKS_OF_UNIT = 4, FEW = 8;
-        const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * LINES * 128 * 2, 1); /* of one unit */
+        const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * (LINES + VALUE_LINES) * 128, 1); /* of one unit */
         const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
         const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
         return static_cast<int>(lesser(balanced, greater(most, FEW)));
@@ -184,8 +194,8 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
         return {before + rest % heads / group, rest % group, row_tiles - 1 - rest / heads};
     }
 
-    /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in two
-     * slots of shared memory, each with barriers like those of the ring. */
+    /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in
+     * two slots of shared memory, each with barriers like those of the ring. */
     struct Turn {
         SharedAddress shared;
         int slot = 0;
@@ -255,9 +265,10 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
                                                        int first) {
         ring.vacate();
         if (lane() == 0) {
-            mbarrier::arrive_and_expect(ring.full(), TILE_BYTES);
+            constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
+            mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
 #pragma unroll
-            for (int line = 0; line < LINES; ++line)
+            for (int line = 0; line < OWN_LINES; ++line)
                 tensor_map::copy(ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key, line * 64,
                                  sequence.first_key + first, sequence.kv_head, sequence.kv_batch, ring.full());
         }
@@ -265,7 +276,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
         ring.advance();
     }
 
-    /* Zeros past the end of the sequence and past HEAD_DIM. */
+    /* Zeros past the end of the sequence, before its window, and past the last column. */
     template <bool VALUES>
     static __device__ __forceinline__ void copy_rows(const Sequence &sequence, Ring &ring, int first) {
         ring.vacate();
@@ -279,11 +290,12 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
 #pragma unroll 1
             for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS / 8) {
                 const auto place = tile.place(row, step);
-                const bool exists = first + part + row + step < sequence.keys.count;
+                const bool exists = sequence.keys.exists(first + part + row + step);
+                constexpr int OWN_DIM = VALUES ? VALUE_DIM : HEAD_DIM;
 #pragma unroll
-                for (int line = 0; line < LINES; ++line) {
+                for (int line = 0; line < (VALUES ? VALUE_LINES : LINES); ++line) {
                     const int byte = line * 128 + chunk * 16;
-                    const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
+                    const bool valid = exists && (line * 64 + 64 <= OWN_DIM || byte < OWN_DIM * 2);
                     copy_async(to + (part + step) * 128 + line * KEYS * 128,
                                VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
                 }
@@ -302,15 +314,15 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
     /* Calls almost_done() before the last tile. */
     template <class AlmostDone>
     static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
-                                                      int keys_end, AlmostDone almost_done) {
-        copy<false>(launch, sequence, ring, 0);
+                                                      const Range &keys, AlmostDone almost_done) {
+        copy<false>(launch, sequence, ring, keys.low);
 #pragma unroll 1
-        for (int first = KEYS; first < keys_end; first += KEYS) {
+        for (int first = keys.low + KEYS; first < keys.high; first += KEYS) {
             copy<false>(launch, sequence, ring, first);
             copy<true>(launch, sequence, ring, first - KEYS);
         }
         almost_done();
-        copy<true>(launch, sequence, ring, (keys_end - 1) / KEYS * KEYS);
+        copy<true>(launch, sequence, ring, keys.low + (keys.high - 1 - keys.low) / KEYS * KEYS);
     }
 
     /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */
@@ -393,16 +405,13 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
     }
     static __device__ __forceinline__ void round(const Scores &s, uint32_t (&p)[KEYS / 16][4]) {
 #pragma unroll
-        for (int j = 0; j < KEYS / 16; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&c)[4] = s.tile[0][2 * j + i / 2];
-                p[j][i] = to_elements(c[i % 2 * 2], c[i % 2 * 2 + 1]);
-            }
+        for (int j = 0; j < KEYS / 16; ++j) round_operand(s, 0, j, p[j]);
     }
 
     /* A row tile that sees no keys goes through one tile of them all the same, masked. */
-    static __device__ __forceinline__ int at_least_one(int keys_end) { return keys_end > 0 ? keys_end : 1; }
+    static __device__ __forceinline__ Range at_least_one(const Range &keys) {
+        return {same(keys.empty() ? 0 : keys.low), same(keys.empty() ? 1 : keys.high)};
+    }
 
     /* One warpgroup's way through the tiles of a row tile. */
     struct Warpgroup {
@@ -431,16 +440,17 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
             return taken;
         }
 
-        __device__ __forceinline__ void await_queries(bool negate) {
+        __device__ __forceinline__ void await_queries(const QueryBits &bits) {
+            const bool change = bits.keep == 0 || bits.flip != 0; /* rare */
             mbarrier::wait(queries.full(), queries.turn);
-            if (negate) { /* see Scale; rare */
+            if (change) {
                 const SharedAddress mine = queries.tile() + thread_in_block() % WARPGROUP * 4;
 #pragma unroll 1
                 for (int i = 0; i < QUERY_BYTES; i += WARPGROUP * 4)
-                    shared_store(mine + i, shared_load<uint32_t>(mine + i) ^ 0x80008000u);
+                    shared_store(mine + i, bits(shared_load<uint32_t>(mine + i)));
             }
-            if (negate || PAGED || !launch.mapped) wgmma::shared_is_written();
-            if (negate) meet_all();
+            if (change || PAGED || !launch.mapped) wgmma::shared_is_written();
+            if (change) meet_all();
         }
 
         /* Values past the end of the sequence become zeros: what the tensor holds there meets probabilities of 0. */
@@ -450,7 +460,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
 #pragma unroll 1
             for (int i = rows * 128; i < KEYS * 128; i += WARPGROUP * 16)
 #pragma unroll
-                for (int line = 0; line < LINES; ++line)
+                for (int line = 0; line < VALUE_LINES; ++line)
                     if (i + thread_in_block() % WARPGROUP * 16 < KEYS * 128)
                         shared_store(mine + i + line * KEYS * 128, make_uint4(0, 0, 0, 0));
             wgmma::shared_is_written();
@@ -459,23 +469,35 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
 
         /* Tiles that only other warpgroups see are passed over, but in step with these. */
         template <class RowTile>
-        __device__ __forceinline__ void attend(const RowTile &tile, bool negate, Softmax &softmax, Output &o) {
+        __device__ __forceinline__ void attend(const RowTile &tile, const Score &score, Softmax &softmax, Output &o) {
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
-            const int keys_end = same(at_least_one(tile.keys_end)), keys_count = same(sequence.keys.count);
-            /* Tiles before this are seen whole: by all of the warpgroup's rows, by all of the wave's. */
-            const int first_row = tile.first_row + number * 64, last_row = lesser(first_row + 64, sequence.rows) - 1;
-            const int own_end = same(at_least_one(first_row <= last_row ? sequence.visible(last_row) : 0));
-            const int unmasked_keys = lesser(own_end, same(sequence.visible(first_row)));
-            const int wave_unmasked_keys = same(sequence.visible(wave_row));
+            const Mask &mask = sequence.mask;
+            const Range keys = at_least_one(tile.keys);
+            const int keys_count = same(sequence.keys.count), first_row = tile.first_row + number * 64;
+            /* What any of the warpgroup's rows sees ends here; what all of them see, or all of the wave's, needs no
+             * mask. */
+            const Range any = mask.keys_of_any(first_row, first_row + 64);
+            const Range all = mask.keys_of_all(first_row, first_row + 64);
+            const Range of_wave = mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+            const int own_end = same(any.empty() ? keys.low + 1 : any.high);
+            const Range whole = {same(all.low), lesser(own_end, same(all.high))};
+            const Range wave_whole = {same(of_wave.low), same(of_wave.high)};
             Scores s;
             uint32_t p[KEYS / 16][4];
             float shrink[2];
+            const auto finish = [&](int first) {
+                score.finish(
+                    s, first, [&](int) { return sequence.slope; },
+                    [&](int slot) { return wave_row + Scores::row(slot) + mask.diagonal; });
+            };
             const auto hide = [&](int first) {
-                if (first + KEYS > wave_unmasked_keys) mask(s, sequence, wave_row, first);
+                if (!wave_whole.template covers<WINDOW>(first, first + KEYS))
+                    aiter::hide<WINDOW>(s, -INFINITE, first,
+                                        [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
             };
 
-            await_queries(negate);
+            await_queries(score.query_bits);
             const Ring first_keys = take();
             await_turn();
             wgmma::begin();
@@ -484,21 +506,23 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
-            hide(0);
+            finish(keys.low);
+            hide(keys.low);
             softmax.advance(s, shrink);
             round(s, p);
             const auto step = [&](int first, bool masked) __attribute__((always_inline)) {
-                const Ring keys = take();
+                const Ring key_tile = take();
                 await_turn();
                 wgmma::begin();
-                begin_scores(queries.tile(), keys.tile(), s);
+                begin_scores(queries.tile(), key_tile.tile(), s);
                 const Ring values = take();
                 wgmma::begin();
                 begin_output(p, values.tile(), o);
                 pass_turn();
                 wgmma::wait<1>();
-                keys.release();
+                key_tile.release();
                 changed(s);
+                finish(first);
                 if (masked) hide(first);
                 const bool grown = softmax.advance(s, shrink);
                 wgmma::wait<0>();
@@ -507,23 +531,26 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
                 round(s, p); /* before the branch: it fits between the exponentials */
                 if (grown) softmax.rescale(o, shrink);
             };
-            int first = KEYS;
+            int first = keys.low + KEYS;
+            if constexpr (WINDOW)
 #pragma unroll 1
-            for (; first + KEYS <= unmasked_keys; first += KEYS) step(first, false);
+                for (; first < lesser(own_end, whole.low); first += KEYS) step(first, true);
+#pragma unroll 1
+            for (; first + KEYS <= whole.high; first += KEYS) step(first, false);
 #pragma unroll 1
             for (; first < own_end; first += KEYS) step(first, true);
             if (lane() == 0) mbarrier::arrive(queries.empty());
             queries.advance();
-            if (first < keys_end) pass_over_scores();
+            if (first < keys.high) pass_over_scores();
             Ring last_values = take();
             clear_past_end(last_values.tile(), keys_count - (first - KEYS));
             wgmma::begin();
             begin_output(p, last_values.tile(), o);
 #pragma unroll 1
-            for (; first < keys_end; first += KEYS) {
+            for (; first < keys.high; first += KEYS) {
                 wgmma::wait<0>();
                 last_values.release(); /* now, or the copies could not go on */
-                if (first + KEYS < keys_end) pass_over_scores();
+                if (first + KEYS < keys.high) pass_over_scores();
                 last_values = take();
             }
             wgmma::wait<0>();
@@ -541,8 +568,10 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
 
     /* See TileLoop. */
     template <class RowTile, class Finish>
-    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, Finish finish) {
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
+                                               Finish finish) {
         const bool mapped = !PAGED && launch.mapped;
+        clear_rest(launch, static_cast<int>(gridDim.x), THREADS); /* first, while all threads have as many registers */
         if (thread_in_block() == 0) {
             for (Ring r = {shared}; r.turn == 0; r.advance()) {
                 mbarrier::make(r.full(), mapped ? 1 : COPIERS);
@@ -586,7 +615,7 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
                 for (; turn.await(); turn = turn.after(), first = false) {
                     const RowTile tile = turn.template read<RowTile>();
                     /* The turn before is kept until the one after is needed: its slot is that one's. */
-                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys_end), [&] {
+                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys), [&] {
                         if (!first) turn.after().release();
                     });
                 }
@@ -594,14 +623,13 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
             }
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
-            const Scale scale(launch.problem.softmax_scale);
             Warpgroup warpgroup(launch, shared);
 #pragma unroll 1
             for (; turn.await(); turn = turn.after()) {
-                Softmax softmax(scale.positive);
+                Softmax softmax(score.unit);
                 Output o;
                 o.clear();
-                warpgroup.attend(turn.template read<RowTile>(), scale.negate, softmax, o);
+                warpgroup.attend(turn.template read<RowTile>(), score, softmax, o);
                 finish(turn.template read<RowTile>(), softmax, o); /* read again: registers were few meanwhile */
                 turn.release();
             }
@@ -638,13 +666,12 @@ template <int HEAD_DIM, class Sequence> struct WarpgroupLoop : WarpgroupShape<HE
                 const uint2 other = odd ? make_uint2(from_b, b) : make_uint2(b, from_b);
                 const uint4 chunk =
                     high ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
-                if (to != nullptr && (n + t) * 8 < HEAD_DIM) reinterpret_cast<uint4 *>(to)[n + t] = chunk;
+                if (to != nullptr && (n + t) * 8 < VALUE_DIM) reinterpret_cast<uint4 *>(to)[n + t] = chunk;
             }
         }
     }
 };
 
 } // namespace aiter
-#endif
 
 #endif

@@ -10,7 +10,6 @@
 
 #include "gpu/arch/sm90.h"
 
-#if defined(AITER_WGMMA)
 #include <cuda.h>
 
 namespace aiter {
@@ -65,6 +64,5 @@ __device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, i
 
 } // namespace tensor_map
 } // namespace aiter
-#endif
 
 #endif

@@ -1,0 +1,180 @@
+/* The loop of a backward pass over the tiles of passing rows (see backward.h), for every arch whose waves work alone.
+ *
+ *   publish             the tile that was on its way is the current one (block barrier)
+ *   issue               another sets off
+ *   scores              S = x x^T                               matrix unit
+ *   grad_probabilities  dP = y y^T                              matrix unit
+ *   probabilities       P = exp2(score(S) - LSE)                vector unit, meanwhile
+ *   add_to_y            gradient of y += P y                    matrix unit
+ *   grad_scores         dS = P (dP - delta) score'              vector unit, meanwhile
+ *   add_to_x            gradient of x += dS x                   matrix unit
+ *
+ * A loop is a struct with the members of this one; an arch with a better way to go through the tiles brings its own
+ * (arch/sm90_backward.h), and attention_backward.hip picks it. Both share the arithmetic on scores, RowWise. */
+#ifndef AITER_GPU_BACKWARD_LOOP_H
+#define AITER_GPU_BACKWARD_LOOP_H
+
+#include "gpu/backward.h"
+#include "gpu/mask.h"
+#include "gpu/score.h"
+#if defined(AITER_GFX9)
+#include "gpu/arch/gfx9_backward.h"
+#else
+#include "gpu/arch/sm80_backward.h"
+#endif
+
+namespace aiter {
+
+/* Scores to probabilities, and gradients of probabilities to those of scores, for the rows of one wave. A tile gives
+ * term(which, column, run): LSE (0) or delta (1) of COLUMN_RUN passing rows. */
+template <int PASS, class Tile, class Share> struct RowWise {
+    using Scores = typename Tile::Scores;
+    static constexpr int SLOTS = Scores::SLOTS, COLUMN_RUN = Tile::COLUMN_RUN;
+    const Share &share;
+    int wave_row;
+    Score score;
+    float slope;                    /* of the query head at hand */
+    float lse[SLOTS], delta[SLOTS]; /* of own query rows */
+
+    __device__ __forceinline__ RowWise(const Share &share, int wave_row)
+        : share(share), wave_row(wave_row), score(Score::with_sign(share.sequence.arguments.problem.forward)) {
+        if (owns_queries(PASS))
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const int row = wave_row + Scores::row(slot);
+                const LseAndDelta *rows = share.sequence.terms(share.query_head);
+                const LseAndDelta terms = row < share.own_rows ? rows[row] : LseAndDelta{INFINITE, 0.0f};
+                lse[slot] = terms.lse, delta[slot] = terms.delta;
+            }
+    }
+    __device__ __forceinline__ void begin_head(int head) {
+        if (ALIBI) slope = share.slope(head);
+    }
+    /* Zeros where own and passing rows do not see each other. */
+    __device__ __forceinline__ void hide(Scores &s, int first) const {
+        aiter::hide<true>(s, 0.0f, first, [&](int slot) { return share.sees(wave_row + Scores::row(slot)); });
+    }
+    /* With a soft cap, `derivative` receives that of the scores. */
+    __device__ __forceinline__ void probabilities(const Tile &tile, Scores &p, Scores &derivative, int first) const {
+        if constexpr (SOFTCAP || ALIBI)
+            score.finish(
+                p, derivative, first, [&](int) { return slope; },
+                [&](int slot) { return share.position(wave_row + Scores::row(slot)); });
+#pragma unroll
+        for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+            float run[COLUMN_RUN];
+            if (!owns_queries(PASS)) tile.term(0, Scores::column(i) + Scores::lane_column(), run);
+#pragma unroll
+            for (int j = 0; j < COLUMN_RUN; j += 2)
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot) {
+                    float x = p.get(slot, i + j), y = p.get(slot, i + j + 1);
+                    if (owns_queries(PASS)) run[j] = run[j + 1] = lse[slot];
+                    Tile::exponentiate(x, y, score.unit, run[j], run[j + 1]);
+                    p.set(slot, i + j, x), p.set(slot, i + j + 1, y);
+                }
+        }
+    }
+    __device__ __forceinline__ void grad_scores(const Tile &tile, const Scores &p, const Scores &derivative,
+                                                Scores &ds) const {
+#pragma unroll
+        for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+            float run[COLUMN_RUN];
+            if (!owns_queries(PASS)) tile.term(1, Scores::column(i) + Scores::lane_column(), run);
+#pragma unroll
+            for (int j = 0; j < COLUMN_RUN; j += 2)
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot) {
+                    float x = ds.get(slot, i + j), y = ds.get(slot, i + j + 1);
+                    if (owns_queries(PASS)) run[j] = run[j + 1] = delta[slot];
+                    Tile::weigh(x, y, p.get(slot, i + j), p.get(slot, i + j + 1), run[j], run[j + 1]);
+                    if (SOFTCAP) x *= derivative.get(slot, i + j), y *= derivative.get(slot, i + j + 1);
+                    ds.set(slot, i + j, x), ds.set(slot, i + j + 1, y);
+                }
+        }
+    }
+};
+
+/* Starts one tile after the other on its way. */
+template <class Tile, class Share> struct Issue {
+    const Share &share;
+    Tile &tile;
+    int head = 0, count = 0; /* of the next one: which of the passing heads, which of its tiles */
+    RowPair passing;         /* of that head */
+
+    __device__ __forceinline__ Issue(const Share &share, Tile &tile)
+        : share(share), tile(tile), passing(share.passing()) {}
+    __device__ __forceinline__ void operator()() {
+        if (head == share.heads_passing) return tile.skip();
+        tile.issue(passing, share.first + count * Tile::TOKENS);
+        if (++count < share.tiles) return;
+        count = 0;
+        if (++head < share.heads_passing) share.sequence.next_head(passing);
+    }
+};
+
+template <int PASS> struct BackwardTileLoop {
+    using Tile = Backward<HEAD_DIM, VALUE_DIM, PASS>;
+    using Scores = typename Tile::Scores;
+    using GradX = typename Tile::GradX;
+    using GradY = typename Tile::GradY;
+    using Share = aiter::Share<PASS, Tile::ROWS, Tile::TOKENS>;
+    static constexpr int THREADS = Tile::THREADS, ROWS = Tile::ROWS, BLOCKS = Tile::BLOCKS;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr bool BOTH_IN_ONE_PASS = Tile::BOTH_IN_ONE_PASS;
+    static __device__ __forceinline__ int forget(int x) { return Tile::forget(x); }
+
+    /* The gradients of each wave's own rows. At its end, calls finish(tile, grad_x, grad_y) in every wave that owns
+     * rows: a loop may use more threads than these have. */
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        Tile tile(shared);
+        GradX grad_x;
+        GradY grad_y;
+        if (gives_x(PASS)) grad_x.clear();
+        if (gives_y(PASS)) grad_y.clear();
+        if (share.tiles > 0) multiply(share, tile, grad_x, grad_y);
+        finish(tile, grad_x, grad_y);
+    }
+
+    static __device__ __forceinline__ void multiply(const Share &share, Tile &tile, GradX &grad_x, GradY &grad_y) {
+        Issue<Tile, Share> issue(share, tile);
+        tile.load_own(share.own(), share.block_row);
+#pragma unroll
+        for (int stage = 0; stage < Tile::STAGES - 1; ++stage) issue();
+
+        /* The passing rows that any row of the wave takes part with are first.low ... last.high - 1; those that all of
+         * its rows do, last.low ... first.high - 1. */
+        const int wave_row = share.block_row + Tile::wave_row();
+        const Range first_sees = share.sees(wave_row);
+        const Range last_sees = share.sees(lesser(wave_row + ROW_TILE, share.own_rows) - 1);
+        const int seen_end = wave_row < share.own_rows ? last_sees.high : 0;
+        RowWise<PASS, Tile, Share> rows(share, wave_row);
+        for (int head = 0; head < share.heads_passing; ++head) {
+            rows.begin_head(head);
+            for (int count = 0, first = share.first; count < share.tiles; ++count, first += Tile::TOKENS) {
+                tile.publish();
+                issue();
+                const int end = first + Tile::TOKENS;
+                const bool sees_some = end > first_sees.low && first < seen_end;
+                if (!Tile::ALL_TAKE_PART && !sees_some) continue; /* the tile is the other waves' */
+                const bool masked = first < last_sees.low || end > first_sees.high;
+                Scores p, derivative, ds;
+                tile.scores(p);
+                if (gives_x(PASS)) tile.grad_probabilities(ds);
+                rows.probabilities(tile, p, derivative, first);
+                if (masked) rows.hide(p, first);
+                if (gives_y(PASS)) tile.add_to_y(p, grad_y);
+                if (!gives_x(PASS)) continue;
+                rows.grad_scores(tile, p, derivative, ds);
+                if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
+                tile.add_to_x(ds, grad_x);
+            }
+        }
+        tile.end();
+    }
+};
+
+} // namespace aiter
+
+#endif

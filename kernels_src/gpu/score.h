@@ -1,0 +1,95 @@
+/* What happens to a product of query and key before the mask and the softmax, in base 2:
+ *
+ *     exponent = LOG2_E * (softcap * tanh(softmax_scale * q.k / softcap) - slope * |own position - key's|)
+ *
+ * or the parts of it that the kernel is built with. `finish` does what does not commute with the softmax; what is left
+ * is a factor, `unit`, that joins the softmax's own multiplication: without cap and slope `finish` does nothing, and
+ * with a cap alone it ends with the tanh.
+ *
+ * The sign of the scale goes into the queries, so that every factor is positive and a masked score stays -inf. So does
+ * a scale of zero, and one that is too small for a product with it to be a number: the queries become zeros, as a score
+ * that overflowed would be inf * 0. */
+#ifndef AITER_GPU_SCORE_H
+#define AITER_GPU_SCORE_H
+
+#include "gpu/arch.h"
+
+namespace aiter {
+
+constexpr float INFINITE = __builtin_inff();
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr float SMALLEST_SCALE = 1.5e-38f, LARGEST_SCALE = 3e38f; /* that float arithmetic does not flush to 0 or inf */
+
+struct Score {
+    QueryBits query_bits;
+    float inner; /* of a raw score. Softcap: gives 2 LOG2_E times what tanh is taken of */
+    float outer; /* of what tanh gives, or of a raw score: base 2 */
+    float unit;  /* of a finished score */
+
+    static __host__ __device__ __forceinline__ float magnitude(const aiter_attention_problem &p) {
+        return __builtin_fabsf(p.softmax_scale) * (SOFTCAP ? 2 * LOG2_E / p.softcap : LOG2_E);
+    }
+    static __host__ __device__ __forceinline__ bool is_zero(const aiter_attention_problem &p) {
+        return magnitude(p) < SMALLEST_SCALE;
+    }
+    __device__ __forceinline__ explicit Score(const aiter_attention_problem &p)
+        : Score(p, is_zero(p) ? 1.0f : lesser(magnitude(p), LARGEST_SCALE)) {
+        query_bits = {is_zero(p) ? 0u : ~0u, p.softmax_scale < 0 ? 0x80008000u : 0u};
+    }
+    /* For queries that nobody changes on their way. */
+    static __device__ __forceinline__ Score with_sign(const aiter_attention_problem &p) {
+        return Score(p, __builtin_copysignf(lesser(magnitude(p), LARGEST_SCALE), p.softmax_scale));
+    }
+    __device__ __forceinline__ Score(const aiter_attention_problem &p, float inner)
+        : query_bits{~0u, 0u}, inner(inner), outer(SOFTCAP ? p.softcap * LOG2_E : inner), unit(ALIBI ? 1.0f : outer) {}
+    /* One score; `distance` is that of the positions. */
+    __device__ __forceinline__ float finish(float raw, float slope, float distance) const {
+        if (SOFTCAP) raw = capped(raw);
+        if (ALIBI) raw = raw * outer - slope * distance;
+        return raw;
+    }
+    /* The tanh of it. */
+    __device__ __forceinline__ float capped(float raw) const {
+        return 1.0f - 2.0f * approximate_reciprocal(1.0f + exp2(raw * inner));
+    }
+    /* A tile whose columns begin at `first`. slope(slot) is in base 2; position(slot): where the row stands. */
+    template <class Scores, class Slope, class Position>
+    __device__ __forceinline__ void finish(Scores &s, int first, Slope slope, Position position) const {
+        if constexpr (SOFTCAP || ALIBI) finish<false>(s, s, first, slope, position);
+    }
+    /* The same, and the derivative of the cap. */
+    template <class Scores, class Slope, class Position>
+    __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
+                                           Position position) const {
+        if constexpr (SOFTCAP || ALIBI) finish<SOFTCAP>(s, derivative, first, slope, position);
+    }
+
+  private:
+    template <bool DERIVATIVE, class Scores, class Slope, class Position>
+    __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
+                                           Position position) const {
+#pragma unroll
+        for (int slot = 0; slot < Scores::SLOTS; ++slot) {
+            const float m = ALIBI ? slope(slot) : 0.0f;
+            const float away = ALIBI ? static_cast<float>(position(slot) - first - Scores::lane_column()) : 0.0f;
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; ++i) {
+                float x = s.get(slot, i);
+                if (SOFTCAP) x = capped(x);
+                if (DERIVATIVE) derivative.set(slot, i, 1.0f - x * x);
+                if (ALIBI) x = x * outer - m * __builtin_fabsf(away - static_cast<float>(Scores::column(i)));
+                s.set(slot, i, x);
+            }
+        }
+    }
+};
+
+/* Of a query head, in base 2. */
+template <class Tensors>
+__device__ __forceinline__ float alibi_slope(const aiter_attention_problem &p, const Tensors &t, int batch, int head) {
+    return ALIBI ? t.alibi_slopes[batch * p.alibi_stride + head] * LOG2_E : 0.0f;
+}
+
+} // namespace aiter
+
+#endif

@@ -1,0 +1,27 @@
+"""The tiles of every head_dim that is served fit into what a block of each GPU can have: checked by the compilers
+alone, as check_shapes.hip contains no kernel."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from aiter.jit.arch import is_amd
+from aiter.jit.spec import Spec
+from aiter.jit.toolchain import toolchain_for
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "kernels_src"
+
+
+@pytest.mark.parametrize("arch", ("gfx90a", "gfx942", "gfx950", "sm_80", "sm_86", "sm_90a", "sm_120"))
+def test_every_shape_fits(arch, tmp_path):
+    toolchain = toolchain_for(arch)
+    compiler = toolchain.find()
+    if compiler is None:
+        pytest.skip(f"no {toolchain.language} compiler: set {toolchain.variable}")
+    flags = toolchain.flags(Spec("check_shapes", "bf16", 64, True, arch))
+    words = [compiler.path, *flags, f"-I{SOURCES}", f"-I{SOURCES / 'include'}", "-c" if is_amd(arch) else "-cubin"]
+    words += ["-o", str(tmp_path / "nothing"), str(HERE / "check_shapes.hip")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
