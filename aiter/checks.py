@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 
+from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
+
 if TYPE_CHECKING:
     from aiter.layout import Indices, Sizes
     from aiter.options import Options
 
-HEAD_DIM_STEP = 8
-HEAD_DIM_MAX = 256
-HEAD_DIMS = frozenset(range(HEAD_DIM_STEP, HEAD_DIM_MAX + 1, HEAD_DIM_STEP))
+VALUE_DIMS = frozenset(range(HEAD_DIM_STEP, HEAD_DIM_MAX + 1, HEAD_DIM_STEP))
+HEAD_DIMS = VALUE_DIMS | {LATENT_HEAD_DIM}
 INT32_MAX = 2**31 - 1
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
@@ -77,10 +78,12 @@ def equal_size(name: str, size: int, meaning: str, expected_name: str, expected:
 
 def head_dim(tensor: torch.Tensor, name: str = "query") -> int:
     size = tensor.shape[-1]
-    if size % HEAD_DIM_STEP or not 0 < size <= HEAD_DIM_MAX:
+    latent = name == "query" and size == LATENT_HEAD_DIM
+    if not latent and (size % HEAD_DIM_STEP or not 0 < size <= HEAD_DIM_MAX):
         raise ValueError(
             f"{name} has head_dim {size} (its last dimension); it must be a multiple of {HEAD_DIM_STEP} from "
             f"{HEAD_DIM_STEP} to {HEAD_DIM_MAX}"
+            + (f", or {LATENT_HEAD_DIM} (latent attention)" if name == "query" else "")
         )
     return size
 

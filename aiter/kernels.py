@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from aiter.errors import UnsupportedDtypeError
+from aiter.errors import UnsupportedDtypeError, UnsupportedError
 from aiter.jit.arch import is_gpu
 from aiter.jit.spec import Spec
 
 if TYPE_CHECKING:
     from aiter.layout import Sizes
 
+# head_dim is a multiple of the step up to the maximum, or, of queries and keys alone, that of latent attention: 512 that
+# are values too, and 64 that carry positions (DeepSeek's models).
+HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
+
 # Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
 
 
-def forward_kernel(sizes: Sizes) -> str:
-    """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all."""
+def forward_kernel(sizes: Sizes, head_dim: int, batch_invariant: bool) -> str:
+    """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all.
+
+    Latent attention has room for its tiles in the decoding kernel alone. Where bits may not depend on how a prompt was
+    cut into calls, all of it takes one kernel.
+    """
+    if head_dim > HEAD_DIM_MAX:
+        return "attention_decode"
+    if batch_invariant:
+        return "attention_forward"
     decodes = sizes.seqlen_q * (sizes.heads_q // sizes.heads_kv) <= DECODE_ROWS
     return "attention_decode" if decodes else "attention_forward"
 
@@ -33,6 +45,10 @@ def kernel_spec(
     options: tuple[str, ...] = (),
 ) -> Spec:
     """options: which of the call's options select code (Options.that_select_code)."""
+    if is_gpu(arch) and kernel == "attention_backward" and head_dim > HEAD_DIM_MAX:
+        raise UnsupportedError(
+            f"head_dim {head_dim} has no backward pass on {arch}: its tiles do not fit; up to {HEAD_DIM_MAX} they do"
+        )
     if is_gpu(arch) and dtype == "fp32":
         raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")
     chosen = dict.fromkeys(options, 1)

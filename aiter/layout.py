@@ -72,7 +72,7 @@ def sizes_of(
         and (key_shape == value_shape or key_shape[:-1] == value_shape[:-1])
         and key_shape[-1] == head_dim
         and head_dim in checks.HEAD_DIMS
-        and value_shape[-1] in checks.HEAD_DIMS
+        and value_shape[-1] in checks.VALUE_DIMS
     ):
         return None
     if indices is NO_INDICES:

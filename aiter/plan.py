@@ -126,7 +126,7 @@ def forward(
         query, key, value = _readable(query), _readable(key), _readable(value)
         strides = query.stride(), key.stride(), value.stride()
     plan_key = (
-        kernels.forward_kernel(sizes) if gpu else "attention_forward",
+        kernels.forward_kernel(sizes, head_dim, options.batch_invariant) if gpu else "attention_forward",
         query.get_device(),
         query.dtype,
         head_dim,

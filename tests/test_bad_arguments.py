@@ -50,7 +50,8 @@ def replaced(position, tensor):
         (qkv(heads_q=3), ValueError, "query has 3 heads and key 2"),
         (qkv(heads_kv=0), ValueError, "query has 4 heads and key 0"),
         (qkv(head_dim=12), ValueError, "head_dim 12.*multiple of 8"),
-        (qkv(head_dim=264), ValueError, "head_dim 264.*256"),
+        (qkv(head_dim=520), ValueError, "head_dim 520.*512"),
+        ((*qkv(head_dim=576)[:2], qkv(head_dim=576)[2]), ValueError, "value has head_dim 576.*512"),
         (qkv(head_dim=0), ValueError, "head_dim 0"),
     ),
 )

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, assert_gradient_as_accurate, pytorch_attend_one
+from accuracy import assert_gradient_as_accurate, pytorch_attend_one, ulp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DEVICE, DTYPES, STRIDES, Sequence, assert_sequences, randn, strided
@@ -214,9 +214,11 @@ def test_backward(problem, with_lse):
         if parts[name][0]:
             result, exact, own = (torch.cat(part) for part in parts[name])
             if sinks is not None and output.dtype == torch.float32:
-                # Weights are restored from a saved log-sum-exp, whose rounding is half of the error in short sequences
-                # (docs/training.md); without a sink those have their softmax computed again.
-                assert_as_accurate(result, exact.double(), own, times=6)
+                # Weights are restored from a saved log-sum-exp of up to 16, half an ulp of which changes them, and so
+                # gradients, by 8 ulps of theirs (docs/training.md). Without a sink short rows compute their softmax again.
+                exact, error = exact.double(), (own.double() - exact.double()).abs().max()
+                allowed = 4 * error + 8 * ulp(exact, torch.float32)
+                assert (result.double() - exact).abs().max() <= allowed
             else:
                 assert_gradient_as_accurate(result, exact.double(), own)
     if sinks is not None and isinstance(sink_sums[0], torch.Tensor):
