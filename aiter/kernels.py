@@ -11,8 +11,8 @@ from aiter.jit.spec import Spec
 if TYPE_CHECKING:
     from aiter.layout import Sizes
 
-# head_dim is a multiple of the step up to the maximum, or, of queries and keys alone, that of latent attention: 512 that
-# are values too, and 64 that carry positions (DeepSeek's models).
+# head_dim is a multiple of the step up to the maximum, or, of queries and keys alone, that of latent attention: 512
+# that are values too, and 64 that carry positions (DeepSeek's models).
 HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
 
 # Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV

@@ -215,7 +215,7 @@ def test_backward(problem, with_lse):
             result, exact, own = (torch.cat(part) for part in parts[name])
             if sinks is not None and output.dtype == torch.float32:
                 # Weights are restored from a saved log-sum-exp of up to 16, half an ulp of which changes them, and so
-                # gradients, by 8 ulps of theirs (docs/training.md). Without a sink short rows compute their softmax again.
+                # gradients, by 8 ulps of theirs (docs/training.md). Without a sink short rows have their softmax again.
                 exact, error = exact.double(), (own.double() - exact.double()).abs().max()
                 allowed = 4 * error + 8 * ulp(exact, torch.float32)
                 assert (result.double() - exact).abs().max() <= allowed
