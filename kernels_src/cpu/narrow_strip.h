@@ -75,19 +75,16 @@ class NarrowWorker {
 
     /* Scores of LANES keys from `key` on, [key][row]. */
     template <int ROWS> void multiply(const Strip &strip, int rows, const Element *const *keys, int key) {
+        constexpr int REST = DIM_STEPS % LANES, WHOLE = DIM_STEPS - REST;
         Vec sums[ROWS], part[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = part[r] = Vec{};
-        for (int s = 0; s < DIM_STEPS; s += LANES) {
+        for (int s = 0; s < WHOLE; s += LANES) {
             if (s > 0 && s % SCORE_PART == 0) close(sums, part, s == SCORE_PART);
-            Vec square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = (Vec)row_steps<HEAD_DIM>(keys[i], s);
-            transpose(square);
-            for (int i = 0; i < LANES && s + i < DIM_STEPS; i++) {
-                AITER_UNROLL
-                for (int r = 0; r < ROWS; r++)
-                    part[r] =
-                        multiply_add(part[r], broadcast(strip.queries[(s + i) * STRIP_ROWS + r]), (StepVec)square[i]);
-            }
+            multiply_square<ROWS, LANES>(part, strip.queries + s * STRIP_ROWS, keys, s);
+        }
+        if constexpr (REST > 0) {
+            if (WHOLE > 0 && WHOLE % SCORE_PART == 0) close(sums, part, WHOLE == SCORE_PART);
+            multiply_square<ROWS, REST>(part, strip.queries + WHOLE * STRIP_ROWS, keys, WHOLE);
         }
         close(sums, part, DIM_STEPS <= SCORE_PART);
         for (int v = 0; v < strip.vectors; v++) {
@@ -95,6 +92,23 @@ class NarrowWorker {
             for (int i = 0; i < LANES; i++) square[i] = sums[minimum(v * LANES + i, rows - 1)]; /* like the last one */
             transpose(square);
             for (int i = 0; i < LANES; i++) store(scores + Lanes::at(key + i, v), square[i]);
+        }
+    }
+
+    /* Products along SIDE steps from `first` on. */
+    template <int ROWS, int SIDE>
+    static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Element *const *keys,
+                                                    int first) {
+        Vec square[LANES];
+        AITER_UNROLL
+        for (int i = 0; i < LANES; i++)
+            square[i] = (Vec)row_steps<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS, 0);
+        transpose(square);
+        AITER_UNROLL
+        for (int i = 0; i < SIDE; i++) {
+            AITER_UNROLL
+            for (int r = 0; r < ROWS; r++)
+                total[r] = multiply_add(total[r], broadcast(queries[i * STRIP_ROWS + r]), (StepVec)square[i]);
         }
     }
 
