@@ -13,7 +13,9 @@
  *       for each strip of the tile: attend (O^T stays in L2, S^T in L1), and fetch a few rows of the next block
  *   transpose O^T back, row by row
  *
- *   one split:   finish_row divides by the sum and writes the output row
+ *   few rows that must have the bits of many (batch_invariant): narrow_strip.h
+ *
+ *   one split:   finish_row divides by the sum, which the sink joins, and writes the output row
  *   more splits: the row goes to the workspace unfinished; whoever completes the last split of a tile merges them in
  *                the order of the keys and finishes the row
  *
@@ -91,7 +93,7 @@ struct Forward {
                 clear(QueryRows(problem, tensors, seq, b, head), end, limit);
         if (first == end) return;
         const Visibility seen(mask, seq, first / schedule.group, (end - 1) / schedule.group);
-        /* Splits that no other unit takes. */
+        /* The splits of this unit: its own or, where splits are not shared out, all of them. */
         const KeyRange pieces = schedule.invariant && schedule.splits == 1
                                     ? KeyRange{seen.some.low / INVARIANT_KEYS, ceil_div(seen.some.high, INVARIANT_KEYS)}
                                     : KeyRange{split, split + 1};
@@ -99,7 +101,7 @@ struct Forward {
         auto deliver = [&](const QueryRows &queries, const KeyRows &keys, int64_t head, int64_t row, RowState &state) {
             if (schedule.splits > 1) {
                 partials_of(b, head, row)[split] = state;
-            } else if (piece + 1 >= pieces.high && piece == pieces.low) {
+            } else if (piece == pieces.low && piece + 1 >= pieces.high) {
                 finish_row(queries, keys, seq, b, head, row, state);
             } else {
                 RowState &merged = scratch.row_states[row - first];

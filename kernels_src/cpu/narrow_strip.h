@@ -1,8 +1,8 @@
-/* A strip of few rows with the bits of any other strip, for results that must not depend on how many rows there are.
+/* A strip of few rows with the bits of any other strip: for results that may not depend on how many rows there are.
  *
- * row_attention.h is faster, but sums in another order. Here each sum is the one that strip_vector.h makes, term by term,
- * and the softmax is that of softmax.h. Only what lies along the lanes differs, so that lanes without a row cost nothing
- * in the products, and keys and values are read where they lie:
+ * row_attention.h is faster, but sums in another order. Here each sum is the one that strip_vector.h makes, term by
+ * term, and the softmax is that of softmax.h. Only what lies along the lanes differs, so that lanes without a row cost
+ * nothing in the products, and keys and values are read where they lie:
  *
  *     S [row][key]   = Q K^T       keys along the lanes: squares of K are turned round in registers
  *     S^T [key][row] -> P^T        turned round for the softmax

@@ -258,8 +258,7 @@ template <int N> static void pack_step_rows(Step *packed, const Element *const *
 }
 #endif
 
-/* Keys [first, first + count) and their values. Those before `seen`, which nobody sees, are not read: the first one that
- * is seen stands in for them. */
+/* Keys [first, first + count) and their values. Those before `seen`, which nobody sees, are not read. */
 static inline AITER_OUTLINE void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count, int64_t seen) {
     const Element *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
     find_seen(rows, first, count, seen, keys, values);

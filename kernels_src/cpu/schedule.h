@@ -20,15 +20,16 @@ constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and
 
 /* unit = (tile of rows, sequence, set of KV heads, split of the keys)
  *
- * Where keys are split, and so what the workspace holds, depends on the problem alone; for invariant results, on the
- * keys alone: each INVARIANT_KEYS are a split, which are shared out, or worked off by one unit and merged as it goes. How
- * many rows a tile has is up to the number of threads: large tiles pack keys less often, and no bit of a row depends on
- * the others of its tile. */
+ * Where keys are split, and so what the workspace holds, depends on the problem alone. How many rows a tile has is up
+ * to the number of threads: large tiles pack keys less often, and no bit of a row depends on the others of its tile.
+ *
+ * With batch_invariant, the place of a key alone says to which split it belongs. Splits are then shared out, or worked
+ * off by one unit that merges them as it goes: the bits are the same. */
 struct Schedule {
     int64_t group, rows; /* query heads per KV head; rows of one KV head in the longest sequence */
     bool serial;         /* one thread will do */
-    bool few_rows; /* read K and V where they lie; on tiles, products are as fast, and always give the same bits */
-    bool invariant;
+    bool invariant;      /* batch_invariant */
+    bool few_rows;       /* that read K and V where they lie */
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
     int64_t splits, units;
@@ -41,7 +42,7 @@ struct Schedule {
         const int64_t row_keys = mask.most_keys(1, p.seqlen_k);
         serial = 2.0 * (HEAD_DIM + VALUE_DIM) * p.batch * p.heads_kv * rows * row_keys < SERIAL_FLOPS;
         invariant = p.batch_invariant != 0;
-        few_rows = rows <= MAX_ROWS && !(invariant && TILES);
+        few_rows = rows <= MAX_ROWS && !(invariant && TILES); /* no other way to the sums that tiles make */
         const int64_t most_splits = clamp(row_keys / MIN_SPLIT_KEYS, 1, TARGET_UNITS);
         if (few_rows) {
             /* Memory bounds these: all heads of a token lie side by side, so one unit reads them all. */

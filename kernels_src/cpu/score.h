@@ -24,9 +24,6 @@ constexpr bool ALIBI = false;
 #endif
 constexpr bool PLAIN_SCORES = !SOFTCAP && !ALIBI;
 
-/* Enough for a cap of some hundreds beside the rounding of weights. */
-constexpr int TANH_DEGREE = EXP2_DEGREE;
-
 struct Score {
     float sign;          /* what queries (forward) or keys (backward) are multiplied by: -1, 0 or 1 */
     float product_scale; /* with AITER_SOFTCAP, what leads to the argument of tanh */
@@ -71,14 +68,14 @@ struct Score {
     }
 
   private:
-    AITER_INLINE_MEMBER Vec capped(Vec product) const { return tanh_by_exp2<TANH_DEGREE>(product * product_scale); }
+    AITER_INLINE_MEMBER Vec capped(Vec product) const { return tanh_by_exp2<EXP2_DEGREE>(product * product_scale); }
 
     template <class Slope> static AITER_INLINE_MEMBER Vec penalty(IntVec distance, Slope slope) {
         return __builtin_convertvector(distance < 0 ? -distance : distance, Vec) * slope;
     }
 };
 
-/* Where a query token stands, such that distances to keys fit 32 bits: farther away nothing differs. */
+/* Where a query token stands, within bounds that keep its distance to any key in 32 bits. */
 AITER_INLINE int32_t place_of(const Sequence &s, int64_t token) {
     constexpr int64_t FAR = 1 << 30;
     return static_cast<int32_t>(clamp(token + s.offset, -FAR, FAR));
