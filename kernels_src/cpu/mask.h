@@ -70,15 +70,16 @@ struct Visibility {
 };
 
 /* Addresses of the rows of tokens [first, first + count). Those before `seen` are seen by nobody and need not be there:
- * `seen`, one of these tokens, stands in for them. */
+ * `seen`, the first token that somebody sees, stands in for them. */
 AITER_INLINE void find_seen(const KeyRows &rows, int64_t first, int count, int64_t seen, const Element **keys,
                             const Element **values) {
-    const int skipped = WINDOW && seen > first ? static_cast<int>(seen - first) : 0;
-    rows.find(first + skipped, count - skipped, keys + skipped, values + skipped);
+    const int skipped = WINDOW ? static_cast<int>(clamp(seen - first, 0, count)) : 0;
     for (int i = 0; i < skipped; i++) {
-        keys[i] = keys[skipped];
-        values[i] = values[skipped];
+        if (i == 0) rows.find(seen, 1, keys, values);
+        keys[i] = keys[0];
+        values[i] = values[0];
     }
+    rows.find(first + skipped, count - skipped, keys + skipped, values + skipped);
 }
 
 /* Per lane: whether a key is in the range. */
