@@ -57,9 +57,8 @@ class NarrowWorker {
     template <int ROWS> void attend(Strip &strip, int rows, const NarrowBlock &block, const NarrowBlock &next) {
         for (int key = 0; key < block.count; key += LANES) {
             const int step = key / ROW_KEYS, lane = key % ROW_KEYS;
-            multiply<ROWS>(strip, rows, block.steps[step].keys + lane, key);
-            if (key < next.count)
-                for (int i = 0; i < LANES; i++) prefetch_row<HEAD_DIM>(next.steps[step].keys[lane + i]);
+            const NarrowBlock &fetch = key < next.count ? next : block;
+            multiply<ROWS>(strip, rows, block.steps[step].keys + lane, fetch.steps[step].keys + lane, key);
         }
         const int padded = round_up(block.count, KEY_MULTIPLE);
         with_vectors(strip, [&](auto vectors) {
@@ -74,17 +73,18 @@ class NarrowWorker {
     }
 
     /* Scores of LANES keys from `key` on, [key][row]. */
-    template <int ROWS> void multiply(const Strip &strip, int rows, const Element *const *keys, int key) {
+    template <int ROWS>
+    void multiply(const Strip &strip, int rows, const Element *const *keys, const Element *const *next, int key) {
         constexpr int REST = DIM_STEPS % LANES, WHOLE = DIM_STEPS - REST;
         Vec sums[ROWS], part[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = part[r] = Vec{};
         for (int s = 0; s < WHOLE; s += LANES) {
             if (s > 0 && s % SCORE_PART == 0) close(sums, part, s == SCORE_PART);
-            multiply_square<ROWS, LANES>(part, strip.queries + s * STRIP_ROWS, keys, s);
+            multiply_square<ROWS, LANES>(part, strip.queries + s * STRIP_ROWS, keys, next, s);
         }
         if constexpr (REST > 0) {
             if (WHOLE > 0 && WHOLE % SCORE_PART == 0) close(sums, part, WHOLE == SCORE_PART);
-            multiply_square<ROWS, REST>(part, strip.queries + WHOLE * STRIP_ROWS, keys, WHOLE);
+            multiply_square<ROWS, REST>(part, strip.queries + WHOLE * STRIP_ROWS, keys, next, WHOLE);
         }
         close(sums, part, DIM_STEPS <= SCORE_PART);
         for (int v = 0; v < strip.vectors; v++) {
@@ -95,14 +95,16 @@ class NarrowWorker {
         }
     }
 
-    /* Products along SIDE steps from `first` on. */
+    /* Products along SIDE steps from `first` on; what will be multiplied next is fetched. */
     template <int ROWS, int SIDE>
     static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Element *const *keys,
-                                                    int first) {
+                                                    const Element *const *next, int first) {
         Vec square[LANES];
         AITER_UNROLL
-        for (int i = 0; i < LANES; i++)
+        for (int i = 0; i < LANES; i++) {
             square[i] = (Vec)row_steps<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS, 0);
+            __builtin_prefetch(next[i] + first * STEP_ELEMENTS, 0, 2);
+        }
         transpose(square);
         AITER_UNROLL
         for (int i = 0; i < SIDE; i++) {
