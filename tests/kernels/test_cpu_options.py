@@ -155,3 +155,36 @@ def test_rest_is_left_alone(dtype, arch):
         for rest in (output[0, 4:], output[1], packed[:2], packed[6:]):
             assert (rest == 0).all() if clear_rest else rest.isnan().all()
         assert packed_lse[:, :2].eq(-math.inf).all() if clear_rest else packed_lse[:, :2].isnan().all()
+
+
+@on_kernels([kernel for kernel in KERNELS if kernel[3] == ALL][:2])
+@settings(max_examples=40)
+@given(data=st.data())
+def test_whatever_device_memory_holds(dtype, arch, value_dim, on, data):
+    """Lengths, starts, offsets and page numbers are clamped: what comes out may mean nothing, but all is written."""
+
+    def anything(*shape):
+        numbers = st.sampled_from((-(2**31), -5, 0, 1, 3, 7, 20, 41, 2**31 - 1))
+        return ints(data.draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))).view(shape)
+
+    batch, heads, seq_q, seq_k = 3, 4, data.draw(st.sampled_from((1, 20))), 33
+    layout = data.draw(st.sampled_from(("dense", "packed", "paged")))
+    query_shape, key_shape = {
+        "dense": ((batch, seq_q), (batch, seq_k)),
+        "packed": ((40,), (41,)),
+        "paged": ((batch, seq_q), (9, 7)),
+    }[layout]
+    query = randn(*query_shape, heads, HEAD_DIM, dtype=dtype)
+    key, value = (randn(*key_shape, 2, dim, dtype=dtype) for dim in (HEAD_DIM, value_dim))
+    options = {"alibi_slopes": torch.rand(heads), "softcap": 3.0, "batch_invariant": data.draw(st.booleans())}
+    options["window"] = data.draw(st.sampled_from(((-1, -1), (5, 0), (0, 9), (-1, 0))))
+    options |= {name: anything(batch) for name in ("seqlens_q", "seqlens_k", "query_offsets")}
+    if layout == "packed":
+        options |= {"starts_q": anything(batch + 1), "starts_k": anything(batch + 1), "max_seqlen": (seq_q, seq_k)}
+    if layout == "paged":
+        options["page_table"] = anything(batch, 5)
+    output, lse = attend(arch, query, key, value, **options)
+    assert output.isfinite().all() and not lse.isnan().any()
+    if layout != "paged":
+        grads = gradients(arch, query, key, value, output, lse, torch.randn_like(output), **options)
+        assert all(grad.isfinite().all() for grad in grads)
