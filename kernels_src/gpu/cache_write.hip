@@ -27,8 +27,15 @@ typedef uint4 Bytes16;
 typedef uint2 Bytes8;
 #endif
 
+/* In pairs, as they are in registers. */
 struct Run {
-    Element values[RUN];
+    uint32_t pairs[RUN / 2];
+
+    __device__ __forceinline__ Element get(int j) const {
+        return static_cast<Element>(j % 2 ? pairs[j / 2] >> 16 : pairs[j / 2]);
+    }
+    /* Once each, from zeros. */
+    __device__ __forceinline__ void set(int j, Element x) { pairs[j / 2] |= static_cast<uint32_t>(x) << j % 2 * 16; }
 };
 
 __device__ __forceinline__ Run load_run(const Element *from, int64_t step, int count, bool aligned) {
@@ -39,7 +46,7 @@ __device__ __forceinline__ Run load_run(const Element *from, int64_t step, int c
     } else {
 #pragma unroll
         for (int j = 0; j < RUN; ++j)
-            if (j < count) run.values[j] = global_load<Element>(from + j * step);
+            if (j < count) run.set(j, global_load<Element>(from + j * step));
     }
     return run;
 }
@@ -71,8 +78,8 @@ __device__ __forceinline__ void rotate(float (&x)[RUN], const Run &run, const El
         const Run sine = load_run(sines + pair, 1, RUN, aligned_angles);
 #pragma unroll
         for (int j = 0; j < RUN; ++j) {
-            const float s = to_float(sine.values[j]);
-            x[j] = to_float(run.values[j]) * to_float(cosine.values[j]) + to_float(other.values[j]) * (low ? -s : s);
+            const float s = to_float(sine.get(j));
+            x[j] = to_float(run.get(j)) * to_float(cosine.get(j)) + to_float(other.get(j)) * (low ? -s : s);
         }
         return;
     }
@@ -82,7 +89,7 @@ __device__ __forceinline__ void rotate(float (&x)[RUN], const Run &run, const El
         if (d >= token.rotary_dim) continue;
         const bool low = p.interleaved ? j % 2 == 0 : d < pairs;
         const int pair = p.interleaved ? d / 2 : low ? d : d - pairs;
-        const Element other = p.interleaved ? run.values[j ^ 1]
+        const Element other = p.interleaved ? run.get(j ^ 1)
                                             : global_load<Element>(row + (low ? d + pairs : pair) * token.from_element);
         const float s = to_float(global_load<Element>(sines + pair));
         x[j] = x[j] * to_float(global_load<Element>(cosines + pair)) + to_float(other) * (low ? -s : s);
@@ -97,7 +104,7 @@ __device__ __forceinline__ void store_run(Element *to, int64_t step, const Run &
     } else {
 #pragma unroll
         for (int j = 0; j < RUN; ++j)
-            if (j < count) global_store(to + j * step, run.values[j]);
+            if (j < count) global_store(to + j * step, run.get(j));
     }
 }
 
@@ -135,7 +142,7 @@ __global__ void __launch_bounds__(THREADS) cache_write(const aiter_cache_write_c
         float x[RUN];
         if (rotated || quantised) {
 #pragma unroll
-            for (int j = 0; j < RUN; ++j) x[j] = to_float(run.values[j]);
+            for (int j = 0; j < RUN; ++j) x[j] = to_float(run.get(j));
             if (rotated) rotate(x, run, row, first, token, call, aligned, aligned_angles);
         }
 #if AITER_FP8_CACHE
@@ -145,9 +152,11 @@ __global__ void __launch_bounds__(THREADS) cache_write(const aiter_cache_write_c
             continue;
         }
 #endif
-        if (rotated)
+        if (rotated) {
+            run = {};
 #pragma unroll
-            for (int j = 0; j < RUN; ++j) run.values[j] = nearest_even(x[j]);
+            for (int j = 0; j < RUN; ++j) run.set(j, nearest_even(x[j]));
+        }
         store_run(static_cast<Element *>(token.to) + target, token.to_element, run, count, aligned);
     }
 }
