@@ -102,8 +102,17 @@ def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *arguments: Any,
     return flash_attn_func(q, k, v, *arguments, **keywords)
 
 
-def flash_attn_qkvpacked_func(qkv: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-    """`flash_attn_func` with all three in one tensor (batch, seq, 3, heads, head_dim)."""
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor, *arguments: Any, num_heads_q: int | None = None, **keywords: Any
+) -> Any:
+    """`flash_attn_func` with all three in one tensor: (batch, seq, 3, heads, head_dim), or, with num_heads_q, (batch, seq,
+    num_heads_q + 2 * heads_kv, head_dim)."""
+    if num_heads_q is not None:
+        checks.tensor("qkv", qkv, 4, "(batch, seq, num_heads_q + 2 * heads_kv, head_dim)")
+        heads_kv, rest = divmod(qkv.shape[2] - checks.positive_int("num_heads_q", num_heads_q), 2)
+        if heads_kv <= 0 or rest:
+            raise ValueError(f"qkv has {qkv.shape[2]} heads; they must be num_heads_q, {num_heads_q}, and 2 * heads_kv")
+        return flash_attn_func(*qkv.split((num_heads_q, heads_kv, heads_kv), 2), *arguments, **keywords)
     checks.tensor("qkv", qkv, 5, "(batch, seq, 3, heads, head_dim)")
     q, k, v = _unpacked("qkv", qkv, 3)
     return flash_attn_func(q, k, v, *arguments, **keywords)
@@ -256,10 +265,12 @@ def flash_attn_with_kvcache(
     if starts_q is not None and max_seqlen_q is None:
         raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
     batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
-    if isinstance(cache_seqlens, int):
+    if checks.is_int(cache_seqlens):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     lengths = _index("cache_seqlens", cache_seqlens, 1, "int32 (batch,)", q)
     cache = _Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
+    padding = _index("cache_leftpad", cache_leftpad, 1, "int32 (batch,)", q)
+    seen = cache if padding is None else cache.without(padding)
 
     rotary = None
     if rotary_cos is not None or rotary_sin is not None:
@@ -280,17 +291,16 @@ def flash_attn_with_kvcache(
         lengths = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    if cache_leftpad is not None:
-        padding = _index("cache_leftpad", cache_leftpad, 1, "int32 (batch,)", q)
-        cache, lengths = cache.without(padding, lengths)
-    key, value = cache.key, cache.value
-    if cache.table is not None:
+    if padding is not None:
+        lengths = ((cache.key.shape[1] if lengths is None else lengths) - padding).clamp(min=0)
+    key, value = seen.key, seen.value
+    if seen.table is not None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     elif key.shape[0] != batch:  # sequence b has row b
         key, value = key[:batch], value[:batch]
     indices = NO_INDICES
-    if lengths is not None or cache.table is not None or starts_q is not None:
-        indices = Indices(None, lengths, cache.table, starts_q, None)
+    if lengths is not None or seen.table is not None or starts_q is not None:
+        indices = Indices(None, lengths, seen.table, starts_q, None)
     return _attend(
         *(q, key, value, indices, max_seqlen_q or 0, 0, softmax_scale, causal, options, out, False, False),
         return_softmax_lse,
@@ -355,7 +365,7 @@ class _Cache(NamedTuple):
             raise ValueError(f"k_cache has shape {tuple(key.shape)}; it must have a row for each of {batch} sequences")
         return cls(key, value, None, False)
 
-    def without(self, padding: torch.Tensor, lengths: torch.Tensor | None) -> tuple[_Cache, torch.Tensor]:
+    def without(self, padding: torch.Tensor) -> _Cache:
         """The same without the first tokens of each sequence: a page for each of the others."""
         if self.paged:
             raise ValueError("cache_leftpad is for a cache without block_table: leave out pages that are not seen")
@@ -367,9 +377,8 @@ class _Cache(NamedTuple):
         first = torch.arange(batch, device=padding.device) if self.table is None else self.table[:, 0].clamp(0, rows - 1)
         places = torch.arange(room, device=padding.device) + padding.unsqueeze(1)
         table = first.unsqueeze(1) * apart[0] + places.clamp(0, room - 1)
-        lengths = padding.new_full((batch,), room) if lengths is None else lengths
-        pages = (_as_tokens(cache, apart[0]) for cache in (self.key, self.value))
-        return _Cache(*pages, table.to(torch.int32), True), (lengths - padding).clamp(min=0)
+        key, value = (_as_tokens(cache, apart[0]) for cache in (self.key, self.value))
+        return _Cache(key, value, table.to(torch.int32), True)
 
 
 def _rows_apart(name: str, cache: torch.Tensor) -> int:

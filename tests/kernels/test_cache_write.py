@@ -13,6 +13,8 @@ from driver import CPUS, DTYPES, GPU_DTYPES, GPUS, ints
 
 from aiter import abi
 from aiter.errors import LaunchError
+from aiter.jit.arch import arch_of
+from aiter.jit.spec import Spec
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz, "e5m2": torch.float8_e5m2}
 # (target, dtype): those CPUs whose vectors convert in another way, and every GPU.
@@ -49,12 +51,12 @@ def four(tensor):
     return tensor.stride() if tensor.dim() == 4 else (0, *tensor.stride())
 
 
-def launch(target, dtype, fp8, numbers, reads, writes, caches_memory):
-    built = driver.kernel(target, "cache_write", DTYPES[dtype], 0, False, False, ((fp8, 1),) if fp8 else ())
+def launch(target, dtype, fp8, numbers, reads, writes):
+    arch = arch_of(torch.device("cuda")) if target == "cuda" else target
+    built = driver._kernel(target, Spec("cache_write", dtype, 0, False, arch, ((fp8, 1),) if fp8 else ()))
     strides = {f"{n}_strides": four(t) for n, t in (reads | writes).items() if t is not None and t.dim() in (3, 4)}
     problem = abi.CacheWriteProblem(**numbers, **strides)
-    # The kernel may write to all that spans a cache, as it may to what lies between: that it does not, the test sees.
-    driver.run(target, built, problem, reads, writes)
+    driver._run(target, built, problem, reads, writes, 2, driver.GOMP_PARALLEL, None)
 
 
 def quantised(row, fp8, scale):
@@ -93,7 +95,7 @@ def test_by_slots(target, dtype, fp8):
         reads = {"key": key, "value": value, "slots": torch.tensor(SLOTS, dtype=torch.int64 if wide else torch.int32)}
         if fp8:
             reads |= {"key_scale": scales[0], "value_scale": scales[1]}
-        launch(target, dtype, fp8, numbers, reads, {"key_cache": key_cache, "value_cache": value_cache}, memory)
+        launch(target, dtype, fp8, numbers, reads, {"key_cache": key_cache, "value_cache": value_cache})
         assert same_bits(memory, expected), how
 
 
@@ -112,7 +114,7 @@ def test_every_element_to_8_bits(target, dtype):
         numbers = {"batch": 1, "heads_kv": HEADS, "seqlen_new": len(rows), "head_dim": 256, "value_dim": 256}
         numbers |= {"page_size": 1, "num_pages": len(rows)}
         reads = {"key": rows, "value": rows, "slots": ints(list(range(len(rows))))}
-        launch(target, dtype, fp8, numbers, reads, {"key_cache": cache, "value_cache": other}, None)
+        launch(target, dtype, fp8, numbers, reads, {"key_cache": cache, "value_cache": other})
         assert same_bits(cache.flatten(), quantised(values, fp8, 1.0)) and same_bits(cache, other)
 
 
@@ -168,7 +170,7 @@ def test_appends_and_rotates(target, dtype, form):
             reads |= {"starts_q": starts(counts_q), "starts_new": starts(counts)}
         out = torch.full_like(query, math.nan)
         writes = {"rotated": out, "key_cache": key_cache, "value_cache": value_cache}
-        launch(target, dtype, None, numbers, reads, writes, memory)
+        launch(target, dtype, None, numbers, reads, writes)
         eps = torch.finfo(DTYPES[dtype]).eps
         for got, wanted in ((out, expected_query), (memory, expected)):
             torch.testing.assert_close(got.double(), wanted, rtol=eps, atol=4e-7, equal_nan=True)
@@ -211,9 +213,9 @@ def test_what_has_no_place_is_not_written(target, wrong):
     reads, writes = {"key": key, "value": value, **held}, {"key_cache": key_cache, "value_cache": value_cache}
     if target not in GPUS:
         with pytest.raises(LaunchError, match="out of range"):
-            launch(target, "fp16", None, numbers, reads, writes, memory)
+            launch(target, "fp16", None, numbers, reads, writes)
     else:
-        launch(target, "fp16", None, numbers, reads, writes, memory)
+        launch(target, "fp16", None, numbers, reads, writes)
         for b in range(2):
             for i in range(2):
                 place = int(held["seqlens"][b]) + i
