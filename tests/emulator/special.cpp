@@ -8,6 +8,7 @@ namespace emulator {
 
 namespace {
 
+using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
 
