@@ -105,8 +105,8 @@ def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *arguments: Any,
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor, *arguments: Any, num_heads_q: int | None = None, **keywords: Any
 ) -> Any:
-    """`flash_attn_func` with all three in one tensor: (batch, seq, 3, heads, head_dim), or, with num_heads_q, (batch, seq,
-    num_heads_q + 2 * heads_kv, head_dim)."""
+    """`flash_attn_func` with all three in one tensor: (batch, seq, 3, heads, head_dim), or, with num_heads_q,
+    (batch, seq, num_heads_q + 2 * heads_kv, head_dim)."""
     if num_heads_q is not None:
         checks.tensor("qkv", qkv, 4, "(batch, seq, num_heads_q + 2 * heads_kv, head_dim)")
         heads_kv, rest = divmod(qkv.shape[2] - checks.positive_int("num_heads_q", num_heads_q), 2)
@@ -234,18 +234,19 @@ def flash_attn_with_kvcache(
     """Attention over a cache, to which new keys and values are appended first, in place.
 
     q: (batch, seq_q, heads_q, head_dim), or with cu_seqlens_q int32 (batch + 1,) and max_seqlen_q packed (total_q,
-    heads_q, head_dim). k_cache, v_cache of any strides: (batch_cache, seq_cache, heads_kv, head_dim), of which sequence b
-    has row b, or row cache_batch_idx[b], int32 (batch,); or, with block_table (also called page_table) int32 (batch,
+    heads_q, head_dim). k_cache, v_cache of any strides: (batch_cache, seq_cache, heads_kv, head_dim), of which sequence
+    b has row b, or row cache_batch_idx[b], int32 (batch,); or, with block_table (also called page_table) int32 (batch,
     max_blocks), pages (num_blocks, block_size, heads_kv, head_dim).
 
     cache_seqlens: an int or int32 (batch,), how many tokens each sequence has in the cache, without the new ones; None:
     a full cache. k, v: (batch, seq_new, heads_kv, head_dim), or with cu_seqlens_k_new packed: the tokens that go behind
-    those. The last query stands at the last key, new ones counted. cache_leftpad: int32 (batch,), how many tokens at the
-    beginning of each sequence are not seen; not with a block_table.
+    those. The last query stands at the last key, new ones counted. cache_leftpad: int32 (batch,), how many tokens at
+    the beginning of each sequence are not seen; not with a block_table.
 
     rotary_cos, rotary_sin: (places, rotary_dim / 2), of the dtype of q. New key i is rotated by the angles of place
     cache_seqlens[b] + i (or rotary_seqlens[b] + i), query i likewise, or, where neither causal nor a window is asked
-    for, by those of the first place. Pairs are elements 2d and 2d + 1 (rotary_interleaved), or d and d + rotary_dim / 2.
+    for, by those of the first place. Pairs are elements 2d and 2d + 1 (rotary_interleaved), or d and
+    d + rotary_dim / 2.
 
     Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. On the CPU raises ValueError,
     and writes nothing, where new tokens do not fit; on a GPU those are not written.
@@ -255,8 +256,8 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             raise ValueError("block_table and page_table are one argument; give one of them")
         block_table = page_table
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        checks.tensor(name, cache, 4, "(batch or num_blocks, seq or block_size, heads_kv, head_dim)")
+    for name, given in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.tensor(name, given, 4, "(batch or num_blocks, seq or block_size, heads_kv, head_dim)")
     starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
     checks.tensor("q", q, 4 if starts_q is None else 3, checks.BSHD if starts_q is None else checks.PACKED)
     checks.same_kind(q=q, k_cache=k_cache, v_cache=v_cache)
@@ -374,7 +375,9 @@ class _Cache(NamedTuple):
         if apart[0] != apart[1]:
             raise ValueError("with cache_leftpad, k_cache and v_cache must have alike strides")
         batch = padding.shape[0]
-        first = torch.arange(batch, device=padding.device) if self.table is None else self.table[:, 0].clamp(0, rows - 1)
+        first = (
+            torch.arange(batch, device=padding.device) if self.table is None else self.table[:, 0].clamp(0, rows - 1)
+        )
         places = torch.arange(room, device=padding.device) + padding.unsqueeze(1)
         table = first.unsqueeze(1) * apart[0] + places.clamp(0, room - 1)
         key, value = (_as_tokens(cache, apart[0]) for cache in (self.key, self.value))
@@ -386,8 +389,8 @@ def _rows_apart(name: str, cache: torch.Tensor) -> int:
     batch_stride, token_stride = cache.stride()[:2]
     if token_stride == 0 or batch_stride % token_stride:
         raise ValueError(
-            f"with cache_leftpad, {name} must have a stride from sequence to sequence that is a multiple of the one from "
-            f"token to token; its strides are {cache.stride()}"
+            f"with cache_leftpad, {name} must have a stride from sequence to sequence that is a multiple of the one "
+            f"from token to token; its strides are {cache.stride()}"
         )
     return batch_stride // token_stride
 

@@ -17,6 +17,7 @@ import torch
 
 from aiter import checks, plan, torch_state
 from aiter.abi import pack_cache_write
+from aiter.kernels import ANY_HEAD_DIM
 from aiter.options import readable_index
 from aiter.plan import untraced
 from aiter.plan_cache import plans
@@ -47,16 +48,16 @@ def reshape_and_cache(
 
     key: (tokens, heads_kv, head_dim), value: (tokens, heads_kv, value_dim), float16 or bfloat16, on CPUs float32 too.
     key_cache: (pages, page_size, heads_kv, head_dim), value_cache: (pages, page_size, heads_kv, value_dim), of any
-    strides. slot_mapping: int32 or int64 (n,), n <= tokens: token t goes to position slot_mapping[t] % page_size of page
-    slot_mapping[t] // page_size; where it is negative, nowhere. Tokens from n on are not written. Which of two tokens
-    with one slot is kept, is not defined.
+    strides. slot_mapping: int32 or int64 (n,), n <= tokens: token t goes to position slot_mapping[t] % page_size of
+    page slot_mapping[t] // page_size; where it is negative, nowhere. Tokens from n on are not written. Which of two
+    tokens with one slot is kept, is not defined.
 
     Caches have the dtype of key, or are torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2. Those hold value / scale,
     rounded to nearest even; what is beyond their range becomes its largest number. k_scale, v_scale: float32 (1,) or
     (heads_kv,), on the device of key; None is 1. They are for such caches alone.
 
-    Raises TypeError and ValueError that name the argument; on the CPU also for a slot that the cache does not have (on a
-    GPU, such a token is not written).
+    Raises TypeError and ValueError that name the argument; on the CPU also for a slot that the cache does not have (on
+    a GPU, such a token is not written).
     """
     if _is_plain(key, value, key_cache, value_cache):
         _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
@@ -91,8 +92,9 @@ def append(
     their way, and query, rotated, is returned.
 
     key, value: (batch, seq_new, heads_kv, dim), or packed (total_new, heads_kv, dim) by starts_new int32 (batch + 1,).
-    Caches as in `reshape_and_cache`, of their dtype; page_table: int32 (batch, max_pages), or None: sequence b has page b.
-    cache_seqlens: int32 (batch,) before the new tokens. query: (batch, seq_q, heads_q, head_dim), or packed by starts_q.
+    Caches as in `reshape_and_cache`, not scaled; page_table: int32 (batch, max_pages), or None: sequence b has page b.
+    cache_seqlens: int32 (batch,) before the new tokens. query: (batch, seq_q, heads_q, head_dim), or packed by
+    starts_q.
     """
     tensors = key, value, key_cache, value_cache, cache_seqlens, page_table, starts_new
     cos, sin, positions, interleaved, query_moves = rotary or (None, None, None, False, False)
@@ -164,8 +166,8 @@ def _check_tokens(key: object, value: object, key_cache: object, value_cache: ob
         checks.same_device(f"{name}_cache", cache, "key", key)
         if cache.shape[2:] != new.shape[-2:] or not 0 < new.shape[-1] <= DIM_MAX:
             raise ValueError(
-                f"{name}_cache has shape {tuple(cache.shape)}; it must be {_CACHE} with the heads_kv and head_dim (up to "
-                f"{DIM_MAX}) of {name}, which has shape {tuple(new.shape)}"
+                f"{name}_cache has shape {tuple(cache.shape)}; it must be {_CACHE} with the heads_kv and head_dim (up "
+                f"to {DIM_MAX}) of {name}, which has shape {tuple(new.shape)}"
             )
         if cache.shape[1] == 0:
             raise ValueError(f"{name}_cache has shape {tuple(cache.shape)}; a page must have room for a token")
@@ -286,13 +288,18 @@ def _append(
         checks.equal_size("key", key.shape[0], "batch size", "cache_seqlens", batch)
     pages, page_size, heads, _ = key_cache.shape
     if table is None and pages < batch:
-        raise ValueError(f"key_cache has shape {tuple(key_cache.shape)}; without a page table it needs a page for each "
-                         f"of the {batch} sequences")  # fmt: skip
+        shape = tuple(key_cache.shape)
+        raise ValueError(
+            f"key_cache has shape {shape}; without a page table it needs a page for each of {batch} sequences"
+        )
     angles, cos_strides = (0, 0), (0, 0)
     if rotary_cos is not None and rotary_sin is not None:
         _check_rotary(query, key, rotary_cos, rotary_sin)
         rotary_cos, rotary_sin = (t if t.stride(1) == 1 else t.contiguous() for t in (rotary_cos, rotary_sin))
-        angles, cos_strides = (2 * rotary_cos.shape[1], rotary_cos.shape[0]), (rotary_cos.stride(0), rotary_sin.stride(0))
+        angles, cos_strides = (
+            (2 * rotary_cos.shape[1], rotary_cos.shape[0]),
+            (rotary_cos.stride(0), rotary_sin.stride(0)),
+        )
     if query is None:
         rotated, heads_q, seqlen_q, total_q = key.new_empty(0), 0, 0, 0
         query_strides = rotated_strides = _NONE
@@ -318,8 +325,8 @@ def _append(
     if refused:
         room = page_size * (1 if table is None else table.shape[1])
         raise ValueError(
-            f"new tokens do not fit: cache_seqlens is {seqlens.tolist()}, and a row of block_table (or the cache) has "
-            f"room for {room} tokens; page numbers must be from 0 to {pages - 1}"
+            f"new tokens do not fit: cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or the cache) "
+            f"has room for {room} tokens; page numbers must be from 0 to {pages - 1}"
             + (f", places with rotary embedding from 0 to {angles[1] - 1}" if angles[0] else "")
             + ". Nothing was written."
         )
@@ -330,7 +337,7 @@ for _device in ("CPU", "CUDA"):
     _library.impl("reshape_and_cache", _reshape_and_cache, _device)
     _library.impl("append_to_cache", _append, _device)
 
-_NONE = (0, 0, 0, 0)
+_NONE: tuple[int, ...] = (0, 0, 0, 0)
 
 
 def _four(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -345,7 +352,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 def _launch(like: torch.Tensor, cache: torch.Tensor, *fields: int) -> int:
     """0, or BAD_VALUES."""
     options = () if cache.dtype is like.dtype else (FP8_NAMES[cache.dtype],)
-    key: plan.Key = ("cache_write", like.get_device(), like.dtype, 0, 0, False, False, options)
+    key: plan.Key = ("cache_write", like.get_device(), like.dtype, ANY_HEAD_DIM, ANY_HEAD_DIM, False, False, options)
     found = plans.get(key)
     if found is None:
         found = plans[key] = plan.Plan(key, like.device)

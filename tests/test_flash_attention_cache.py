@@ -52,9 +52,9 @@ class Case:
                 self.keywords["cache_batch_idx"] = ints(*index)
             self.rows = lambda cache, b: cache[index[b]]
 
-    def expected(self, causal, padding=(0, 0, 0), rotary=None, moves=True):
-        """Caches afterwards; for each sequence its query, keys and values."""
-        caches, sequences = [cache.clone(memory_format=torch.preserve_format) for cache in self.caches], []
+    def expected(self, padding=(0, 0, 0), rotary=None, moves=True):
+        """For each sequence its query, and the keys and values that it must see."""
+        sequences = []
         for b, length in enumerate(self.lengths):
             query, new = self.query[b], [tensor if tensor is None else tensor[b] for tensor in self.new]
             if rotary:
@@ -65,7 +65,7 @@ class Case:
                 query = rotated(query, cos[places], sin[places], interleaved)
             end = length + (0 if new[0] is None else len(new[0]))
             tensors = []
-            for cache, own, tokens in zip(caches, self.caches, new, strict=True):
+            for own, tokens in zip(self.caches, new, strict=True):
                 rows = self.rows(own, b).clone()
                 if tokens is not None:
                     rows[length:end] = tokens
@@ -79,17 +79,22 @@ class Case:
         output, lse = flash_attn_with_kvcache(self.query, *caches, *self.new, **keywords)
         return output, lse, caches
 
-    def check(self, causal=False, padding=None, rotary=None, **more):
+    def check(self, causal=False, padding=None, rotary=None, window=None, **more):
         if padding is not None:
             more["cache_leftpad"] = ints(*padding)
+        if window is not None:
+            more["window_size"] = window
         if rotary is not None:
             more |= {"rotary_cos": rotary[0], "rotary_sin": rotary[1], "rotary_interleaved": rotary[2]}
         output, lse, caches = self.call(causal, **more)
         exact, pytorch = [], []
-        for b, (query, key, value) in enumerate(self.expected(causal, padding or (0, 0, 0), rotary, moves=causal)):
-            reference_output, reference_lse = reference.attend_one(query, key, value, causal)
+        for b, (query, key, value) in enumerate(
+            self.expected(padding or (0, 0, 0), rotary, causal or window is not None)
+        ):
+            mask = {} if window is None else {"window": window}
+            reference_output, reference_lse = reference.attend_one(query, key, value, causal, **mask)
             exact.append(reference_output)
-            pytorch.append(pytorch_attend_one(query, key, value, causal).nan_to_num())
+            pytorch.append(pytorch_attend_one(query, key, value, causal, **mask).nan_to_num())
             torch.testing.assert_close(lse[b].double(), reference_lse, rtol=1e-3, atol=1e-3)
             end = self.lengths[b] + (0 if self.new[0] is None else self.new[0].shape[1])
             for cache, before, rows in zip(caches, self.caches, (key, value), strict=True):
@@ -127,6 +132,18 @@ def test_padding_on_the_left(kind):
     for causal in (False, True):
         Case(DTYPES[0], kind).check(causal, padding=(2, 0, 9))
     Case(DTYPES[0], kind, seq_new=0, lengths=(5, 3, 9)).check(True, padding=(4, 3, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows(kind):
+    """Which rotate queries by their own places, causal or not; and may be a tensor, as FlashAttention's own tests have it."""
+    angles = torch.rand(16, 16) * 6.3
+    cos, sin = (t.to(DTYPES[0]).to(DEVICE) for t in (angles.cos(), angles.sin()))
+    Case(DTYPES[0], kind).check(rotary=(cos, sin, False), window=(3, 1))
+    Case(DTYPES[0], kind).check(True, window=(2, 0))
+    Case(DTYPES[0], kind).check(window=torch.tensor([4, 0]))
+    if kind != "pages":
+        Case(DTYPES[0], kind).check(padding=(2, 0, 9), window=(3, 0))
 
 
 def test_head_dims_that_are_padded():
@@ -280,8 +297,8 @@ COMMON = "dropout_p softmax_scale causal window_size softcap alibi_slopes determ
 POSITIONS = {
     "flash_attn_func": f"q k v {COMMON}",
     "flash_attn_varlen_func": f"q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k {COMMON} block_table",
-    "flash_attn_with_kvcache": "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad "
-    "block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
+    "flash_attn_with_kvcache": "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx "
+    "cache_leftpad block_table softmax_scale causal window_size softcap rotary_interleaved alibi_slopes num_splits "
     "return_softmax_lse",
     "flash_attn_combine": "out_partial lse_partial out out_dtype",
 }

@@ -1,4 +1,4 @@
-"""aiter.kv_cache: how it refuses, and what PyTorch sees of it. What it writes, is tested in kernels/test_cache_write.py."""
+"""aiter.kv_cache: how it refuses, and what PyTorch sees of it. What its kernel writes: kernels/test_cache_write.py."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_operator():
 
 def test_compiled():
     """In one graph, with other numbers of tokens; the cache is changed in place, and read afterwards. It is cut into
-    keys and values inside: PyTorch 2.13 misreads two halves that are inputs of one dynamic graph, whoever writes them."""
+    keys and values inside: PyTorch 2.13 misreads two halves that are inputs of a dynamic graph, whoever writes."""
 
     def step(key, value, cache, slots):
         reshape_and_cache(key * 2, value, cache[..., :16], cache[..., 16:], slots)
@@ -137,7 +137,7 @@ def test_bad_arguments(changes, error, words):
     ),
 )
 def test_bad_scales(scale, error, words):
-    cache, arguments = problem()
+    _, arguments = problem()
     for name in ("key_cache", "value_cache"):
         arguments[name] = arguments[name].to(torch.float8_e4m3fn)
     with pytest.raises(error, match=words):

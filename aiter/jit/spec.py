@@ -18,8 +18,8 @@ class Spec:
     """One kernel: `kernel` names its source; the rest are its compile-time parameters.
 
     Everything that does not change the generated code is a run-time field of the launch ABI instead. `options` are
-    further integer parameters, sorted by name: ("paged", 1) reaches the source as AITER_PAGED=1. head_dim is 0 where one
-    kernel serves all.
+    further integer parameters, sorted by name: ("paged", 1) reaches the source as AITER_PAGED=1. head_dim is 0 where
+    one kernel serves all.
     """
 
     kernel: str

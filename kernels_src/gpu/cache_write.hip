@@ -89,8 +89,8 @@ __device__ __forceinline__ void rotate(float (&x)[RUN], const Run &run, const El
         if (d >= token.rotary_dim) continue;
         const bool low = p.interleaved ? j % 2 == 0 : d < pairs;
         const int pair = p.interleaved ? d / 2 : low ? d : d - pairs;
-        const Element other = p.interleaved ? run.get(j ^ 1)
-                                            : global_load<Element>(row + (low ? d + pairs : pair) * token.from_element);
+        const Element other =
+            p.interleaved ? run.get(j ^ 1) : global_load<Element>(row + (low ? d + pairs : pair) * token.from_element);
         const float s = to_float(global_load<Element>(sines + pair));
         x[j] = x[j] * to_float(global_load<Element>(cosines + pair)) + to_float(other) * (low ? -s : s);
     }

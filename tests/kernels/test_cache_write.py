@@ -1,7 +1,7 @@
 """The kernel that writes into caches, on CPUs, emulated AMD GPUs and a CUDA device: through the launch ABI.
 
-What is copied or becomes 8-bit floats is held against PyTorch bit by bit, the whole of the cache and all around it; what
-is rotated, within a unit in the last place of float64 rounded.
+What is copied or becomes 8-bit floats is held against PyTorch bit by bit, the whole of the cache and all around it;
+what is rotated, within a unit in the last place of float64 rounded.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import driver
 import pytest
 import torch
-from driver import CPUS, DTYPES, GPU_DTYPES, GPUS, ints
+from driver import CPUS, DTYPES, GPUS, ints
 
 from aiter import abi
 from aiter.errors import LaunchError
@@ -17,10 +17,18 @@ from aiter.jit.arch import arch_of
 from aiter.jit.spec import Spec
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz, "e5m2": torch.float8_e5m2}
-# (target, dtype): those CPUs whose vectors convert in another way, and every GPU.
-TARGETS = [(arch, dtype) for dtype, arch in CPUS if arch in ("x86-64-v2", "x86-64-v3", "x86-64-v4")]
-TARGETS += [(target, dtype) for target in GPUS for dtype in GPU_DTYPES]
-on_targets = pytest.mark.parametrize(("target", "dtype"), TARGETS, ids=["-".join(t) for t in TARGETS])
+# (target, dtype, 8-bit type): between them all types, and every way in which a CPU's vectors become elements.
+CPU_CASES = (("x86-64-v2", "fp16", "e4m3fn"), ("x86-64-v3", "bf16", "e4m3fnuz"), ("x86-64-v4", "fp32", "e5m2"))
+CASES = [case for case in CPU_CASES if case[1::-1] in CPUS]
+CASES += [("gfx90a", "bf16", "e5m2"), ("gfx942", "bf16", "e4m3fnuz"), ("gfx950", "fp16", "e4m3fn")]
+CASES += [("cuda", "bf16", fp8) for fp8 in FP8]
+PLAIN = [(target, dtype) for target, dtype, _ in CASES[:-2]] + [("gfx90a", "fp16"), ("cuda", "fp16")]
+
+
+def on(cases, *names):
+    return pytest.mark.parametrize(names, cases, ids=["-".join(case) for case in cases])
+
+
 HEADS = 2
 
 
@@ -74,8 +82,7 @@ SLOTS = [3, -1, 17, 0, 8, 5, -7, 23]
 LAYOUTS = (("pages", 40, 24), ("halves", 64, 64), ("odd", 20, 11), ("elements apart", 16, 8))
 
 
-@on_targets
-@pytest.mark.parametrize("fp8", [None, *FP8])
+@on([*CASES, *((*plain, "") for plain in PLAIN)], "target", "dtype", "fp8")
 def test_by_slots(target, dtype, fp8):
     for index, (how, *dims) in enumerate(LAYOUTS):
         wide, per_head = index % 2, index // 2
@@ -99,8 +106,8 @@ def test_by_slots(target, dtype, fp8):
         assert same_bits(memory, expected), how
 
 
-@on_targets
-def test_every_element_to_8_bits(target, dtype):
+@on(CASES, "target", "dtype", "fp8")
+def test_every_element_to_8_bits(target, dtype, fp8):
     """All 65536 of a 16-bit type; of floats, many of every size."""
     if dtype == "fp32":
         values = torch.randn(1 << 16) * torch.exp2(torch.randint(-30, 20, (1 << 16,)).float())
@@ -108,21 +115,20 @@ def test_every_element_to_8_bits(target, dtype):
     else:
         values = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(DTYPES[dtype])
     rows = values.view(-1, HEADS, 256)
-    for fp8, kind in FP8.items():
-        cache = torch.zeros(len(rows), 1, HEADS, 256, dtype=kind)
-        other = torch.zeros_like(cache)
-        numbers = {"batch": 1, "heads_kv": HEADS, "seqlen_new": len(rows), "head_dim": 256, "value_dim": 256}
-        numbers |= {"page_size": 1, "num_pages": len(rows)}
-        reads = {"key": rows, "value": rows, "slots": ints(list(range(len(rows))))}
-        launch(target, dtype, fp8, numbers, reads, {"key_cache": cache, "value_cache": other})
-        assert same_bits(cache.flatten(), quantised(values, fp8, 1.0)) and same_bits(cache, other)
+    cache = torch.zeros(len(rows), 1, HEADS, 256, dtype=FP8[fp8])
+    other = torch.zeros_like(cache)
+    numbers = {"batch": 1, "heads_kv": HEADS, "seqlen_new": len(rows), "head_dim": 256, "value_dim": 256}
+    numbers |= {"page_size": 1, "num_pages": len(rows)}
+    reads = {"key": rows, "value": rows, "slots": ints(list(range(len(rows))))}
+    launch(target, dtype, fp8, numbers, reads, {"key_cache": cache, "value_cache": other})
+    assert same_bits(cache.flatten(), quantised(values, fp8, 1.0)) and same_bits(cache, other)
 
 
 # rotary_dim, interleaved, head_dim: halves that are whole runs of 8, that are not, all of the row, one pair.
 ROTATIONS = ((32, False, 40), (24, False, 40), (40, True, 40), (16, True, 24), (2, False, 16), (64, False, 64))
 
 
-@on_targets
+@on(PLAIN, "target", "dtype")
 @pytest.mark.parametrize("form", ("pages", "rows", "packed"))
 def test_appends_and_rotates(target, dtype, form):
     """Behind the lengths of the sequences; queries rotate by their own places, or all by the first one's."""
@@ -170,7 +176,7 @@ def test_appends_and_rotates(target, dtype, form):
             reads |= {"starts_q": starts(counts_q), "starts_new": starts(counts)}
         out = torch.full_like(query, math.nan)
         writes = {"rotated": out, "key_cache": key_cache, "value_cache": value_cache}
-        launch(target, dtype, None, numbers, reads, writes)
+        launch(target, dtype, "", numbers, reads, writes)
         eps = torch.finfo(DTYPES[dtype]).eps
         for got, wanted in ((out, expected_query), (memory, expected)):
             torch.testing.assert_close(got.double(), wanted, rtol=eps, atol=4e-7, equal_nan=True)
@@ -194,28 +200,32 @@ WRONG = (
     {"seqlens": [-1, 4]},
     {"seqlens": [7, 4]},  # its second token would be past the table
     {"seqlens": [2**31 - 1, 4]},
-    {"page_table": [[0, 9], [2, 3]]},
+    {"page_table": [[0, 9], [2, 3]], "seqlens": [3, 4]},
     {"page_table": [[-1, 0], [2, 3]]},
 )
 
 
-@pytest.mark.parametrize("target", ("x86-64-v2", *GPUS))
+WRONG_ON = dict(PLAIN)
+
+
+@pytest.mark.parametrize("target", WRONG_ON)
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_has_no_place_is_not_written(target, wrong):
     """A CPU refuses all of it; a GPU writes the rest."""
     good = {"seqlens": [1, 4], "page_table": [[0, 1], [2, 3]]}
     held = {name: ints(numbers) for name, numbers in (good | wrong).items()}
-    key, value = (driver.randn(2, 2, HEADS, 16, dtype="fp16") for _ in "kv")
-    key_cache, value_cache, memory = caches("pages", torch.float16, 5, 4, (16, 16))
+    dtype = WRONG_ON[target]
+    key, value = (driver.randn(2, 2, HEADS, 16, dtype=dtype) for _ in "kv")
+    key_cache, value_cache, memory = caches("pages", DTYPES[dtype], 5, 4, (16, 16))
     expected = memory.clone()
     numbers = {"batch": 2, "heads_kv": HEADS, "seqlen_new": 2, "head_dim": 16, "value_dim": 16, "page_size": 4}
     numbers |= {"num_pages": 5, "table_width": 2, "page_table_stride": 2}
     reads, writes = {"key": key, "value": value, **held}, {"key_cache": key_cache, "value_cache": value_cache}
     if target not in GPUS:
         with pytest.raises(LaunchError, match="out of range"):
-            launch(target, "fp16", None, numbers, reads, writes)
+            launch(target, dtype, "", numbers, reads, writes)
     else:
-        launch(target, "fp16", None, numbers, reads, writes)
+        launch(target, dtype, "", numbers, reads, writes)
         for b in range(2):
             for i in range(2):
                 place = int(held["seqlens"][b]) + i

@@ -1,11 +1,11 @@
 """FlashAttention's own tests, from a checkout of theirs and unchanged, against aiter.flash_attn.
 
-    python tests/peers/flash_attention.py PATH_OF_CHECKOUT [--count 20] [--tests kvcache] [--longest 512] [--device cuda]
+    python tests/peers/flash_attention.py PATH_OF_CHECKOUT [--count 20] [--tests kvcache] [--longest 512]
 
 Its tests have hundreds of thousands of parametrisations: of each test, `count` are drawn, with a seed. They import
-aiter.flash_attn as flash_attn; helpers in pure Python (padding, rotary embedding) come from the checkout, compiled parts
-of it are stood in for. On the CPU, tensors that tests make on "cuda" are made there, and the device says that it is an
-H100 with little memory, so that tests leave out what is largest. Needs einops.
+aiter.flash_attn as flash_attn; helpers in pure Python (padding, rotary embedding) come from the checkout, compiled
+parts of it are stood in for. On the CPU, tensors that tests make on "cuda" are made there, and the device says that
+it is an H100 with little memory, so that tests leave out what is largest. Needs einops.
 
 Prints for each test how many were drawn, passed, failed, were skipped by the test itself, or ask for what is not
 offered, by its name; then the failures. Not part of the suite: nothing here is named test_*.
@@ -45,7 +45,9 @@ class OnCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "cuda" in str(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        args = tuple("cpu" if isinstance(argument, str) and argument.startswith("cuda") else argument for argument in args)
+        args = tuple(
+            "cpu" if isinstance(argument, str) and argument.startswith("cuda") else argument for argument in args
+        )
         return function(*args, **kwargs)
 
 
