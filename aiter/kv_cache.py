@@ -325,8 +325,8 @@ def _append(
     if refused:
         room = page_size * (1 if table is None else table.shape[1])
         raise ValueError(
-            f"new tokens do not fit: cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or the cache) "
-            f"has room for {room} tokens; page numbers must be from 0 to {pages - 1}"
+            f"new tokens do not fit: cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or of the "
+            f"cache) has room for {room} tokens; page numbers must be from 0 to {pages - 1}"
             + (f", places with rotary embedding from 0 to {angles[1] - 1}" if angles[0] else "")
             + ". Nothing was written."
         )

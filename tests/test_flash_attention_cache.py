@@ -91,7 +91,7 @@ class Case:
         for b, (query, key, value) in enumerate(
             self.expected(padding or (0, 0, 0), rotary, causal or window is not None)
         ):
-            mask = {} if window is None else {"window": window}
+            mask = {} if window is None else {"window": tuple(int(side) for side in window)}
             reference_output, reference_lse = reference.attend_one(query, key, value, causal, **mask)
             exact.append(reference_output)
             pytorch.append(pytorch_attend_one(query, key, value, causal, **mask).nan_to_num())
