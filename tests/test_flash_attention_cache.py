@@ -136,7 +136,7 @@ def test_padding_on_the_left(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows(kind):
-    """Which rotate queries by their own places, causal or not; and may be a tensor, as FlashAttention's own tests have it."""
+    """Which rotate queries by their own places, causal or not; a tensor will do, as FlashAttention's tests give it."""
     angles = torch.rand(16, 16) * 6.3
     cos, sin = (t.to(DTYPES[0]).to(DEVICE) for t in (angles.cos(), angles.sin()))
     Case(DTYPES[0], kind).check(rotary=(cos, sin, False), window=(3, 1))
