@@ -10,6 +10,9 @@
  *
  * Built for one dtype and one kind of cache, any sizes. */
 #define AITER_CACHE_WRITE
+/* Its spec names no head_dim (0: any); the target, which is written for attention, wants one that attention takes. */
+#undef AITER_HEAD_DIM
+#define AITER_HEAD_DIM 8
 #include "gpu/arch.h"
 
 #include "cache_rows.h"
