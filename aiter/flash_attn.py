@@ -5,7 +5,7 @@
 Positions of arguments are FlashAttention 2's (https://github.com/Dao-AILab/flash-attention, flash_attn_interface.py);
 keywords are those of FlashAttention 2, 3 and ROCm's library where their meanings agree. What is not offered raises
 NotImplementedError by name; hints for speed (num_splits, pack_gqa, sm_margin, deterministic, ...) are taken and change
-nothing: results are deterministic always. head_dim may be anything up to 256: it is padded to a multiple of 8.
+nothing: results are deterministic always. head_dim may be anything up to 512: it is padded to a multiple of 8.
 
 Tensors are (batch, seq, heads, head_dim), packed ones (total_tokens, heads, head_dim). window_size is (left, right), -1
 for no limit; query i stands at key i + seq_k - seq_q. softmax_lse is float32 (batch, heads, seq), packed (heads,
