@@ -94,6 +94,45 @@ class AttentionGradCall(ctypes.Structure):
     _fields_ = (("problem", AttentionGradProblem), ("tensors", AttentionGradTensors))
 
 
+class CacheWriteProblem(ctypes.Structure):
+    """Sizes, strides and scalars of one write into a cache."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("batch", "heads_q", "heads_kv", "seqlen_q", "seqlen_new", "head_dim", "value_dim", "page_size"),
+                *("table_width", "rotary_dim", "rotary_length", "interleaved", "query_step", "wide_slots"),
+            )
+        ),
+        *((name, ctypes.c_int64) for name in ("num_pages", "page_table_stride", "total_q", "total_new")),
+        *(
+            (f"{name}_strides", ctypes.c_int64 * 4)
+            for name in ("query", "rotated", "key", "value", "key_cache", "value_cache")
+        ),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("cos", "sin", "key_scale", "value_scale")),
+    )
+
+
+class CacheWriteTensors(ctypes.Structure):
+    """Addresses of one write into a cache."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in (
+            *("query", "rotated", "key", "value", "key_cache", "value_cache", "slots", "seqlens", "page_table"),
+            *("starts_q", "starts_new", "rotary_cos", "rotary_sin", "rotary_positions", "key_scale", "value_scale"),
+            "workspace",
+        )
+    )
+
+
+class CacheWriteCall(ctypes.Structure):
+    """What a launch that writes into a cache takes."""
+
+    _fields_ = (("problem", CacheWriteProblem), ("tensors", CacheWriteTensors))
+
+
 class CpuExecutor(ctypes.Structure):
     """Where CPU kernels run: the address of PyTorch's own GOMP_parallel (or null) and how many threads to use."""
 
@@ -108,7 +147,7 @@ class Description(ctypes.Structure):
 
 def call_struct(kernel: str) -> type[ctypes.Structure]:
     """The struct that launches of `kernel` take."""
-    return AttentionGradCall if kernel == "attention_backward" else AttentionCall
+    return {"attention_backward": AttentionGradCall, "cache_write": CacheWriteCall}.get(kernel, AttentionCall)
 
 
 def _format(field_type: Any) -> str:
@@ -124,6 +163,7 @@ def _format(field_type: Any) -> str:
 # the workspace, the last field, must be follows from the others. Six times as fast as filling a ctypes struct.
 pack_call = struct.Struct("=" + _format(AttentionCall)[:-1]).pack
 pack_grad_call = struct.Struct("=" + _format(AttentionGradCall)[:-1]).pack
+pack_cache_write = struct.Struct("=" + _format(CacheWriteCall)[:-1]).pack
 pack_workspace = struct.Struct("=Q").pack
 NO_WORKSPACE = pack_workspace(0)
 # What a CPU kernel answers where check_values is set and values are out of range: launch_errors.h.

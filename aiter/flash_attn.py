@@ -5,7 +5,7 @@
 Positions of arguments are FlashAttention 2's (https://github.com/Dao-AILab/flash-attention, flash_attn_interface.py);
 keywords are those of FlashAttention 2, 3 and ROCm's library where their meanings agree. What is not offered raises
 NotImplementedError by name; hints for speed (num_splits, pack_gqa, sm_margin, deterministic, ...) are taken and change
-nothing: results are deterministic always. head_dim may be anything up to 256: it is padded to a multiple of 8.
+nothing: results are deterministic always. head_dim may be anything up to 512: it is padded to a multiple of 8.
 
 Tensors are (batch, seq, heads, head_dim), packed ones (total_tokens, heads, head_dim). window_size is (left, right), -1
 for no limit; query i stands at key i + seq_k - seq_q. softmax_lse is float32 (batch, heads, seq), packed (heads,
@@ -14,23 +14,26 @@ total_tokens), natural logarithm, of the keys alone (a sink is not in it). Rows 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from aiter import checks
+from aiter import checks, kv_cache
 from aiter.dispatch import Operation, attend
 from aiter.layout import NO_INDICES, Indices
 from aiter.options import OptionKeywords, readable_index
+from aiter.parts import merge_attention_states
 
 __all__ = [
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 # Taken and of no consequence: how fast, on how many units, in which order.
@@ -99,8 +102,17 @@ def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *arguments: Any,
     return flash_attn_func(q, k, v, *arguments, **keywords)
 
 
-def flash_attn_qkvpacked_func(qkv: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-    """`flash_attn_func` with all three in one tensor (batch, seq, 3, heads, head_dim)."""
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor, *arguments: Any, num_heads_q: int | None = None, **keywords: Any
+) -> Any:
+    """`flash_attn_func` with all three in one tensor: (batch, seq, 3, heads, head_dim), or, with num_heads_q,
+    (batch, seq, num_heads_q + 2 * heads_kv, head_dim)."""
+    if num_heads_q is not None:
+        checks.tensor("qkv", qkv, 4, "(batch, seq, num_heads_q + 2 * heads_kv, head_dim)")
+        heads_kv, rest = divmod(qkv.shape[2] - checks.positive_int("num_heads_q", num_heads_q), 2)
+        if heads_kv <= 0 or rest:
+            raise ValueError(f"qkv has {qkv.shape[2]} heads; they must be num_heads_q, {num_heads_q}, and 2 * heads_kv")
+        return flash_attn_func(*qkv.split((num_heads_q, heads_kv, heads_kv), 2), *arguments, **keywords)
     checks.tensor("qkv", qkv, 5, "(batch, seq, 3, heads, head_dim)")
     q, k, v = _unpacked("qkv", qkv, 3)
     return flash_attn_func(q, k, v, *arguments, **keywords)
@@ -189,6 +201,207 @@ def flash_attn_varlen_qkvpacked_func(
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *arguments, **keywords)
 
 
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, ...] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k_new: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    **others: Any,
+) -> Any:
+    """Attention over a cache, to which new keys and values are appended first, in place.
+
+    q: (batch, seq_q, heads_q, head_dim), or with cu_seqlens_q int32 (batch + 1,) and max_seqlen_q packed (total_q,
+    heads_q, head_dim). k_cache, v_cache of any strides: (batch_cache, seq_cache, heads_kv, head_dim), of which sequence
+    b has row b, or row cache_batch_idx[b], int32 (batch,); or, with block_table (also called page_table) int32 (batch,
+    max_blocks), pages (num_blocks, block_size, heads_kv, head_dim).
+
+    cache_seqlens: an int or int32 (batch,), how many tokens each sequence has in the cache, without the new ones; None:
+    a full cache. k, v: (batch, seq_new, heads_kv, head_dim), or with cu_seqlens_k_new packed: the tokens that go behind
+    those. The last query stands at the last key, new ones counted. cache_leftpad: int32 (batch,), how many tokens at
+    the beginning of each sequence are not seen; not with a block_table.
+
+    rotary_cos, rotary_sin: (places, rotary_dim / 2), of the dtype of q. New key i is rotated by the angles of place
+    cache_seqlens[b] + i (or rotary_seqlens[b] + i), query i likewise, or, where neither causal nor a window is asked
+    for, by those of the first place. Pairs are elements 2d and 2d + 1 (rotary_interleaved), or d and
+    d + rotary_dim / 2.
+
+    Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. On the CPU raises ValueError,
+    and writes nothing, where new tokens do not fit; on a GPU those are not written.
+    """
+    options = _options(0.0, causal, window_size, softcap, alibi_slopes, sinks, {"num_splits": num_splits, **others})
+    if page_table is not None:
+        if block_table is not None:
+            raise ValueError("block_table and page_table are one argument; give one of them")
+        block_table = page_table
+    for name, given in (("k_cache", k_cache), ("v_cache", v_cache)):
+        checks.tensor(name, given, 4, "(batch or num_blocks, seq or block_size, heads_kv, head_dim)")
+    starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
+    checks.tensor("q", q, 4 if starts_q is None else 3, checks.BSHD if starts_q is None else checks.PACKED)
+    checks.same_kind(q=q, k_cache=k_cache, v_cache=v_cache)
+    checks.equal_size("k_cache", k_cache.shape[-1], "head_dim", "q", q.shape[-1])
+    checks.heads(q.shape[-2], k_cache.shape[2], "k_cache")
+    if starts_q is not None and max_seqlen_q is None:
+        raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
+    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+    if checks.is_int(cache_seqlens):
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    lengths = _index("cache_seqlens", cache_seqlens, 1, "int32 (batch,)", q)
+    cache = _Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
+    padding = _index("cache_leftpad", cache_leftpad, 1, "int32 (batch,)", q)
+    seen = cache if padding is None else cache.without(padding)
+
+    rotary = None
+    if rotary_cos is not None or rotary_sin is not None:
+        if k is None or rotary_cos is None or rotary_sin is None:
+            raise ValueError("rotary_cos and rotary_sin are given together, with new k and v")
+        moves = causal or "window_size" in options
+        positions = _index("rotary_seqlens", rotary_seqlens, 1, "int32 (batch,)", q)
+        rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, bool(rotary_interleaved), moves)
+    elif rotary_seqlens is not None:
+        raise ValueError("rotary_seqlens is given without rotary_cos and rotary_sin")
+    if k is not None or v is not None:
+        if k is None or v is None or lengths is None:
+            raise ValueError("k and v are given together, with cache_seqlens")
+        starts_new = _index("cu_seqlens_k_new", cu_seqlens_k_new, 1, "int32 (batch + 1,)", q)
+        checks.same_kind(q=q, k=k, v=v)
+        rotated = kv_cache.append(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q)
+        q = q if rotated is None else rotated
+        lengths = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
+    elif cu_seqlens_k_new is not None:
+        raise ValueError("cu_seqlens_k_new is given without k and v")
+    if padding is not None:
+        lengths = ((cache.key.shape[1] if lengths is None else lengths) - padding).clamp(min=0)
+    key, value = seen.key, seen.value
+    if seen.table is not None:
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    elif key.shape[0] != batch:  # sequence b has row b
+        key, value = key[:batch], value[:batch]
+    indices = NO_INDICES
+    if lengths is not None or seen.table is not None or starts_q is not None:
+        indices = Indices(None, lengths, seen.table, starts_q, None)
+    return _attend(
+        *(q, key, value, indices, max_seqlen_q or 0, 0, softmax_scale, causal, options, out, False, False),
+        return_softmax_lse,
+    )
+
+
+def flash_attn_combine(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp of rows whose keys were attended to in parts.
+
+    out_partial: (parts, batch, seq, heads, head_dim), lse_partial: float32 (parts, batch, seq, heads), whatever its
+    strides; or both without batch. Returns the output (batch, seq, heads, head_dim), of out_dtype or the dtype of
+    out_partial, in `out` if that is given, and the log-sum-exp (batch, seq, heads).
+    """
+    checks.tensor("out_partial", out_partial, (4, 5), "(parts, batch, seq, heads, head_dim)")
+    checks.tensor("lse_partial", lse_partial, out_partial.dim() - 1, "(parts, batch, seq, heads)")
+    checks.same_shape("lse_partial", lse_partial, "out_partial without head_dim", out_partial[..., 0])
+    dtype = out_dtype or (out_partial.dtype if out is None else out.dtype)
+    if out is not None:
+        checks.tensor("out", out, out_partial.dim() - 1, "(batch, seq, heads, head_dim)")
+        checks.same_shape("out", out, "a part of out_partial", out_partial[0])
+        if out.dtype != dtype:
+            raise TypeError(f"out has dtype {out.dtype}; it must be out_dtype, {dtype}")
+    output, lse = merge_attention_states(out_partial.float().unbind(), lse_partial.transpose(-1, -2).unbind())
+    output = output.to(dtype) if out is None else out.copy_(output)
+    return output, lse.transpose(-1, -2)
+
+
+class _Cache(NamedTuple):
+    """A cache as pages (pages, page_size, heads_kv, dim), and int32 (batch, max_pages) which of them each sequence has;
+    without a table, sequence b has page b."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    table: torch.Tensor | None
+    paged: bool  # by the caller: a row of the table may hold several
+
+    @classmethod
+    def of(
+        cls,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        batch: int,
+        block_table: torch.Tensor | None,
+        batch_index: torch.Tensor | None,
+        query: torch.Tensor,
+    ) -> _Cache:
+        checks.same_shape("v_cache", value, "k_cache", key, but_last=True)
+        if block_table is not None:
+            if batch_index is not None:
+                raise ValueError("cache_batch_idx is for a cache without block_table, which names pages itself")
+            checks.indices("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", query)
+            return cls(key, value, readable_index(block_table), True)
+        if batch_index is not None:
+            checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
+            return cls(key, value, readable_index(batch_index).unsqueeze(1), False)
+        if key.shape[0] < batch:
+            raise ValueError(f"k_cache has shape {tuple(key.shape)}; it must have a row for each of {batch} sequences")
+        return cls(key, value, None, False)
+
+    def without(self, padding: torch.Tensor) -> _Cache:
+        """The same without the first tokens of each sequence: a page for each of the others."""
+        if self.paged:
+            raise ValueError("cache_leftpad is for a cache without block_table: leave out pages that are not seen")
+        rows, room = self.key.shape[:2]
+        apart = [_rows_apart(name, cache) for name, cache in (("k_cache", self.key), ("v_cache", self.value))]
+        if apart[0] != apart[1]:
+            raise ValueError("with cache_leftpad, k_cache and v_cache must have alike strides")
+        batch = padding.shape[0]
+        first = (
+            torch.arange(batch, device=padding.device) if self.table is None else self.table[:, 0].clamp(0, rows - 1)
+        )
+        places = torch.arange(room, device=padding.device) + padding.unsqueeze(1)
+        table = first.unsqueeze(1) * apart[0] + places.clamp(0, room - 1)
+        key, value = (_as_tokens(cache, apart[0]) for cache in (self.key, self.value))
+        return _Cache(key, value, table.to(torch.int32), True)
+
+
+def _rows_apart(name: str, cache: torch.Tensor) -> int:
+    """How many tokens further the next sequence begins."""
+    batch_stride, token_stride = cache.stride()[:2]
+    if token_stride == 0 or batch_stride % token_stride:
+        raise ValueError(
+            f"with cache_leftpad, {name} must have a stride from sequence to sequence that is a multiple of the one "
+            f"from token to token; its strides are {cache.stride()}"
+        )
+    return batch_stride // token_stride
+
+
+def _as_tokens(cache: torch.Tensor, apart: int) -> torch.Tensor:
+    """Pages of one token."""
+    rows, room, heads, dim = cache.shape
+    _, token, head, element = cache.stride()
+    return cache.as_strided(((rows - 1) * apart + room if rows else 0, 1, heads, dim), (token, token, head, element))
+
+
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -241,6 +454,8 @@ def _options(
 ) -> OptionKeywords:
     """What is asked for beyond tensors, in this package's words. Raises for what is not offered or not known."""
     checks.flag("causal", causal)
+    if isinstance(window_size, torch.Tensor) and window_size.is_cpu:
+        window_size = tuple(window_size.tolist())
     if isinstance(window_size, (tuple, list)) and len(window_size) == 3:  # ROCm's third is a number of sink tokens
         if window_size[2]:
             raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")

@@ -19,6 +19,9 @@ HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
 
+# What a spec says where one kernel serves all.
+ANY_HEAD_DIM = 0
+
 
 def forward_kernel(sizes: Sizes, head_dim: int, batch_invariant: bool) -> str:
     """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all.
@@ -59,18 +62,22 @@ def kernel_spec(
     return Spec(kernel, dtype, head_dim, causal, arch, tuple(sorted(chosen.items())))
 
 
-# The public operations, and with which kinds of keys and values each is called: in pages or not.
+# The public operations, and with which kinds of keys and values each is called: in pages or not. The last attends to
+# none: it writes them, which `aiter.flash_attn.flash_attn_with_kvcache` does too.
 OPERATIONS = {
     "flash_attn_func": (False,),
     "flash_attn_with_kvcache": (True,),
     "grouped_query_attention": (False,),
     "multi_query_attention": (False,),
     "variable_length_attention": (False, True),
+    "reshape_and_cache": (),
 }
 
 
 def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str, backward: bool = False) -> list[Spec]:
     """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it."""
+    if operation == "reshape_and_cache":
+        return [kernel_spec("cache_write", dtype, ANY_HEAD_DIM, False, arch)]
     kernels = ("attention_forward", "attention_decode") if is_gpu(arch) else ("attention_forward",)
     specs = [kernel_spec(k, dtype, head_dim, causal, arch, paged) for paged in OPERATIONS[operation] for k in kernels]
     if backward and False in OPERATIONS[operation]:

@@ -50,7 +50,12 @@ def test_layouts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("call", "pack"), [(abi.AttentionCall, abi.pack_call), (abi.AttentionGradCall, abi.pack_grad_call)]
+    ("call", "pack"),
+    [
+        (abi.AttentionCall, abi.pack_call),
+        (abi.AttentionGradCall, abi.pack_grad_call),
+        (abi.CacheWriteCall, abi.pack_cache_write),
+    ],
 )
 def test_packing(call, pack):
     """Packed in two pieces, a call is what its struct says."""

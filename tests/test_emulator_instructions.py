@@ -270,6 +270,7 @@ def test_bfloat16_conversion_on_gfx950(arch, snippets):
     words = inputs("float")
     code = snippets(arch, "bf16", {"convert": "v_cvt_pk_bf16_f32 v16, v8, v9",
                                    "bitop": "v_bitop3_b32 v16, v8, v9, v10 bitop3:0xca",
+                                   "bitop16": "v_bitop3_b16 v16, v8, v9, v10 bitop3:0xca",
                                    "swap32": "v_mov_b32 v16, v8\n v_mov_b32 v17, v9\n s_nop 1\n v_permlane32_swap_b32 v16, v17",
                                    "swap16": "v_mov_b32 v16, v8\n v_mov_b32 v17, v9\n s_nop 1\n v_permlane16_swap_b32 v16, v17"})  # fmt: skip
     with emulator.session(arch) as gpu:
@@ -278,6 +279,8 @@ def test_bfloat16_conversion_on_gfx950(arch, snippets):
             assembly.run(gpu, code, "convert", words)[:, 0], bf16(fl(a)) | bf16(fl(b)) << u32(16)
         )
         np.testing.assert_array_equal(assembly.run(gpu, code, "bitop", words)[:, 0], (a & b) | (~a & c))
+        low = assembly.run(gpu, code, "bitop16", words)[:, 0] & u32(0xFFFF)
+        np.testing.assert_array_equal(low, ((a & b) | (~a & c)) & u32(0xFFFF))
         for row, name in ((32, "swap32"), (16, "swap16")):
             got = assembly.run(gpu, code, name, words)
             x, y = a.reshape(-1, 2, row).copy(), b.reshape(-1, 2, row).copy()

@@ -18,7 +18,8 @@ class Spec:
     """One kernel: `kernel` names its source; the rest are its compile-time parameters.
 
     Everything that does not change the generated code is a run-time field of the launch ABI instead. `options` are
-    further integer parameters, sorted by name: ("paged", 1) reaches the source as AITER_PAGED=1.
+    further integer parameters, sorted by name: ("paged", 1) reaches the source as AITER_PAGED=1. head_dim is 0 where
+    one kernel serves all.
     """
 
     kernel: str
@@ -33,8 +34,8 @@ class Spec:
             raise ValueError(f"Spec.kernel must be a lower-case identifier, not {self.kernel!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"Spec.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if type(self.head_dim) is not int or not 0 < self.head_dim <= 4096:
-            raise ValueError(f"Spec.head_dim must be an int in 1..4096, not {self.head_dim!r}")
+        if type(self.head_dim) is not int or not 0 <= self.head_dim <= 4096:
+            raise ValueError(f"Spec.head_dim must be an int in 0..4096, not {self.head_dim!r}")
         if type(self.causal) is not bool:
             raise ValueError(f"Spec.causal must be a bool, not {self.causal!r}")
         if not (isinstance(self.arch, str) and _ARCH.fullmatch(self.arch)):
@@ -54,7 +55,7 @@ class Spec:
     @property
     def name(self) -> str:
         """For people and file names: `attention_forward-fp16-d64-causal-paged-gfx942`."""
-        parts = [self.kernel, self.dtype, f"d{self.head_dim}"]
+        parts = [self.kernel, self.dtype, *([f"d{self.head_dim}"] if self.head_dim else [])]
         parts += ["causal"] if self.causal else []
         parts += [name if value == 1 else f"{name}{value}" for name, value in self.options]
         return "-".join([*parts, self.arch])

@@ -162,9 +162,85 @@ typedef struct aiter_description {
     uint32_t call_bytes;  /* sizeof the aiter_call that this kernel's launch takes */
 } aiter_description;
 
-/* What every kernel .so exports; a backward kernel defines AITER_BACKWARD before it includes this header. */
-#ifdef AITER_BACKWARD
+/* Writing new keys and values into a cache, which is pages of tokens; an un-paged one has a page for each sequence.
+ * Strides of the caches are those of {page, position, head, element}, whichever order memory has them in.
+ *
+ *   by slots    token t goes to position slots[t] % page_size of page slots[t] / page_size; not where that is negative
+ *   by lengths  token i of sequence b goes to place seqlens[b] + i of that sequence: page page_table[b][place /
+ *               page_size], or, without a table, the one place of page b. New tokens are (batch, seqlen_new, heads), or
+ *               packed with starts_new. Here keys may be rotated on their way, and queries too, to `rotated`.
+ *
+ * Rotation (rotary embedding): elements x, y of a pair become x cos - y sin, y cos + x sin, computed in float32; the
+ * angles of pair d are row n of rotary_cos and rotary_sin, (rotary_length, rotary_dim / 2), where n is the token's place
+ * in its sequence, counted from rotary_positions[b] instead of seqlens[b] where they are given. Pairs are elements 2d and
+ * 2d + 1 (interleaved), or d and d + rotary_dim / 2. Query i has place i * query_step.
+ *
+ * AITER_E4M3FN, AITER_E4M3FNUZ, AITER_E5M2: the cache holds 8-bit floats, element / scale, rounded to nearest even; what
+ * is too large, infinities too, becomes the largest finite one. A null scale is 1.
+ *
+ * A token whose place is in no page of the cache, or has no angles, is not written, and a query of that kind stays as it
+ * is: on CPUs nothing is written then, and the launch says so. */
+typedef struct aiter_cache_write_problem {
+    int32_t batch;   /* 1 where there are slots */
+    int32_t heads_q; /* 0: no query to rotate */
+    int32_t heads_kv;
+    int32_t seqlen_q;   /* query tokens per sequence, or the most that any has */
+    int32_t seqlen_new; /* the same for new tokens; the number of slots */
+    int32_t head_dim;
+    int32_t value_dim;
+    int32_t page_size;
+    int32_t table_width; /* pages in a row of page_table, else 0 */
+    int32_t rotary_dim;  /* even, at most head_dim; 0: no rotation */
+    int32_t rotary_length;
+    int32_t interleaved; /* 0 or 1 */
+    int32_t query_step;  /* 1: each query stands one place further; 0: all stand where the first does */
+    int32_t wide_slots;  /* slots are int64_t, not int32_t */
+    int64_t num_pages;
+    int64_t page_table_stride; /* elements from one row of the table to the next, else 0 */
+    int64_t total_q;           /* rows in query where it is packed, else 0 */
+    int64_t total_new;         /* the same for new tokens */
+    int64_t query_strides[4];  /* batch, token, head, element */
+    int64_t rotated_strides[4];
+    int64_t key_strides[4];
+    int64_t value_strides[4];
+    int64_t key_cache_strides[4]; /* page, position, head, element */
+    int64_t value_cache_strides[4];
+    int64_t cos_stride; /* from one place's angles to the next one's */
+    int64_t sin_stride;
+    int64_t key_scale_stride; /* from one head's scale to the next one's; 0 where all have the same */
+    int64_t value_scale_stride;
+} aiter_cache_write_problem;
+
+typedef struct aiter_cache_write_tensors {
+    const void *query;
+    void *rotated; /* like query */
+    const void *key;
+    const void *value;
+    void *key_cache;
+    void *value_cache;
+    const void *slots;         /* (seqlen_new,), or null: by lengths */
+    const int32_t *seqlens;    /* (batch,) tokens that are in the cache already */
+    const int32_t *page_table; /* (batch, table_width) or null */
+    const int32_t *starts_q;   /* (batch + 1,) where query is packed, else null */
+    const int32_t *starts_new; /* the same for new tokens */
+    const void *rotary_cos;    /* of the elements' type */
+    const void *rotary_sin;
+    const int32_t *rotary_positions; /* (batch,) or null */
+    const float *key_scale;          /* (1,) or (heads_kv,), or null */
+    const float *value_scale;
+    void *workspace; /* none is needed: null */
+} aiter_cache_write_tensors;
+
+typedef struct aiter_cache_write_call {
+    aiter_cache_write_problem problem;
+    aiter_cache_write_tensors tensors;
+} aiter_cache_write_call;
+
+/* What every kernel .so exports; a kernel that is not a forward one says so before it includes this header. */
+#if defined(AITER_BACKWARD)
 typedef aiter_attention_grad_call aiter_call;
+#elif defined(AITER_CACHE_WRITE)
+typedef aiter_cache_write_call aiter_call;
 #else
 typedef aiter_attention_call aiter_call;
 #endif

@@ -8,6 +8,7 @@ namespace emulator {
 
 namespace {
 
+using u16 = uint16_t;
 using u32 = uint32_t;
 using u64 = uint64_t;
 
@@ -185,23 +186,23 @@ void move_accumulator_to_accumulator(Wave &w, const Instruction &in) {
 
 // --- any function of three bits --------------------------------------------------------------------------------------
 
-void any_of_three_bits(Wave &w, const Instruction &in) {
+template <class T> void any_of_three_bits(Wave &w, const Instruction &in) {
     const unsigned table = in.negative | in.absolute << 3 | in.output_scale << 6;
     Instruction plain = in;
     plain.negative = plain.absolute = plain.output_scale = 0;
     LaneMasks masks(w);
-    Lanes<u32> buffer[3], result;
-    const u32 *a = fetch<u32>(w, plain, 0, buffer[0].value, masks),
-              *b = fetch<u32>(w, plain, 1, buffer[1].value, masks);
-    const u32 *c = fetch<u32>(w, plain, 2, buffer[2].value, masks);
+    Lanes<T> buffer[3], result;
+    const T *a = fetch<T>(w, plain, 0, buffer[0].value, masks),
+              *b = fetch<T>(w, plain, 1, buffer[1].value, masks);
+    const T *c = fetch<T>(w, plain, 2, buffer[2].value, masks);
     for (int lane = 0; lane < lanes; ++lane) {
-        u32 r = 0;
+        T r = 0;
         for (unsigned i = 0; i < 8; ++i)
             if (table >> i & 1)
                 r |= (i & 4 ? a[lane] : ~a[lane]) & (i & 2 ? b[lane] : ~b[lane]) & (i & 1 ? c[lane] : ~c[lane]);
         result.value[lane] = r;
     }
-    store<u32>(w, plain, result.value, masks);
+    store<T>(w, plain, result.value, masks);
 }
 
 // --- division: the steps around the Newton iteration of a / b --------------------------------------------------------
@@ -295,7 +296,8 @@ const VectorOp operations[] = {
     {"v_mbcnt_lo_u32_b32", count_below<false>}, {"v_mbcnt_hi_u32_b32", count_below<true>},
     {"v_swap_b32", swap_registers}, {"v_permlane16_swap_b32", swap_rows<16>}, {"v_permlane32_swap_b32", swap_rows<32>},
     {"v_accvgpr_read_b32", move_accumulator}, {"v_accvgpr_write_b32", move_accumulator},
-    {"v_accvgpr_mov_b32", move_accumulator_to_accumulator}, {"v_bitop3_b32", any_of_three_bits},
+    {"v_accvgpr_mov_b32", move_accumulator_to_accumulator}, {"v_bitop3_b32", any_of_three_bits<u32>},
+    {"v_bitop3_b16", any_of_three_bits<u16>},
     {"v_div_scale_f32", divide_scale<float>}, {"v_div_scale_f64", divide_scale<double>},
     {"v_div_fmas_f32", divide_fma<float>}, {"v_div_fmas_f64", divide_fma<double>},
     {"v_div_fixup_f32", divide_fixup<float>}, {"v_div_fixup_f64", divide_fixup<double>},

@@ -124,7 +124,7 @@ def test_cpu_archs_build_on_each_other():
         {"kernel": 3},
         {"dtype": "fp8"},
         {"head_dim": "64"},
-        {"head_dim": 0},
+        {"head_dim": -1},
         {"head_dim": True},
         {"causal": 1},
         {"arch": "gfx942;x"},

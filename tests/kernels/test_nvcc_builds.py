@@ -25,6 +25,7 @@ ALL = (("alibi", 1), ("softcap", 1))
         Spec("attention_forward", "bf16", 192, False, "sm_86", (*ALL, ("value_dim", 128), ("window", 1))),
         Spec("attention_decode", "fp16", 512, False, "sm_86", (*ALL[:1], *PAGED, *ALL[1:], ("window", 1))),
         Spec("attention_backward", "bf16", 96, False, "sm_86", (*ALL, ("value_dim", 64), ("window", 1))),
+        Spec("cache_write", "bf16", 0, False, "sm_80", (("e4m3fn", 1),)),
     ),
     ids=lambda spec: spec.name,
 )

@@ -1,0 +1,359 @@
+"""Caches of keys and values, and what writes into them.
+
+    from aiter.kv_cache import reshape_and_cache
+
+A cache is seen as (pages, page_size, heads_kv, head_dim), one tensor for keys and one for values, whatever its strides:
+(pages, heads_kv, page_size, head_dim) is that after transpose(1, 2); keys and values that share one tensor are two
+slices of it; a pool with a row for each token has pages of one token, pool.unsqueeze(1). Nothing but what is named is
+written; nothing waits for a GPU, and all of it can be captured in a CUDA graph, once its kernel has been compiled by a
+first call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from aiter import checks, plan, torch_state
+from aiter.abi import pack_cache_write
+from aiter.kernels import ANY_HEAD_DIM
+from aiter.options import readable_index
+from aiter.plan import untraced
+from aiter.plan_cache import plans
+
+__all__ = ["reshape_and_cache"]
+
+# 8-bit floats that a cache may hold: what the kernels' option is called.
+FP8_NAMES = {
+    torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2: "e5m2",
+}
+DIM_MAX = 1024
+_TOKENS = "(tokens, heads_kv, head_dim)"
+_CACHE = "(pages, page_size, heads_kv, head_dim)"
+
+
+def reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    """Writes new keys and values into a cache, in place.
+
+    key: (tokens, heads_kv, head_dim), value: (tokens, heads_kv, value_dim), float16 or bfloat16, on CPUs float32 too.
+    key_cache: (pages, page_size, heads_kv, head_dim), value_cache: (pages, page_size, heads_kv, value_dim), of any
+    strides. slot_mapping: int32 or int64 (n,), n <= tokens: token t goes to position slot_mapping[t] % page_size of
+    page slot_mapping[t] // page_size; where it is negative, nowhere. Tokens from n on are not written. Which of two
+    tokens with one slot is kept, is not defined.
+
+    Caches have the dtype of key, or are torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2. Those hold value / scale,
+    rounded to nearest even; what is beyond their range becomes its largest number. k_scale, v_scale: float32 (1,) or
+    (heads_kv,), on the device of key; None is 1. They are for such caches alone.
+
+    Raises TypeError and ValueError that name the argument; on the CPU also for a slot that the cache does not have (on
+    a GPU, such a token is not written).
+    """
+    if _is_plain(key, value, key_cache, value_cache):
+        _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    else:
+        _refuse_gradient(key, value, key_cache, value_cache)
+        torch.ops.aiter.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+
+
+class Rotary(NamedTuple):
+    """Rotary embedding: angles by place in the sequence, and how elements pair up."""
+
+    cos: torch.Tensor  # (places, rotary_dim / 2), of the dtype of query
+    sin: torch.Tensor
+    positions: torch.Tensor | None  # int32 (batch,): where each sequence's first new token stands; None: at its length
+    interleaved: bool
+    query_moves: bool  # each query stands one place further than the one before, else all where the first does
+
+
+def append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    page_table: torch.Tensor | None = None,
+    starts_new: torch.Tensor | None = None,
+    rotary: Rotary | None = None,
+    query: torch.Tensor | None = None,
+    starts_q: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Writes new tokens behind those that each sequence has in its cache, in place; with `rotary`, keys are rotated on
+    their way, and query, rotated, is returned.
+
+    key, value: (batch, seq_new, heads_kv, dim), or packed (total_new, heads_kv, dim) by starts_new int32 (batch + 1,).
+    Caches as in `reshape_and_cache`, not scaled; page_table: int32 (batch, max_pages), or None: sequence b has page b.
+    cache_seqlens: int32 (batch,) before the new tokens. query: (batch, seq_q, heads_q, head_dim), or packed by
+    starts_q.
+    """
+    tensors = key, value, key_cache, value_cache, cache_seqlens, page_table, starts_new
+    cos, sin, positions, interleaved, query_moves = rotary or (None, None, None, False, False)
+    rest = query if rotary else None, starts_q, cos, sin, positions, interleaved, query_moves
+    if _is_plain(key, value, key_cache, value_cache) and (query is None or torch_state.is_plain(query, key, value)):
+        rotated = _append(*tensors, *rest)
+    else:
+        _refuse_gradient(key, value, key_cache, value_cache, *([] if query is None else [query]))
+        rotated = torch.ops.aiter.append_to_cache(*tensors, *rest)
+    return rotated if rotary and query is not None else None
+
+
+# ---- as PyTorch sees it ----
+
+_library = torch.library.Library("aiter", "FRAGMENT")
+_library.define(
+    "reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "append_to_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
+    "Tensor? page_table, Tensor? starts_new, Tensor? query, Tensor? starts_q, Tensor? rotary_cos, Tensor? rotary_sin, "
+    "Tensor? rotary_positions, bool interleaved, bool query_moves) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("aiter::reshape_and_cache", lib=_library)
+def _(*arguments):
+    return None
+
+
+@torch.library.register_fake("aiter::append_to_cache", lib=_library)
+def _(key, value, key_cache, value_cache, cache_seqlens, page_table, starts_new, query, *rest):
+    return key.new_empty((0,) if query is None else query.shape)
+
+
+def _is_plain(key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    """Whether a call may go straight to the kernel. What is no tensor is found by the checks."""
+    for tensor in (key, value, key_cache, value_cache):
+        if not isinstance(tensor, torch.Tensor):
+            _check_tokens(key, value, key_cache, value_cache, 3)
+    return (
+        torch_state.is_plain(key, value, key_cache)
+        and torch_state.is_plain(key, value, value_cache)
+        and not torch_state.wants_gradient(key, value, key_cache, value_cache)
+    )
+
+
+def _refuse_gradient(*tensors: torch.Tensor) -> None:
+    if torch_state.wants_gradient(*tensors):
+        raise ValueError("writing into a cache takes no gradient: use torch.no_grad(), or tensors that need none")
+
+
+# ---- checks ----
+
+
+def _check_tokens(key: object, value: object, key_cache: object, value_cache: object, rank: int) -> None:
+    layout = _TOKENS if rank == 3 else "(batch, seq_new, heads_kv, head_dim)"
+    key, value = checks.tensor("key", key, rank, layout), checks.tensor("value", value, rank, layout)
+    checks.same_kind(key=key, value=value)
+    checks.same_shape("value", value, "key", key, but_last=True)
+    for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        cache = checks.tensor(f"{name}_cache", cache, 4, _CACHE)
+        if cache.dtype != key.dtype and cache.dtype not in FP8_NAMES:
+            known = ", ".join(str(dtype) for dtype in (key.dtype, *FP8_NAMES))
+            raise TypeError(f"{name}_cache has dtype {cache.dtype}; it must be one of {known}")
+        checks.same_device(f"{name}_cache", cache, "key", key)
+        if cache.shape[2:] != new.shape[-2:] or not 0 < new.shape[-1] <= DIM_MAX:
+            raise ValueError(
+                f"{name}_cache has shape {tuple(cache.shape)}; it must be {_CACHE} with the heads_kv and head_dim (up "
+                f"to {DIM_MAX}) of {name}, which has shape {tuple(new.shape)}"
+            )
+        if cache.shape[1] == 0:
+            raise ValueError(f"{name}_cache has shape {tuple(cache.shape)}; a page must have room for a token")
+    assert isinstance(key_cache, torch.Tensor) and isinstance(value_cache, torch.Tensor)
+    checks.same_shape("value_cache", value_cache, "key_cache", key_cache, but_last=True)
+    if value_cache.dtype != key_cache.dtype:
+        raise TypeError(f"value_cache has dtype {value_cache.dtype}; it must be that of key_cache, {key_cache.dtype}")
+
+
+def _scale(name: str, scale: torch.Tensor | None, key: torch.Tensor, cache: torch.Tensor) -> int:
+    """Its stride from head to head."""
+    if scale is None:
+        return 0
+    scale = checks.tensor(name, scale, (0, 1), "float32 (1,) or (heads_kv,)")
+    checks.same_device(name, scale, "key", key)
+    if cache.dtype not in FP8_NAMES:
+        raise ValueError(f"{name} is given, but the cache has dtype {cache.dtype}, which is not scaled: leave it out")
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {scale.dtype}; it must be torch.float32")
+    if scale.numel() not in (1, key.shape[-2]):
+        raise ValueError(f"{name} has shape {tuple(scale.shape)}; it must be (1,) or (heads_kv,), ({key.shape[-2]},)")
+    return 0 if scale.numel() == 1 else scale.stride(0)
+
+
+def _check_rotary(query: torch.Tensor | None, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
+        checks.tensor(name, tensor, 2, "(places, rotary_dim / 2)")
+        checks.same_device(name, tensor, "key", key)
+        if tensor.dtype != key.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be that of key, {key.dtype}")
+    checks.same_shape("rotary_sin", sin, "rotary_cos", cos)
+    if not 0 < 2 * cos.shape[1] <= key.shape[-1]:
+        raise ValueError(
+            f"rotary_cos has shape {tuple(cos.shape)}; it must be (places, rotary_dim / 2), with rotary_dim from 2 to "
+            f"head_dim, {key.shape[-1]}"
+        )
+    if query is not None:
+        checks.same_kind(key=key, query=query)
+        checks.equal_size("query", query.shape[-1], "head_dim", "key", key.shape[-1])
+
+
+# ---- to the kernel ----
+
+
+@untraced
+def _reshape_and_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
+    _check_tokens(key, value, key_cache, value_cache, 3)
+    slots = checks.tensor("slot_mapping", slot_mapping, 1, "int32 or int64 (n,)")
+    if slots.dtype not in checks.INDEX_DTYPES:
+        raise TypeError(f"slot_mapping has dtype {slots.dtype}; it must be torch.int32 or torch.int64")
+    checks.same_device("slot_mapping", slots, "key", key)
+    count = slots.shape[0]
+    if count > key.shape[0]:
+        raise ValueError(f"slot_mapping has {count} slots; key has {key.shape[0]} tokens, and needs as many or more")
+    scales = _scale("k_scale", k_scale, key, key_cache), _scale("v_scale", v_scale, key, value_cache)
+    slots = slots.contiguous()
+    pages, page_size, heads, _ = key_cache.shape
+    if 0 in (count, heads, pages):
+        return
+    refused = _launch(
+        key,
+        key_cache,
+        *(1, 0, heads, 0, count, key.shape[2], value.shape[2], page_size, 0, 0, 0, 0, 0, slots.dtype is torch.int64),
+        *(pages, 0, 0, 0, *_NONE, *_NONE, 0, *key.stride(), 0, *value.stride()),
+        *(*key_cache.stride(), *value_cache.stride(), 0, 0, *scales),
+        *(0, 0, key.data_ptr(), value.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), slots.data_ptr()),
+        *(0, 0, 0, 0, 0, 0, 0, _address(k_scale), _address(v_scale)),
+    )
+    if refused:
+        raise ValueError(
+            f"slot_mapping has a slot {int(slots.max())}; the cache has slots 0 to {pages * page_size - 1} "
+            f"({pages} pages of {page_size}). Nothing was written."
+        )
+
+
+@untraced
+def _append(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    page_table: torch.Tensor | None,
+    starts_new: torch.Tensor | None,
+    query: torch.Tensor | None,
+    starts_q: torch.Tensor | None,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    rotary_positions: torch.Tensor | None,
+    interleaved: bool,
+    query_moves: bool,
+) -> torch.Tensor:
+    """Query rotated, or an empty tensor."""
+    _check_tokens(key, value, key_cache, value_cache, 4 if starts_new is None else 3)
+    batch = cache_seqlens.shape[0]
+    indices = {
+        "cache_seqlens": (cache_seqlens, (batch,)),
+        "page_table": (page_table, (batch, None)),
+        "starts_new": (starts_new, (batch + 1,)),
+        "starts_q": (starts_q, (batch + 1,)),
+        "rotary_positions": (rotary_positions, (batch,)),
+    }
+    readable: dict[str, torch.Tensor | None] = {}
+    for name, (index, shape) in indices.items():
+        if index is not None:
+            checks.indices(name, index, shape, f"int32 {shape}", key)
+        readable[name] = None if index is None else readable_index(index)
+    seqlens, table, first_new, first_q, positions = readable.values()
+    if starts_new is None:
+        checks.equal_size("key", key.shape[0], "batch size", "cache_seqlens", batch)
+    pages, page_size, heads, _ = key_cache.shape
+    if table is None and pages < batch:
+        shape = tuple(key_cache.shape)
+        raise ValueError(
+            f"key_cache has shape {shape}; without a page table it needs a page for each of {batch} sequences"
+        )
+    angles, cos_strides = (0, 0), (0, 0)
+    if rotary_cos is not None and rotary_sin is not None:
+        _check_rotary(query, key, rotary_cos, rotary_sin)
+        rotary_cos, rotary_sin = (t if t.stride(1) == 1 else t.contiguous() for t in (rotary_cos, rotary_sin))
+        angles, cos_strides = (
+            (2 * rotary_cos.shape[1], rotary_cos.shape[0]),
+            (rotary_cos.stride(0), rotary_sin.stride(0)),
+        )
+    if query is None:
+        rotated, heads_q, seqlen_q, total_q = key.new_empty(0), 0, 0, 0
+        query_strides = rotated_strides = _NONE
+    else:
+        rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        heads_q, seqlen_q = query.shape[-2], 0 if first_q is not None else query.shape[1]
+        total_q = 0 if first_q is None else query.shape[0]
+        query_strides, rotated_strides = _four(query), _four(rotated)
+    seqlen_new, total_new = (key.shape[1], 0) if first_new is None else (0, key.shape[0])
+    if not (batch and pages and (key.numel() + rotated.numel())):
+        return rotated
+    refused = _launch(
+        key,
+        key_cache,
+        *(batch, heads_q, heads, seqlen_q, seqlen_new, key.shape[-1], value.shape[-1], page_size),
+        *(0 if table is None else table.shape[1], *angles, interleaved, query_moves, 0),
+        *(pages, 0 if table is None else table.stride(0), total_q, total_new, *query_strides, *rotated_strides),
+        *(*_four(key), *_four(value), *key_cache.stride(), *value_cache.stride(), *cos_strides, 0, 0),
+        *(_address(query), rotated.data_ptr() if query is not None else 0, key.data_ptr(), value.data_ptr()),
+        *(key_cache.data_ptr(), value_cache.data_ptr(), 0, _address(seqlens), _address(table), _address(first_q)),
+        *(_address(first_new), _address(rotary_cos), _address(rotary_sin), _address(positions), 0, 0),
+    )
+    if refused:
+        room = page_size * (1 if table is None else table.shape[1])
+        raise ValueError(
+            f"new tokens do not fit: cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or of the "
+            f"cache) has room for {room} tokens; page numbers must be from 0 to {pages - 1}"
+            + (f", places with rotary embedding from 0 to {angles[1] - 1}" if angles[0] else "")
+            + ". Nothing was written."
+        )
+    return rotated
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("reshape_and_cache", _reshape_and_cache, _device)
+    _library.impl("append_to_cache", _append, _device)
+
+_NONE: tuple[int, ...] = (0, 0, 0, 0)
+
+
+def _four(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Strides of batch, token, head, element."""
+    return tensor.stride() if tensor.dim() == 4 else (0, *tensor.stride())
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _launch(like: torch.Tensor, cache: torch.Tensor, *fields: int) -> int:
+    """0, or BAD_VALUES."""
+    options = () if cache.dtype is like.dtype else (FP8_NAMES[cache.dtype],)
+    key: plan.Key = ("cache_write", like.get_device(), like.dtype, ANY_HEAD_DIM, ANY_HEAD_DIM, False, False, options)
+    found = plans.get(key)
+    if found is None:
+        found = plans[key] = plan.Plan(key, like.device)
+    return found.run(pack_cache_write(*fields), like)
