@@ -22,6 +22,8 @@ def name(page: Path) -> str:
 def test_python_runs(page):
     """All blocks of a page, in order, as one program on the CPU; an error names the page and the line."""
     text = page.read_text()
+    if any("transformers" in block for block in _BLOCK.findall(text)):
+        pytest.importorskip("transformers")
     torch._dynamo.reset()
     names = {"__name__": "__main__"}
     for block in _BLOCK.finditer(text):
