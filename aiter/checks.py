@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 VALUE_DIMS = frozenset(range(HEAD_DIM_STEP, HEAD_DIM_MAX + 1, HEAD_DIM_STEP))
 HEAD_DIMS = VALUE_DIMS | {LATENT_HEAD_DIM}
-INT32_MAX = 2**31 - 1
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 
@@ -97,6 +97,10 @@ def output(out: object, query: torch.Tensor, value: torch.Tensor) -> torch.Tenso
     if out.dtype != query.dtype:
         raise TypeError(f"out has dtype {out.dtype}; it must be that of query, {query.dtype}")
     same_device("out", out, "query", query)
+    if torch.is_grad_enabled() and out.requires_grad:
+        raise ValueError("out requires a gradient, which nothing that is written into it can have")
+    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(f"out has strides {out.stride()}: several of its elements are the same memory")
     return out
 
 
@@ -171,6 +175,8 @@ class Names(NamedTuple):
     longest_q: str = "the longest that the query has room for"
     longest_k: str = "the longest that the key has room for"
     fill: bool = False  # the lengths of packed queries must add up to the rows there are
+    starts_q: str = "starts_q"
+    starts_k: str = "starts_k"
 
 
 def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> None:
@@ -184,8 +190,8 @@ def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> No
         name = names.seqlens_q if seqlens_k is seqlens_q else names.seqlens_k
         _lengths(name, seqlens_k, sizes.seqlen_k, names.longest_k, total, False)
     for name, starts, longest, total in (
-        ("starts_q", starts_q, sizes.seqlen_q, sizes.total_q),
-        ("starts_k", starts_k, sizes.seqlen_k, sizes.total_k),
+        (names.starts_q, starts_q, sizes.seqlen_q, sizes.total_q),
+        (names.starts_k, starts_k, sizes.seqlen_k, sizes.total_k),
     ):
         if starts is not None:
             _starts(name, starts, longest, total)
@@ -214,18 +220,20 @@ def _starts(name: str, starts: torch.Tensor, longest: int, total: int) -> None:
 
 
 def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.Tensor | None:
-    """The first key of each sequence that a window lets a row see, or None where all are seen."""
-    if options.window_left < 0:
+    """The first key of each sequence that a row sees, past the last one where there is no row; None: all are seen."""
+    seqlens_q, seqlens_k, page_table, starts_q, _ = indices
+    if page_table is None or (options.window_left < 0 and seqlens_q is None and starts_q is None):
         return None
-    places = options.query_offsets
-    if places is None:
-        seqlens_q, seqlens_k, page_table, starts_q, _ = indices
-        assert page_table is not None
-        rows = torch.full_like(page_table[:, 0], sizes.seqlen_q) if starts_q is None else starts_q.diff()
-        if seqlens_q is not None:
-            rows = torch.minimum(rows, seqlens_q)
-        places = (sizes.seqlen_k if seqlens_k is None else seqlens_k) - rows
-    return (places - options.window_left).clamp(min=0)
+    rows = torch.full_like(page_table[:, 0], sizes.seqlen_q) if starts_q is None else starts_q.diff()
+    if seqlens_q is not None:
+        rows = torch.minimum(rows, seqlens_q)
+    first = torch.zeros_like(rows)
+    if options.window_left >= 0:
+        places = options.query_offsets
+        if places is None:
+            places = (sizes.seqlen_k if seqlens_k is None else seqlens_k) - rows
+        first = (places.long() - options.window_left).clamp(0, sizes.seqlen_k)
+    return torch.where(rows > 0, first, sizes.seqlen_k)
 
 
 def _pages(
@@ -240,8 +248,10 @@ def _pages(
     past them may be anything."""
     wrong = (page_table < 0) | (page_table >= num_pages)
     if first_seen is not None:
-        columns = torch.arange(page_table.shape[1], device=page_table.device)
-        wrong &= columns >= (first_seen // page_size).unsqueeze(1)
+        ends = (torch.arange(page_table.shape[1], device=page_table.device) + 1) * page_size
+        wrong &= (ends > first_seen.unsqueeze(1)) & (first_seen < (seqlen_k if lengths is None else lengths)).unsqueeze(
+            1
+        )
     if lengths is not None:
         needed = (lengths.clamp(max=seqlen_k) + (page_size - 1)) // page_size
         wrong &= torch.arange(page_table.shape[1], device=page_table.device) < needed.unsqueeze(1)

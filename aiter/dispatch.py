@@ -123,7 +123,7 @@ def _through_dispatcher(
     )
     if out is None:
         return library.operator()(*inputs)
-    if torch_state.wants_gradient(query, key, value):
+    if torch_state.wants_gradient(query, key, value, *([] if options.sinks is None else [options.sinks])):
         raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
     return out, torch.ops.aiter.attention_out(out, *inputs)
 

@@ -61,7 +61,13 @@ _NOT_OFFERED: dict[str, Any] = {
     "cu_seqlens_k_padded": None,
     "learnable_sink": None,
 }
-_OPERATION = Operation(lambda query, key, value: None, lambda sizes: True)
+_OPERATION = Operation(
+    lambda query, key, value: None,
+    lambda sizes: True,
+    checks.Names(
+        *("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k"), starts_q="cu_seqlens_q", starts_k="cu_seqlens_k"
+    ),
+)
 
 
 def flash_attn_func(
@@ -421,6 +427,17 @@ def _attend(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, tensor, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
     head_dim, value_dim = q.shape[-1], v.shape[-1]
+    checks.equal_size("k", k.shape[-1], "head_dim", "q", head_dim)
+    for name, size in (("q", head_dim), ("v", value_dim)):
+        if not 0 < size <= checks.HEAD_DIM_MAX and size != checks.LATENT_HEAD_DIM:
+            raise ValueError(f"{name} has head_dim {size}; it must be from 1 to {checks.HEAD_DIM_MAX}")
+    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not checks.is_int(bound):
+            raise TypeError(f"{name} must be an int, not {type(bound).__name__}")
+    if indices is not NO_INDICES:  # a bound of 0 is one that nothing but empty sequences keeps
+        max_seqlen_q, max_seqlen_k = max(max_seqlen_q, 1), max(max_seqlen_k, 1)
+    if out is not None:
+        checks.output(out, q, v)
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
     padded = head_dim % checks.HEAD_DIM_STEP or value_dim % checks.HEAD_DIM_STEP
@@ -428,9 +445,12 @@ def _attend(
     if padded:
         q, k, v = (_pad(tensor) for tensor in (q, k, v))
         target = None if out is None else _pad(out)
-    output, lse = attend(
-        *(_OPERATION, (), q, k, v, causal, softmax_scale, True, options, indices, max_seqlen_q, max_seqlen_k, target)
+    wants_lse = return_attn_probs or return_lse
+    result: Any = attend(
+        *(_OPERATION, (), q, k, v, causal, softmax_scale, wants_lse, options, indices, max_seqlen_q, max_seqlen_k),
+        target,
     )
+    output, lse = result if wants_lse else (result, None)
     if padded:
         output = output[..., :value_dim]
         output = output.contiguous() if out is None else out.copy_(output)
@@ -456,7 +476,11 @@ def _options(
     checks.flag("causal", causal)
     if isinstance(window_size, torch.Tensor) and window_size.is_cpu:
         window_size = tuple(window_size.tolist())
-    if isinstance(window_size, (tuple, list)) and len(window_size) == 3:  # ROCm's third is a number of sink tokens
+    if window_size is None:
+        window_size = (-1, -1)
+    if not isinstance(window_size, (tuple, list)):
+        raise TypeError(f"window_size must be a pair (left, right) of ints, -1 for no limit, not {window_size!r}")
+    if len(window_size) == 3:  # ROCm's third is a number of sink tokens
         if window_size[2]:
             raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")
         window_size = window_size[:2]
@@ -466,13 +490,17 @@ def _options(
                 raise ValueError(f"sinks and {name} are one argument; give one of them")
             sinks = value if value is not None else sinks
         elif name in _NOT_OFFERED:
-            if value is not None and value != _NOT_OFFERED[name]:
-                raise NotImplementedError(f"{name} is not offered (it was {value!r})")
+            neutral = _NOT_OFFERED[name]
+            if isinstance(value, torch.Tensor) or (value is not None and value != neutral):
+                given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
+                raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give {neutral!r}")
         elif name not in _HINTS:
             raise TypeError(f"there is no argument {name!r}")
     options: OptionKeywords = {}
     if tuple(window_size) != (-1, -1):
         options["window_size"] = tuple(window_size)  # type: ignore[typeddict-item]
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or softcap != softcap:
+        raise TypeError(f"softcap must be a number, 0.0 for none, not {softcap!r}")
     if softcap > 0:  # FlashAttention takes any other number for none
         options["softcap"] = softcap
     if alibi_slopes is not None:

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from aiter import checks, plan, torch_state
 from aiter.layout import NO_INDICES, Indices, check_common, sizes_of
-from aiter.options import Options, one_mask, readable_index
+from aiter.options import Options, one_mask, readable_index, softcap_in_range
 from aiter.plan import Call
 
 # Everything after max_seqlen is optional. max_seqlen bounds packed keys too unless max_seqlen_k is given (0: not).
@@ -65,6 +65,7 @@ def read_call(
     starts_k: torch.Tensor | None = None,
     window_left: int = -1,
     window_right: int = -1,
+    softcap: float = 0.0,
     *options: Any,
 ) -> Call:
     """The operator's arguments, checked and made readable."""
@@ -80,7 +81,7 @@ def read_call(
         check_common(query, key, value, indices)
     causal, left, right = one_mask(causal, window_left, window_right)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    chosen = Options(left, right, *options)
+    chosen = Options(left, right, softcap_in_range(softcap), *options)
     chosen.check(query, sizes.batch)
     return Call(sizes, indices, chosen.readable(), causal, scale, checks.Names())
 
@@ -136,8 +137,9 @@ def sink_gradient(
     if grad_output is None:
         return torch.zeros_like(sinks)
     delta = (grad_output.float() * output.float()).sum(-1).transpose(-1, -2)  # as lse lies
-    values = sinks.float()
-    weights = (values.unsqueeze(-1) - with_sinks(lse, values)).exp()
+    values = sinks.float().unsqueeze(-1)
+    # A head without a sink (-inf) has no weight for it, in rows without keys either.
+    weights = torch.where(values == -torch.inf, 0.0, (values - with_sinks(lse, sinks.float())).exp())
     gradient = -(weights * delta).sum(-1)
     return (gradient if gradient.dim() == 1 else gradient.sum(0)).to(sinks.dtype)
 

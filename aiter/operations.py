@@ -1,7 +1,7 @@
 """The five public operations: scaled dot product attention, softmax(scale * query @ key^T) @ value.
 
 Common to all. Tensors are (batch, seq, heads, head_dim) in float16, bfloat16 or (on CPUs) float32; query, key and value
-share dtype and device. head_dim is a multiple of 8 up to 256. Any strides are taken; tensors whose last dimension is
+share dtype and device. head_dim is a multiple of 8 up to 512. Any strides are taken; tensors whose last dimension is
 adjacent are used in place. Query head h reads KV head h // (heads_q / heads_kv). `causal` aligns the last query with
 the last key: query i sees key j where j <= i + seq_k - seq_q. A row that sees no key gives zeros (log-sum-exp -inf).
 `softmax_scale` defaults to 1/sqrt(head_dim). value may have a head_dim of its own. The result is a new contiguous

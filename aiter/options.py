@@ -23,7 +23,8 @@ class OptionKeywords(TypedDict, total=False):
     window_size: (left, right), how many keys before and after its own position a query sees, both inclusive; -1 is no
         limit. Query i stands at key i + seq_k - seq_q. With `causal`, right is 0.
     softcap: 0.0 for none, or c > 0: scores become c * tanh(score / c), after softmax_scale and before the mask.
-    alibi_slopes: float32 (heads_q,) or (batch, heads_q): score - slope * |distance|, after the soft cap.
+    alibi_slopes: float32 (heads_q,) or (batch, heads_q): score - slope * |distance|, after the soft cap. Takes no
+        gradient.
     sinks: (heads_q,) float32 or of query's dtype: a score per head that joins the softmax's sum and has no value. The
         returned log-sum-exp is that of the keys alone.
     query_offsets: int32 (batch,): query 0 of sequence b stands at key query_offsets[b], instead of seq_k - seq_q.
@@ -64,6 +65,8 @@ class Options(NamedTuple):
     def check(self, query: torch.Tensor, batch: int | None = None) -> None:
         """Raises for tensors that do not fit query, and, where it is known, the batch size."""
         if self.alibi_slopes is not None:
+            if torch.is_grad_enabled() and self.alibi_slopes.requires_grad:
+                raise ValueError("alibi_slopes takes no gradient: detach it, or use torch.no_grad()")
             per_head("alibi_slopes", self.alibi_slopes, query, (1, 2), batch)
         if self.sinks is not None:
             per_head("sinks", self.sinks, query, (1,))
@@ -78,7 +81,7 @@ class Options(NamedTuple):
         return self._replace(
             alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous(),
             sinks=None if sinks is None else sinks.detach().to(torch.float32).contiguous(),
-            query_offsets=None if query_offsets is None else readable_index(query_offsets),
+            query_offsets=None if query_offsets is None else readable_index(query_offsets, checks.INT32_MIN),
         )
 
 
@@ -87,10 +90,10 @@ BATCH_INVARIANT = settings.flag("AITER_BATCH_INVARIANT")
 NO_OPTIONS = Options(batch_invariant=BATCH_INVARIANT)
 
 
-def readable_index(index: torch.Tensor) -> torch.Tensor:
-    """An index tensor as kernels read it: int32, the last dimension adjacent."""
+def readable_index(index: torch.Tensor, least: int = -1) -> torch.Tensor:
+    """An index tensor as kernels read it: int32, the last dimension adjacent. What is below `least` is out of range."""
     if index.dtype is not torch.int32:
-        index = index.clamp(-1, checks.INT32_MAX).to(torch.int32)  # what is out of range stays so
+        index = index.clamp(least, checks.INT32_MAX).to(torch.int32)  # what is out of range stays so
     return index if index.stride(-1) == 1 else index.contiguous()
 
 
@@ -120,7 +123,7 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
     return causal, Options(
         left,
         right,
-        _softcap(keywords.get("softcap", 0.0)),
+        softcap_in_range(keywords.get("softcap", 0.0)),
         keywords.get("alibi_slopes"),
         keywords.get("sinks"),
         keywords.get("query_offsets"),
@@ -134,12 +137,14 @@ def _window(value: object) -> tuple[int, int]:
     for side in value:
         if not checks.is_int(side):
             raise TypeError(f"window_size must be a pair of ints, not {value!r}")
-        if side < NO_LIMIT:
-            raise ValueError(f"window_size is {tuple(value)}; each side must be -1 (no limit) or at least 0")
+        if not NO_LIMIT <= side <= checks.INT32_MAX:
+            raise ValueError(
+                f"window_size is {tuple(value)}; each side must be -1 (no limit), or from 0 to {checks.INT32_MAX}"
+            )
     return value[0], value[1]
 
 
-def _softcap(value: object) -> float:
+def softcap_in_range(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"softcap must be a float, 0.0 for none, not {type(value).__name__}")
     if not torch.compiler.is_compiling() and not (math.isfinite(value) and value >= 0):

@@ -10,7 +10,7 @@ Log-sum-exps are natural logarithms, float32, of the keys alone: a sink joins on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,7 @@ def merge_attention_states(
 
     The formula is that of online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867).
     """
+    outputs, lses = list(outputs), list(lses)
     if len(outputs) != len(lses) or not outputs:
         raise ValueError(f"there are {len(outputs)} outputs and {len(lses)} lses; give one lse for each output")
     first = outputs[0]
@@ -50,6 +51,8 @@ def merge_attention_states(
         checks.tensor(f"outputs[{index}]", output, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
         checks.tensor(f"lses[{index}]", lse, output.dim() - 1, "(batch, heads, seq), or (heads, total_tokens)")
         checks.same_shape(f"outputs[{index}]", output, "outputs[0]", first)
+        if output.dtype not in checks.DTYPE_NAMES:
+            raise TypeError(f"outputs[{index}] has dtype {output.dtype}; it must be a floating one of the operations")
         expected = (*first.shape[:-3], first.shape[-2], first.shape[-3])
         if lse.shape != torch.Size(expected):
             raise ValueError(f"lses[{index}] has shape {tuple(lse.shape)}; it must be {expected}")
@@ -69,8 +72,8 @@ def merge_attention_states(
         empty = part == -torch.inf
         # The difference of two infinities is NaN, and so would its gradient be.
         weight = (part.masked_fill(empty, 0.0) - total.masked_fill(empty, 0.0)).exp().masked_fill(empty, 0.0)
-        rows = weight.transpose(-1, -2).unsqueeze(-1)
-        merged = merged + torch.where(rows > 0, output.float() * rows, 0.0)
+        hidden, rows = (tensor.transpose(-1, -2).unsqueeze(-1) for tensor in (empty, weight))
+        merged = merged + output.float().masked_fill(hidden, 0.0) * rows
     return merged.to(first.dtype), lse
 
 
@@ -95,12 +98,15 @@ def attention_backward(
     rows of which key and value are a part.
 
     Shapes as in `flash_attn_func`; or packed, with seqlens_q and seqlens_k int32 (batch,) and max_seqlen_q and
-    max_seqlen_k, which bound them. output and grad_output (batch, seq_q, heads_q, head_dim of value), lse and grad_lse
-    float32 (batch, heads_q, seq_q). What parts give for query adds up. With `sinks`, output includes them and lse does
-    not, as the operations return them.
+    max_seqlen_k, which bound them (by default the rows there are). output and grad_output (batch, seq_q, heads_q,
+    head_dim of value), lse and grad_lse float32 (batch, heads_q, seq_q). What parts give for query adds up. With
+    `sinks`, output includes them and lse does not, as the operations return them.
     """
+    packed = f"{checks.BSHD}, or packed {checks.PACKED}"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        checks.tensor(name, tensor, (3, 4), packed)
     for name, tensor in (("grad_output", grad_output), ("output", output)):
-        checks.tensor(name, tensor, query.dim(), f"{checks.BSHD}, or packed {checks.PACKED}")
+        checks.tensor(name, tensor, query.dim(), packed)
         expected = (*query.shape[:-1], value.shape[-1])
         if tensor.shape != torch.Size(expected):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {expected}")
@@ -117,9 +123,16 @@ def attention_backward(
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, chosen = read_options(causal, options)
+    chosen.check(query, None if query.dim() == 3 else query.shape[0])
+    bounds = (max_seqlen_q or query.shape[0], max_seqlen_k or key.shape[0]) if query.dim() == 3 else (0, 0)
+    lengths = seqlens_q, seqlens_k
+    if query.is_cpu and lengths != (None, None) and not torch.compiler.is_compiling():
+        inputs: tuple[Any, ...] = (*lengths, None, causal, scale, *bounds, None, None, *chosen)
+        call = library.read_call(query, key, value, *inputs)
+        checks.values(call.sizes, call.indices, call.options, call.names)
     grad_query, grad_key, grad_value = torch.ops.aiter.attention_backward(
-        *(grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, scale, max_seqlen_q),
-        *(max_seqlen_k, None, None, *chosen, True),
+        *(grad_output, grad_lse, query, key, value, output, lse, *lengths, causal, scale, bounds[0]),
+        *(bounds[1], None, None, *chosen, True),
     )
     sinks = None
     if chosen.sinks is not None:

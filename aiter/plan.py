@@ -118,6 +118,8 @@ def forward(
     lse = None
     if return_lse:
         lse = _empty(_lse_shape(sizes), dtype=torch.float32, device=query.device)
+        if given:  # rows that belong to no sequence are left alone in the output; this is new
+            lse.fill_(-math.inf)
     if is_trivial(sizes, indices):
         return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
 
@@ -156,6 +158,8 @@ def forward(
         raise
     if plan.run(packed, query):
         _refuse_values(call)
+    if given:
+        torch.autograd.graph.increment_version(output)  # autograd may have saved it
     return output, lse
 
 

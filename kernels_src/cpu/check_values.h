@@ -39,7 +39,8 @@ static inline bool pages_fit(const aiter_attention_problem &p, const aiter_atten
         if (t.seqlens_q) s.tokens_q = minimum(t.seqlens_q[b], s.tokens_q);
         s.offset = t.query_offsets ? t.query_offsets[b] : s.tokens_k - s.tokens_q;
         const int32_t *pages = t.page_table + b * p.page_table_stride;
-        for (int64_t i = mask.seen_by(s, 0).low / p.page_size; i * p.page_size < s.tokens_k; i++)
+        const int64_t first = s.tokens_q > 0 ? mask.seen_by(s, 0).low : s.tokens_k; /* that any row sees */
+        for (int64_t i = first / p.page_size; first < s.tokens_k && i * p.page_size < s.tokens_k; i++)
             if (pages[i] < 0 || pages[i] >= p.num_pages) return false;
     }
     return true;
