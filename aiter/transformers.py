@@ -6,10 +6,10 @@
     transformers ── mask function, sizes, padding ──> `padding_mask` ──> Mask, once for each forward pass
                  ── query, key, value, Mask, options ──> `attention` ──> the operations, once for each layer
 
-Causal, bidirectional and cross attention; padding on either side; documents packed in one row; any cache; inference
-and training; torch.compile and torch.export. Every argument is used or refused by name with ValueError: what the
-kernels have no form of (sliding windows that hide a key, soft caps, attention sinks, position biases, dropout, other
-masks) never gives another model's results. A model that computes attention itself cannot mistake a `Mask` for a tensor.
+Causal, bidirectional and cross attention; sliding windows; soft caps and sinks; padding on either side; documents packed
+in one row; any cache; inference and training; torch.compile and torch.export. Every argument is used or refused by name
+with ValueError: what the kernels have no form of (position biases, dropout, other masks) never gives another model's
+results. A model that computes attention itself cannot mistake a `Mask` for a tensor.
 
 docs/transformers.md says which model families work, which are refused, and why.
 """
@@ -23,10 +23,16 @@ from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from aiter import checks
 from aiter.operations import flash_attn_func, variable_length_attention
+from aiter.options import NO_LIMIT, OptionKeywords
 
 NAME = "aiter"
 USE_OTHERS = "use attn_implementation='sdpa' or 'eager'"
@@ -50,13 +56,19 @@ NOT_ATTENTION = frozenset(
 HIDDEN = -1e4
 
 REFUSED_MASK = (
-    f"attn_implementation={NAME!r} takes causal and bidirectional masks, padding and packed documents; this model or "
-    f"batch asks for another mask (a sliding window, chunks with a cache, images that see ahead, …): {USE_OTHERS}"
+    f"attn_implementation={NAME!r} takes causal and bidirectional masks, windows, padding and packed documents; this "
+    f"model or batch asks for another mask (chunks with a cache, images that see ahead, …): {USE_OTHERS}"
 )
 REFUSED_TRACED = (
     f"attn_implementation={NAME!r}: compiled or exported, the mask must be causal or bidirectional, and a row one "
-    "document. Give documents by cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k, or do not compile"
+    "document, without gaps where there is a window. Give documents by cu_seq_lens_q, cu_seq_lens_k, max_length_q and "
+    "max_length_k, or do not compile"
 )
+REFUSED_GAPS = (
+    f"attn_implementation={NAME!r} takes windows with padding before or after the tokens of a row, not between them: "
+    f"{USE_OTHERS}"
+)
+NO_WINDOW = (NO_LIMIT, NO_LIMIT)
 
 
 class OwnAttentionError(ValueError, AttributeError):
@@ -87,6 +99,12 @@ class Mask(NamedTuple):
     # int32 (documents,): the lengths of documents packed in the rows, and the longest of them; None: a row is one.
     documents: torch.Tensor | None = None
     longest: int = 0
+    # How many keys before and after its own a query sees, itself not counted, as the mask was made for; and whether that
+    # hides any key from any query (traced: perhaps).
+    window: tuple[int, int] = NO_WINDOW
+    hides: bool = False
+    # int32 (batch,): the key that stands where the first query does; None: the last query stands at the last key.
+    query_offsets: torch.Tensor | None = None
     # A bool that must be true when a traced program runs, unless documents are given to the layers.
     holds: torch.Tensor | None = None
     # Why no layer may use it; some models make masks that none of their layers has.
@@ -124,11 +142,14 @@ def padding_mask(
     device: torch.device | None = None,
     allow_is_bidirectional_skip: bool | None = None,
     use_vmap: bool = False,
+    local_size: int | None = None,
     **kwargs,
 ) -> Mask:
     """What transformers describes by a function of indices and the (batch, tokens) mask of those that are not padding.
 
-    Queries stand at positions q_offset and on, keys at kv_offset and on. Values are looked at only outside of tracing.
+    Queries stand at positions q_offset and on, keys at kv_offset and on. local_size: of the window or chunks that the
+    function is said to have: the window counts its query where it is causal, and is a distance where it is not. Values
+    are looked at only outside of tracing.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask  # `generate` asks for masks ahead of the model, which hands them in again
@@ -140,6 +161,7 @@ def padding_mask(
         valid = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, kv_offset : kv_offset + kv_length]
 
     begin = q_offset - kv_offset  # the key that stands where the first query does
+    window, hides = NO_WINDOW, False
     if mask_function is causal_mask_function or mask_function is bidirectional_mask_function:
         causal, first, holds = mask_function is causal_mask_function, None, None
     else:
@@ -148,17 +170,24 @@ def padding_mask(
         try:
             if use_vmap:
                 raise ValueError(REFUSED_MASK)  # a function of the model's or user's own
-            first, holds = _documents_seen(mask_function, causal, indices, kv_length, kv_offset, valid)
+            if local_size is not None:
+                window = (local_size - 1, 0) if causal else (local_size, local_size)
+            first, hides, holds = _documents_seen(mask_function, causal, window, indices, kv_length, kv_offset, valid)
         except ValueError as error:
             return Mask(batch_size, kv_length, causal, refused=str(error))
-    made = Mask(batch_size, kv_length, causal, holds=holds, **({} if first is None else _documents(first)))
+    made = Mask(batch_size, kv_length, causal, window=window, hides=hides, holds=holds)
+    if first is not None:
+        made = made._replace(**_documents(first))
+    # Kernels take the last query to stand at the last key; of a causal mask, that is so.
+    placed = causal or not hides or (isinstance(begin, int) and begin == kv_length - q_length)
+    if not placed:
+        made = made._replace(query_offsets=_for_each_row(begin, batch_size, device))
 
     held = begin + q_length if causal else kv_length  # a static cache is longer than what it holds so far
     if valid is None:
         if isinstance(held, int) and held == kv_length:
             return made
-        length = torch.as_tensor(held, dtype=torch.int32, device=device).reshape(-1)
-        return made._replace(seqlens_k=length.expand(batch_size).contiguous())
+        return made._replace(seqlens_k=_for_each_row(held, batch_size, device))
     if causal:
         valid = valid & (torch.arange(kv_length, device=valid.device) < held)
     if not tracing and bool(valid.all()):
@@ -167,15 +196,28 @@ def padding_mask(
         return made._replace(
             refused=f"attn_implementation={NAME!r} takes packed documents or padding, not both at once: {USE_OTHERS}"
         )
+    if hides:  # distances must stay what they are when tokens are put first
+        whole = ((valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0] <= 1).all()
+        if tracing:
+            made = made._replace(holds=whole if holds is None else holds & whole)
+        elif not bool(whole):
+            return made._replace(refused=REFUSED_GAPS)
     seqlens_k, order_k = _tokens_first(valid, tracing)
     made = made._replace(seqlens_k=seqlens_k, order_k=order_k)
-    if not causal:
-        return made  # a query that is padding sees what the others see: nobody reads what comes of it
+    if not causal:  # a query that is padding sees what the others see: nobody reads what comes of it
+        if not hides:
+            return made
+        return made._replace(query_offsets=_for_each_row(begin - valid.int().argmax(1), batch_size, device))
     valid_q = valid.index_select(1, torch.arange(q_length, device=valid.device) + begin)
     if not tracing and bool(valid_q.all()):
         return made
     seqlens_q, order_q = _tokens_first(valid_q, tracing)
     return made._replace(seqlens_q=seqlens_q, order_q=order_q)
+
+
+def _for_each_row(value: int | torch.Tensor, batch: int, device: torch.device | None) -> torch.Tensor:
+    """int32 (batch,)."""
+    return torch.as_tensor(value, dtype=torch.int32, device=device).reshape(-1).expand(batch).contiguous()
 
 
 def _tokens_first(valid: torch.Tensor, tracing: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -187,13 +229,20 @@ def _tokens_first(valid: torch.Tensor, tracing: bool) -> tuple[torch.Tensor, tor
 
 
 def _documents_seen(
-    sees: Callable, causal: bool, query: torch.Tensor, kv_length: int, kv_offset: int, valid: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Where documents begin, bool (batch, seq_q), by a mask function that wraps others; None: one in each row.
+    sees: Callable,
+    causal: bool,
+    window: tuple[int, int],
+    query: torch.Tensor,
+    kv_length: int,
+    kv_offset: int,
+    valid: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, bool, torch.Tensor | None]:
+    """Where documents begin, bool (batch, seq_q), by a mask function that wraps others (None: one in each row), and
+    whether the window, which the function may have or not, hides a key.
 
     query (batch, seq_q) holds the keys at which the queries stand; valid (batch, seq_k) the keys that are tokens. A few
-    keys of each query tell a window that hides nothing from one that does, and packed documents and chunks from text
-    that sees images ahead. While tracing there are no values to decide by: the second result, a bool, is what must hold
+    keys of each query, those at the edges of what it should see, tell windows, packed documents and chunks from text
+    that sees images ahead. While tracing there are no values to decide by: the third result, a bool, is what must hold
     for one document in each row.
     """
     batch, last = query.shape[0], kv_length - 1
@@ -206,19 +255,20 @@ def _documents_seen(
     def seen(key):
         return sees(rows, head, query + kv_offset, key.clamp(0, last) + kv_offset)
 
-    if not causal:
-        first, regular = torch.zeros_like(counts), seen(low) & seen(query) & seen(torch.full_like(query, last))
-    else:
-        first = ~seen(query - 1) & (query > low) & counts
-        start = torch.where(first, query, low).cummax(1).values  # where the document of each query begins
-        regular = seen(query) & seen(start) & ~(seen(query + 1) & (query < last))
+    first = ~seen(query - 1) & (query > low) & counts & causal
+    start = torch.where(first, query, low).cummax(1).values  # where the document of each query begins
+    left, right = (kv_length if side == NO_LIMIT else side for side in window)
+    begin, end = query - left, query + (0 if causal else right)
+    regular = seen(query) & seen(begin.maximum(start)) & seen(end.clamp(max=last))
+    regular &= ~(seen(begin - 1) & (begin > start)) & ~(seen(end + 1) & (end < last))
     regular = (regular | ~counts).all()
     if torch.compiler.is_compiling():
-        return None, regular & ~first.any()
+        return None, window != NO_WINDOW, regular & ~first.any()
     several = bool(first.any())
     if not bool(regular) or (several and query.shape[1] != kv_length):
         raise ValueError(REFUSED_MASK)
-    return (first if several else None), None
+    hidden = begin > start if causal else (begin > start) | (end < last)
+    return (first if several else None), bool((hidden & counts).any()), None
 
 
 def _documents(first: torch.Tensor) -> dict:
@@ -242,7 +292,10 @@ def attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     position_ids: torch.Tensor | None = None,
-    **options,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **others,
 ) -> tuple[torch.Tensor, None]:
     """query (batch, heads_q, seq_q, head_dim), key (batch, heads_kv, seq_k, head_dim) and value (batch, heads_kv,
     seq_k, value_dim), as transformers calls it; attention_mask as `padding_mask` makes it, or which keys are tokens:
@@ -251,7 +304,12 @@ def attention(
     Documents packed in a row: cu_seq_lens_q and cu_seq_lens_k (documents + 1,), max_length_q and max_length_k; or
     position_ids (batch, seq_q) that begin again, where there is no cache yet. is_causal, or the module's, is for a call
     whose mask does not say: models set it by whether they have one.
+
+    sliding_window: a query sees keys less than that far from its own; it must be the window that the mask was made for,
+    and is for a call whose mask does not say. s_aux: (heads_q,), attention sinks.
     """
+    own = s_aux is None or s_aux.dim() == 1
+    _refuse_others(dropout=dropout or None, s_aux=None if own else s_aux, **others)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
         if attention_mask is None and is_causal and query.shape[2] > 1 and not _may_rely_on_is_causal(type(module)):
@@ -259,7 +317,7 @@ def attention(
                 f"attn_implementation={NAME!r}: {type(module).__name__} gives no mask, and its model is not made for "
                 f"attention that goes by is_causal instead: {USE_OTHERS}"
             )
-    seen = _as_mask(attention_mask, query, key, bool(is_causal))
+    seen = _as_mask(attention_mask, query, key, bool(is_causal), sliding_window)
     seqlens_q: torch.Tensor | None
     seqlens_k: torch.Tensor | None
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
@@ -274,76 +332,72 @@ def attention(
     packed = seqlens_q is not None
     if not packed:
         seqlens_q, seqlens_k, longest = seen.seqlens_q, seen.seqlens_k, key.shape[2]
-    features = _features(longest, dropout=dropout, **options)
+    features: OptionKeywords = {}
+    if _has_window(seen, sliding_window, longest):
+        features["window_size"] = seen.window
+    if seen.query_offsets is not None:
+        features["query_offsets"] = seen.query_offsets
+    if softcap:
+        features["softcap"] = float(softcap)
+    if s_aux is not None:
+        features["sinks"] = s_aux
 
     batch, _, seq_q, head_dim = query.shape
     value_dim = value.shape[3]
     if scaling is None:
         scaling = head_dim**-0.5
-    query, key, value = (tensor.transpose(1, 2) for tensor in _equal_dims(query, key, value))
+    query, key, value = (_padded_dim(tensor).transpose(1, 2) for tensor in (query, key, value))
     if packed:
         query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     if seen.order_q is not None:
         query = _reorder(query, seen.order_q)
     if seen.order_k is not None:
         key, value = (_reorder(tensor, seen.order_k) for tensor in (key, value))
-    output = _attend(query, key, value, seqlens_q, seqlens_k, longest, seen.causal, scaling, **features)
+    output: torch.Tensor
+    if packed:
+        output = variable_length_attention(
+            *(query, key, value, seqlens_q, longest, seen.causal),
+            seqlens_k=seqlens_k,
+            max_seqlen_k=longest,
+            softmax_scale=scaling,
+            **features,
+        )
+    else:
+        lengths = dict(seqlens_q=seqlens_q, seqlens_k=seqlens_k)
+        output = flash_attn_func(query, key, value, seen.causal, scaling, **lengths, **features)
     if seen.order_q is not None:
         output = _reorder(output, seen.order_q.argsort(1))
     return output.view(batch, seq_q, *output.shape[-2:])[..., :value_dim], None
 
 
-def _features(longest: int, **options) -> dict:
-    """What a layer asks for besides, as keywords of the operation (there are none yet), or ValueError for the rest."""
-    if not options["dropout"]:
-        del options["dropout"]
-    window = options.get("sliding_window")
-    if window is not None and longest <= window:
-        del options["sliding_window"]  # it hides nothing
+def _refuse_others(**others) -> None:
+    """ValueError for what a layer asks for besides, if it says anything about attention."""
     unknown = [
-        name
-        for name, value in options.items()
-        if value is not None and value is not False and name not in NOT_ATTENTION
+        name for name, value in others.items() if value is not None and value is not False and name not in NOT_ATTENTION
     ]
     if unknown:
         raise ValueError(f"attn_implementation={NAME!r} has no {', '.join(unknown)}: {USE_OTHERS}")
-    return {}
 
 
-def _attend(
+def _has_window(seen: Mask, sliding_window: int | None, longest: int) -> bool:
+    """Whether a window hides keys: the mask's, which is what a model computes by, and which the layer must agree to."""
+    if sliding_window is not None and seen.window[0] != sliding_window - 1 and (seen.hides or longest > sliding_window):
+        made_for = "without a window" if seen.window == NO_WINDOW else f"for a window of {seen.window} keys"
+        raise ValueError(
+            f"attn_implementation={NAME!r}: sliding_window is {sliding_window}, but the mask was made {made_for}: "
+            f"{USE_OTHERS}"
+        )
+    return seen.hides
+
+
+def _as_mask(
+    given: Mask | torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
-    seqlens_q: torch.Tensor | None,
-    seqlens_k: torch.Tensor | None,
-    max_seqlen: int,
     causal: bool,
-    scale: float,
-) -> torch.Tensor:
-    """The operation for rows that are full (4-D), hold some tokens (4-D and lengths), or are packed (3-D)."""
-    if seqlens_q is None and seqlens_k is None:
-        return flash_attn_func(query, key, value, causal, scale)
-    packed = query.dim() == 3
-    longest_q = max_seqlen if packed else query.shape[1]
-    if seqlens_q is None:
-        seqlens_q = torch.full((query.shape[0],), longest_q, dtype=torch.int32, device=query.device)
-    return variable_length_attention(
-        query,
-        key,
-        value,
-        seqlens_q,
-        longest_q,
-        causal,
-        seqlens_k=seqlens_k,
-        max_seqlen_k=max_seqlen if packed else None,
-        softmax_scale=scale,
-    )
-
-
-def _as_mask(given: Mask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool) -> Mask:
+    sliding_window: int | None,
+) -> Mask:
     batch, seq_q, seq_k = query.shape[0], query.shape[2], key.shape[2]
-    if given is None:
-        return Mask(batch, seq_k, causal)
     if isinstance(given, Mask):
         if given.shape != (batch, seq_k):
             raise ValueError(
@@ -353,23 +407,34 @@ def _as_mask(given: Mask | torch.Tensor | None, query: torch.Tensor, key: torch.
         if given.refused:
             raise ValueError(given.refused)
         return given
-    if given.dim() == 4 and given.shape[1] == 1 and given.shape[2] in (1, seq_q) and given.shape[3] == seq_k:
+    reach = None if sliding_window is None else sliding_window - 1
+    if given is not None and given.dim() == 4 and given.shape[1] == 1 and given.shape[2] in (1, seq_q) and given.shape[3] == seq_k:
         visible = given[:, 0] if given.dtype == torch.bool else given[:, 0] == 0
         if given.dtype != torch.bool:
             hidden = given[:, 0] <= HIDDEN
             _require((visible | hidden).all(), REFUSED_MASK)
-        keys, causal, documents = _read_matrix(visible.expand(batch, -1, -1), seq_q)
+        keys, causal, documents = _read_matrix(visible.expand(batch, -1, -1), seq_q, reach)
         if documents is not None:
-            return Mask(batch, seq_k, causal, **documents)
+            window = NO_WINDOW if reach is None else (reach, 0 if causal else reach)
+            return Mask(batch, seq_k, causal, window=window, hides=reach is not None, **documents)
         given = keys
-    if given.shape != (batch, seq_k):
+    if given is not None and given.shape != (batch, seq_k):
         raise ValueError(
             f"attn_implementation={NAME!r}: attention_mask must say which keys are tokens, {(batch, seq_k)} (batch, "
             f"seq_k), but is {given.dtype} {tuple(given.shape)}: {USE_OTHERS}"
         )
-    function = causal_mask_function if causal else bidirectional_mask_function
+    function, local_size = causal_mask_function if causal else bidirectional_mask_function, None
+    if reach is not None and causal:
+        function, local_size = sliding_window_causal_mask_function(reach + 1), reach + 1
+    elif reach is not None:
+        function, local_size = sliding_window_bidirectional_mask_function(reach), reach
     return padding_mask(
-        batch, seq_q, seq_k, seq_k - seq_q, mask_function=function, attention_mask=given, device=key.device
+        *(batch, seq_q, seq_k, seq_k - seq_q),
+        mask_function=function,
+        attention_mask=given,
+        device=key.device,
+        allow_is_bidirectional_skip=None if causal else False,
+        local_size=local_size,
     )
 
 
@@ -381,23 +446,28 @@ def _require(condition: torch.Tensor, message: str) -> None:
         raise ValueError(message)
 
 
-def _read_matrix(visible: torch.Tensor, seq_q: int) -> tuple[torch.Tensor, bool, dict | None]:
-    """What a mask (batch, seq_q or 1, seq_k) of a model's own making says: which keys are tokens, (batch, seq_k),
-    whether it is causal, and the documents that it separates; ValueError if it says anything else."""
+def _read_matrix(visible: torch.Tensor, seq_q: int, reach: int | None) -> tuple[torch.Tensor, bool, dict | None]:
+    """What a mask (batch, seq_q or 1, seq_k) of a model's own making says, in a window of `reach` keys to either side:
+    which keys are tokens, (batch, seq_k), whether it is causal, and the documents that it separates; ValueError if it
+    says anything else."""
     keys, sees_none = visible.any(1, keepdim=True), ~visible.any(2, keepdim=True)  # padding's own rows may be empty
-    same = ((visible == keys) | sees_none).all()
+    near = torch.ones_like(visible[0])
+    if reach is not None and visible.shape[1] == seq_q:
+        last = visible.shape[2] - seq_q
+        near = near.tril(last + reach).triu(last - reach)
+    same = ((visible == keys & near) | sees_none).all()
     if torch.compiler.is_compiling() or bool(same):
         _require(same, REFUSED_TRACED)
         return keys[:, 0], False, None
     rows, seq_k = visible.shape[1:]
-    triangle = torch.ones_like(visible[0]).tril(seq_k - seq_q)
+    triangle = near.tril(seq_k - seq_q)
     if rows == seq_q and bool(((visible == keys & triangle) | sees_none).all()):
         return keys[:, 0], True, None
     if rows == seq_k:
         first = torch.nn.functional.pad(~visible.diagonal(-1, 1, 2), (1, 0), value=True)
         number = first.cumsum(1)
         together = number[:, :, None] == number[:, None]
-        for causal, expected in ((False, together), (True, together & triangle)):
+        for causal, expected in ((False, together & near), (True, together & triangle)):
             if torch.equal(visible, expected):
                 return keys[:, 0], causal, _documents(first)
     raise ValueError(REFUSED_MASK)
@@ -461,14 +531,10 @@ def _documents_by_position(position_ids: torch.Tensor, batch: int) -> dict:
     return found
 
 
-def _equal_dims(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Zeros behind the last dimension, up to the one that the kernels need; they change no score."""
-    size = max(tensor.shape[-1] for tensor in tensors)
-    size += -size % checks.HEAD_DIM_STEP
-    return [
-        tensor if tensor.shape[-1] == size else torch.nn.functional.pad(tensor, (0, size - tensor.shape[-1]))
-        for tensor in tensors
-    ]
+def _padded_dim(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros behind the last dimension, up to one that kernels take; they change no score."""
+    missing = -tensor.shape[-1] % checks.HEAD_DIM_STEP
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
 
 
 def _reorder(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
