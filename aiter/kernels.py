@@ -74,12 +74,30 @@ OPERATIONS = {
 }
 
 
-def specs_for(operation: str, dtype: str, head_dim: int, causal: bool, arch: str, backward: bool = False) -> list[Spec]:
-    """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it."""
+def specs_for(
+    operation: str,
+    dtype: str,
+    head_dim: int,
+    causal: bool,
+    arch: str,
+    backward: bool = False,
+    value_dim: int | None = None,
+    options: tuple[str, ...] = (),
+) -> list[Spec]:
+    """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it.
+
+    options: "alibi", "softcap", "window" where the calls have them. A window says what is causal itself.
+    """
     if operation == "reshape_and_cache":
         return [kernel_spec("cache_write", dtype, ANY_HEAD_DIM, False, arch)]
-    kernels = ("attention_forward", "attention_decode") if is_gpu(arch) else ("attention_forward",)
-    specs = [kernel_spec(k, dtype, head_dim, causal, arch, paged) for paged in OPERATIONS[operation] for k in kernels]
-    if backward and False in OPERATIONS[operation]:
-        specs.append(kernel_spec("attention_backward", dtype, head_dim, causal, arch))
+    causal = causal and "window" not in options
+    fits = head_dim <= HEAD_DIM_MAX or not is_gpu(arch)
+    kernels = ["attention_forward"] if fits else []
+    kernels += ["attention_decode"] if is_gpu(arch) else []
+    shape = dtype, head_dim, causal, arch
+    specs = [
+        kernel_spec(kernel, *shape, paged, value_dim, options) for paged in OPERATIONS[operation] for kernel in kernels
+    ]
+    if backward and fits and False in OPERATIONS[operation]:
+        specs.append(kernel_spec("attention_backward", *shape, False, value_dim, options))
     return list(dict.fromkeys(specs))

@@ -6,7 +6,7 @@
     transformers ── mask function, sizes, padding ──> `padding_mask` ──> Mask, once for each forward pass
                  ── query, key, value, Mask, options ──> `attention` ──> the operations, once for each layer
 
-Causal, bidirectional and cross attention; sliding windows; soft caps and sinks; padding on either side; documents packed
+Causal, bidirectional and cross attention; sliding windows, soft caps, sinks; padding on either side; documents packed
 in one row; any cache; inference and training; torch.compile and torch.export. Every argument is used or refused by name
 with ValueError: what the kernels have no form of (position biases, dropout, other masks) never gives another model's
 results. A model that computes attention itself cannot mistake a `Mask` for a tensor.
@@ -99,7 +99,7 @@ class Mask(NamedTuple):
     # int32 (documents,): the lengths of documents packed in the rows, and the longest of them; None: a row is one.
     documents: torch.Tensor | None = None
     longest: int = 0
-    # How many keys before and after its own a query sees, itself not counted, as the mask was made for; and whether that
+    # How many keys before and after its own a query sees, as the mask was made for; and whether that
     # hides any key from any query (traced: perhaps).
     window: tuple[int, int] = NO_WINDOW
     hides: bool = False
@@ -353,18 +353,24 @@ def attention(
         query = _reorder(query, seen.order_q)
     if seen.order_k is not None:
         key, value = (_reorder(tensor, seen.order_k) for tensor in (key, value))
-    output: torch.Tensor
     if packed:
+        assert seqlens_q is not None
         output = variable_length_attention(
-            *(query, key, value, seqlens_q, longest, seen.causal),
+            query,
+            key,
+            value,
+            seqlens_q,
+            longest,
+            seen.causal,
             seqlens_k=seqlens_k,
             max_seqlen_k=longest,
             softmax_scale=scaling,
             **features,
         )
     else:
-        lengths = dict(seqlens_q=seqlens_q, seqlens_k=seqlens_k)
-        output = flash_attn_func(query, key, value, seen.causal, scaling, **lengths, **features)
+        output = flash_attn_func(
+            query, key, value, seen.causal, scaling, seqlens_q=seqlens_q, seqlens_k=seqlens_k, **features
+        )
     if seen.order_q is not None:
         output = _reorder(output, seen.order_q.argsort(1))
     return output.view(batch, seq_q, *output.shape[-2:])[..., :value_dim], None
@@ -408,7 +414,9 @@ def _as_mask(
             raise ValueError(given.refused)
         return given
     reach = None if sliding_window is None else sliding_window - 1
-    if given is not None and given.dim() == 4 and given.shape[1] == 1 and given.shape[2] in (1, seq_q) and given.shape[3] == seq_k:
+    if given is not None and given.dim() == 4 and given.shape[1:] in ((1, 1, seq_k), (1, seq_q, seq_k)):
+        if given.shape[2] != seq_q:
+            reach = None  # all queries see the same keys
         visible = given[:, 0] if given.dtype == torch.bool else given[:, 0] == 0
         if given.dtype != torch.bool:
             hidden = given[:, 0] <= HIDDEN
@@ -452,7 +460,7 @@ def _read_matrix(visible: torch.Tensor, seq_q: int, reach: int | None) -> tuple[
     says anything else."""
     keys, sees_none = visible.any(1, keepdim=True), ~visible.any(2, keepdim=True)  # padding's own rows may be empty
     near = torch.ones_like(visible[0])
-    if reach is not None and visible.shape[1] == seq_q:
+    if reach is not None:
         last = visible.shape[2] - seq_q
         near = near.tril(last + reach).triu(last - reach)
     same = ((visible == keys & near) | sees_none).all()

@@ -167,20 +167,146 @@ def test_several_tokens_on_a_cache(padding_side):
     same(*both(llama, pieces))
 
 
-def mistral(implementation, window=8):
+SMALL = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    eos_token_id=None,
+)
+ALTERNATING = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
+LATENT = dict(
+    head_dim=None,
+    num_key_value_heads=4,
+    moe_intermediate_size=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    first_k_dense_replace=1,
+)
+# Family: model, configuration, what it has of its own. Windows are far shorter than the tests' rows.
+FAMILIES = {
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", dict(ALTERNATING, attn_logit_softcapping=2.0)),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", ALTERNATING),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", dict(ALTERNATING, num_local_experts=4, num_experts_per_tok=2)),
+    "mistral": ("MistralForCausalLM", "MistralConfig", dict(sliding_window=5)),
+    "olmo3": ("Olmo3ForCausalLM", "Olmo3Config", ALTERNATING),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
+    "modernbert": (
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        dict(
+            head_dim=None,
+            num_key_value_heads=None,
+            local_attention=6,
+            layer_types=ALTERNATING["layer_types"],
+            **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id"), 0),
+        ),
+    ),
+}
+
+
+def family(name, implementation, **changes):
+    model, config, own = FAMILIES[name]
+    options = {key: value for key, value in {**SMALL, **own, **changes}.items() if value is not None}
     torch.manual_seed(3)
-    config = transformers.MistralConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=window,
-        attn_implementation=implementation,
+    config = getattr(transformers, config)(**options, attn_implementation=implementation)
+    model = getattr(transformers, model)(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("sinks"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def mistral(implementation, window=8):
+    return family("mistral", implementation, sliding_window=window)
+
+
+@pytest.mark.parametrize("padding_side", ("none", "left", "right"))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_give_logits_and_gradients_of_eager(name, padding_side):
+    tokens, mask = batch(padding_side)
+    valid = mask.bool()
+
+    def logits_and_gradients(model):
+        logits = model(input_ids=tokens, attention_mask=mask).logits[valid]
+        logits.log_softmax(-1)[:, :48].mean().backward()
+        gradients = {
+            key: p.grad / p.grad.abs().max().clamp(min=1e-6)
+            for key, p in model.named_parameters()
+            if p.grad is not None
+        }
+        return logits.detach(), gradients
+
+    (ours, gradients), (eager, expected) = both(
+        lambda implementation: family(name, implementation), logits_and_gradients
     )
-    return transformers.MistralForCausalLM(config).eval()
+    same(ours, eager)
+    same(gradients, expected)
+    assert name != "gpt_oss" or any(key.endswith("sinks") for key in gradients)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"modernbert"}))
+@pytest.mark.parametrize("padding_side, cache", (("none", "dynamic"), ("left", "dynamic"), ("left", "static")))
+def test_families_generate_past_their_windows(name, padding_side, cache):
+    tokens, mask = batch(padding_side)
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, cache_implementation=cache)
+    ours, eager = both(
+        lambda implementation: family(name, implementation),
+        lambda model: model.generate(tokens, attention_mask=mask, **options),
+    )
+    assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@pytest.mark.parametrize("padding_side", ("none", "left", "right"))
+def test_several_tokens_in_a_window_on_a_cache(padding_side, cache):
+    tokens, mask = batch(padding_side)
+
+    def pieces(model):
+        made = dict(config=model.config, max_cache_len=16) if cache == "static" else dict(config=model.config)
+        held, logits = (transformers.StaticCache if cache == "static" else transformers.DynamicCache)(**made), []
+        for begin, end in ((0, 3), (3, 4), (4, 7), (7, 12)):
+            seen = mask[:, :end]
+            logits.append(run(model, input_ids=tokens[:, begin:end], attention_mask=seen, past_key_values=held).logits)
+        return torch.cat(logits, 1)[mask.bool()]
+
+    same(*both(lambda implementation: family("gemma2", implementation), pieces))
+
+
+@pytest.mark.parametrize("padding_side", ("none", "left"))
+@pytest.mark.parametrize("name", ("gemma2", "modernbert"))
+def test_windows_compiled(name, padding_side):
+    """One graph for lengths within the window and past it."""
+    tokens, mask = batch(padding_side)
+    mask = None if padding_side == "none" else mask
+    seen = slice(None) if mask is None else mask.bool()
+    ours, eager = family(name, "aiter"), family(name, "eager")
+    step = compiled(ours, {})
+    inputs = dict(input_ids=tokens, attention_mask=mask, **({} if name == "modernbert" else {"use_cache": False}))
+    same(run(step, **inputs).logits[seen], run(eager, **inputs).logits[seen])
+
+
+def test_windows_compile_once_for_all_lengths():
+    graphs = torch._dynamo.testing.CompileCounter()
+    ours, eager = mistral("aiter"), mistral("eager")
+    step = torch.compile(ours, backend=graphs, fullgraph=True, dynamic=True)
+    for length in (12, 6, 20, 9):
+        tokens = torch.randint(1, 97, (2, length))
+        inputs = dict(input_ids=tokens, use_cache=False)
+        same(run(step, **inputs).logits, run(eager, **inputs).logits)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
@@ -206,11 +332,11 @@ def test_a_model_may_be_told_not_to_be_causal():
 DOCUMENTS = (5, 7, 1, 4)
 
 
-def packed(**options):
+def packed(make=small_llama, **options):
     documents = [torch.randint(1, 97, (length,)).tolist() for length in DOCUMENTS]
     inputs = transformers.DataCollatorWithFlattening(**options)([{"input_ids": d} for d in documents])
     del inputs["labels"]
-    model = small_llama("eager")
+    model = make("eager")
     alone = torch.cat([run(model, input_ids=torch.tensor([document])).logits[0] for document in documents])
     return inputs, alone
 
@@ -220,6 +346,15 @@ def packed(**options):
 def test_packed_documents_do_not_see_each_other(told, use_cache):
     inputs, alone = packed(return_flash_attn_kwargs=told == "cu_seq_lens")
     same(run(small_llama("aiter"), **inputs, use_cache=use_cache).logits[0], alone)
+
+
+@pytest.mark.parametrize("told", ("cu_seq_lens", "position_ids"))
+def test_packed_documents_have_windows_of_their_own(told):
+    def windowed(implementation):
+        return family("gemma2", implementation)
+
+    inputs, alone = packed(windowed, return_flash_attn_kwargs=told == "cu_seq_lens")
+    same(run(windowed("aiter"), **inputs, use_cache=False).logits[0], alone)
 
 
 def test_packed_documents_compiled():
@@ -340,6 +475,41 @@ def test_dims_are_padded(head_dim, value_dim, mask):
     same(output, expected.transpose(1, 2))
 
 
+def test_dims_that_differ_are_not_padded(monkeypatch):
+    called = []
+    flash_attn_func = aiter.transformers.flash_attn_func
+
+    def remember(*tensors, **options):
+        called.append([tensor.shape[-1] for tensor in tensors[:3]])
+        return flash_attn_func(*tensors, **options)
+
+    monkeypatch.setattr(aiter.transformers, "flash_attn_func", remember)
+    call(head_dim=24, value_dim=16)
+    assert called == [[24, 24, 16]]
+
+
+BAND = torch.ones(6, 6, dtype=torch.bool).tril(2).triu(-2)
+
+
+@pytest.mark.parametrize("mask", (None, PADDING, "matrix"))
+@pytest.mark.parametrize("is_causal", (True, False))
+def test_the_layer_says_the_window_where_no_mask_does(mask, is_causal):
+    seen = BAND & TRIANGLE if is_causal else BAND
+    tokens = PADDING if mask is not None else torch.ones_like(PADDING)
+    expected_mask = (tokens[:, None] & seen)[:, None]
+    output, tensors = call(expected_mask if isinstance(mask, str) else mask, is_causal=is_causal, sliding_window=3)
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=expected_mask).transpose(1, 2)
+    same(output[tokens], expected[tokens])
+
+
+GAPS = torch.tensor([[True, False, True, True, True, True]] * 2)
+
+
+def window_mask(length=6, window=3, **options):
+    sees = transformers.masking_utils.sliding_window_causal_mask_function(window)
+    return aiter.transformers.padding_mask(2, length, length, mask_function=sees, local_size=window, **options)
+
+
 HALF = torch.ones(2, 1, 6, 6, dtype=torch.bool)
 HALF[:, :, 2, 4] = False
 
@@ -348,10 +518,14 @@ HALF[:, :, 2, 4] = False
     "options, words",
     (
         (dict(dropout=0.1), "dropout"),
-        (dict(softcap=30.0), "softcap"),
-        (dict(s_aux=torch.zeros(4)), "s_aux"),
+        (dict(s_aux=torch.zeros(2, 4, 6, 1)), "s_aux"),
+        (dict(sinks=torch.zeros(2, 4, 6, 1)), "sinks"),
         (dict(position_bias=torch.zeros(1, 4, 6, 6)), "position_bias"),
-        (dict(sliding_window=5), "sliding_window"),
+        (dict(mask=aiter.transformers.padding_mask(2, 6, 6), sliding_window=5), "made without a window"),
+        (dict(mask=PADDING[:, None, None], sliding_window=5), "made without a window"),
+        (dict(mask=window_mask(), sliding_window=5), "sliding_window is 5, but the mask was made for a window of"),
+        (dict(mask=window_mask(attention_mask=GAPS)), "not between them"),
+        (dict(mask=(BAND & TRIANGLE)[None, None], sliding_window=4), "another mask"),
         (dict(output_attentions=True), "output_attentions"),
         (dict(something_new=1), "something_new"),
         (dict(max_length_q=6), "give all four"),
@@ -379,13 +553,14 @@ def test_what_says_nothing_is_taken():
     assert torch.equal(call(**options)[0], expected)
 
 
-@pytest.mark.parametrize("length, refused", ((8, False), (9, True)))
-def test_a_window_that_hides_keys_is_refused(length, refused):
-    tokens = torch.randint(1, 97, (1, length))
-    if not refused:
-        return same(*both(mistral, lambda m: run(m, input_ids=tokens).logits))
-    with pytest.raises(ValueError, match="another mask"):
-        run(mistral("aiter"), input_ids=tokens)
+def test_a_model_with_a_position_bias_is_refused():
+    config = transformers.T5Config(
+        vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4, attn_implementation="aiter"
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    tokens = torch.randint(1, 97, (2, 8))
+    with pytest.raises(ValueError, match="position_bias"):
+        run(model, input_ids=tokens, decoder_input_ids=tokens)
 
 
 def test_a_model_with_attention_of_its_own_is_refused():

@@ -83,6 +83,7 @@ def _add_prewarm(commands) -> None:
     examples = (
         "aiter prewarm                                                     # what this machine's devices need",
         "aiter prewarm --arch gfx942,gfx950 --dtypes bf16 --head-dims 128  # for GPUs that are elsewhere",
+        "aiter prewarm --head-dims 192 --value-dims 128 --window both      # values with a head_dim of their own",
         "aiter prewarm --arch gfx942 --model config.json                   # what a model needs",
         "aiter prewarm --replay kernels.jsonl                              # what a program with AITER_RECORD used",
     )
@@ -93,9 +94,15 @@ def _add_prewarm(commands) -> None:
     add("--ops", metavar="LIST", help="operations; default: all")
     add("--dtypes", metavar="LIST", help="fp16,bf16,fp32; default: all that the arch has")
     add("--head-dims", metavar="LIST", help="default: 64,128")
-    add("--causal", choices=("yes", "no", "both"), help="default: both")
+    add("--value-dims", metavar="LIST", help="head_dims of values where they differ; default: those of --head-dims")
+    flags = ("yes", "no", "both")
+    add("--causal", choices=flags, help="default: both")
+    add("--window", choices=flags, help="calls with window_size; default: no, or as --model says")
+    add("--softcap", choices=flags, help="calls with softcap; default: no, or as --model says")
+    add("--alibi", choices=flags, help="calls with alibi_slopes; default: no")
     add("--backward", action="store_true", help="the kernels of the backward pass too")
-    add("--model", metavar="FILE", help="a Hugging Face config.json: head_dims, causal and dtypes of all parts of it")
+    add("--model", metavar="FILE", help="a Hugging Face config.json: head_dims, masks, soft caps and dtypes of all its "
+        "parts")  # fmt: skip
     add("--replay", metavar="FILE", help="exactly the kernels that a program has written there (AITER_RECORD=FILE)")
     add("--jobs", metavar="N", type=_positive, help="compilers at a time; default: what CPUs and memory are enough for")
     add("--cache-dir", metavar="DIR", help="the cache to fill; default: AITER_CACHE_DIR or the user's")

@@ -1,6 +1,6 @@
-"""From a Hugging Face config.json to the kernels that its model needs: which head_dims, causal or not, which dtypes.
+"""From a Hugging Face config.json to the kernels that its model needs: which head_dims, masks, options and dtypes.
 
-    config.json ──> parts (text, vision, audio, decoder, …) ──> for each its attention's head_dims ──> Model
+    config.json ──> parts (text, vision, audio, decoder, …) ──> for each its attention's `Variant`s ──> Model
 
 The names of sizes differ between families, but follow patterns: some `..head_dim`, or some width divided by some number
 of heads. What a part leaves to its defaults is filled in by transformers, where it is installed.
@@ -13,16 +13,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from aiter.errors import AiterError
+from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP
 
-HEAD_DIM_MAX = 256
-HEAD_DIM_STEP = 8
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 # `head_dim` and its like, of attention that has a softmax: not of linear attention, of states, of an index of keys.
 HEAD_DIM = re.compile(
-    r"(?!linear|mamba|ssm|index|qk_|v_head)([a-z0-9]+_)*(head_dim|dim_head|d_kv|kv_channels|d_head|attention_head_size)"
+    r"(?!linear|mamba|ssm|index|qk_|([a-z]+_)?v_head)([a-z0-9]+_)*(head_dim|dim_head|d_kv|kv_channels|d_head|attention_head_size)"
 )
 HEADS = re.compile(
     r"(?!.*(kv|key|value|expert|group|linear|mamba|ssm|index|guided))([a-z0-9]+_)*(heads?|heads_per_stage)"
@@ -37,22 +37,34 @@ BIDIRECTIONAL = re.compile(r"vision|visual|siglip|(^|_)vit($|_)")
 # What no kernel has a form of yet, where every layer of the model has it: (key of the configuration, what it is).
 WITHOUT_KERNEL = (
     ("relative_attention_num_buckets", "a position bias"),
-    ("attn_logit_softcapping", "a soft cap"),
-    ("alibi", "ALiBi"),
+    ("alibi", "ALiBi, which transformers computes by attention of the model's own"),
 )
-FAMILIES_WITHOUT_KERNEL = {"bloom": "ALiBi", "mpt": "ALiBi", "gpt_oss": "attention sinks"}
+FAMILIES_WITHOUT_KERNEL = dict.fromkeys(("bloom", "mpt"), WITHOUT_KERNEL[1][1])
+
+# Keys that say of a part that some of its layers see a window (transformers sets them to null where none does).
+WINDOWS = ("sliding_window", "sliding_window_size", "local_attention")
+SOFT_CAP = "attn_logit_softcapping"
 
 
 class ModelConfigError(AiterError):
     """A file that tells no attention, or one that no kernel computes; the message says which."""
 
 
+class Variant(NamedTuple):
+    """What kernels there are of each operation and dtype: see `kernels.specs_for`."""
+
+    head_dim: int
+    causal: bool
+    value_dim: int
+    options: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Model:
-    """`kernels`: (head_dim, causal), each once; `dtypes`: fp16, bf16, fp32, empty where the file names none;
+    """`kernels`: each once, sorted; `dtypes`: fp16, bf16, fp32, empty where the file names none;
     `notes`: what of the model no kernel serves, a sentence each."""
 
-    kernels: tuple[tuple[int, bool], ...]
+    kernels: tuple[Variant, ...]
     dtypes: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
@@ -66,7 +78,7 @@ def read_model(path: Path) -> Model:
     except ValueError as error:
         raise ModelConfigError(f"--model {path}: not a model configuration ({error})") from None
     complete = _with_defaults(config)
-    kernels: dict[tuple[int, bool], None] = {}
+    kernels: dict[Variant, None] = {}
     dtypes: dict[str, None] = {}
     notes: list[str] = []
     parts = list(_parts(complete, ""))
@@ -81,14 +93,20 @@ def read_model(path: Path) -> Model:
         if lacking and _head_dims(part):
             notes.append(f"{where}: has {lacking}, which no kernel computes")
             continue
-        for size in _head_dims(part):
-            padded = size + -size % HEAD_DIM_STEP
-            if padded > HEAD_DIM_MAX:
-                notes.append(f"{where}: head_dim {size} is not supported; up to {HEAD_DIM_MAX} is")
+        sees_all = part.get("is_causal") is False or BIDIRECTIONAL.search(f"{name} {part.get('model_type')}")
+        causals = (False,) if sees_all else (True,) if decoder else (False, True)
+        softcap = ("softcap",) if part.get(SOFT_CAP) else ()
+        # A window that hides nothing yet, of a short prompt, is none.
+        chosen = [(causal, softcap) for causal in causals]
+        if any(part.get(key) for key in WINDOWS) and part.get("use_sliding_window") is not False:
+            chosen.append((False, (*softcap, "window")))
+        for dims in _head_dims(part):
+            head_dim, value_dim = (size + -size % HEAD_DIM_STEP for size in dims)
+            if max(head_dim, value_dim) > HEAD_DIM_MAX:
+                notes.append(f"{where}: head_dim {max(dims)} is not supported; up to {HEAD_DIM_MAX} is")
                 continue
-            sees_all = part.get("is_causal") is False or BIDIRECTIONAL.search(f"{name} {part.get('model_type')}")
-            for causal in (False,) if sees_all else (True,) if decoder else (False, True):
-                kernels[padded, causal] = None
+            for causal, options in chosen:
+                kernels[Variant(head_dim, causal, value_dim, options)] = None
     if not kernels:
         reason = "; ".join(notes) or "expected head_dim, or hidden_size and num_attention_heads"
         raise ModelConfigError(f"--model {path}: {reason}")
@@ -117,22 +135,23 @@ def _parts(config: dict, name: str) -> Iterator[tuple[str, dict]]:
             yield from _parts(value, f"{name}.{key}".lstrip("."))
 
 
-def _head_dims(part: dict) -> list[int]:
-    """What the attention layers of a part have as head_dim, each once; the larger, where keys and values differ."""
-    found: dict[int, None] = {}
+def _head_dims(part: dict) -> list[tuple[int, int]]:
+    """What the attention layers of a part have as head_dim of keys and of values, each pair once."""
+    found: dict[tuple[int, int], None] = {}
     if isinstance(part.get("qk_nope_head_dim"), int) and isinstance(part.get("qk_rope_head_dim"), int):
         # Latent attention: its head_dim is that of the rotary part alone.
         key = part["qk_nope_head_dim"] + part["qk_rope_head_dim"]
-        return [max(key, part.get("v_head_dim") or 0)]
+        return [(key, part.get("v_head_dim") or key)]
     explicit = {match[0]: part[match[0]] for match in map(HEAD_DIM.fullmatch, map(str, part)) if match}
-    for value in explicit.values():
+    for name, value in explicit.items():
+        of_values = part.get(name.replace("head_dim", "v_head_dim"))
         for size in value if isinstance(value, list) else [value]:
             if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-                found[size] = None
+                found[size, of_values if isinstance(of_values, int) and of_values > 0 else size] = None
     for name in map(str, part):
         if HEADS.fullmatch(name) and not ("head_dim" in explicit and found and not _prefix(name)):
             for size in _divided(part, name):
-                found[size] = None
+                found[size, size] = None
     return list(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from aiter.cli.model_config import Model, read_model
+from aiter.cli.model_config import Model, Variant, read_model
 from aiter.cli.table import count_kernels, size, table
 from aiter.errors import AiterError, UnsupportedError
 from aiter.jit import arch, settings
@@ -25,13 +26,17 @@ from aiter.jit.prewarm import BUILT, FAILED, MISSING, PRESENT, Outcome, prewarm
 from aiter.jit.record import read_record
 from aiter.jit.spec import DTYPES, Spec
 from aiter.jit.trust import check_chain
-from aiter.kernels import OPERATIONS, specs_for
+from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM, OPERATIONS, specs_for
 
 STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAILED: "failed"}
 
 
-# What is built where nothing says which: (head_dim, causal).
-COMMON = tuple((head_dim, causal) for head_dim in (64, 128) for causal in (False, True))
+# What is built where nothing says which.
+COMMON = tuple(Variant(head_dim, causal, head_dim) for head_dim in (64, 128) for causal in (False, True))
+
+# Options of calls that select code, sorted; each is an option of this command.
+CODE_OPTIONS = ("alibi", "softcap", "window")
+FLAGS = {"yes": (True,), "no": (False,), "both": (False, True)}
 
 
 class UsageError(AiterError):
@@ -70,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 def choose(options: argparse.Namespace) -> list[Spec]:
     """The specs that the options ask for, sorted out by kind of call."""
     if options.replay:
-        others = ("arch", "ops", "dtypes", "head_dims", "causal", "model", "backward")
+        others = ("arch", "ops", "dtypes", "head_dims", "value_dims", "causal", *CODE_OPTIONS, "model", "backward")
         if any(getattr(options, name) for name in others):
             raise UsageError("--replay builds exactly what was recorded: it takes no --arch, --ops, --dtypes, …")
         try:
@@ -83,7 +88,7 @@ def choose(options: argparse.Namespace) -> list[Spec]:
         print(f"--model {options.model}: {note}", file=sys.stderr)
     operations = _list(options.ops, OPERATIONS, "operation") or list(OPERATIONS)
     dtypes = _list(options.dtypes, DTYPES, "dtype") or model.dtypes
-    kernels = _narrowed(model.kernels, [_head_dim(text) for text in _split(options.head_dims)], options.causal)
+    kernels = _narrowed(model.kernels, options)
     specs: dict[Spec, None] = {}
     for name in _archs(options.arch or "native"):
         supported = ("fp16", "bf16") if arch.is_gpu(name) else DTYPES
@@ -92,21 +97,27 @@ def choose(options: argparse.Namespace) -> list[Spec]:
             raise UsageError(f"{name} has no kernels for {', '.join(dtypes)}; it has: {', '.join(supported)}")
         for operation in operations:
             for dtype in chosen:
-                for head_dim, causal in kernels:
-                    for spec in specs_for(operation, dtype, head_dim, causal, name, backward=options.backward):
+                for head_dim, causal, value_dim, chosen_options in kernels:
+                    rest = options.backward, value_dim, chosen_options
+                    for spec in specs_for(operation, dtype, head_dim, causal, name, *rest):
                         specs[spec] = None
     return list(specs)
 
 
-def _narrowed(kernels: Iterable[tuple[int, bool]], head_dims: list[int], causal: str | None) -> list[tuple[int, bool]]:
-    """(head_dim, causal) as the options say, and as `kernels` has them where the options say nothing."""
-    causals = {"yes": [True], "no": [False], "both": [False, True], None: None}[causal]
-    chosen = {
-        (head_dim, flag): None
-        for own_dim, own_flag in kernels
-        for head_dim in head_dims or [own_dim]
-        for flag in causals or [own_flag]
-    }
+def _narrowed(kernels: Iterable[Variant], options: argparse.Namespace) -> list[Variant]:
+    """What the command line says, and what `kernels` have where it says nothing."""
+    head_dims = [_head_dim(text) for text in _split(options.head_dims)]
+    value_dims = [_head_dim(text, value=True) for text in _split(options.value_dims)]
+    chosen: dict[Variant, None] = {}
+    for own in kernels:
+        causals = FLAGS.get(options.causal, (own.causal,))
+        code = [FLAGS.get(getattr(options, name), (name in own.options,)) for name in CODE_OPTIONS]
+        for head_dim, causal, flags in itertools.product(
+            head_dims or [own.head_dim], causals, itertools.product(*code)
+        ):
+            for value_dim in value_dims or [min(head_dim, HEAD_DIM_MAX) if head_dims else own.value_dim]:
+                names = tuple(name for name, flag in zip(CODE_OPTIONS, flags, strict=True) if flag)
+                chosen[Variant(head_dim, causal and "window" not in names, value_dim, names)] = None
     return list(chosen)
 
 
@@ -216,8 +227,12 @@ def _list(text: str | None, known, what: str) -> list[str]:
     return chosen
 
 
-def _head_dim(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if not 8 <= value <= 256 or value % 8:
-        raise UnsupportedError(f"head_dim {text} is not supported; supported: every multiple of 8 up to 256")
-    return value
+def _head_dim(text: str, value: bool = False) -> int:
+    size = int(text) if text.isdecimal() else 0
+    if not (0 < size <= HEAD_DIM_MAX and size % HEAD_DIM_STEP == 0) and (value or size != LATENT_HEAD_DIM):
+        latent = "" if value else f", and {LATENT_HEAD_DIM}"
+        name = "value head_dim" if value else "head_dim"
+        raise UnsupportedError(
+            f"{name} {text} is not supported; supported: every multiple of {HEAD_DIM_STEP} up to {HEAD_DIM_MAX}{latent}"
+        )
+    return size

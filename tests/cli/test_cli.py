@@ -15,6 +15,7 @@ from aiter.errors import AiterError
 from aiter.jit import settings
 from aiter.jit.arch import CPU_ARCHS, cpu_arch
 from aiter.jit.log import logger
+from aiter.jit.spec import Spec
 
 SHARED_CACHE = os.environ["AITER_CACHE_DIR"]  # of all tests, see tests/conftest.py
 
@@ -218,13 +219,38 @@ def test_prewarm_covers_what_calls_need(arch, capsys):
 
 
 @pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (("--window", "both", "--causal", "yes"), {"d64-causal", "d64-window"}),
+        (("--window", "yes", "--softcap", "yes", "--alibi", "yes"), {"d64-alibi-softcap-window"}),
+        (("--value-dims", "32,64", "--causal", "no"), {"d64-value_dim32", "d64"}),
+    ],
+)
+def test_prewarm_takes_the_options_that_select_code(arguments, names, capsys):
+    choice = ("--arch", "sm_90a", "--dtypes", "bf16", "--ops", "flash_attn_func", "--head-dims", "64", "--backward")
+    _, report = run_json(capsys, "prewarm", *choice, "--dry-run", *arguments)
+    kernels = ("attention_forward", "attention_decode", "attention_backward")
+    expected = {f"{kernel}-bf16-{name}-sm_90a" for kernel in kernels for name in names}
+    assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
+
+
+def test_prewarm_of_latent_attention(capsys):
+    choice = ("--arch", "gfx942", "--dtypes", "bf16", "--head-dims", "576", "--causal", "yes", "--backward")
+    _, report = run_json(capsys, "prewarm", *choice, "--dry-run")
+    expected = {f"attention_decode-bf16-d576-causal{paged}-value_dim512-gfx942" for paged in ("", "-paged")}
+    assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
+
+
+@pytest.mark.parametrize(
     "arguments, words",
     [
         (("--arch", "gfx1100"), "gfx90a, gfx942, gfx950"),
         (("--ops", "flash"), "flash_attn_func"),
         (("--dtypes", "fp8"), "fp16, bf16, fp32"),
         (("--arch", "gfx942", "--dtypes", "fp32"), "it has: fp16, bf16"),
-        (("--head-dims", "100"), "every multiple of 8 up to 256"),
+        (("--head-dims", "100"), "every multiple of 8 up to 512"),
+        (("--value-dims", "576"), "value head_dim 576 is not supported"),
+        (("--replay", "x", "--window", "yes"), "exactly what was recorded"),
         (("--model", "missing.json"), "missing.json"),
         (("--replay", "missing"), "missing"),
         (("--replay", "x", "--arch", "gfx942"), "exactly what was recorded"),
@@ -261,24 +287,42 @@ LATENT = {
 GEMMA4 = {"architectures": ["XForCausalLM"], "head_dim": 256, "global_head_dim": 512, "num_attention_heads": 8}
 
 
+GEMMA2 = {**GEMMA4, "global_head_dim": None, "attn_logit_softcapping": 50.0, "sliding_window": 4096}
+
+
 def both(*head_dims):
-    return tuple((head_dim, causal) for head_dim in head_dims for causal in (False, True))
+    return tuple((head_dim, causal, head_dim, ()) for head_dim in head_dims for causal in (False, True))
+
+
+def causal(head_dim, value_dim=None, *options):
+    return head_dim, True, value_dim or head_dim, options
+
+
+def windowed(head_dim, *options):
+    """A kernel with a window has it tell what is causal."""
+    return head_dim, False, head_dim, (*options, "window")
 
 
 @pytest.mark.parametrize(
     "config, kernels, dtypes",
     [
-        ({**LLAMA, "torch_dtype": "bfloat16"}, ((128, True),), ("bf16",)),
-        ({**LLAMA, "head_dim": 256}, ((256, True),), ()),
+        ({**LLAMA, "torch_dtype": "bfloat16"}, (causal(128),), ("bf16",)),
+        ({**LLAMA, "head_dim": 256}, (causal(256),), ()),
         ({"n_embd": 768, "n_head": 12, "dtype": "float16"}, both(64), ("fp16",)),
         ({"text_config": {"head_dim": 64, "dtype": "torch.float32"}}, both(64), ("fp32",)),
         (WHISPER, both(64, 96), ("fp32",)),
-        (LLAVA, ((72, False), *both(128)), ("bf16", "fp16")),
-        (LATENT, ((192, True),), ()),
-        (GEMMA4, ((256, True),), ()),
+        (LLAVA, ((72, False, 72, ()), *both(128)), ("bf16", "fp16")),
+        (LATENT, (causal(192, 128),), ()),
+        ({**LATENT, "v_head_dim": 100}, (causal(192, 104),), ()),
+        (GEMMA4, (causal(256), causal(512)), ()),
+        (GEMMA2, (windowed(256, "softcap"), causal(256, 256, "softcap")), ()),
+        ({**LLAMA, "sliding_window": 4096}, (windowed(128), causal(128)), ()),
+        ({**LLAMA, "sliding_window": 4096, "use_sliding_window": False}, (causal(128),), ()),
+        ({**LLAMA, "local_attention": 128, "is_causal": False}, ((128, False, 128, ()), windowed(128)), ()),
+        ({**LLAMA, "head_dim": 192, "v_head_dim": 128}, (causal(192, 128),), ()),
         ({"embed_dim": 96, "num_heads": [3, 6, 12], "num_attention_heads": None}, both(32), ()),
         ({"hidden_sizes": [64, 160], "num_attention_heads": [1, 5]}, both(32, 64), ()),
-        ({**LLAMA, "hidden_size": 288, "num_attention_heads": 8}, ((40, True),), ()),  # 36, padded
+        ({**LLAMA, "hidden_size": 288, "num_attention_heads": 8}, (causal(40),), ()),  # 36, padded
         ({"head_dim": 64, "linear_key_head_dim": 128, "use_head": True, "hidden_size": 64}, both(64), ()),
     ],
 )
@@ -286,13 +330,13 @@ def test_model_configurations(config, kernels, dtypes, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = read_model(tmp_path / "config.json")
     assert model.kernels == kernels and model.dtypes == dtypes
-    assert bool(model.notes) == (config is GEMMA4)
+    assert not model.notes
 
 
 def test_parts_get_the_defaults_of_their_family(tmp_path):
     pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "gemma"}}))
-    assert {head_dim for head_dim, _ in read_model(tmp_path / "config.json").kernels} == {64, 256}
+    assert {kernel.head_dim for kernel in read_model(tmp_path / "config.json").kernels} == {64, 256}
 
 
 @pytest.mark.parametrize(
@@ -302,10 +346,9 @@ def test_parts_get_the_defaults_of_their_family(tmp_path):
         ("[]", "not a model configuration"),
         ("{}", "expected head_dim"),
         ('{"hidden_size": 100}', "expected head_dim"),
-        ('{"head_dim": 512}', "head_dim 512 is not supported"),
+        ('{"head_dim": 520}', "head_dim 520 is not supported"),
         ('{"head_dim": "x"}', "expected head_dim"),
         ('{"model_type": "t5", "d_kv": 64, "relative_attention_num_buckets": 32}', "t5: has a position bias"),
-        ('{"head_dim": 64, "attn_logit_softcapping": 50.0}', "has a soft cap"),
         ('{"model_type": "bloom", "hidden_size": 64, "n_head": 8}', "has ALiBi"),
     ],
 )
@@ -316,10 +359,10 @@ def test_what_no_kernel_is_built_for(content, words, tmp_path):
 
 
 def test_model_prewarm_says_what_it_leaves_out(capsys, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(GEMMA4))
+    (tmp_path / "config.json").write_text(json.dumps({**GEMMA4, "global_head_dim": 1024}))
     choice = ("prewarm", "--model", str(tmp_path / "config.json"), "--arch", "gfx950", "--dry-run", "--json")
     status, output, errors = run(capsys, *choice)
-    assert status == 0 and "head_dim 512 is not supported" in errors
+    assert status == 0 and "head_dim 1024 is not supported" in errors
     assert {kernel["spec"]["head_dim"] for kernel in json.loads(output)["kernels"]} == {0, 256}  # 0: any
 
 
