@@ -299,14 +299,19 @@ def test_windows_compiled(name, padding_side):
 
 
 def test_windows_compile_once_for_all_lengths():
-    graphs = torch._dynamo.testing.CompileCounter()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
     ours, eager = mistral("aiter"), mistral("eager")
-    step = torch.compile(ours, backend=graphs, fullgraph=True, dynamic=True)
+    step = torch.compile(ours, backend=backend, fullgraph=True, dynamic=True)
     for length in (12, 6, 20, 9):
         tokens = torch.randint(1, 97, (2, length))
         inputs = dict(input_ids=tokens, use_cache=False)
         same(run(step, **inputs).logits, run(eager, **inputs).logits)
-    assert graphs.frame_count == 1
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
