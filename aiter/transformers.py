@@ -387,7 +387,11 @@ def _refuse_others(**others) -> None:
 
 def _has_window(seen: Mask, sliding_window: int | None, longest: int) -> bool:
     """Whether a window hides keys: the mask's, which is what a model computes by, and which the layer must agree to."""
-    if sliding_window is not None and seen.window[0] != sliding_window - 1 and (seen.hides or longest > sliding_window):
+    left, right = seen.window
+    # Two-sided, some models give the distance, as transformers' masks have it (T5Gemma), others count the query's own
+    # key too (ModernBERT).
+    known = (left + 1, right) if right > 0 else (left + 1,)
+    if sliding_window is not None and sliding_window not in known and (seen.hides or longest > sliding_window):
         made_for = "without a window" if seen.window == NO_WINDOW else f"for a window of {seen.window} keys"
         raise ValueError(
             f"attn_implementation={NAME!r}: sliding_window is {sliding_window}, but the mask was made {made_for}: "

@@ -115,6 +115,7 @@ REASONS = (
     ("KeyError", "a table of implementations of its own, without 'aiter'"),
     ("gives no mask", "attention of its own in part, which goes by is_causal wrongly"),
     ("another mask", "a mask that is neither causal, bidirectional, a window, padding nor documents"),
+    ("the mask was made for (batch", "layers with more keys than their mask"),
     ("which keys are tokens", "a mask that is neither causal, bidirectional, a window, padding nor documents"),
     ("head_dim", "a head_dim above 512"),
 )
