@@ -5,7 +5,9 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 
+import aiter.plan  # noqa: E402
 import aiter.transformers  # noqa: E402
+from aiter.cli.model_config import read_model  # noqa: E402
 
 
 def llama(implementation, **changes):
@@ -267,6 +269,20 @@ def test_families_generate_past_their_windows(name, padding_side, cache):
         lambda model: model.generate(tokens, attention_mask=mask, **options),
     )
     assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prewarm_of_a_model_builds_what_it_calls(name, monkeypatch, tmp_path):
+    called = {}
+    monkeypatch.setattr(aiter.plan, "plans", called)
+    model = family(name, "aiter")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    for length in (12, 3):  # past the window and within it
+        run(model, input_ids=torch.randint(1, 97, (2, length)))
+    built = read_model(tmp_path / "config.json").kernels
+    needed = {(head_dim, causal, value_dim, own) for _, _, _, head_dim, value_dim, causal, _, own in called}
+    assert needed and needed <= set(built)
 
 
 @pytest.mark.parametrize("cache", ("dynamic", "static"))
@@ -550,6 +566,18 @@ def test_a_mask_says_whether_it_is_causal():
     mask = aiter.transformers.padding_mask(2, 6, 6)
     assert torch.equal(call(mask, is_causal=False)[0], call(is_causal=True)[0])
     assert not torch.equal(call(is_causal=False)[0], call(is_causal=True)[0])
+
+
+@pytest.mark.parametrize("sliding_window", (None, 2, 3))
+def test_a_two_sided_window_is_named_with_or_without_its_own_key(sliding_window):
+    sees = transformers.masking_utils.sliding_window_bidirectional_mask_function(2)
+    mask = aiter.transformers.padding_mask(
+        2, 6, 6, mask_function=sees, local_size=2, allow_is_bidirectional_skip=True, attention_mask=PADDING
+    )
+    output, tensors = call(mask, sliding_window=sliding_window)
+    expected_mask = (PADDING[:, None] & BAND)[:, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(*tensors, attn_mask=expected_mask).transpose(1, 2)
+    same(output[PADDING], expected[PADDING])
 
 
 def test_what_says_nothing_is_taken():
