@@ -19,6 +19,7 @@ from aiter.layout import NO_INDICES, Indices, Sizes, check_common, sizes_of
 from aiter.options import NO_OPTIONS, OptionKeywords, read_options
 from aiter.plan import Call
 
+_is_grad_enabled = torch.is_grad_enabled  # bound once, as it is asked at every call
 _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
 
@@ -26,11 +27,12 @@ class Operation(NamedTuple):
     """What one public operation asks of its arguments beyond the common form of all (layout.py).
 
     check(query, key, value, *own) raises for a bad argument; it looks at shapes, dtypes and devices alone, and may be
-    traced. fits(sizes, *own) says whether there is no need to: the same question about own arguments, asked cheaply.
+    traced. fits(sizes, *own) says whether there is no need to: the same question about own arguments, asked cheaply;
+    None where there is nothing to ask.
     """
 
     check: Callable[..., None]
-    fits: Callable[..., bool]
+    fits: Callable[..., bool] | None
     names: checks.Names = checks.Names()
 
 
@@ -65,8 +67,9 @@ def attend(
         return (output, lse) if return_lse else output
 
     sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
-    if sizes is None or not operation.fits(sizes, *own):
-        operation.check(query, key, value, *own)
+    check, fits, names = operation
+    if sizes is None or (fits is not None and not fits(sizes, *own)):
+        check(query, key, value, *own)
         if sizes is None:
             check_common(query, key, value, indices)
     if causal is not True and causal is not False:
@@ -82,10 +85,10 @@ def attend(
         sinks, options = options.sinks, options.readable()
     if out is not None:
         checks.output(out, query, value)
-    call = _new(Call, (sizes, indices, options, causal, softmax_scale, operation.names))
+    call = _new(Call, (sizes, indices, options, causal, softmax_scale, names))
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
-    if torch.is_grad_enabled() and (
+    if _is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (sinks is not None and sinks.requires_grad)
     ):
         if out is not None:

@@ -63,7 +63,7 @@ _NOT_OFFERED: dict[str, Any] = {
 }
 _OPERATION = Operation(
     lambda query, key, value: None,
-    lambda sizes: True,
+    None,
     checks.Names(
         *("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k"), starts_q="cu_seqlens_q", starts_k="cu_seqlens_k"
     ),

@@ -62,12 +62,12 @@ def sizes_of(
     max_seqlen_q and max_seqlen_k bound the lengths of packed sequences.
     """
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    dtype, device, head_dim = query.dtype, query.get_device(), query_shape[-1]
+    dtype, head_dim = query.dtype, query_shape[-1]
     if not (
         key.dtype is dtype
         and value.dtype is dtype
-        and key.get_device() == device
-        and value.get_device() == device
+        and (query.is_cpu or query.get_device() == key.get_device() == value.get_device())
+        and query.is_cpu is key.is_cpu is value.is_cpu
         and dtype in checks.DTYPE_NAMES
         and (key_shape == value_shape or key_shape[:-1] == value_shape[:-1])
         and key_shape[-1] == head_dim

@@ -31,6 +31,9 @@ from aiter.options import OptionKeywords, readable_index
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# Bound once, as they are used at every call.
+_int32, _new = torch.int32, tuple.__new__
+
 
 @overload
 def flash_attn_func(
@@ -89,7 +92,9 @@ def flash_attn_func(
     rows of each sequence of a padded batch are valid, by default all: output rows past them are zeros, and what stands
     in the padding, NaN included, has no effect.
     """
-    indices = _lengths(query, seqlens_q, seqlens_k)
+    indices = NO_INDICES
+    if seqlens_q is not None or seqlens_k is not None:
+        indices = _lengths(query, seqlens_q, seqlens_k)
     return attend(_DENSE, (), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
@@ -149,7 +154,9 @@ def grouped_query_attention(
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` where `num_groups` query heads share each KV head: heads_q = num_groups * heads_kv."""
-    indices = _lengths(query, seqlens_q, seqlens_k)
+    indices = NO_INDICES
+    if seqlens_q is not None or seqlens_k is not None:
+        indices = _lengths(query, seqlens_q, seqlens_k)
     return attend(_GROUPED, (num_groups,), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
@@ -205,7 +212,9 @@ def multi_query_attention(
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` where all query heads share one KV head: key and value are (batch, seq_k, 1, head_dim)."""
-    indices = _lengths(query, seqlens_q, seqlens_k)
+    indices = NO_INDICES
+    if seqlens_q is not None or seqlens_k is not None:
+        indices = _lengths(query, seqlens_q, seqlens_k)
     return attend(_MULTI_QUERY, (), query, key, value, causal, softmax_scale, return_lse, options, indices)
 
 
@@ -381,7 +390,7 @@ def variable_length_attention(
         max_seqlen_k = key.shape[0]
     operation = _VARIABLE_LENGTH if page_table is None else _VARIABLE_LENGTH_PAGED
     own = (max_seq_len, seqlens_k is None, block_size)
-    indices = Indices(lengths, keys, pages)
+    indices = _new(Indices, (lengths, keys, pages, None, None))
     return attend(
         *(operation, own, query, key, value, causal, softmax_scale, return_lse, options, indices),
         max_seqlen_q=max_seq_len,
@@ -397,20 +406,18 @@ def _index(
         return None
     if not (
         isinstance(index, torch.Tensor)
-        and index.dtype is torch.int32
+        and index.dtype is _int32
         and index.dim() == len(shape)
         and (shape[0] is None or index.shape[0] == shape[0])
-        and index.get_device() == query.get_device()
         and index.is_cpu == query.is_cpu
+        and index.get_device() == query.get_device()
     ):
         checks.indices(name, index, shape, layout, query)
         assert isinstance(index, torch.Tensor)
-    return readable_index(index)
+    return index if index.dtype is _int32 and index.is_contiguous() else readable_index(index)
 
 
 def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: torch.Tensor | None) -> Indices:
-    if seqlens_q is None and seqlens_k is None:
-        return NO_INDICES
     checks.tensor("query", query, 4, BSHD)
     shape, layout = (query.shape[0],), "int32 (batch,)"
     return Indices(
@@ -533,7 +540,7 @@ def _fits_variable_length_paged(sizes: Sizes, max_seq_len: int, alike: bool, blo
     return sizes.seqlen_q == max_seq_len and _fits_paged(sizes, block_size)
 
 
-_DENSE = Operation(_check_dense, lambda sizes: True)
+_DENSE = Operation(_check_dense, None)
 _GROUPED = Operation(_check_grouped, _fits_grouped)
 _MULTI_QUERY = Operation(_check_multi_query, lambda sizes: sizes.heads_kv == 1)
 _PAGED = Operation(_check_paged, _fits_paged, Names(seqlens_k="cache_seqlens", longest_k="max_blocks * block_size"))

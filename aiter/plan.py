@@ -21,7 +21,7 @@ from aiter.abi import NO_WORKSPACE, pack_call, pack_grad_call, pack_workspace
 from aiter.jit.arch import arch_of
 from aiter.launch import SCRATCH_BYTES, cpu_queue, launcher
 from aiter.layout import NO_INDICES, Indices, Sizes
-from aiter.options import NO_OPTIONS, Options
+from aiter.options import NO_LIMIT, NO_OPTIONS, Options
 from aiter.plan_cache import plans
 
 # GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
@@ -104,7 +104,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (new and contiguous, or the given one, of which rows that belong to no sequence are left alone) and, if
     wanted, log-sum-exp; launched on the current stream."""
-    sizes, indices, options, causal, _, _ = call
+    sizes, indices, options, causal, softmax_scale, _ = call
     head_dim, value_dim, gpu, given = query.shape[-1], value.shape[-1], on_gpu(query), output is not None
     if output is not None:
         if _readable(output) is not output:
@@ -120,7 +120,8 @@ def forward(
         lse = _empty(_lse_shape(sizes), dtype=torch.float32, device=query.device)
         if given:  # rows that belong to no sequence are left alone in the output; this is new
             lse.fill_(-math.inf)
-    if is_trivial(sizes, indices):
+    if 0 in sizes[:5] or (indices is not NO_INDICES and _has_no_rows(sizes)):
+        # Nothing to write, or no key to read: nothing to compile.
         return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
 
     strides = query.stride(), key.stride(), value.stride()
@@ -140,18 +141,19 @@ def forward(
     plan = plans.get(plan_key)
     if plan is None:
         plan = _make_plan(plan_key, call, query)
+    keywords = given or indices is not NO_INDICES or options is not NO_OPTIONS
     try:
         packed = pack_call(
             *sizes,
             *_strides(sizes, *strides, output.stride()),
             *((0, 0) if lse is None else _lse_strides(lse)),
-            *_scalars(call, gpu, not given),
+            *(_scalars(call, gpu, not given) if keywords else (0, softmax_scale, *_NO_SCALARS)),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             output.data_ptr(),
             0 if lse is None else lse.data_ptr(),
-            *(_NO_ADDRESSES if indices is NO_INDICES and options is NO_OPTIONS else _addresses(call)),
+            *(_addresses(call) if keywords else _NO_ADDRESSES),
         )
     except struct.error:
         checks.sizes(**sizes._asdict())
@@ -181,7 +183,7 @@ def backward(
     """
     sizes, gpu = call.sizes, on_gpu(query)
     grads = tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
-    if is_trivial(sizes, call.indices) or (grad_output is None and grad_lse is None):
+    if 0 in sizes[:5] or _has_no_rows(sizes) or (grad_output is None and grad_lse is None):
         return tuple(grad.zero_() for grad in grads)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
@@ -213,11 +215,9 @@ def backward(
     return grads
 
 
-def is_trivial(sizes: Sizes, indices: Indices) -> bool:
-    """Nothing to write, or no key to read: nothing to compile."""
-    if 0 in sizes[:5] or indices is NO_INDICES:
-        return 0 in sizes[:5]
-    _, _, _, _, _, packed_q, packed_k, page_size, total_q, total_k, num_pages, _ = sizes
+def _has_no_rows(sizes: Sizes) -> bool:
+    """Packed rows or pages that there are none of."""
+    packed_q, packed_k, page_size, total_q, total_k, num_pages = sizes[5:11]
     return bool((packed_q and not total_q) or (packed_k and not total_k) or (page_size and not num_pages))
 
 
@@ -267,14 +267,14 @@ Strides: TypeAlias = tuple[int, ...]
 
 def _strides(sizes: Sizes, q: Strides, k: Strides, v: Strides, o: Strides) -> tuple[int, ...]:
     """Batch, token and head of query, key, value and output; page, position and head of pages."""
-    _, _, _, _, _, packed_q, packed_k, page_size, *_ = sizes
+    packed_q, packed_k, page_size = sizes[5:8]
     if packed_q:
         q, o = (0, *q), (0, *o)
     if page_size:
         k, v = (k[0], k[2], k[1]), (v[0], v[2], v[1])
     elif packed_k:
         k, v = (0, *k), (0, *v)
-    return (*q[:3], *k[:3], *v[:3], *o[:3])
+    return (q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], o[0], o[1], o[2])
 
 
 def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
@@ -299,6 +299,8 @@ def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
     )
 
 
+# What _scalars, after the scale, and _addresses are for a call without indices, options and a given output.
+_NO_SCALARS = (0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0)
 _NO_ADDRESSES = (0,) * 8
 
 

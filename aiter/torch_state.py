@@ -26,15 +26,18 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
     return _is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
+def _are_tensors(*tensors: torch.Tensor) -> bool:
+    """Whether none is of a subclass that means something of its own."""
+    return all(type(tensor) in (_Tensor, _Parameter) for tensor in tensors)
+
+
 def is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call needs nothing of PyTorch's dispatcher but, perhaps, a gradient."""
     return (
         # torch.compile and torch.export would trace addresses. Asked first: Dynamo answers it and looks no further.
         not _is_compiling()
         # Subclasses (fake, nested, distributed tensors, ...) mean something of their own.
-        and (type(query) is _Tensor or type(query) is _Parameter)
-        and (type(key) is _Tensor or type(key) is _Parameter)
-        and (type(value) is _Tensor or type(value) is _Parameter)
+        and (type(query) is type(key) is type(value) is _Tensor or _are_tensors(query, key, value))
         # Other devices than a CPU or GPU, and other layouts, are refused by name.
         and ((query.is_cpu and key.is_cpu and value.is_cpu) or (query.is_cuda and key.is_cuda and value.is_cuda))
         and query.layout is _strided
