@@ -67,7 +67,8 @@ def assert_as_accurate(output, exact, pytorch, times=2):
 
 def assert_gradient_as_accurate(gradient, exact, pytorch):
     """The same rule for a gradient, and for results with options. In float32 it holds for the root mean square of
-    errors, and four times PyTorch's largest error is allowed: how the rounding of single scores falls out decides over that one (docs/training.md)."""
+    errors, and four times PyTorch's largest error is allowed: how the rounding of single scores falls out decides over
+    that one (docs/training.md)."""
     if gradient.dtype != torch.float32:
         return assert_as_accurate(gradient, exact, pytorch)
     assert_as_accurate(gradient, exact, pytorch, times=4)
