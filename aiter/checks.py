@@ -157,7 +157,7 @@ def softmax_scale(value: object, size: int) -> float:
 def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str, first: torch.Tensor) -> None:
     """Checks an int32 or int64 tensor of lengths or page numbers on the device of query."""
     value = tensor(name, value, len(shape), layout)
-    if value.dtype not in (torch.int32, torch.int64):
+    if value.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int32 (or torch.int64)")
     for got, expected in zip(value.shape, shape, strict=True):
         if expected is not None and got != expected:

@@ -23,6 +23,9 @@ _is_grad_enabled = torch.is_grad_enabled  # bound once, as it is asked at every 
 _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
 
+_OUT_TAKES_NO_GRADIENT = "out= takes no gradient: leave it out where one is needed, or use torch.no_grad()"
+
+
 class Operation(NamedTuple):
     """What one public operation asks of its arguments beyond the common form of all (layout.py).
 
@@ -53,13 +56,7 @@ def attend(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Runs one call of an operation; `own` are the arguments that only it has. out: where the output goes, of which
     rows that belong to no sequence are left alone."""
-    plain = False
-    try:
-        plain = torch_state.is_plain(query, key, value)
-    except AttributeError:  # not a tensor
-        operation.check(query, key, value, *own)
-        raise
-    if not plain:
+    if not torch_state.is_plain(query, key, value):
         output, lse = _through_dispatcher(
             *(operation, own, query, key, value, causal, softmax_scale, keywords, indices, max_seqlen_q, max_seqlen_k),
             out,
@@ -92,7 +89,7 @@ def attend(
         query.requires_grad or key.requires_grad or value.requires_grad or (sinks is not None and sinks.requires_grad)
     ):
         if out is not None:
-            raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
+            raise ValueError(_OUT_TAKES_NO_GRADIENT)
         output, lse = library.Attention.apply(query, key, value, sinks, call)
     else:
         output, lse = plan.forward(call, query, key, value, return_lse, out)
@@ -127,7 +124,7 @@ def _through_dispatcher(
     if out is None:
         return library.operator()(*inputs)
     if torch_state.wants_gradient(query, key, value, *([] if options.sinks is None else [options.sinks])):
-        raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
+        raise ValueError(_OUT_TAKES_NO_GRADIENT)
     return out, torch.ops.aiter.attention_out(out, *inputs)
 
 
