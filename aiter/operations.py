@@ -31,8 +31,8 @@ from aiter.options import OptionKeywords, readable_index
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Bound once, as they are used at every call.
-_int32, _new = torch.int32, tuple.__new__
+# Bound once, as it is used at every call.
+_int32 = torch.int32
 
 
 @overload
@@ -390,7 +390,7 @@ def variable_length_attention(
         max_seqlen_k = key.shape[0]
     operation = _VARIABLE_LENGTH if page_table is None else _VARIABLE_LENGTH_PAGED
     own = (max_seq_len, seqlens_k is None, block_size)
-    indices = _new(Indices, (lengths, keys, pages, None, None))
+    indices = Indices(lengths, keys, pages)
     return attend(
         *(operation, own, query, key, value, causal, softmax_scale, return_lse, options, indices),
         max_seqlen_q=max_seq_len,
