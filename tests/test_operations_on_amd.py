@@ -7,6 +7,7 @@ in kernels/.
 
 from unittest import mock
 
+import addresses
 import emulator
 import pytest
 import torch
@@ -95,3 +96,12 @@ def test_flash_attn_with_kvcache(gpu, seq_q):
 @pytest.mark.parametrize("form", ("padded", "packed", "padded paged", "packed paged"))
 def test_variable_length_attention(gpu, form):
     check_variable_length(torch.bfloat16, 64, form, [65, 0, 130], 7, (4, 2), causal=True)
+
+
+@pytest.mark.parametrize("seq_q", (1, 33))
+def test_far_addresses(gpu, seq_q):
+    """Decoding and prefill; the emulator adds up addresses as the machine code says."""
+    addresses.check_far_pages(torch.bfloat16, seq_q)
+    addresses.check_far_rows(torch.bfloat16, seq_q)
+    addresses.check_across_4gib(torch.bfloat16, seq_q)
+    assert ("attention_decode" if seq_q == 1 else "attention_forward") in gpu.launched
