@@ -3,6 +3,7 @@ forward and backward, against float64 and PyTorch, by the rule of accuracy.py.""
 
 import math
 
+import drawn
 import pytest
 import torch
 from accuracy import assert_gradient_as_accurate, pytorch_attend_one, ulp
@@ -168,9 +169,18 @@ class Problem:
         )
 
 
+def _note(operation, problem):
+    on = {name: bool(problem[name]) for name in ("softcap", "alibi", "sinks", "causal")}
+    on |= {"window": problem["window"] != (-1, -1), "offsets": problem["offsets"] is not None}
+    head_dim, value_dim = problem["dims"]
+    where = f"operations on {'this CPU' if DEVICE == 'cpu' else 'CUDA'}"
+    drawn.note(where, operation, problem["form"], unequal_dims=head_dim != value_dim, **on)
+
+
 @settings(max_examples=120)
 @given(problem=problems())
 def test_forward(problem):
+    _note("forward", problem)
     problem = Problem(**problem)
     if problem.form == "paged" and problem.query.shape[1] == 0:
         return  # max_seq_len is at least 1
@@ -185,6 +195,7 @@ def test_forward(problem):
 @settings(max_examples=60)
 @given(problem=problems(backward=True), with_lse=st.booleans())
 def test_backward(problem, with_lse):
+    _note("backward", problem)
     problem = Problem(**problem)
     tensors = [t.detach().clone().requires_grad_() for t in (problem.query, problem.key, problem.value)]
     sinks = problem.options.get("sinks")

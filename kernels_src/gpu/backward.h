@@ -116,7 +116,7 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
     int kv_head, first_head, query_head, heads_passing;
     int row_block, row_blocks, block_row; /* own side: the block's rows */
     int own_rows, padded_rows;            /* all that exist, all to be written */
-    int first, tiles;                     /* the first passing row, and how many tiles; the same for each head */
+    int first, end, tiles; /* passing rows that any own row takes part with, and how many tiles; the same for each head */
 
     static __device__ __forceinline__ int heads(const aiter_attention_problem &problem) { /* that share passing rows */
         return owns_queries(PASS) ? problem.heads_q / problem.heads_kv : 1;
@@ -141,8 +141,8 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         own_rows = owns_queries(PASS) ? sequence.query.count : sequence.key.count;
         padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
         first = sees(block_row).low;
-        const int passing_rows = sees(lesser(block_row + ROWS, own_rows) - 1).high - first;
-        tiles = block_row < own_rows && passing_rows > 0 ? (passing_rows + TOKENS - 1) / TOKENS : 0;
+        end = sees(lesser(block_row + ROWS, own_rows) - 1).high;
+        tiles = block_row < own_rows && end > first ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
     /* The passing rows that an own row takes part with. */
     __device__ __forceinline__ Range sees(int own_row) const {
@@ -159,8 +159,11 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
     __device__ __forceinline__ RowPair own() const {
         return owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
     }
+    /* Past `end` they count as missing: what nobody sees may be NaN. */
     __device__ __forceinline__ RowPair passing() const {
-        return owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
+        RowPair pair = owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
+        pair.count = end;
+        return pair;
     }
 };
 

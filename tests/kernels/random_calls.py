@@ -24,21 +24,25 @@ class Call:
 
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     options: dict
+    layout: str
     sequences: list[Sequence] = field(default_factory=list)
     keys: list[tuple] = field(default_factory=list)
 
 
-def draw_call(data, dtype, dims, switched_on, layouts=LAYOUTS, fewest_keys=1, sinks=True) -> Call:
-    """`dims` are the head_dims of keys and values; `switched_on` are the options that the kernel is compiled for."""
+def draw_call(
+    data, dtype, dims, switched_on, layouts=LAYOUTS, fewest_keys=1, sinks=True, lengths_q=LENGTHS, lengths_k=LENGTHS
+) -> Call:
+    """`dims` are the head_dims of keys and values; `switched_on` are the options that the kernel is compiled for. A
+    sequence has no keys, or at least `fewest_keys`: one that sees a single key has gradients that are all rounding."""
     draw, pick = data.draw, lambda *values: data.draw(st.sampled_from(values))
     torch.manual_seed(draw(SEEDS))
     heads_kv, group = pick(1, 2), pick(1, 2, 3, 5)
     heads = heads_kv * group
-    seq_q, seq_k = pick(*LENGTHS), pick(*(n for n in LENGTHS if n >= fewest_keys))
+    seq_q, seq_k = pick(*lengths_q), pick(*(n for n in lengths_k if n >= fewest_keys))
     batch = max(2, 64 // seq_q)  # the largest error of a handful of values says little about either operator
     lengths = [
-        [n if full else draw(st.integers(0, n)) for _ in range(batch)]
-        for n, full in ((seq_q, draw(st.booleans())), (seq_k, draw(st.booleans())))
+        [n if full else draw(st.one_of(st.just(0), st.integers(least, n))) for _ in range(batch)]
+        for n, least, full in ((seq_q, 1, draw(st.booleans())), (seq_k, fewest_keys, draw(st.booleans())))
     ]
 
     options, each = {"batch_invariant": draw(st.booleans())}, [{} for _ in range(batch)]
@@ -97,7 +101,7 @@ def draw_call(data, dtype, dims, switched_on, layouts=LAYOUTS, fewest_keys=1, si
     options |= {"seqlens_q": ints(lengths[0]), "seqlens_k": ints(lengths[1])}
     if paged:
         tensors[1:] = paginate(options, seq_k, pick(1, 7, 16, 64), tensors[1], tensors[2], unseen)
-    call = Call(tuple(tensors), options, keys=[] if paged else places[1])
+    call = Call(tuple(tensors), options, layout, keys=[] if paged else places[1])
     for b, own in enumerate(each):
         rows = places[0][b]
         lse_rows = (slice(None), *rows) if packed_q else (b, slice(None), rows[1])

@@ -3,6 +3,7 @@ bits of a result."""
 
 import math
 
+import drawn
 import pytest
 import torch
 from driver import CPUS, NATIVE, STOOD_IN, attend, gradients, ints, on_cpus, randn
@@ -38,6 +39,7 @@ def on_kernels(kernels):
 @given(data=st.data())
 def test_forward(dtype, arch, value_dim, on, data):
     call = draw_call(data, dtype, (HEAD_DIM, value_dim), on)
+    drawn.note_call(arch, "forward", call, (HEAD_DIM, value_dim), "causal" in on)
     causal, scale = "causal" in on, data.draw(st.sampled_from((None, 0.3, -0.2)))
     output, lse = attend(arch, *call.tensors, causal, scale, **call.options)
     assert_sequences(output, lse, call.sequences, causal, scale)
@@ -53,6 +55,7 @@ def test_forward(dtype, arch, value_dim, on, data):
 def test_sinks_starts_and_offsets(dtype, arch, data):
     """What needs no kernel of its own."""
     call = draw_call(data, dtype, (HEAD_DIM, HEAD_DIM), ("causal",))
+    drawn.note_call(arch, "forward", call, (HEAD_DIM, HEAD_DIM), True)
     output, lse = attend(arch, *call.tensors, True, **call.options)
     assert_sequences(output, lse, call.sequences, True)
     assert_rest_is_clear(call, output, lse)
@@ -64,6 +67,7 @@ def test_sinks_starts_and_offsets(dtype, arch, data):
 def test_backward(dtype, arch, value_dim, on, data):
     """With sinks, the log-sum-exp is that of keys and sink together."""
     call = draw_call(data, dtype, (HEAD_DIM, value_dim), on, ("dense", "packed"), fewest_keys=31)
+    drawn.note_call(arch, "backward", call, (HEAD_DIM, value_dim), "causal" in on)
     causal, options = "causal" in on, call.options
     sinks = options.pop("sinks", None)
     output, lse = attend(arch, *call.tensors, causal, sinks=sinks, **options)
