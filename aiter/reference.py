@@ -1,6 +1,7 @@
-"""Attention written down as the mathematics says it, in float64, one sequence at a time: slow, and easy to trust.
+"""Attention written down as the mathematics says it, in float64, one sequence at a time: slow, and easy to trust; and
+as PyTorch computes it, whose error says what is to be expected.
 
-`aiter demo` and the tests hold the kernels against these. What each option means stands in
+`aiter demo`, `aiter selftest` and the tests hold the kernels against these. What each option means stands in
 kernels_src/include/aiter_abi.h.
 """
 
@@ -10,6 +11,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def attend_one(
@@ -57,6 +59,43 @@ def attend_one(
     if sinks is not None:
         output = output * torch.sigmoid(lse - sinks.double().unsqueeze(1)).unsqueeze(2)
     return output.transpose(0, 1), lse
+
+
+def pytorch_attend_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    *,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    offset: int | None = None,
+) -> torch.Tensor:
+    """PyTorch's result for one sequence, in the dtype of its tensors; arguments as for `attend_one`.
+
+    Where PyTorch has an operator, by that. Soft caps, ALiBi and sinks are written out as its fused operators compute:
+    scores and their softmax in float32, weights rounded to the dtype."""
+    seq_q, heads_q, head_dim = query.shape
+    seq_k, heads_kv, _ = key.shape
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    k, v = (t.repeat_interleave(heads_q // heads_kv, 1) for t in (k, v))
+    seen = visible_keys(seq_q, seq_k, causal, window, offset, query.device)
+    if softcap == 0.0 and alibi_slopes is None and sinks is None:
+        mask = seen if causal or window else None
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)[0].transpose(0, 1)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    scores = capped(q[0].float() @ k[0].float().transpose(1, 2) * scale, softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_bias(seq_q, seq_k, alibi_slopes.float(), offset)
+    blind = ~seen.any(1).view(1, -1, 1)
+    scores = scores.masked_fill(~seen & ~blind[0], -math.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, seq_q, 1)), 2)
+    weights = scores.softmax(2)[..., :seq_k].to(v.dtype)
+    return (weights @ v[0]).masked_fill(blind, 0.0).transpose(0, 1)
 
 
 def visible_keys(

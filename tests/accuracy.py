@@ -1,49 +1,9 @@
 """The rule for accuracy: the error against float64 is at most twice that of PyTorch's own operator in the same dtype,
 plus the rounding of one output ulp (the rule of FlashAttention's own tests)."""
 
-import math
-
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-from aiter import reference
-
-
-def pytorch_attend_one(
-    query,
-    key,
-    value,
-    causal=False,
-    softmax_scale=None,
-    *,
-    window=None,
-    softcap=0.0,
-    alibi_slopes=None,
-    sinks=None,
-    offset=None,
-):
-    """PyTorch's result for one sequence, in the dtype of its tensors; arguments as for `reference.attend_one`.
-
-    Where PyTorch has an operator, by that. Soft caps, ALiBi and sinks are written out as its fused operators compute:
-    scores and their softmax in float32, weights rounded to the dtype."""
-    seq_q, heads_q, head_dim = query.shape
-    seq_k, heads_kv, _ = key.shape
-    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-    k, v = (t.repeat_interleave(heads_q // heads_kv, 1) for t in (k, v))
-    seen = reference.visible_keys(seq_q, seq_k, causal, window, offset, query.device)
-    if softcap == 0.0 and alibi_slopes is None and sinks is None:
-        mask = seen if causal or window else None
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)[0].transpose(0, 1)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-    scores = reference.capped(q[0].float() @ k[0].float().transpose(1, 2) * scale, softcap)
-    if alibi_slopes is not None:
-        scores = scores + reference.alibi_bias(seq_q, seq_k, alibi_slopes.float(), offset)
-    blind = ~seen.any(1).view(1, -1, 1)
-    scores = scores.masked_fill(~seen & ~blind[0], -math.inf)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.float().view(-1, 1, 1).expand(-1, seq_q, 1)), 2)
-    weights = scores.softmax(2)[..., :seq_k].to(v.dtype)
-    return (weights @ v[0]).masked_fill(blind, 0.0).transpose(0, 1)
+from aiter.reference import pytorch_attend_one as pytorch_attend_one
 
 
 def ulp(exact, dtype):

@@ -1,6 +1,7 @@
 """The `aiter` command: what is here, what the cache holds, building ahead of time, a demonstration.
 
     aiter info                          versions, devices, compilers, caches
+    aiter selftest                      every family of kernels on this device: right, and how fast
     aiter demo                          the five operations on the best device here, beside PyTorch's own
     aiter prewarm --arch gfx942 ...     build kernels ahead of time
     aiter cache list|verify|clear|path|export|import
@@ -72,6 +73,18 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if PyTorch has one, else the CPU")
     demo.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="default: fp16 on a GPU, fp32 on a CPU")
     _add_json(demo)
+
+    text = "try every family of kernels on a device: errors against float64, speed against the device's own"
+    ways = (
+        "aiter selftest                        # the best device here; a minute or two",
+        "aiter selftest --report aiter.json    # and one file to attach to a report",
+    )
+    selftest = _command(commands, "selftest", "selftest", "run", text, *ways)
+    selftest.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if PyTorch has one, else the CPU")
+    selftest.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU")
+    selftest.add_argument("--errors-only", action="store_true", help="time nothing")
+    selftest.add_argument("--report", metavar="FILE", help="write all of it there, as JSON")
+    _add_json(selftest)
 
     _add_prewarm(commands)
     _add_cache(commands)

@@ -18,19 +18,24 @@ from aiter.jit.toolchain import TOOLCHAINS, Toolchain
 
 
 def run(options: argparse.Namespace) -> int:
+    facts = facts_of_machine()
+    print(json.dumps(facts, indent=2) if options.json else _text(facts))
+    return 0
+
+
+def facts_of_machine() -> dict:
+    """Versions, devices, compilers, caches, settings."""
     import torch
 
     import aiter
 
-    facts = {
+    return {
         "versions": {"aiter": aiter.__version__, "python": platform.python_version(), "torch": torch.__version__},
         "devices": _devices(torch),
         "compilers": {toolchain.language: _compiler(toolchain) for toolchain in TOOLCHAINS},
         "caches": _caches(),
         "settings": {name: os.environ[name] for name in settings.VARIABLES if name in os.environ},
     }
-    print(json.dumps(facts, indent=2) if options.json else _text(facts))
-    return 0
 
 
 def _devices(torch) -> list[dict]:

@@ -7,20 +7,17 @@ who made the archive: its kernels will run.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import stat
 import tarfile
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from aiter.errors import CacheError
 from aiter.jit import trust
-from aiter.jit.disk import sync
+from aiter.jit.disk import output_file
 from aiter.jit.entry import FILES, MANIFEST, MAX_FILE_BYTES, MAX_MANIFEST_BYTES, NAME, DamagedEntry, read, seal
 from aiter.jit.store import Store
 
@@ -42,7 +39,7 @@ def export_entries(folder: Path, names: Iterable[str], path: Path) -> list[str]:
             read(folder / name)
         except DamagedEntry as damage:
             raise CacheError(f"{folder / name} {damage}; `aiter cache verify` shows all such entries") from None
-    with _target(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+    with output_file(path) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
         for name in names:
             for member in (MANIFEST, *FILES):
                 info = tarfile.TarInfo(f"{name}/{member}")
@@ -51,37 +48,6 @@ def export_entries(folder: Path, names: Iterable[str], path: Path) -> list[str]:
                 with open(folder / name / member, "rb") as content:
                     archive.addfile(info, content)
     return names
-
-
-@contextlib.contextmanager
-def _target(path: Path) -> Iterator[BinaryIO]:
-    """The file to write an archive to."""
-    try:
-        kind = os.stat(path).st_mode
-    except FileNotFoundError:
-        kind = stat.S_IFREG | 0o644
-    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
-        with open(path, "wb") as file:
-            yield file
-        return
-    if not stat.S_ISREG(kind):
-        raise CacheError(f"{path} is not a file, a pipe or a character device: name a file to write the archive to")
-    path = Path(os.path.realpath(path))
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise CacheError(f"{path} cannot be written ({error.strerror})") from None
-    try:
-        with open(handle, "wb") as file:
-            yield file
-        os.chmod(temporary, stat.S_IMODE(kind))
-        sync(Path(temporary))
-        os.rename(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:  # of the writing itself
-            raise CacheError(f"{path} cannot be written ({error.strerror})") from None
-        raise
 
 
 def import_entries(folder: Path, path: Path) -> tuple[list[str], list[str]]:

@@ -7,7 +7,12 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from aiter.errors import CacheError
 
 # Less room than this, and a failed build is put down to the full disk.
 SCARCE_BYTES = 4 << 20
@@ -20,6 +25,38 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def output_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write. It takes the place of the one at `path`, or of what a link there points to, when it is complete;
+    a pipe or a device such as /dev/stdout is written to. Raises CacheError for anything else."""
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        kind = stat.S_IFREG | 0o644
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        with open(path, "wb") as file:
+            yield file
+        return
+    if not stat.S_ISREG(kind):
+        raise CacheError(f"{path} is not a file, a pipe or a character device: name a file to write to")
+    path = Path(os.path.realpath(path))
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise CacheError(f"{path} cannot be written ({error.strerror})") from None
+    try:
+        with open(handle, "wb") as file:
+            yield file
+        os.chmod(temporary, stat.S_IMODE(kind))
+        sync(Path(temporary))
+        os.rename(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # of the writing itself
+            raise CacheError(f"{path} cannot be written ({error.strerror})") from None
+        raise
 
 
 def make_folder(path: Path, mode: int = 0o755) -> None:

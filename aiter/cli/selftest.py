@@ -1,0 +1,248 @@
+"""`aiter selftest`: every family of kernels on a device of this machine, right and how fast; one file for a report.
+
+    parent   compiles all kernels side by side, prints, writes the report
+    worker   a process of its own, with the device: family after family
+
+What a kernel can do to its process, a new device may show: a family that ends the worker, or never returns, is written
+down as that, and another worker goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+import aiter
+from aiter.cli.demo import DTYPES, choose_device
+from aiter.cli.info import facts_of_machine
+from aiter.cli.prewarm import Progress
+from aiter.cli.selftest_cases import Family, Problem, cache_write_spec, check_cache_write, families
+from aiter.cli.table import duration, table
+from aiter.errors import AiterError
+from aiter.jit import settings
+from aiter.jit.arch import arch_of, is_gpu
+from aiter.jit.cache import Cache
+from aiter.jit.disk import output_file
+from aiter.jit.log import logger
+from aiter.jit.prewarm import FAILED, prewarm
+
+PATIENCE_S = 120.0  # for one family; far more than any takes
+MEASURE, CACHE_WRITE, END = "measure", "write", "end"  # tasks beside the families' numbers
+
+
+def run(options: argparse.Namespace) -> int:
+    device = choose_device(options.device)
+    arch = arch_of(device)
+    dtype = options.dtype or ("bf16" if is_gpu(arch) else "fp32")
+    tried = families(is_gpu(arch))
+    quiet = options.json
+    if not quiet:
+        where = torch.cuda.get_device_name(device) if is_gpu(arch) else f"{torch.get_num_threads()} threads"
+        print(f"aiter {aiter.__version__} on {device} ({where}, arch {arch}), {dtype}", flush=True)
+    begin = time.monotonic()
+    compiled = compile_all(tried, dtype, arch, quiet)
+    compiling = time.monotonic() - begin
+    results = list(work_through(tried, work_on, str(device), dtype, options.errors_only))
+    report = {
+        **facts_of_machine(),
+        "tried": {"device": str(device), "arch": arch, "dtype": dtype},
+        "compiling": {"seconds": round(compiling, 2), "kernels": compiled},
+        "device": results[0],
+        "families": results[1:],
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    if options.report:
+        with output_file(Path(options.report)) as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())
+    print(json.dumps(report, indent=2) if quiet else text(report, options.report))
+    return 0 if all(row["ok"] for row in report["families"]) else 1
+
+
+def compile_all(tried: list[Family], dtype: str, arch: str, quiet: bool) -> list[dict]:
+    """Every kernel that the families need, several at a time. What cannot be compiled fails again, with its own words,
+    where it is called."""
+    specs = [cache_write_spec(dtype, arch)]
+    for family in tried:
+        with contextlib.suppress(AiterError):
+            specs += family.specs(dtype, arch)
+    specs = list(dict.fromkeys(specs))
+    logger.setLevel("WARNING")
+    with contextlib.closing(Progress(len(specs), quiet=quiet or not sys.stderr.isatty())) as progress:
+        outcomes = prewarm(specs, Cache(settings.cache_dir(), settings.prebuilt_dirs()), progress=progress)
+    return [
+        {"name": o.spec.name, "state": o.state, "seconds": o.seconds, "bytes": o.bytes}
+        | ({"error": o.error} if o.state == FAILED else {})
+        for o in outcomes
+    ]
+
+
+# ---- the parent's side ----------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that has the device, and answers one task after the other."""
+
+    def __init__(self, work: Callable[..., None], *arguments: object) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.connection, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=work, args=(theirs, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()  # so that its end is seen
+
+    def ask(self, task: object) -> dict | None:
+        """Its answer; None where it has ended, or does not return."""
+        with contextlib.suppress(EOFError, OSError):
+            self.connection.send(task)
+            if self.connection.poll(PATIENCE_S):
+                return self.connection.recv()
+        return None
+
+    def end(self) -> str:
+        """Ends it; says how it ended of itself, if it did."""
+        with contextlib.suppress(OSError):
+            self.connection.send(END)
+        self.process.join(2)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            return f"did not return within {PATIENCE_S:.0f} s"
+        return f"ended its process, by signal {-code}" if code < 0 else f"ended its process, with status {code}"
+
+
+def work_through(tried: list[Family], work: Callable[..., None], *arguments: object) -> Iterator[dict]:
+    """What the device can do, then a row for each family, from workers that do `work`."""
+    tasks: dict[str, object] = {"what the device can do": MEASURE, "cache write": CACHE_WRITE}
+    tasks |= {family.name: number for number, family in enumerate(tried)}
+    worker = None
+    try:
+        for count, (name, task) in enumerate(tasks.items(), 1):
+            if sys.stderr.isatty():
+                print(f"\r\033[K[{count}/{len(tasks)}] {name}", end="", file=sys.stderr, flush=True)
+            worker = worker or Worker(work, *arguments)
+            answer = worker.ask(task)
+            if answer is None:
+                answer, worker = {"ok": False, "problem": worker.end()}, None
+            yield {"name": name, **answer}
+    finally:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if worker:
+            worker.end()
+
+
+def text(report: dict, path: str | None) -> str:
+    rows = [_cells(row) for row in report["families"]]
+    lines = [table(("family", "", "error", "allowed", "a call", "rate", "of the bound"), rows), ""]
+    device = report["device"]
+    lines += [f"{row['name']}: {row['problem']}" for row in (device, *report["families"]) if "problem" in row]
+    lines.append("Errors: the largest of any element against float64.")
+    if "products" in device:
+        products, moved = _rate(device["products"], "FLOP/s"), _rate(device["bytes"], "B/s")
+        lines.append(f"The bound: products at {products}, as this device's own matrix multiplication does,")
+        lines.append(f"or bytes at {moved}, as its own copy does.")
+    count, right = len(report["families"]), sum(row["ok"] for row in report["families"])
+    lines.append(f"{right} of {count} families are right; {report['seconds']} s.")
+    lines.append(
+        f"The report: {path}" if path else "`aiter selftest --report FILE` writes one file to attach to a report."
+    )
+    return "\n".join(lines)
+
+
+def _cells(row: dict) -> tuple[str, ...]:
+    state = "ok" if row["ok"] else "FAILED" if "problem" in row else "WRONG"
+    errors = [f"{row[name]:.1e}" if name in row else "" for name in ("error", "allowed")]
+    if "seconds" not in row:
+        return (row["name"], state, *errors, "", "", "")
+    work, unit = (row["products"], "FLOP/s") if row["bounded_by"] == "products" else (row["bytes"], "B/s")
+    return (
+        *(row["name"], state, *errors, duration(row["seconds"])),
+        *(_rate(work / row["seconds"], unit), f"{row['share']:.0%}"),
+    )
+
+
+def _rate(value: float, unit: str) -> str:
+    prefix, scale = ("T", 1e12) if value >= 1e12 else ("G", 1e9)
+    return f"{value / scale:.3g} {prefix}{unit}"
+
+
+# ---- the worker's side ----------------------------------------------------------------------------------------------
+
+
+def work_on(connection, device_name: str, dtype_name: str, errors_only: bool) -> None:
+    """Answers each task with a row, until it is told to end."""
+    logger.setLevel("WARNING")
+    device, dtype = torch.device(device_name), DTYPES[dtype_name]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    tried = families(device.type == "cuda")
+    peaks: dict = {}
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while (task := connection.recv()) != END:
+            try:
+                if task == MEASURE:
+                    peaks = {} if errors_only else measure_device(dtype, device)
+                    answer = {"ok": True, **peaks}
+                elif task == CACHE_WRITE:
+                    right = check_cache_write(dtype, device)
+                    answer = {"ok": right} | ({} if right else {"problem": "rows do not lie where they belong"})
+                else:
+                    if not peaks and not errors_only:
+                        peaks = measure_device(dtype, device)
+                    answer = try_family(tried[task], dtype, device, peaks)
+            except (AiterError, RuntimeError, ValueError) as error:
+                answer = {"ok": False, "problem": f"{type(error).__name__}: {str(error).strip()}"}
+            connection.send(answer)
+
+
+def try_family(family: Family, dtype: torch.dtype, device: torch.device, peaks: dict) -> dict:
+    error, allowed = Problem(family, family.small, dtype, device).errors()
+    row: dict = {"ok": error <= allowed, "error": error, "allowed": allowed}
+    if peaks:
+        problem = Problem(family, family.large, dtype, device)
+        work = {"products": problem.products(), "bytes": problem.bytes()}
+        least = {kind: amount / peaks[kind] for kind, amount in work.items()}  # seconds
+        seconds = median_seconds(problem.run, device)
+        bound = max(least, key=lambda kind: least[kind])
+        row |= {**work, "seconds": seconds, "bounded_by": bound, "share": least[bound] / seconds}
+    return row
+
+
+def measure_device(dtype: torch.dtype, device: torch.device) -> dict:
+    """What the device's own matrix multiplication and copy reach: FLOP/s, bytes/s (read and written)."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    products = 2.0 * size**3 / median_seconds(lambda: a @ b, device)
+    source = torch.empty((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device).fill_(1.0)
+    target = torch.empty_like(source)
+    moved = 2.0 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), device)
+    return {"products": products, "bytes": moved}
+
+
+def median_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.6) -> float:
+    """Of one call; on a GPU by its own events, several calls in a row."""
+    call()
+    times: list[float] = []
+    end = time.monotonic() + budget
+    while len(times) < 3 or (time.monotonic() < end and len(times) < 100):
+        if device.type != "cuda":
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+            continue
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(4):
+            call()
+        stop.record()
+        torch.cuda.synchronize(device)
+        times.append(start.elapsed_time(stop) / 4e3)
+    return statistics.median(times)
