@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     compiled = compile_all(tried, dtype, arch, quiet)
     compiling = time.monotonic() - begin
-    results = list(work_through(tried, work_on, str(device), dtype, options.errors_only))
+    results = list(work_through(tried, Tester, str(device), dtype, options.errors_only))
     report = {
         **facts_of_machine(),
         "tried": {"device": str(device), "arch": arch, "dtype": dtype},
@@ -89,14 +89,16 @@ def compile_all(tried: list[Family], dtype: str, arch: str, quiet: bool) -> list
 
 
 class Worker:
-    """A process that has the device, and answers one task after the other."""
+    """A process that has the device, and answers one task after the other with `answer(*arguments)(task)`."""
 
-    def __init__(self, work: Callable[..., None], *arguments: object) -> None:
+    def __init__(self, answer: Callable[..., Callable[[object], dict]], *arguments: object) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.connection, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=work, args=(theirs, *arguments), daemon=True)
+        self.process = spawn.Process(target=_serve, args=(theirs, answer, *arguments), daemon=True)
         self.process.start()
         theirs.close()  # so that its end is seen
+        with contextlib.suppress(EOFError, OSError):
+            self.connection.recv()  # it has started; a task's time begins then
 
     def ask(self, task: object) -> dict | None:
         """Its answer; None where it has ended, or does not return."""
@@ -118,8 +120,10 @@ class Worker:
         return f"ended its process, by signal {-code}" if code < 0 else f"ended its process, with status {code}"
 
 
-def work_through(tried: list[Family], work: Callable[..., None], *arguments: object) -> Iterator[dict]:
-    """What the device can do, then a row for each family, from workers that do `work`."""
+def work_through(
+    tried: list[Family], answer: Callable[..., Callable[[object], dict]], *arguments: object
+) -> Iterator[dict]:
+    """What the device can do, then a row for each family, from workers that `answer`."""
     tasks: dict[str, object] = {"what the device can do": MEASURE, "cache write": CACHE_WRITE}
     tasks |= {family.name: number for number, family in enumerate(tried)}
     worker = None
@@ -127,11 +131,11 @@ def work_through(tried: list[Family], work: Callable[..., None], *arguments: obj
         for count, (name, task) in enumerate(tasks.items(), 1):
             if sys.stderr.isatty():
                 print(f"\r\033[K[{count}/{len(tasks)}] {name}", end="", file=sys.stderr, flush=True)
-            worker = worker or Worker(work, *arguments)
-            answer = worker.ask(task)
-            if answer is None:
-                answer, worker = {"ok": False, "problem": worker.end()}, None
-            yield {"name": name, **answer}
+            worker = worker or Worker(answer, *arguments)
+            row = worker.ask(task)
+            if row is None:
+                row, worker = {"ok": False, "problem": worker.end()}, None
+            yield {"name": name, **row}
     finally:
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -177,30 +181,38 @@ def _rate(value: float, unit: str) -> str:
 # ---- the worker's side ----------------------------------------------------------------------------------------------
 
 
-def work_on(connection, device_name: str, dtype_name: str, errors_only: bool) -> None:
-    """Answers each task with a row, until it is told to end."""
-    logger.setLevel("WARNING")
-    device, dtype = torch.device(device_name), DTYPES[dtype_name]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    tried = families(device.type == "cuda")
-    peaks: dict = {}
+def _serve(connection, answer: Callable[..., Callable[[object], dict]], *arguments: object) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
+        reply = answer(*arguments)
+        connection.send("ready")
         while (task := connection.recv()) != END:
-            try:
-                if task == MEASURE:
-                    peaks = {} if errors_only else measure_device(dtype, device)
-                    answer = {"ok": True, **peaks}
-                elif task == CACHE_WRITE:
-                    right = check_cache_write(dtype, device)
-                    answer = {"ok": right} | ({} if right else {"problem": "rows do not lie where they belong"})
-                else:
-                    if not peaks and not errors_only:
-                        peaks = measure_device(dtype, device)
-                    answer = try_family(tried[task], dtype, device, peaks)
-            except (AiterError, RuntimeError, ValueError) as error:
-                answer = {"ok": False, "problem": f"{type(error).__name__}: {str(error).strip()}"}
-            connection.send(answer)
+            connection.send(reply(task))
+
+
+class Tester:
+    """A device that families are tried on."""
+
+    def __init__(self, device: str, dtype: str, errors_only: bool) -> None:
+        logger.setLevel("WARNING")
+        self.device, self.dtype, self.errors_only = torch.device(device), DTYPES[dtype], errors_only
+        self.tried = families(self.device.type == "cuda")
+        self.peaks: dict = {}
+
+    def __call__(self, task: object) -> dict:
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            if task == CACHE_WRITE:
+                right = check_cache_write(self.dtype, self.device)
+                return {"ok": right} | ({} if right else {"problem": "rows do not lie where they belong"})
+            if not self.peaks and not self.errors_only:
+                self.peaks = measure_device(self.dtype, self.device)
+            if task == MEASURE:
+                return {"ok": True, **self.peaks}
+            assert isinstance(task, int)
+            return try_family(self.tried[task], self.dtype, self.device, self.peaks)
+        except (AiterError, RuntimeError, ValueError) as error:
+            return {"ok": False, "problem": f"{type(error).__name__}: {str(error).strip()}"}
 
 
 def try_family(family: Family, dtype: torch.dtype, device: torch.device, peaks: dict) -> dict:
