@@ -7,7 +7,7 @@ import ctypes
 import struct
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 
 class AttentionProblem(ctypes.Structure):
@@ -26,6 +26,7 @@ class AttentionProblem(ctypes.Structure):
         ("total_k", ctypes.c_int64),
         ("num_pages", ctypes.c_int64),
         ("page_table_stride", ctypes.c_int64),
+        ("listed_pages", ctypes.c_int64),
         ("query_strides", ctypes.c_int64 * 3),
         ("key_strides", ctypes.c_int64 * 3),
         ("value_strides", ctypes.c_int64 * 3),
@@ -50,7 +51,7 @@ class AttentionTensors(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("query", "key", "value", "output", "lse", "seqlens_q", "seqlens_k", "starts_q", "starts_k"),
-            *("query_offsets", "page_table", "alibi_slopes", "sinks", "workspace"),
+            *("query_offsets", "page_table", "page_indptr", "last_page_len", "alibi_slopes", "sinks", "workspace"),
         )
     )
 

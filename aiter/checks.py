@@ -181,7 +181,7 @@ class Names(NamedTuple):
 
 def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> None:
     """Raises ValueError for the first length or page number that is out of range. Waits for a GPU."""
-    seqlens_q, seqlens_k, page_table, starts_q, starts_k = indices
+    seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = indices
     if seqlens_q is not None:
         total = sizes.total_q if sizes.packed_q and starts_q is None else None
         _lengths(names.seqlens_q, seqlens_q, sizes.seqlen_q, names.longest_q, total, names.fill)
@@ -195,9 +195,12 @@ def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> No
     ):
         if starts is not None:
             _starts(name, starts, longest, total)
+    if page_table is not None and page_indptr is not None:
+        page_table, seqlens_k = _lists(page_table, page_indptr, last_page_len, seqlens_k, sizes, names.seqlens_k)
+        indices = indices._replace(page_table=page_table, seqlens_k=seqlens_k)
     if page_table is not None:
         first_seen = _first_keys_seen(sizes, indices, options)
-        _pages(page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen)
+        _pages(page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen, page_indptr)
 
 
 def _lengths(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None, fill: bool) -> None:
@@ -219,9 +222,45 @@ def _starts(name: str, starts: torch.Tensor, longest: int, total: int) -> None:
             )
 
 
+def _lists(
+    page_indices: torch.Tensor,
+    indptr: torch.Tensor,
+    last_page_len: torch.Tensor | None,
+    lengths: torch.Tensor | None,
+    sizes: Sizes,
+    lengths_name: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists of pages as a page table (batch, max_pages) and how many tokens each sequence has."""
+    listed, page_size = page_indices.shape[0], sizes.page_size
+    starts = indptr.tolist()
+    for index, (start, end) in enumerate(itertools.pairwise(starts)):
+        if not 0 <= start <= end <= listed:
+            raise ValueError(
+                f"page_indptr[{index}] is {start} and the next {end}; they must rise from 0 to the {listed} entries of "
+                "page_indices"
+            )
+    counts = indptr.diff().long()
+    last = torch.full_like(counts, page_size) if last_page_len is None else last_page_len.long()
+    for index in ((counts > 0) & ((last < 0) | (last > page_size))).nonzero().flatten().tolist():
+        raise ValueError(f"last_page_len[{index}] is {int(last[index])}; it must be from 0 to a page's {page_size}")
+    tokens = torch.where(counts > 0, (counts - 1) * page_size + last, 0)
+    for index in (tokens > sizes.seqlen_k).nonzero().flatten().tolist():
+        raise ValueError(
+            f"the pages of sequence {index} hold {int(tokens[index])} tokens, more than max_seqlen_k, {sizes.seqlen_k}"
+        )
+    if lengths is not None:
+        for index in (lengths > tokens).nonzero().flatten().tolist():
+            raise ValueError(
+                f"{lengths_name}[{index}] is {int(lengths[index])}, but its list of pages holds {int(tokens[index])}"
+            )
+        tokens = lengths.long()
+    columns = torch.arange(max(1, int(counts.max())), device=indptr.device)
+    return page_indices[(indptr[:-1].unsqueeze(1) + columns).clamp(max=listed - 1)], tokens
+
+
 def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.Tensor | None:
     """The first key of each sequence that a row sees, past the last one where there is no row; None: all are seen."""
-    seqlens_q, seqlens_k, page_table, starts_q, _ = indices
+    seqlens_q, seqlens_k, page_table, starts_q, *_ = indices
     if page_table is None or (options.window_left < 0 and seqlens_q is None and starts_q is None):
         return None
     rows = torch.full_like(page_table[:, 0], sizes.seqlen_q) if starts_q is None else starts_q.diff()
@@ -243,6 +282,7 @@ def _pages(
     lengths: torch.Tensor | None,
     seqlen_k: int,
     first_seen: torch.Tensor | None,
+    indptr: torch.Tensor | None,
 ) -> None:
     """The page numbers that the valid tokens need, from the first that a window lets a row see; what stands before and
     past them may be anything."""
@@ -257,6 +297,5 @@ def _pages(
         wrong &= torch.arange(page_table.shape[1], device=page_table.device) < needed.unsqueeze(1)
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"page_table[{row}, {column}] is {int(page_table[row, column])}; the cache has pages 0 to {num_pages - 1}"
-        )
+        name = f"page_table[{row}, {column}]" if indptr is None else f"page_indices[{int(indptr[row]) + column}]"
+        raise ValueError(f"{name} is {int(page_table[row, column])}; the cache has pages 0 to {num_pages - 1}")

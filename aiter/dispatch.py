@@ -119,7 +119,7 @@ def _through_dispatcher(
     options.check(query, None if query.dim() == 3 else query.shape[0])
     inputs = (
         *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
-        *(max_seqlen_k, indices.starts_q, indices.starts_k, *options),
+        *(max_seqlen_k, indices.starts_q, indices.starts_k, *options, indices.page_indptr, indices.last_page_len),
     )
     if out is None:
         return library.operator()(*inputs)

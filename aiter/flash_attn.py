@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from aiter import checks, kv_cache
 from aiter.dispatch import Operation, attend
-from aiter.layout import NO_INDICES, Indices
+from aiter.layout import NO_INDICES, Indices, page_lists
 from aiter.options import OptionKeywords, readable_index
 from aiter.parts import merge_attention_states
 
@@ -144,6 +144,9 @@ def flash_attn_varlen_func(
     *,
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
+    page_indptr: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    last_page_len: torch.Tensor | None = None,
     return_lse: bool = False,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -154,8 +157,10 @@ def flash_attn_varlen_func(
     q: (total_q, heads_q, head_dim); sequence b has its rows from cu_seqlens_q[b] to before cu_seqlens_q[b + 1], int32
     (batch + 1,). k, v: packed likewise, by cu_seqlens_k; or, with block_table int32 (batch, max_blocks), caches
     (num_blocks, block_size, heads_kv, head_dim) of any strides, in which sequence b has seqused_k[b] tokens (or as many
-    as cu_seqlens_k says). seqused_q, seqused_k: int32 (batch,), how many rows of each sequence count. max_seqlen_q and
-    max_seqlen_k bound the lengths. Rows of q that belong to no sequence give zeros, or are left alone in `out`.
+    as cu_seqlens_k says); or such caches with lists of pages: page_indptr int32 (batch + 1,), page_indices a flat int32
+    list, last_page_len int32 (batch,), see `aiter.flash_attn_with_kvcache`. seqused_q, seqused_k: int32 (batch,), how
+    many rows of each sequence count. max_seqlen_q and max_seqlen_k bound the lengths. Rows of q that belong to no
+    sequence give zeros, or are left alone in `out`.
     """
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others)
     starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
@@ -164,16 +169,21 @@ def flash_attn_varlen_func(
     used_k = _index("seqused_k", seqused_k, 1, "int32 (batch,)", q)
     if starts_q is None:
         raise TypeError("cu_seqlens_q must be a torch.Tensor int32 (batch + 1,), not NoneType")
-    pages = _index("block_table", block_table, 2, "int32 (batch, max_blocks)", q)
-    if pages is not None:
+    pages: dict[str, torch.Tensor | None] = {}
+    if not (page_indptr is page_indices is last_page_len is None):
+        batch = starts_q.shape[0] - 1
+        pages = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
+    elif block_table is not None:
+        pages["page_table"] = _index("block_table", block_table, 2, "int32 (batch, max_blocks)", q)
+    if pages:
         for name, cache in (("k", k), ("v", v)):
-            checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there is a block_table")
+            checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there are pages")
         if used_k is None and starts_k is not None:
             used_k = starts_k.diff()
         k, v, starts_k = k.transpose(1, 2), v.transpose(1, 2), None
     elif starts_k is None:
         raise TypeError("cu_seqlens_k must be a torch.Tensor int32 (batch + 1,), as there is no block_table")
-    indices = Indices(used_q, used_k, pages, starts_q, starts_k)
+    indices = Indices(used_q, used_k, starts_q=starts_q, starts_k=starts_k, **pages)
     return _attend(
         *(q, k, v, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options, out, deterministic),
         *(return_attn_probs, return_lse),
@@ -229,6 +239,9 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     *,
     page_table: torch.Tensor | None = None,
+    page_indptr: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    last_page_len: torch.Tensor | None = None,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k_new: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -242,7 +255,8 @@ def flash_attn_with_kvcache(
     q: (batch, seq_q, heads_q, head_dim), or with cu_seqlens_q int32 (batch + 1,) and max_seqlen_q packed (total_q,
     heads_q, head_dim). k_cache, v_cache of any strides: (batch_cache, seq_cache, heads_kv, head_dim), of which sequence
     b has row b, or row cache_batch_idx[b], int32 (batch,); or, with block_table (also called page_table) int32 (batch,
-    max_blocks), pages (num_blocks, block_size, heads_kv, head_dim).
+    max_blocks), pages (num_blocks, block_size, heads_kv, head_dim). Or such pages in lists: page_indptr int32 (batch +
+    1,), page_indices a flat int32 list, last_page_len int32 (batch,); these append nothing.
 
     cache_seqlens: an int or int32 (batch,), how many tokens each sequence has in the cache, without the new ones; None:
     a full cache. k, v: (batch, seq_new, heads_kv, head_dim), or with cu_seqlens_k_new packed: the tokens that go behind
@@ -275,7 +289,17 @@ def flash_attn_with_kvcache(
     if checks.is_int(cache_seqlens):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     lengths = _index("cache_seqlens", cache_seqlens, 1, "int32 (batch,)", q)
-    cache = _Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
+    lists: dict[str, torch.Tensor | None] = {}
+    if page_indptr is page_indices is last_page_len is None:
+        cache = _Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
+    else:
+        lists = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
+        if k is not None or v is not None or cache_batch_idx is not None:
+            raise NotImplementedError(
+                "with page_indptr, k, v and cache_batch_idx are not offered: write new tokens with "
+                "aiter.kv_cache.reshape_and_cache first, or give a block_table"
+            )
+        cache = _Cache(k_cache, v_cache, lists["page_table"], True)
     padding = _index("cache_leftpad", cache_leftpad, 1, "int32 (batch,)", q)
     seen = cache if padding is None else cache.without(padding)
 
@@ -307,7 +331,7 @@ def flash_attn_with_kvcache(
         key, value = key[:batch], value[:batch]
     indices = NO_INDICES
     if lengths is not None or seen.table is not None or starts_q is not None:
-        indices = Indices(None, lengths, seen.table, starts_q, None)
+        indices = Indices(None, lengths, starts_q=starts_q, **(lists or {"page_table": seen.table}))
     return _attend(
         *(q, key, value, indices, max_seqlen_q or 0, 0, softmax_scale, causal, options, out, False, False),
         return_softmax_lse,
@@ -435,7 +459,9 @@ def _attend(
         if not checks.is_int(bound):
             raise TypeError(f"{name} must be an int, not {type(bound).__name__}")
     if indices is not NO_INDICES:  # a bound of 0 is one that nothing but empty sequences keeps
-        max_seqlen_q, max_seqlen_k = max(max_seqlen_q, 1), max(max_seqlen_k, 1)
+        max_seqlen_q = max(max_seqlen_q, 1)
+        if indices.page_indptr is None:
+            max_seqlen_k = max(max_seqlen_k, 1)
     if out is not None:
         checks.output(out, q, v)
     if softmax_scale is None:

@@ -2,7 +2,8 @@
 
 All operations have one common form. query is (batch, seqlen_q, heads_q, head_dim), or packed (total_q, heads_q,
 head_dim); key and value are (batch, seqlen_k, heads_kv, head_dim), packed (total_k, heads_kv, head_dim), or, with a
-page table, (pages, heads_kv, page_size, head_dim). The last dimension of value, and so of the output, may be another.
+page table or lists of pages, (pages, heads_kv, page_size, head_dim). The last dimension of value, and so of the output,
+may be another.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from aiter import checks
+from aiter.options import readable_index
 
 
 class Indices(NamedTuple):
     """The int32 tensors, on the device of the query, that say which rows are valid and where they lie; None where a
-    call has none. The launch ABI (kernels_src/include/aiter_abi.h) describes each."""
+    call has none. The launch ABI (kernels_src/include/aiter_abi.h) describes each. page_table is (batch, max_pages) or,
+    with page_indptr, one flat list."""
 
     seqlens_q: torch.Tensor | None = None
     seqlens_k: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
     starts_q: torch.Tensor | None = None
     starts_k: torch.Tensor | None = None
+    page_indptr: torch.Tensor | None = None
+    last_page_len: torch.Tensor | None = None
 
 
 NO_INDICES = Indices()
@@ -43,6 +48,7 @@ class Sizes(NamedTuple):
     total_k: int
     num_pages: int
     page_table_stride: int
+    listed_pages: int
 
 
 _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
@@ -59,7 +65,8 @@ def sizes_of(
     """The sizes of a call, or None where a rule is broken: `check_common` says which. Index tensors are checked for
     their shapes alone.
 
-    max_seqlen_q and max_seqlen_k bound the lengths of packed sequences.
+    max_seqlen_q and max_seqlen_k bound the lengths of packed sequences, the latter those in lists of pages too, where 0
+    is no bound.
     """
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     dtype, head_dim = query.dtype, query_shape[-1]
@@ -82,10 +89,10 @@ def sizes_of(
         batch_k, seqlen_k, heads_kv, _ = key_shape
         if batch_k != batch or (heads_q % heads_kv if heads_kv else heads_q):
             return None
-        return _new(Sizes, (batch, heads_q, heads_kv, seqlen_q, seqlen_k, 0, 0, 0, 0, 0, 0, 0))
+        return _new(Sizes, (batch, heads_q, heads_kv, seqlen_q, seqlen_k, 0, 0, 0, 0, 0, 0, 0, 0))
 
-    seqlens_q, seqlens_k, page_table, starts_q, starts_k = indices
-    heads_q, total_q, total_k, num_pages, page_size, table_stride = query_shape[-2], 0, 0, 0, 0, 0
+    seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = indices
+    heads_q, total_q, total_k, num_pages, page_size, table_stride, listed = query_shape[-2], 0, 0, 0, 0, 0, 0
     packed_q, packed_k = len(query_shape) == 3, len(key_shape) == 3
     if packed_q:
         if starts_q is not None:
@@ -100,10 +107,18 @@ def sizes_of(
     else:
         return None
     if page_table is not None:
-        if len(key_shape) != 4 or page_table.dim() != 2 or page_table.shape[0] != batch:
+        if len(key_shape) != 4:
             return None
         num_pages, heads_kv, page_size, _ = key_shape
-        seqlen_k, table_stride = page_table.shape[1] * page_size, page_table.stride(0)
+        if page_indptr is not None:
+            if page_table.dim() != 1 or page_indptr.shape != (batch + 1,):
+                return None
+            listed = page_table.shape[0]
+            seqlen_k = min(listed * page_size, max_seqlen_k or checks.INT32_MAX, checks.INT32_MAX)
+        elif page_table.dim() != 2 or page_table.shape[0] != batch:
+            return None
+        else:
+            seqlen_k, table_stride = page_table.shape[1] * page_size, page_table.stride(0)
     elif packed_k:
         if seqlens_k is None and starts_k is None:
             return None
@@ -121,10 +136,42 @@ def sizes_of(
         or (seqlens_k is not None and seqlens_k.shape != (batch,))
         or (starts_q is not None and (not packed_q or starts_q.shape != (batch + 1,)))
         or (starts_k is not None and (not packed_k or starts_k.shape != (batch + 1,)))
+        or (page_indptr is not None and page_table is None)
+        or (last_page_len is not None and (page_indptr is None or last_page_len.shape != (batch,)))
     ):
         return None
     sizes = (batch, heads_q, heads_kv, seqlen_q, seqlen_k, packed_q, packed_k, page_size, total_q, total_k, num_pages)
-    return _new(Sizes, (*sizes, table_stride))
+    return _new(Sizes, (*sizes, table_stride, listed))
+
+
+def page_lists(
+    page_indptr: torch.Tensor | None,
+    page_indices: torch.Tensor | None,
+    last_page_len: torch.Tensor | None,
+    batch: int | None,
+    query: torch.Tensor,
+    page_table: torch.Tensor | None,
+    table_name: str = "page_table",
+) -> dict[str, torch.Tensor | None]:
+    """The fields of Indices that say where pages lie, of a call that has lists of them."""
+    if page_table is not None:
+        raise ValueError(f"{table_name} and page_indptr are two ways to name pages; give one of them")
+    if page_indptr is None or page_indices is None:
+        raise TypeError(
+            f"pages are named by {table_name}, int32 (batch, max_blocks), or by page_indptr, int32 (batch + 1,), and "
+            "page_indices, a flat int32 list"
+        )
+    ends = None if batch is None else batch + 1
+    checks.indices("page_indptr", page_indptr, (ends,), "int32 (batch + 1,)", query)
+    checks.indices("page_indices", page_indices, (None,), "int32 (listed pages,)", query)
+    lists: dict[str, torch.Tensor | None] = {
+        "page_table": readable_index(page_indices),
+        "page_indptr": readable_index(page_indptr),
+    }
+    if last_page_len is not None:
+        checks.indices("last_page_len", last_page_len, (batch,), "int32 (batch,)", query)
+        lists["last_page_len"] = readable_index(last_page_len)
+    return lists
 
 
 def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices) -> NoReturn:
@@ -151,16 +198,22 @@ def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in
         batch = indices.seqlens_q.numel() if indices.seqlens_q is not None else 0
     if not (paged or packed_k):
         checks.equal_size("key", key.shape[0], "batch size", "query", batch)
-    shapes = {
+    listed = indices.page_indptr is not None
+    if (listed and not paged) or (indices.last_page_len is not None and not listed):
+        raise ValueError("lists of pages are page_indptr and page_indices, and last_page_len only with them")
+    shapes: dict[str, tuple[tuple[int | None, ...], str]] = {
         "seqlens_q": ((batch,), "int32 (batch,)"),
         "seqlens_k": ((batch,), "int32 (batch,)"),
-        "page_table": ((batch, None), "int32 (batch, max_blocks)"),
+        "page_table": ((None,), "int32 (listed pages,)") if listed else ((batch, None), "int32 (batch, max_blocks)"),
         "starts_q": ((batch + 1,), "int32 (batch + 1,)"),
         "starts_k": ((batch + 1,), "int32 (batch + 1,)"),
+        "page_indptr": ((batch + 1,), "int32 (batch + 1,)"),
+        "last_page_len": ((batch,), "int32 (batch,)"),
     }
     for name, index in indices._asdict().items():
         if index is not None:
-            checks.indices(name, index, *shapes[name], query)
+            called = "page_indices" if listed and name == "page_table" else name
+            checks.indices(called, index, *shapes[name], query)
     for name, starts, packed in (("starts_q", indices.starts_q, packed_q), ("starts_k", indices.starts_k, packed_k)):
         if starts is not None and not packed:
             raise ValueError(f"{name} is given, but its tensor is not packed {checks.PACKED}")

@@ -12,7 +12,6 @@ for calls that need nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -28,10 +27,12 @@ _OPTIONS = (
     "SymInt window_right=-1, Scalar softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
     "Tensor? query_offsets=None, bool batch_invariant=False"
 )
+# Of calls with lists of pages, which page_table then is: those take no gradient.
+_LISTS = "Tensor? page_indptr=None, Tensor? last_page_len=None"
 _library = torch.library.Library("aiter", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? seqlens_q, Tensor? seqlens_k, Tensor? page_table, "
-    f"bool causal, Scalar softmax_scale, SymInt max_seqlen, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"bool causal, Scalar softmax_scale, SymInt max_seqlen, {_OPTIONS}, {_LISTS}) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -42,7 +43,7 @@ _library.define(
 )
 _library.define(
     "attention_out(Tensor(a!) output, Tensor query, Tensor key, Tensor value, Tensor? seqlens_q, Tensor? seqlens_k, "
-    f"Tensor? page_table, bool causal, Scalar softmax_scale, SymInt max_seqlen, {_OPTIONS}) -> Tensor",
+    f"Tensor? page_table, bool causal, Scalar softmax_scale, SymInt max_seqlen, {_OPTIONS}, {_LISTS}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Their defaults: PyTorch leaves out inputs that are equal to these at the end.
@@ -66,22 +67,31 @@ def read_call(
     window_left: int = -1,
     window_right: int = -1,
     softcap: float = 0.0,
-    *options: Any,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    query_offsets: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+    page_indptr: torch.Tensor | None = None,
+    last_page_len: torch.Tensor | None = None,
 ) -> Call:
     """The operator's arguments, checked and made readable."""
-    given = (seqlens_q, seqlens_k, page_table, starts_q, starts_k)
+    given = (seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len)
     indices = NO_INDICES
     if any(tensor is not None for tensor in given):
         for name, tensor in zip(Indices._fields, given, strict=True):
             if tensor is not None:
-                checks.indices(name, tensor, (None,) * (2 if name == "page_table" else 1), "int32", query)
+                rank = 2 if name == "page_table" and page_indptr is None else 1
+                checks.indices(name, tensor, (None,) * rank, "int32", query)
         indices = Indices(*(tensor if tensor is None else readable_index(tensor) for tensor in given))
-    sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k or max_seqlen_q)
+    if page_indptr is None:
+        max_seqlen_k = max_seqlen_k or max_seqlen_q
+    sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
     if sizes is None:
         check_common(query, key, value, indices)
     causal, left, right = one_mask(causal, window_left, window_right)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    chosen = Options(left, right, softcap_in_range(softcap), *options)
+    numbers = left, right, softcap_in_range(softcap)
+    chosen = Options(*numbers, alibi_slopes, sinks, query_offsets, batch_invariant)
     chosen.check(query, sizes.batch)
     return Call(sizes, indices, chosen.readable(), causal, scale, checks.Names())
 
@@ -198,7 +208,7 @@ class Attention(torch.autograd.Function):
             # Someone watches: a second derivative is wanted, or a compiler traces.
             grads = torch.ops.aiter.attention_backward(
                 *(grad_output, grad_lse, query, key, value, output, lse, *call.indices[:2], call.causal),
-                *(call.softmax_scale, call.sizes.seqlen_q, call.sizes.seqlen_k, *call.indices[3:], *call.options),
+                *(call.softmax_scale, call.sizes.seqlen_q, call.sizes.seqlen_k, *call.indices[3:5], *call.options),
             )
         else:
             grads = _gradients(call, grad_output, grad_lse, query, key, value, output, lse)
@@ -210,7 +220,7 @@ class Attention(torch.autograd.Function):
 
 def _save_for_backward(ctx, inputs, output):
     query, key, value, seqlens_q, seqlens_k, page_table, *numbers = inputs
-    options = (*inputs[_FIRST_OPTION:], *_DEFAULTS[len(inputs) - _FIRST_OPTION :])
+    options = (*inputs[_FIRST_OPTION:], *_DEFAULTS[len(inputs) - _FIRST_OPTION :])[: len(_DEFAULTS)]
     max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets, invariant = options
     ctx.set_materialize_grads(False)
     ctx.paged, ctx.count = page_table is not None, len(inputs)

@@ -25,7 +25,7 @@ import torch
 from aiter import checks
 from aiter.checks import BSHD, CACHE, PACKED, Names
 from aiter.dispatch import Operation, attend
-from aiter.layout import NO_INDICES, Indices, Sizes
+from aiter.layout import NO_INDICES, Indices, Sizes, page_lists
 from aiter.options import OptionKeywords, readable_index
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 # Bound once, as it is used at every call.
 _int32 = torch.int32
+_TABLE = "int32 (batch, max_blocks)"
 
 
 @overload
@@ -222,12 +223,16 @@ def multi_query_attention(
 def flash_attn_with_kvcache(
     query: torch.Tensor,
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    page_table: torch.Tensor,
+    page_table: torch.Tensor | None,
     block_size: int,
     causal: bool = ...,
     *,
     cache_seqlens: torch.Tensor | None = ...,
     seqlens_q: torch.Tensor | None = ...,
+    page_indptr: torch.Tensor | None = ...,
+    page_indices: torch.Tensor | None = ...,
+    last_page_len: torch.Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     softmax_scale: float | None = ...,
     return_lse: Literal[False] = ...,
     **options: Unpack[OptionKeywords],
@@ -236,12 +241,16 @@ def flash_attn_with_kvcache(
 def flash_attn_with_kvcache(
     query: torch.Tensor,
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    page_table: torch.Tensor,
+    page_table: torch.Tensor | None,
     block_size: int,
     causal: bool = ...,
     *,
     cache_seqlens: torch.Tensor | None = ...,
     seqlens_q: torch.Tensor | None = ...,
+    page_indptr: torch.Tensor | None = ...,
+    page_indices: torch.Tensor | None = ...,
+    last_page_len: torch.Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     softmax_scale: float | None = ...,
     return_lse: Literal[True],
     **options: Unpack[OptionKeywords],
@@ -250,12 +259,16 @@ def flash_attn_with_kvcache(
 def flash_attn_with_kvcache(
     query: torch.Tensor,
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    page_table: torch.Tensor,
+    page_table: torch.Tensor | None,
     block_size: int,
     causal: bool = ...,
     *,
     cache_seqlens: torch.Tensor | None = ...,
     seqlens_q: torch.Tensor | None = ...,
+    page_indptr: torch.Tensor | None = ...,
+    page_indices: torch.Tensor | None = ...,
+    last_page_len: torch.Tensor | None = ...,
+    max_seqlen_k: int | None = ...,
     softmax_scale: float | None = ...,
     return_lse: bool,
     **options: Unpack[OptionKeywords],
@@ -263,12 +276,16 @@ def flash_attn_with_kvcache(
 def flash_attn_with_kvcache(
     query: torch.Tensor,
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-    page_table: torch.Tensor,
+    page_table: torch.Tensor | None,
     block_size: int,
     causal: bool = True,
     *,
     cache_seqlens: torch.Tensor | None = None,
     seqlens_q: torch.Tensor | None = None,
+    page_indptr: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    last_page_len: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     **options: Unpack[OptionKeywords],
@@ -281,15 +298,27 @@ def flash_attn_with_kvcache(
     b. cache_seqlens: int32 (batch,), how many cached tokens are valid; by default all pages are full. Only the entries
     of page_table that the valid tokens need are read. seqlens_q: int32 (batch,), how many rows of a padded query are
     valid.
+
+    Instead of page_table (then None), lists of pages: those of sequence b are page_indices[page_indptr[b]] to before
+    page_indices[page_indptr[b + 1]], int32 (batch + 1,) and one flat int32 list, which may be longer. The last page of
+    a list has last_page_len[b] tokens, int32 (batch,), by default block_size. max_seqlen_k bounds the tokens of a
+    sequence (by default all that are listed); with it a GPU is shared out better.
     """
     key, value = _split_cache(kv_cache)
     if not isinstance(query, torch.Tensor) or query.dim() != 4:
         checks.tensor("query", query, 4, BSHD)
     batch = query.shape[0]
-    pages = _index("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
     lengths = _index("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
-    indices = Indices(_index("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query), lengths, pages)
-    return attend(_PAGED, (block_size,), query, key, value, causal, softmax_scale, return_lse, options, indices)
+    rows = _index("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query)
+    if page_table is not None and page_indptr is page_indices is last_page_len is None:
+        indices = Indices(rows, lengths, _index("page_table", page_table, (batch, None), _TABLE, query))
+    else:
+        lists = page_lists(page_indptr, page_indices, last_page_len, batch, query, page_table)
+        indices = Indices(rows, lengths, **lists)
+    return attend(
+        *(_PAGED, (block_size,), query, key, value, causal, softmax_scale, return_lse, options, indices),
+        max_seqlen_k=0 if max_seqlen_k is None else checks.positive_int("max_seqlen_k", max_seqlen_k),
+    )
 
 
 @overload
@@ -305,6 +334,9 @@ def variable_length_attention(
     max_seqlen_k: int | None = ...,
     page_table: torch.Tensor | None = ...,
     block_size: int | None = ...,
+    page_indptr: torch.Tensor | None = ...,
+    page_indices: torch.Tensor | None = ...,
+    last_page_len: torch.Tensor | None = ...,
     softmax_scale: float | None = ...,
     return_lse: Literal[False] = ...,
     **options: Unpack[OptionKeywords],
@@ -322,6 +354,9 @@ def variable_length_attention(
     max_seqlen_k: int | None = ...,
     page_table: torch.Tensor | None = ...,
     block_size: int | None = ...,
+    page_indptr: torch.Tensor | None = ...,
+    page_indices: torch.Tensor | None = ...,
+    last_page_len: torch.Tensor | None = ...,
     softmax_scale: float | None = ...,
     return_lse: Literal[True],
     **options: Unpack[OptionKeywords],
@@ -339,6 +374,9 @@ def variable_length_attention(
     max_seqlen_k: int | None = ...,
     page_table: torch.Tensor | None = ...,
     block_size: int | None = ...,
+    page_indptr: torch.Tensor | None = ...,
+    page_indices: torch.Tensor | None = ...,
+    last_page_len: torch.Tensor | None = ...,
     softmax_scale: float | None = ...,
     return_lse: bool,
     **options: Unpack[OptionKeywords],
@@ -355,6 +393,9 @@ def variable_length_attention(
     max_seqlen_k: int | None = None,
     page_table: torch.Tensor | None = None,
     block_size: int | None = None,
+    page_indptr: torch.Tensor | None = None,
+    page_indices: torch.Tensor | None = None,
+    last_page_len: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     **options: Unpack[OptionKeywords],
@@ -364,7 +405,8 @@ def variable_length_attention(
     Padded: tensors are (batch, max_seq_len, heads, head_dim); output rows past a sequence's length are zeros, and what
     stands in the padding, NaN included, has no effect. Packed: tensors are (total_tokens, heads, head_dim), sequences
     one after the other; the log-sum-exp is then (heads, total_tokens). With `page_table` (and `block_size`), key and
-    value are paged caches (num_blocks, heads_kv, block_size, head_dim) as in `flash_attn_with_kvcache`.
+    value are paged caches (num_blocks, heads_kv, block_size, head_dim) as in `flash_attn_with_kvcache`; likewise with
+    page_indptr, page_indices and last_page_len, which then say how many keys there are.
     seqlens_k: int32 (batch,), the lengths of keys and values where they are not those of the queries (cross-attention,
     queries that come on top of a cache); max_seqlen_k bounds them (packed; by default by the rows there are). Lengths
     may be 0.
@@ -379,18 +421,24 @@ def variable_length_attention(
         raise TypeError("seq_lengths must be a torch.Tensor int32 (batch,), not NoneType")
     batch = lengths.shape[0]
     keys = lengths if seqlens_k is None else _index("seqlens_k", seqlens_k, (batch,), "int32 (batch,)", query)
-    if page_table is None and block_size is not None:
+    listed = not (page_indptr is page_indices is last_page_len is None)
+    paged = listed or page_table is not None
+    if not paged and block_size is not None:
         raise ValueError(f"block_size is {block_size}, but there is no page_table; give both or neither")
-    if page_table is not None and block_size is None:
+    if paged and block_size is None:
         raise ValueError("page_table is given without block_size; give both or neither")
-    pages = _index("page_table", page_table, (batch, None), "int32 (batch, max_blocks)", query)
-    if seqlens_k is None:
-        max_seqlen_k = max_seq_len
-    elif max_seqlen_k is None:
-        max_seqlen_k = key.shape[0]
-    operation = _VARIABLE_LENGTH if page_table is None else _VARIABLE_LENGTH_PAGED
+    if listed:
+        lists = page_lists(page_indptr, page_indices, last_page_len, batch, query, page_table)
+        indices = Indices(lengths, None if seqlens_k is None else keys, **lists)
+        max_seqlen_k = 0 if max_seqlen_k is None else max_seqlen_k
+    else:
+        indices = Indices(lengths, keys, _index("page_table", page_table, (batch, None), _TABLE, query))
+        if seqlens_k is None:
+            max_seqlen_k = max_seq_len
+        elif max_seqlen_k is None:
+            max_seqlen_k = key.shape[0]
+    operation = _VARIABLE_LENGTH_PAGED if paged else _VARIABLE_LENGTH
     own = (max_seq_len, seqlens_k is None, block_size)
-    indices = Indices(lengths, keys, pages)
     return attend(
         *(operation, own, query, key, value, causal, softmax_scale, return_lse, options, indices),
         max_seqlen_q=max_seq_len,

@@ -195,7 +195,7 @@ def backward(
         *(call.causal, False, call.options.that_select_code),
     )
     plan = plans.get(plan_key) or _make_plan(plan_key, call, query)
-    *addresses, _, alibi_slopes, _ = _addresses(call)
+    *addresses, _, _, _, alibi_slopes, _ = _addresses(call)
     grad_strides = _strides(sizes, *(tensor.stride() for tensor in (grad_output, grads[1], grads[2], grads[0])))
     packed = pack_grad_call(
         *sizes,
@@ -223,7 +223,7 @@ def _has_no_rows(sizes: Sizes) -> bool:
 
 def _without_keys(call: Call, output: torch.Tensor, given: bool) -> torch.Tensor:
     """Zeros, but for rows of a given output that belong to no sequence."""
-    sizes, (seqlens_q, _, _, starts_q, _) = call.sizes, call.indices
+    sizes, seqlens_q, starts_q = call.sizes, call.indices.seqlens_q, call.indices.starts_q
     if not given or (seqlens_q is None and starts_q is None) or output.numel() == 0:
         return output.zero_()
     if not sizes.packed_q:
@@ -301,12 +301,12 @@ def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
 
 # What _scalars, after the scale, and _addresses are for a call without indices, options and a given output.
 _NO_SCALARS = (0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0)
-_NO_ADDRESSES = (0,) * 8
+_NO_ADDRESSES = (0,) * 10
 
 
 def _addresses(call: Call) -> tuple[int, ...]:
     """Of what a call has beside the large tensors, in the order of the tensors struct."""
-    seqlens_q, seqlens_k, page_table, starts_q, starts_k = call.indices
+    seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = call.indices
     _, _, _, alibi_slopes, sinks, query_offsets, _ = call.options
     return (
         0 if seqlens_q is None else seqlens_q.data_ptr(),
@@ -315,6 +315,8 @@ def _addresses(call: Call) -> tuple[int, ...]:
         0 if starts_k is None else starts_k.data_ptr(),
         0 if query_offsets is None else query_offsets.data_ptr(),
         0 if page_table is None else page_table.data_ptr(),
+        0 if page_indptr is None else page_indptr.data_ptr(),
+        0 if last_page_len is None else last_page_len.data_ptr(),
         0 if alibi_slopes is None else alibi_slopes.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
     )

@@ -109,6 +109,16 @@ def check_grouped(dtype, head_dim, seqlen, heads_kv, num_groups, causal):
         assert torch.equal(grouped, aiter.multi_query_attention(query, key, value, causal))
 
 
+def page_lists(page_table, lengths, page_size, spare=0):
+    """What a page table says of sequences with these lengths, as (page_indptr, page_indices, last_page_len)."""
+    counts = [-(-n // page_size) for n in lengths]
+    rows = [row[:count] for row, count in zip(page_table, counts, strict=True)]
+    indices = torch.cat([*rows, torch.full((spare,), -(2**31))]).int()
+    indptr = torch.tensor([0, *counts]).cumsum(0).int().to(indices.device)
+    last = [(n - 1) % page_size + 1 if n else 0 for n in lengths]
+    return indptr, indices, torch.tensor(last, dtype=torch.int32, device=indices.device)
+
+
 def check_kvcache(
     dtype, head_dim, form, page_size, lengths, seq_q, heads, causal, all_full=False, index_dtype=torch.int32
 ):

@@ -37,8 +37,9 @@ def ranges(problem, tensors, head_dim, workspace_bytes):
         ("output", queries, p.output_strides, p.heads_q),
     ):
         yield getattr(tensors, name), element * extent(outer, strides, heads, head_dim, tokens), name == "output"
-    table = p.batch * p.page_table_stride
-    for name, count in (("seqlens_q", p.batch), ("seqlens_k", p.batch), ("page_table", table)):
+    table = p.listed_pages or p.batch * p.page_table_stride
+    lengths = (("seqlens_q", p.batch), ("seqlens_k", p.batch), ("last_page_len", p.batch), ("page_indptr", p.batch + 1))
+    for name, count in (*lengths, ("page_table", table)):
         yield getattr(tensors, name), 4 * count, False
     yield tensors.lse, 4 * p.heads_q * row_lse, True
     yield tensors.workspace, workspace_bytes, True

@@ -1,4 +1,5 @@
-/* Where the rows of one sequence lie: the layouts of aiter_abi.h (dense, padded, packed, paged) made alike.
+/* Where the rows of one sequence lie: the layouts of aiter_abi.h (dense, padded, packed, paged, lists of pages)
+ * made alike.
  *
  * A query row is one token of one query head. The heads of a group read the same keys, so their rows are counted
  * together: row r of KV head h is token r / group of query head h * group + r % group.
@@ -35,7 +36,7 @@ AITER_INLINE int64_t aligned(int64_t bytes) { return ceil_div(bytes, ALIGNMENT) 
 /* One sequence: its lengths, where it begins in packed tensors, and where its queries stand. */
 struct Sequence {
     int64_t tokens_q, tokens_k;
-    int64_t first_q, first_k; /* 0 unless packed */
+    int64_t first_q, first_k; /* 0 unless packed; lists of pages: first_k is where in the table its own begins */
     int64_t offset;           /* query token i stands at key i + offset */
 };
 
@@ -44,10 +45,35 @@ struct Span {
     int64_t first, end;
 };
 
+/* The list of a sequence's pages among all lists: where in the table it begins, and how many tokens it holds. Both are
+ * within what there is, whatever the tensors hold. */
+struct PageList {
+    int64_t first, tokens;
+};
+
+/* Flat lists of pages; there are none where indptr is null. */
+struct PageLists {
+    const int32_t *indptr = nullptr, *last_page_len = nullptr;
+    int64_t entries = 0, page_size = 0;
+
+    PageLists() = default;
+    PageLists(const aiter_attention_problem &p, const aiter_attention_tensors &t)
+        : indptr(t.page_indptr), last_page_len(t.last_page_len), entries(p.listed_pages), page_size(p.page_size) {}
+    /* The backward pass knows no pages. */
+    PageLists(const aiter_attention_problem &, const aiter_attention_grad_tensors &) {}
+
+    PageList operator[](int64_t b) const {
+        const int64_t first = clamp(indptr[b], 0, entries), pages = clamp(indptr[b + 1], first, entries) - first;
+        const int64_t last = last_page_len ? clamp(last_page_len[b], 0, page_size) : page_size;
+        return {first, pages > 0 ? (pages - 1) * page_size + last : 0};
+    }
+};
+
 /* The sequences of a problem. Lengths, starts and offsets are read from the tensors that the caller gave; spans of
  * packed ones are kept in the workspace. */
 class Sequences {
     const int32_t *seqlens_q, *seqlens_k, *offsets;
+    PageLists lists;
     int64_t batch, most_q, most_k;
     Span *spans_q = nullptr, *spans_k = nullptr; /* null unless packed */
 
@@ -58,8 +84,8 @@ class Sequences {
 
     template <class Tensors>
     Sequences(const aiter_attention_problem &p, const Tensors &t, void *workspace)
-        : seqlens_q(t.seqlens_q), seqlens_k(t.seqlens_k), offsets(t.query_offsets), batch(p.batch), most_q(p.seqlen_q),
-          most_k(p.page_size > 0 && p.num_pages == 0 ? 0 : p.seqlen_k) {
+        : seqlens_q(t.seqlens_q), seqlens_k(t.seqlens_k), offsets(t.query_offsets), lists(p, t), batch(p.batch),
+          most_q(p.seqlen_q), most_k(p.page_size > 0 && p.num_pages == 0 ? 0 : p.seqlen_k) {
         Span *spans = static_cast<Span *>(workspace);
         if (p.packed_q) find_spans(t.starts_q, seqlens_q, most_q, p.total_q, spans_q = spans);
         if (p.packed_k) find_spans(t.starts_k, seqlens_k, most_k, p.total_k, spans_k = spans + p.packed_q * batch);
@@ -74,6 +100,11 @@ class Sequences {
         if (spans_k) {
             s.first_k = spans_k[b].first;
             s.tokens_k = spans_k[b].end - spans_k[b].first;
+        }
+        if (lists.indptr) {
+            const PageList own = lists[b];
+            s.first_k = own.first;
+            s.tokens_k = minimum(s.tokens_k, own.tokens);
         }
         s.offset = offsets ? offsets[b] : s.tokens_k - s.tokens_q;
         return s;
@@ -128,7 +159,7 @@ struct KeyRows {
           value_stride(p.value_strides[1]), pages(nullptr), page_size(p.page_size), num_pages(p.num_pages),
           key_page_stride(p.key_strides[0]), value_page_stride(p.value_strides[0]) {
         if (page_size > 0) {
-            pages = t.page_table + b * p.page_table_stride;
+            pages = t.page_table + (t.page_indptr ? sequence.first_k : b * p.page_table_stride);
         } else {
             key += sequence.first_k * key_stride + (p.packed_k ? 0 : b * p.key_strides[0]);
             value += sequence.first_k * value_stride + (p.packed_k ? 0 : b * p.value_strides[0]);

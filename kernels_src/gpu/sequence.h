@@ -14,28 +14,44 @@ using Arguments = aiter_attention_call; /* the kernel parameter */
 
 /* The tokens of all sequences on one side, queries or keys: what says where each sequence's are. */
 struct Side {
-    const int32_t *lengths, *starts; /* null where there are none */
+    const int32_t *lengths, *starts; /* null where there are none; starts: of packed rows, or of lists of pages */
     int most;
     bool packed;
-    int64_t total; /* packed */
+    int64_t total; /* packed: rows; lists of pages: entries of the table */
+    /* Keys in lists of pages. */
+    const int32_t *last_page_len;
+    int page_size;
 };
 template <class Tensors>
 __device__ __forceinline__ Side query_side(const aiter_attention_problem &p, const Tensors &t) {
-    return {t.seqlens_q, t.starts_q, p.seqlen_q, p.packed_q != 0, p.total_q};
+    return {t.seqlens_q, t.starts_q, p.seqlen_q, p.packed_q != 0, p.total_q, nullptr, 0};
 }
 template <class Tensors> __device__ __forceinline__ Side key_side(const aiter_attention_problem &p, const Tensors &t) {
-    return {t.seqlens_k, t.starts_k, p.seqlen_k, p.packed_k != 0, p.total_k};
+    if constexpr (PAGED)
+        return {t.seqlens_k, t.page_indptr, p.seqlen_k, false, p.listed_pages, t.last_page_len, p.page_size};
+    else return {t.seqlens_k, t.starts_k, p.seqlen_k, p.packed_k != 0, p.total_k, nullptr, 0};
 }
 
-/* Rows of one sequence: where they begin (packed) or 0, and how many there are. */
+/* Rows of one sequence: where they begin (packed), where in the table its list of pages begins, or 0; and how many there
+ * are. */
 struct Extent {
     int64_t begin;
     int count;
 };
 
-/* Of a packed sequence with starts, or where the last one ends. */
+/* Of a packed sequence or list of pages with starts, or where the last one ends. */
 __device__ __forceinline__ int64_t start_of(const Side &side, int batch) {
     return lesser<int64_t>(greater(uniform(side.starts[batch]), 0), side.total);
+}
+
+/* How many tokens the list of a sequence's pages holds. */
+__device__ __forceinline__ int listed(const Side &side, int batch) {
+    const auto start = [&](int b) { return lesser<int64_t>(greater(side.starts[b], 0), side.total); };
+    const int64_t pages = start(batch + 1) - start(batch);
+    if (pages <= 0) return 0;
+    const int last =
+        side.last_page_len == nullptr ? side.page_size : clamp(side.last_page_len[batch], 0, side.page_size);
+    return static_cast<int>(lesser<int64_t>((pages - 1) * side.page_size + last, side.most));
 }
 
 /* How many rows a sequence has, as far as that can be told without adding up those before it. */
@@ -43,6 +59,7 @@ __device__ __forceinline__ int length_of(const Side &side, int batch) {
     int count = side.most;
     if (side.packed && side.starts != nullptr)
         count = lesser(count, greater(greater(side.starts[batch + 1], 0) - greater(side.starts[batch], 0), 0));
+    if (PAGED && side.page_size > 0 && side.starts != nullptr) count = listed(side, batch);
     return side.lengths == nullptr ? count : lesser(count, clamp(side.lengths[batch], 0, side.most));
 }
 
@@ -64,6 +81,8 @@ __device__ __forceinline__ Extent extent(const Side &side, int batch) {
             result.begin = lesser(result.begin, side.total);
         }
     }
+    if (PAGED && side.page_size > 0 && side.starts != nullptr)
+        result = {start_of(side, batch), uniform(listed(side, batch))};
     if (side.lengths != nullptr) result.count = lesser(result.count, uniform(clamp(side.lengths[batch], 0, side.most)));
     if (side.packed) result.count = static_cast<int>(lesser<int64_t>(result.count, side.total - result.begin));
     return result;
@@ -157,7 +176,7 @@ template <> struct KeyValueRows<true> {
         key_page_stride = p.key_strides[0] * 2, value_page_stride = p.value_strides[0] * 2;
         key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
         value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
-        pages = t.page_table + batch * p.page_table_stride;
+        pages = t.page_table + (t.page_indptr == nullptr ? batch * p.page_table_stride : extent.begin);
         page_size = p.page_size;
         last_page = static_cast<int>(p.num_pages - 1);
     }

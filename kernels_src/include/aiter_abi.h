@@ -23,6 +23,9 @@
  *            batch stride is not used.
  *   paged    (page_size > 0) token t of sequence b lies in page page_table[b * page_table_stride + t / page_size] at
  *            position t % page_size. The strides of key and value are then {page, position, head}.
+ *   lists    (paged, with page_indptr) the same, but page_table is one flat list: the pages of sequence b are its entries
+ *            page_indptr[b] to before page_indptr[b + 1], of which the last holds last_page_len[b] tokens (without that,
+ *            page_size). These, and seqlens_k if there are any, say how many tokens a sequence has.
  *
  * Rows of the output that belong to no sequence (padding, and packed rows before, between and past the sequences)
  * become zeros, their log-sum-exp -inf, where clear_rest is 1; else they are left as they are.
@@ -39,16 +42,16 @@
  * A sink is a score of a query head that joins the sum of the softmax with no value to weight: the output is multiplied
  * by 1 / (1 + exp(sink - log-sum-exp)); the log-sum-exp that is returned is that of the keys alone.
  *
- * Values that live in device memory (seqlens, starts, page_table, offsets) are not checked by the host: kernels clamp
- * lengths to [0, seqlen_q/k], packed rows to [0, total] and page numbers to [0, num_pages), so that no access leaves
- * the tensors.
+ * Values that live in device memory (seqlens, starts, page_table, page_indptr, last_page_len, offsets) are not checked by
+ * the host: kernels clamp lengths to [0, seqlen_q/k], packed rows to [0, total], lists of pages to [0, listed_pages] and
+ * page numbers to [0, num_pages), so that no access leaves the tensors.
  */
 #ifndef AITER_ABI_H
 #define AITER_ABI_H
 
 #include <stdint.h>
 
-#define AITER_ABI_VERSION 2
+#define AITER_ABI_VERSION 3
 
 #ifdef __cplusplus
 #define AITER_EXPORT extern "C" __attribute__((visibility("default")))
@@ -61,7 +64,8 @@ typedef struct aiter_attention_problem {
     int32_t heads_q;
     int32_t heads_kv;          /* divides heads_q; query head h reads KV head h / (heads_q / heads_kv) */
     int32_t seqlen_q;          /* rows per sequence, or the most that any sequence has */
-    int32_t seqlen_k;          /* the same for keys; paged: the most tokens that a row of the page table holds */
+    int32_t seqlen_k;          /* the same for keys; paged: the most tokens that a row of the page table,
+                                  or any list of pages, holds */
     int32_t packed_q;          /* 0 or 1 */
     int32_t packed_k;          /* 0 or 1; never together with pages */
     int32_t page_size;         /* tokens per page; 0 when key and value are not paged */
@@ -69,6 +73,7 @@ typedef struct aiter_attention_problem {
     int64_t total_k;           /* packed: rows in key, else 0 */
     int64_t num_pages;         /* paged: pages in the cache, else 0 */
     int64_t page_table_stride; /* paged: elements from one row of the table to the next, else 0 */
+    int64_t listed_pages;      /* lists: entries in page_table, else 0 */
     int64_t query_strides[3];  /* batch, token, head */
     int64_t key_strides[3];    /* batch, token, head; paged: page, position, head */
     int64_t value_strides[3];
@@ -97,7 +102,9 @@ typedef struct aiter_attention_tensors {
     const int32_t *starts_q;      /* packed: (batch + 1,) or null */
     const int32_t *starts_k;      /* packed: (batch + 1,) or null */
     const int32_t *query_offsets; /* (batch,) or null */
-    const int32_t *page_table;    /* (batch, pages) or null */
+    const int32_t *page_table;    /* (batch, pages), (listed_pages,) or null */
+    const int32_t *page_indptr;   /* lists: (batch + 1,), else null */
+    const int32_t *last_page_len; /* lists: (batch,) or null */
     const float *alibi_slopes;    /* (heads_q,) or (batch, heads_q); where AITER_ALIBI */
     const float *sinks;           /* (heads_q,) or null */
     void *workspace;              /* aiter_workspace_bytes(call) bytes, 256-byte aligned, or null when that is 0 */

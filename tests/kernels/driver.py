@@ -102,10 +102,12 @@ class Options:
     scale: float | None = None
     seqlens_q: torch.Tensor | None = None
     seqlens_k: torch.Tensor | None = None
-    page_table: torch.Tensor | None = None
+    page_table: torch.Tensor | None = None  # (batch, pages), or with page_indptr a flat list
     max_seqlen: tuple[int, int] | None = None  # packed: rows and keys of the longest sequence
     starts_q: torch.Tensor | None = None
     starts_k: torch.Tensor | None = None
+    page_indptr: torch.Tensor | None = None
+    last_page_len: torch.Tensor | None = None
     query_offsets: torch.Tensor | None = None
     window: tuple[int, int] | None = None
     softcap: float = 0.0
@@ -132,7 +134,8 @@ class Options:
             total_q=query.shape[0] if packed_q else 0,
             total_k=key.shape[0] if packed_k else 0,
             num_pages=key.shape[0] if paged else 0,
-            page_table_stride=self.page_table.stride(0) if paged else 0,
+            page_table_stride=self.page_table.stride(0) if paged and self.page_indptr is None else 0,
+            listed_pages=0 if self.page_indptr is None else len(self.page_table),
             query_strides=_strides(query),
             key_strides=_strides(key),
             value_strides=_strides(value),
@@ -148,6 +151,8 @@ class Options:
         )
 
     def _most_keys(self, key: torch.Tensor) -> int:
+        if self.page_indptr is not None:
+            return len(self.page_table) * key.shape[1]
         if self.page_table is not None:
             return self.page_table.shape[1] * key.shape[1]
         return self.max_seqlen[1] if key.dim() == 3 else key.shape[1]
@@ -173,6 +178,7 @@ class Options:
 
 
 _LAYOUT = ("seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes")
+_PAGES = ("page_table", "page_indptr", "last_page_len")
 
 
 def attend(
@@ -195,7 +201,7 @@ def attend(
     packed, heads_q = query.dim() == 3, query.shape[-2]
     lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
     lse = torch.full(lse_shape, math.nan, device=query.device)
-    reads = {"query": query, "key": key, "value": value, **call.reads(*_LAYOUT, "page_table", "sinks")}
+    reads = {"query": query, "key": key, "value": value, **call.reads(*_LAYOUT, *_PAGES, "sinks")}
     built = _kernel(target, call.spec(target, name, query, value))
     problem = call.problem(query, key, value, output, lse)
     _run(target, built, problem, reads, {"output": output, "lse": lse}, threads, parallel, stats)

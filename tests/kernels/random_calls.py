@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from driver import ints, randn, strided
 from hypothesis import strategies as st
-from problems import STRIDES, Sequence
+from problems import STRIDES, Sequence, page_lists
 
 from aiter import reference
 
@@ -100,7 +100,13 @@ def draw_call(
         places.append(rows)
     options |= {"seqlens_q": ints(lengths[0]), "seqlens_k": ints(lengths[1])}
     if paged:
-        tensors[1:] = paginate(options, seq_k, pick(1, 7, 16, 64), tensors[1], tensors[2], unseen)
+        page_size = pick(1, 7, 16, 64)
+        tensors[1:] = paginate(options, seq_k, page_size, tensors[1], tensors[2], unseen)
+        if draw(st.booleans()):
+            names = "page_indptr", "page_table", "last_page_len"
+            options |= zip(names, page_lists(options["page_table"], lengths[1], page_size, spare=3), strict=True)
+            if draw(st.booleans()):
+                del options["seqlens_k"]
     call = Call(tuple(tensors), options, layout, keys=[] if paged else places[1])
     for b, own in enumerate(each):
         rows = places[0][b]

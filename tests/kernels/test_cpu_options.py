@@ -172,11 +172,12 @@ def test_whatever_device_memory_holds(dtype, arch, value_dim, on, data):
         return ints(data.draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))).view(shape)
 
     batch, heads, seq_q, seq_k = 3, 4, data.draw(st.sampled_from((1, 20))), 33
-    layout = data.draw(st.sampled_from(("dense", "packed", "paged")))
+    layout = data.draw(st.sampled_from(("dense", "packed", "paged", "lists")))
     query_shape, key_shape = {
         "dense": ((batch, seq_q), (batch, seq_k)),
         "packed": ((40,), (41,)),
         "paged": ((batch, seq_q), (9, 7)),
+        "lists": ((batch, seq_q), (9, 7)),
     }[layout]
     query = randn(*query_shape, heads, HEAD_DIM, dtype=dtype)
     key, value = (randn(*key_shape, 2, dim, dtype=dtype) for dim in (HEAD_DIM, value_dim))
@@ -187,8 +188,10 @@ def test_whatever_device_memory_holds(dtype, arch, value_dim, on, data):
         options |= {"starts_q": anything(batch + 1), "starts_k": anything(batch + 1), "max_seqlen": (seq_q, seq_k)}
     if layout == "paged":
         options["page_table"] = anything(batch, 5)
+    if layout == "lists":
+        options |= {"page_table": anything(11), "page_indptr": anything(batch + 1), "last_page_len": anything(batch)}
     output, lse = attend(arch, query, key, value, **options)
     assert output.isfinite().all() and not lse.isnan().any()
-    if layout != "paged":
+    if layout not in ("paged", "lists"):
         grads = gradients(arch, query, key, value, output, lse, torch.randn_like(output), **options)
         assert all(grad.isfinite().all() for grad in grads)

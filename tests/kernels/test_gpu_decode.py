@@ -10,7 +10,7 @@ import math
 import driver
 import torch
 from driver import DTYPES, GPUS, ints, on_targets, randn
-from problems import Sequence, assert_sequences
+from problems import Sequence, assert_sequences, page_lists
 
 from aiter import reference
 
@@ -89,7 +89,11 @@ def test_paged(target, dtype, head_dim, causal, paged):
             page_table[b, used:] = (-1, 2**31 - 1)[b % 2]  # entries that no valid token needs may be anything
             sequences.append(Sequence(query[b], *tensors, (b,), (b,)))
         key, value = (cache.transpose(1, 2) for cache in caches)
-        output, lse = attend(target, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table)
+        pages = {"seqlens_k": ints(lengths), "page_table": page_table}
+        if index % 3 != 2:
+            indptr, indices, last = page_lists(page_table, lengths, page_size, spare=2)
+            pages = {"page_indptr": indptr, "page_table": indices, "last_page_len": last}
+        output, lse = attend(target, query, key, value, causal, **pages)
         assert_sequences(output, lse, sequences, causal)
 
 

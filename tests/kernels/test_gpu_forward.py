@@ -8,7 +8,7 @@ import math
 
 import torch
 from driver import DTYPES, GPU_DTYPES, GPUS, attend, ints, on_targets, strided
-from problems import STRIDES, Sequence, assert_sequences
+from problems import STRIDES, Sequence, assert_sequences, page_lists
 
 ROWS = 128  # query rows of a block
 
@@ -110,9 +110,17 @@ def test_paged(target, dtype, head_dim, causal, paged):
             page_table[b, used:] = (-1, 2**31 - 1)[b % 2]  # entries that no valid token needs may be anything
             sequences.append(Sequence(query[b], *tensors, (b,), (b,)))
         key, value = (cache.transpose(1, 2) for cache in caches)
-        output, lse = attend(target, query, key, value, causal, seqlens_k=ints(lengths), page_table=page_table)
+        pages = {"seqlens_k": ints(lengths), "page_table": page_table}
+        if listed := group == 1:
+            indptr, indices, last = page_lists(page_table, lengths, page_size, spare=2)
+            pages = {"page_indptr": indptr, "page_table": indices, "last_page_len": last}
+        output, lse = attend(target, query, key, value, causal, **pages)
         assert_sequences(output, lse, sequences, causal)
         # A bad page number or length stays inside the tensors: the emulator watches, the result does not matter.
+        if listed:
+            indptr.copy_(ints([-9, 3, 2, 2**30, 4])), indices[0].fill_(2**30), last.copy_(ints([-1, 2**30, 3, 1]))
+            attend(target, query, key, value, causal, **pages)
+            continue
         page_table[0, 0], page_table[3, 0] = -5, 2**30
         attend(target, query, key, value, causal, seqlens_k=ints([-3, 9, 2**30, 1]), page_table=page_table)
 

@@ -124,8 +124,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         if (error != hipSuccess) return error;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
-        const bool given =
-            t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr || t.starts_k != nullptr;
+        const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
+                           t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
         const bool counted = !equal && t.workspace != nullptr && tiles > blocks;
         launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
