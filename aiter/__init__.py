@@ -6,8 +6,11 @@
 The first call of a kind compiles its kernel and keeps it on disk; every later call, in any process, dispatches to it.
 """
 
+import os
 import sys
 from typing import TYPE_CHECKING
+
+from aiter.integrations.rocm import names as _rocm
 
 if TYPE_CHECKING:
     from aiter.operations import (
@@ -34,17 +37,23 @@ __all__ = [
 
 def _load() -> None:
     from aiter import operations, parts
+    from aiter.integrations.rocm.attention import either_flash_attn_func
 
     for module in (operations, parts):
         globals().update({name: getattr(module, name) for name in __all__ if hasattr(module, name)})
+    globals()["flash_attn_func"] = either_flash_attn_func
 
 
 def __getattr__(name: str) -> object:
+    if name in _rocm.TOP_LEVEL:
+        return _rocm.resolve(name)
     if name not in __all__:
-        raise AttributeError(f"module 'aiter' has no attribute {name!r}")
+        raise _rocm.no_attribute("aiter", name)
     _load()
     return globals()[name]
 
+
+_rocm.install(os.path.dirname(__file__))
 
 # The command line looks after kernels without PyTorch, whose import takes a second. Whoever has imported PyTorch, or
 # uses an operation, gets everything.
