@@ -189,12 +189,12 @@ def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> No
         total = sizes.total_k if sizes.packed_k and starts_k is None else None
         name = names.seqlens_q if seqlens_k is seqlens_q else names.seqlens_k
         _lengths(name, seqlens_k, sizes.seqlen_k, names.longest_k, total, False)
-    for name, starts, longest, total in (
-        (names.starts_q, starts_q, sizes.seqlen_q, sizes.total_q),
-        (names.starts_k, starts_k, sizes.seqlen_k, sizes.total_k),
+    for name, starts, lengths, longest, total in (
+        (names.starts_q, starts_q, seqlens_q, sizes.seqlen_q, sizes.total_q),
+        (names.starts_k, starts_k, seqlens_k, sizes.seqlen_k, sizes.total_k),
     ):
-        if starts is not None:
-            _starts(name, starts, longest, total)
+        if starts is not None:  # lengths say how many of the rows between two starts count
+            _starts(name, starts, longest if lengths is None else total, total)
     if page_table is not None and page_indptr is not None:
         page_table, seqlens_k = _lists(page_table, page_indptr, last_page_len, seqlens_k, sizes, names.seqlens_k)
         indices = indices._replace(page_table=page_table, seqlens_k=seqlens_k)

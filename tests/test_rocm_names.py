@@ -114,7 +114,7 @@ def test_compiled():
 
 
 def test_rows_of_padded_batches():
-    counts, used = (20, 33), (7, 33)
+    counts, used = (20, 12), (7, 30)  # fewer than there is room for: the bounds are theirs
     q, k, v = (randn(2, 33, heads, 64, dtype=DTYPE) for heads in (4, 2, 2))
     output, lse = aiter.flash_attn_func(
         q=q, k=k, v=v, cu_seqlens_q=starts(counts), cu_seqlens_kv=starts(used), return_lse=True
@@ -122,7 +122,7 @@ def test_rows_of_padded_batches():
     packed = [tensor.flatten(0, 1) for tensor in (q, k, v)]
     places = ints([0, 33, 66])
     padded = aiter.flash_attn_varlen_func(
-        *(*packed, starts(counts), starts(used), 33, 33),
+        *(*packed, starts(counts), starts(used), max(counts), max(used)),
         cu_seqlens_q_padded=places,
         cu_seqlens_k_padded=places,
         return_lse=True,
@@ -212,6 +212,16 @@ def test_unified_attention():
             *(case.query, case.key, case.value, case.out, case.starts, max(QUERIES), case.lengths, max(LENGTHS)),
             *(0.2, True, (-1, -1), case.table, 0.0, None, one, one),
             output_scale=one,
+        )
+
+
+def test_queries_of_8_bits():
+    case = Paged()
+    case.query = case.query.to(torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="a query of 8 bits is not offered"):
+        aiter.mha_batch_prefill_func(
+            *(case.query, case.key, case.value, case.starts, case.indptr, case.indices, 8, 64),
+            kv_last_page_lens=case.last,
         )
 
 

@@ -18,13 +18,14 @@ static inline bool lengths_fit(const int32_t *lengths, int64_t batch, int64_t mo
     return !packed || (fill ? sum == total : sum <= total);
 }
 
-/* Starts that do not fall and end within the rows. */
-static inline bool starts_fit(const int32_t *starts, int64_t batch, int64_t most, int64_t total) {
+/* Starts that do not fall and end within the rows; no more than `most` apart, unless lengths say how many count. */
+static inline bool starts_fit(const int32_t *starts, const int32_t *lengths, int64_t batch, int64_t most,
+                              int64_t total) {
     if (!starts) return true;
     if (starts[0] < 0 || starts[batch] > total) return false;
     for (int64_t b = 0; b < batch; b++) {
         const int64_t length = static_cast<int64_t>(starts[b + 1]) - starts[b];
-        if (length < 0 || length > most) return false;
+        if (length < 0 || (!lengths && length > most)) return false;
     }
     return true;
 }
@@ -32,7 +33,7 @@ static inline bool starts_fit(const int32_t *starts, int64_t batch, int64_t most
 /* Lists of pages that do not fall and end within the entries, and hold no more tokens than they may. */
 static inline bool lists_fit(const aiter_attention_problem &p, const aiter_attention_tensors &t) {
     if (!t.page_indptr) return true;
-    if (!starts_fit(t.page_indptr, p.batch, p.listed_pages, p.listed_pages)) return false;
+    if (!starts_fit(t.page_indptr, nullptr, p.batch, p.listed_pages, p.listed_pages)) return false;
     const PageLists lists(p, t);
     for (int64_t b = 0; b < p.batch; b++) {
         const int64_t tokens = lists[b].tokens;
@@ -67,8 +68,8 @@ static inline bool values_fit(const aiter_attention_problem &p, const aiter_atte
     const bool sums_q = p.packed_q && !t.starts_q, sums_k = p.packed_k && !t.starts_k;
     return lengths_fit(t.seqlens_q, p.batch, p.seqlen_q, sums_q, p.total_q, p.check_values == 2) &&
            lengths_fit(t.seqlens_k, p.batch, p.seqlen_k, sums_k, p.total_k, false) &&
-           starts_fit(t.starts_q, p.batch, p.seqlen_q, p.total_q) &&
-           starts_fit(t.starts_k, p.batch, p.seqlen_k, p.total_k) && lists_fit(p, t) && pages_fit(p, t);
+           starts_fit(t.starts_q, t.seqlens_q, p.batch, p.seqlen_q, p.total_q) &&
+           starts_fit(t.starts_k, t.seqlens_k, p.batch, p.seqlen_k, p.total_k) && lists_fit(p, t) && pages_fit(p, t);
 }
 
 #endif

@@ -265,7 +265,7 @@ def mha_batch_prefill_func(
         out=out,
         return_lse=return_lse or return_attn_probs,
         **_where(cu_seqlens_q.shape[0] - 1, kv_indptr, kv_page_indices, kv_last_page_lens, block_table, seqlen_k),
-        **_descales(k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale),
+        **_descales(q, k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale),
     )
     return _returned(result, return_lse, return_attn_probs)
 
@@ -312,7 +312,7 @@ def paged_attention_v1(
         block_table=block_tables,
         seqused_k=context_lens,
         **_paged_options(scale, alibi_slopes, logits_soft_cap, sliding_window),
-        **_descales(caches[0], k_descale=k_scale, v_descale=v_scale),
+        **_descales(query, caches[0], k_descale=k_scale, v_descale=v_scale),
     )
     return out
 
@@ -350,7 +350,7 @@ def paged_attention_ragged(
         out=out,
         **_where(batch, kv_indptr, kv_page_indices, kv_last_page_lens),
         **_paged_options(scale, alibi_slopes, logits_soft_cap),
-        **_descales(caches[0], k_descale=k_scale, v_descale=v_scale),
+        **_descales(query, caches[0], k_descale=k_scale, v_descale=v_scale),
     )
     return out
 
@@ -401,7 +401,7 @@ def mla_decode_fwd(
         out=o,
         return_lse=return_lse,
         **_where(qo_indptr.shape[0] - 1, kv_indptr, kv_indices, kv_last_page_lens),
-        **_descales(kv_buffer, q_descale=q_scale, k_descale=kv_scale, v_descale=kv_scale),
+        **_descales(q, kv_buffer, q_descale=q_scale, k_descale=kv_scale, v_descale=kv_scale),
     )
     return o, result[1].transpose(0, 1) if return_lse else None
 
@@ -554,8 +554,10 @@ def _paged_options(scale: float, slopes: Tensor | None, softcap: float, sliding_
     return {"softmax_scale": scale, "alibi_slopes": slopes, "softcap": softcap, "window_size": window, "causal": True}
 
 
-def _descales(cache: Tensor, **descales: Tensor | None) -> dict[str, Any]:
+def _descales(q: Tensor, cache: Tensor, **descales: Tensor | None) -> dict[str, Any]:
     """Of 8-bit caches; others are not scaled, whatever is given."""
+    if q.element_size() == 1:
+        raise NotImplementedError(f"a query of 8 bits is not offered (it was {q.dtype}); give it in 16 bits")
     return descales if cache.element_size() == 1 else {}
 
 

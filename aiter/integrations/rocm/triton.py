@@ -62,7 +62,7 @@ def unified_attention(
         seqused_k=seqused_k,
         sinks=sinks,
         out=out,
-        **_descales(k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale),
+        **_descales(q, k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale),
     )
 
 
@@ -101,7 +101,7 @@ def mla_decode_fwd(
         block_table=block_tables,
         seqused_k=seqused_k,
         out=out,
-        **_descales(kv_buffer, q_descale=q_descale, k_descale=kv_descale, v_descale=kv_descale),
+        **_descales(q, kv_buffer, q_descale=q_descale, k_descale=kv_descale, v_descale=kv_descale),
     )
 
 
