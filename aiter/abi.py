@@ -7,7 +7,7 @@ import ctypes
 import struct
 from typing import Any
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 
 class AttentionProblem(ctypes.Structure):
@@ -40,6 +40,8 @@ class AttentionProblem(ctypes.Structure):
         ("clear_rest", ctypes.c_int32),
         ("batch_invariant", ctypes.c_int32),
         ("check_values", ctypes.c_int32),
+        ("attention_chunk", ctypes.c_int32),
+        ("dropout_threshold", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
 
@@ -51,7 +53,8 @@ class AttentionTensors(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("query", "key", "value", "output", "lse", "seqlens_q", "seqlens_k", "starts_q", "starts_k"),
-            *("query_offsets", "page_table", "page_indptr", "last_page_len", "alibi_slopes", "sinks", "workspace"),
+            *("query_offsets", "page_table", "page_indptr", "last_page_len", "alibi_slopes", "sinks", "rng_state"),
+            "workspace",
         )
     )
 
@@ -84,7 +87,7 @@ class AttentionGradTensors(ctypes.Structure):
         for name in (
             *("query", "key", "value", "output", "lse", "grad_output", "grad_lse", "grad_query", "grad_key"),
             *("grad_value", "seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes"),
-            "workspace",
+            *("rng_state", "workspace"),
         )
     )
 

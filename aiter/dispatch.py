@@ -79,7 +79,7 @@ def attend(
     if keywords:
         causal, options = read_options(causal, keywords)
         options.check(query, sizes.batch)
-        sinks, options = options.sinks, options.readable()
+        sinks, options = options.sinks, options.drawn(query).readable()
     if out is not None:
         checks.output(out, query, value)
     call = _new(Call, (sizes, indices, options, causal, softmax_scale, names))
@@ -117,6 +117,7 @@ def _through_dispatcher(
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(causal, keywords)
     options.check(query, None if query.dim() == 3 else query.shape[0])
+    options = options.drawn(query)
     inputs = (
         *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
         *(max_seqlen_k, indices.starts_q, indices.starts_k, *options, indices.page_indptr, indices.last_page_len),

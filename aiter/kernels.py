@@ -10,6 +10,7 @@ from aiter.jit.spec import Spec
 
 if TYPE_CHECKING:
     from aiter.layout import Sizes
+    from aiter.options import Options
 
 # head_dim is a multiple of the step up to the maximum, or, of queries and keys alone, that of latent attention: 512
 # that are values too, and 64 that carry positions (DeepSeek's models).
@@ -23,15 +24,17 @@ DECODE_ROWS = 64
 ANY_HEAD_DIM = 0
 
 
-def forward_kernel(sizes: Sizes, head_dim: int, batch_invariant: bool) -> str:
+def forward_kernel(sizes: Sizes, head_dim: int, options: Options) -> str:
     """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all.
 
     Latent attention has room for its tiles in the decoding kernel alone. Where bits may not depend on how a prompt was
-    cut into calls, all of it takes one kernel.
+    cut into calls, all of it takes one kernel. Dropout is of training: decoding knows none.
     """
     if head_dim > HEAD_DIM_MAX:
+        if options.dropout_p:
+            raise UnsupportedError(f"head_dim {head_dim} has no dropout on a GPU; up to {HEAD_DIM_MAX} it does")
         return "attention_decode"
-    if batch_invariant:
+    if options.batch_invariant or options.dropout_p:
         return "attention_forward"
     decodes = sizes.seqlen_q * (sizes.heads_q // sizes.heads_kv) <= DECODE_ROWS
     return "attention_decode" if decodes else "attention_forward"
@@ -86,14 +89,15 @@ def specs_for(
 ) -> list[Spec]:
     """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it.
 
-    options: "alibi", "softcap", "window" where the calls have them. A window says what is causal itself.
+    options: "alibi", "chunk", "dropout", "softcap", "window" where the calls have them. A window says what is causal
+    itself, and chunks are built with one.
     """
     if operation == "reshape_and_cache":
         return [kernel_spec("cache_write", dtype, ANY_HEAD_DIM, False, arch)]
     causal = causal and "window" not in options
     fits = head_dim <= HEAD_DIM_MAX or not is_gpu(arch)
     kernels = ["attention_forward"] if fits else []
-    kernels += ["attention_decode"] if is_gpu(arch) else []
+    kernels += ["attention_decode"] if is_gpu(arch) and "dropout" not in options else []
     shape = dtype, head_dim, causal, arch
     specs = [
         kernel_spec(kernel, *shape, paged, value_dim, options) for paged in OPERATIONS[operation] for kernel in kernels

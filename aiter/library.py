@@ -18,14 +18,15 @@ from torch.autograd import forward_ad
 
 from aiter import checks, plan, torch_state
 from aiter.layout import NO_INDICES, Indices, check_common, sizes_of
-from aiter.options import Options, one_mask, readable_index, softcap_in_range
+from aiter.options import Options, chunk_in_range, dropout_in_range, one_mask, readable_index, softcap_in_range
 from aiter.plan import Call
 
 # Everything after max_seqlen is optional. max_seqlen bounds packed keys too unless max_seqlen_k is given (0: not).
 _OPTIONS = (
     "SymInt max_seqlen_k=0, Tensor? starts_q=None, Tensor? starts_k=None, SymInt window_left=-1, "
     "SymInt window_right=-1, Scalar softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
-    "Tensor? query_offsets=None, bool batch_invariant=False"
+    "Tensor? query_offsets=None, bool batch_invariant=False, Scalar dropout_p=0.0, Tensor? rng_state=None, "
+    "SymInt attention_chunk=0"
 )
 # Of calls with lists of pages, which page_table then is: those take no gradient.
 _LISTS = "Tensor? page_indptr=None, Tensor? last_page_len=None"
@@ -47,8 +48,9 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Their defaults: PyTorch leaves out inputs that are equal to these at the end.
-_DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False)
+_DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False, 0.0, None, 0)
 _FIRST_OPTION, _SINKS = 9, 16  # where attention's inputs have the first of them, and the sinks
+_RNG_STATE = {3: 20, 7: 23}  # where attention's inputs have it, and the gradient's: by how many tensors come first
 
 
 def read_call(
@@ -71,6 +73,9 @@ def read_call(
     sinks: torch.Tensor | None = None,
     query_offsets: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    dropout_p: float = 0.0,
+    rng_state: torch.Tensor | None = None,
+    attention_chunk: int = 0,
     page_indptr: torch.Tensor | None = None,
     last_page_len: torch.Tensor | None = None,
 ) -> Call:
@@ -88,11 +93,14 @@ def read_call(
     sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
     if sizes is None:
         check_common(query, key, value, indices)
-    causal, left, right = one_mask(causal, window_left, window_right)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    numbers = left, right, softcap_in_range(softcap)
-    chosen = Options(*numbers, alibi_slopes, sinks, query_offsets, batch_invariant)
+    chunk, dropout_p = chunk_in_range(attention_chunk), dropout_in_range(dropout_p)
+    causal, left, right = one_mask(causal, window_left, window_right, chunk)
+    tensors = alibi_slopes, sinks, query_offsets
+    chosen = Options(left, right, softcap_in_range(softcap), *tensors, batch_invariant, dropout_p, rng_state, chunk)
     chosen.check(query, sizes.batch)
+    if chosen.dropout_p and chosen.rng_state is None:
+        raise ValueError("dropout_p needs a rng_state, int64 (2,), that both passes draw their mask from")
     return Call(sizes, indices, chosen.readable(), causal, scale, checks.Names())
 
 
@@ -193,7 +201,7 @@ class Attention(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         # The indices too: PyTorch then sees when one was changed before the backward pass.
-        ctx.save_for_backward(query, key, value, output, lse, sinks, *call.indices)
+        ctx.save_for_backward(query, key, value, output, lse, sinks, call.options.rng_state, *call.indices)
         return output, lse
 
     @staticmethod
@@ -221,11 +229,12 @@ class Attention(torch.autograd.Function):
 def _save_for_backward(ctx, inputs, output):
     query, key, value, seqlens_q, seqlens_k, page_table, *numbers = inputs
     options = (*inputs[_FIRST_OPTION:], *_DEFAULTS[len(inputs) - _FIRST_OPTION :])[: len(_DEFAULTS)]
-    max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets, invariant = options
+    max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets, *rest = options
+    invariant, dropout_p, rng_state, chunk = rest
     ctx.set_materialize_grads(False)
     ctx.paged, ctx.count = page_table is not None, len(inputs)
-    ctx.numbers = *numbers[:3], max_seqlen_k, left, right, softcap, invariant
-    tensors = seqlens_q, seqlens_k, starts_q, starts_k, alibi_slopes, sinks, query_offsets
+    ctx.numbers = *numbers[:3], max_seqlen_k, left, right, softcap, invariant, dropout_p, chunk
+    tensors = seqlens_q, seqlens_k, starts_q, starts_k, alibi_slopes, sinks, query_offsets, rng_state
     ctx.save_for_backward(query, key, value, *output, *tensors)
 
 
@@ -235,12 +244,12 @@ def _backward(ctx, grad_output, grad_lse, operator=torch.ops.aiter.attention_bac
     if grad_output is None and grad_lse is None:
         return (None,) * ctx.count
     query, key, value, output, lse, *tensors = ctx.saved_tensors
-    seqlens_q, seqlens_k, starts_q, starts_k, alibi_slopes, sinks, query_offsets = tensors
-    causal, softmax_scale, max_seqlen, max_seqlen_k, left, right, softcap, invariant = ctx.numbers
+    seqlens_q, seqlens_k, starts_q, starts_k, alibi_slopes, sinks, query_offsets, rng_state = tensors
+    causal, softmax_scale, max_seqlen, max_seqlen_k, left, right, softcap, invariant, dropout_p, chunk = ctx.numbers
     grads = operator(
         *(grad_output, grad_lse, query, key, value, output, lse, seqlens_q, seqlens_k, causal, softmax_scale),
         *(max_seqlen, max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets),
-        invariant,
+        *(invariant, dropout_p, rng_state, chunk),
     )
     result = [*grads, *(None,) * (ctx.count - 3)]
     if sinks is not None and ctx.needs_input_grad[_SINKS]:
@@ -294,10 +303,14 @@ _library.impl("attention", _autocast("cuda"), "AutocastCUDA", with_keyset=False)
 
 def _fold(operator, count, info, in_dims, *inputs):
     """Calls `operator` with the mapped dimension of its first `count` inputs, tensors, folded into the batch. What
-    belongs to heads alone (sinks, slopes) stays as it is."""
+    belongs to heads alone (sinks, slopes) stays as it is, and so does the state of dropout: the mask differs with the
+    sequence."""
     tensors, rest = inputs[:count], inputs[count:]
+    rng_state = next(iter(inputs[_RNG_STATE[count] :]), None)
     for other, dim in zip(rest, in_dims[count:], strict=False):
-        if isinstance(other, torch.Tensor) and (dim is not None or other.dim() != 1 or not other.is_floating_point()):
+        if not isinstance(other, torch.Tensor) or (other is rng_state and dim is None):
+            continue
+        if dim is not None or other.dim() != 1 or not other.is_floating_point():
             raise NotImplementedError("torch.vmap over variable-length or paged attention is not offered; loop over it")
     folded = [
         tensor

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypedDict
 import torch
 
 from aiter import checks
+from aiter.dropout import draw_rng_state
 from aiter.jit import settings
 
 NO_LIMIT = -1
@@ -28,6 +29,13 @@ class OptionKeywords(TypedDict, total=False):
     sinks: (heads_q,) float32 or of query's dtype: a score per head that joins the softmax's sum and has no value. The
         returned log-sum-exp is that of the keys alone.
     query_offsets: int32 (batch,): query 0 of sequence b stands at key query_offsets[b], instead of seq_k - seq_q.
+    dropout_p: 0.0 for none, or 0 < p < 1: in training, weights of the softmax are left out with this probability (in
+        steps of 1/65536) and the others divided by 1 - p. The returned log-sum-exp is that of all weights. The mask
+        follows from rng_state and places alone, so that every device draws the same one, in both passes.
+    rng_state: int64 (2,) on query's device, seed and offset of that mask; by default drawn from PyTorch's generator of
+        the device. `aiter.dropout.keep_mask` shows the mask.
+    attention_chunk: 0 for none, or c > 0: a query at key place i sees only keys of its own chunk of c, those from
+        i - i % c on; causal and window_size hold besides.
     batch_invariant: no bit of a sequence's result depends on the rest of the batch, nor on how a prompt was cut into
         calls. Default: AITER_BATCH_INVARIANT.
     """
@@ -37,6 +45,9 @@ class OptionKeywords(TypedDict, total=False):
     alibi_slopes: torch.Tensor | None
     sinks: torch.Tensor | None
     query_offsets: torch.Tensor | None
+    dropout_p: float
+    rng_state: torch.Tensor | None
+    attention_chunk: int
     batch_invariant: bool | None
 
 
@@ -50,13 +61,19 @@ class Options(NamedTuple):
     sinks: torch.Tensor | None = None
     query_offsets: torch.Tensor | None = None
     batch_invariant: bool = False
+    dropout_p: float = 0.0
+    rng_state: torch.Tensor | None = None
+    attention_chunk: int = 0
 
     @property
     def that_select_code(self) -> tuple[str, ...]:
         """Names of the spec's options that these ask for, sorted."""
         alibi = ("alibi",) if self.alibi_slopes is not None else ()
+        chunk = ("chunk",) if self.attention_chunk else ()
+        dropout = ("dropout",) if self.dropout_p else ()
         softcap = ("softcap",) if self.softcap else ()
-        return (*alibi, *softcap, "window") if self.has_window else (*alibi, *softcap)
+        window = ("window",) if self.has_window or chunk else ()  # whose kernels know ranges with two ends
+        return (*alibi, *chunk, *dropout, *softcap, *window)
 
     @property
     def has_window(self) -> bool:
@@ -72,16 +89,29 @@ class Options(NamedTuple):
             per_head("sinks", self.sinks, query, (1,))
         if self.query_offsets is not None:
             checks.indices("query_offsets", self.query_offsets, (batch,), "int32 (batch,)", query)
+        if self.rng_state is not None:
+            checks.tensor("rng_state", self.rng_state, 1, "int64 (2,)")
+            checks.same_device("rng_state", self.rng_state, "query", query)
+            if self.rng_state.shape != (2,) or self.rng_state.dtype != torch.int64:
+                given = f"{self.rng_state.dtype} {tuple(self.rng_state.shape)}"
+                raise ValueError(f"rng_state is {given}; it must be torch.int64 (2,): a seed and an offset")
+
+    def drawn(self, query: torch.Tensor) -> Options:
+        """With a state to draw the mask from, where there is dropout."""
+        if not self.dropout_p or self.rng_state is not None:
+            return self
+        return self._replace(rng_state=draw_rng_state(query.device))
 
     def readable(self) -> Options:
         """With tensors as kernels read them."""
         alibi_slopes, sinks, query_offsets = self.alibi_slopes, self.sinks, self.query_offsets
-        if alibi_slopes is None and sinks is None and query_offsets is None:
+        if alibi_slopes is None and sinks is None and query_offsets is None and self.rng_state is None:
             return self
         return self._replace(
             alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous(),
             sinks=None if sinks is None else sinks.detach().to(torch.float32).contiguous(),
             query_offsets=None if query_offsets is None else readable_index(query_offsets, checks.INT32_MIN),
+            rng_state=None if self.rng_state is None else self.rng_state.contiguous(),
         )
 
 
@@ -97,12 +127,12 @@ def readable_index(index: torch.Tensor, least: int = -1) -> torch.Tensor:
     return index if index.stride(-1) == 1 else index.contiguous()
 
 
-def one_mask(causal: bool, left: int, right: int) -> tuple[bool, int, int]:
+def one_mask(causal: bool, left: int, right: int, chunk: int = 0) -> tuple[bool, int, int]:
     """causal and window as kernels know them, one or the other: a window that limits nothing before a row's own key and
     everything after it is the causal mask, for which there is code already."""
     if causal:
         right = 0
-    if left == NO_LIMIT and right == 0:
+    if left == NO_LIMIT and right == 0 and not chunk:
         return True, NO_LIMIT, NO_LIMIT
     return False, left, right
 
@@ -118,7 +148,9 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
         known = ", ".join(OptionKeywords.__annotations__)
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}; there are: {known}")
     window = keywords.get("window_size", (NO_LIMIT, NO_LIMIT))
-    causal, left, right = one_mask(causal, *_window(window))
+    chunk = chunk_in_range(keywords.get("attention_chunk", 0))
+    causal, left, right = one_mask(causal, *_window(window), chunk)
+    dropout_p = dropout_in_range(keywords.get("dropout_p", 0.0))
     batch_invariant = keywords.get("batch_invariant")
     return causal, Options(
         left,
@@ -128,6 +160,9 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
         keywords.get("sinks"),
         keywords.get("query_offsets"),
         BATCH_INVARIANT if batch_invariant is None else checks.flag("batch_invariant", batch_invariant),
+        dropout_p,
+        keywords.get("rng_state") if dropout_p else None,
+        chunk,
     )
 
 
@@ -142,6 +177,22 @@ def _window(value: object) -> tuple[int, int]:
                 f"window_size is {tuple(value)}; each side must be -1 (no limit), or from 0 to {checks.INT32_MAX}"
             )
     return value[0], value[1]
+
+
+def dropout_in_range(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"dropout_p must be a float, 0.0 for none, not {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"dropout_p is {value}; it must be from 0 (none) to less than 1")
+    return float(value)
+
+
+def chunk_in_range(value: object) -> int:
+    if not checks.is_int(value):
+        raise TypeError(f"attention_chunk must be an int, 0 for none, not {type(value).__name__}")
+    if not 0 <= value <= checks.INT32_MAX:
+        raise ValueError(f"attention_chunk is {value}; it must be 0 (none), or from 1 to {checks.INT32_MAX}")
+    return value
 
 
 def softcap_in_range(value: object) -> float:

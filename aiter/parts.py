@@ -124,6 +124,8 @@ def attention_backward(
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, chosen = read_options(causal, options)
     chosen.check(query, None if query.dim() == 3 else query.shape[0])
+    if chosen.dropout_p and chosen.rng_state is None:
+        raise ValueError("dropout_p needs the rng_state that the forward pass had: give both calls one")
     bounds = (max_seqlen_q or query.shape[0], max_seqlen_k or key.shape[0]) if query.dim() == 3 else (0, 0)
     lengths = seqlens_q, seqlens_k
     if query.is_cpu and lengths != (None, None) and not torch.compiler.is_compiling():

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from aiter import checks, jit, kernels
+from aiter import checks, dropout, jit, kernels
 from aiter.abi import NO_WORKSPACE, pack_call, pack_grad_call, pack_workspace
 from aiter.jit.arch import arch_of
 from aiter.launch import SCRATCH_BYTES, cpu_queue, launcher
@@ -129,7 +129,7 @@ def forward(
         query, key, value = _readable(query), _readable(key), _readable(value)
         strides = query.stride(), key.stride(), value.stride()
     plan_key = (
-        kernels.forward_kernel(sizes, head_dim, options.batch_invariant) if gpu else "attention_forward",
+        kernels.forward_kernel(sizes, head_dim, options) if gpu else "attention_forward",
         query.get_device(),
         query.dtype,
         head_dim,
@@ -195,7 +195,7 @@ def backward(
         *(call.causal, False, call.options.that_select_code),
     )
     plan = plans.get(plan_key) or _make_plan(plan_key, call, query)
-    *addresses, _, _, _, alibi_slopes, _ = _addresses(call)
+    *addresses, _, _, _, alibi_slopes, _, rng_state = _addresses(call)
     grad_strides = _strides(sizes, *(tensor.stride() for tensor in (grad_output, grads[1], grads[2], grads[0])))
     packed = pack_grad_call(
         *sizes,
@@ -210,6 +210,7 @@ def backward(
         *(grad.data_ptr() for grad in grads),
         *addresses,
         alibi_slopes,
+        rng_state,
     )
     plan.run(packed, query)
     return grads
@@ -285,7 +286,7 @@ def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
 
 def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
     """The last fields of the problem struct."""
-    window_left, window_right, softcap, slopes, _, _, batch_invariant = call.options
+    window_left, window_right, softcap, slopes, _, _, batch_invariant, dropout_p, _, chunk = call.options
     return (
         0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         call.softmax_scale,
@@ -295,19 +296,21 @@ def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
         clear_rest,
         batch_invariant,
         0 if gpu or call.indices is NO_INDICES else 2 if call.names.fill else 1,
+        chunk,
+        dropout.threshold(dropout_p) if dropout_p else 0,
         0,
     )
 
 
 # What _scalars, after the scale, and _addresses are for a call without indices, options and a given output.
-_NO_SCALARS = (0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0)
-_NO_ADDRESSES = (0,) * 10
+_NO_SCALARS = (0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0, 0, 0)
+_NO_ADDRESSES = (0,) * 11
 
 
 def _addresses(call: Call) -> tuple[int, ...]:
     """Of what a call has beside the large tensors, in the order of the tensors struct."""
     seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = call.indices
-    _, _, _, alibi_slopes, sinks, query_offsets, _ = call.options
+    _, _, _, alibi_slopes, sinks, query_offsets, _, _, rng_state, _ = call.options
     return (
         0 if seqlens_q is None else seqlens_q.data_ptr(),
         0 if seqlens_k is None else seqlens_k.data_ptr(),
@@ -319,6 +322,7 @@ def _addresses(call: Call) -> tuple[int, ...]:
         0 if last_page_len is None else last_page_len.data_ptr(),
         0 if alibi_slopes is None else alibi_slopes.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
+        0 if rng_state is None else rng_state.data_ptr(),
     )
 
 

@@ -35,7 +35,7 @@ STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAIL
 COMMON = tuple(Variant(head_dim, causal, head_dim) for head_dim in (64, 128) for causal in (False, True))
 
 # Options of calls that select code, sorted; each is an option of this command.
-CODE_OPTIONS = ("alibi", "softcap", "window")
+CODE_OPTIONS = ("alibi", "chunk", "dropout", "softcap", "window")
 FLAGS = {"yes": (True,), "no": (False,), "both": (False, True)}
 
 

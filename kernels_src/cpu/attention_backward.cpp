@@ -103,6 +103,8 @@ struct Scratch {
         take(block.low, WINDOW ? BLOCK_ROWS : 0);
         take(block.place, ALIBI ? BLOCK_ROWS : 0);
         take(block.slope, ALIBI ? BLOCK_ROWS : 0);
+        take(block.row, DROPOUT ? BLOCK_ROWS : 0);
+        take(block.head, DROPOUT ? BLOCK_ROWS : 0);
         take(weights.scores, BLOCK_ROWS * STRIP_ROWS);
         take(weights.grads, BLOCK_ROWS * STRIP_ROWS);
         take(weights.right, BLOCK_ROW_STEPS * STRIP_ROWS);
@@ -131,12 +133,14 @@ struct Backward {
     const Sequences sequences;
     const Mask mask;
     const Score score;
+    const Dropout dropout;
     int64_t *first_rows;   /* of each sequence in the workspace */
     int64_t next_unit = 0; /* taken atomically */
 
     Backward(const aiter_attention_grad_problem &p, const aiter_attention_grad_tensors &t)
         : problem(p), forward(p.forward), tensors(t), schedule(p.forward), sequences(p.forward, t, t.workspace),
-          mask(p.forward), score(p.forward, t.alibi_slopes), first_rows(at<int64_t>(schedule.rows_at)) {
+          mask(p.forward), score(p.forward, t.alibi_slopes), dropout(p.forward, t.rng_state),
+          first_rows(at<int64_t>(schedule.rows_at)) {
         first_rows[0] = 0;
         for (int64_t b = 0; b < forward.batch; b++)
             first_rows[b + 1] =
@@ -279,7 +283,7 @@ struct Backward {
             run_block(h, block, index, scratch);
         }
         write_columns<HEAD_DIM>(h.grad_key, tile, tile.grad_keys_t, forward.softmax_scale);
-        write_columns<VALUE_DIM>(h.grad_value, tile, tile.grad_values_t, 1.0f);
+        write_columns<VALUE_DIM>(h.grad_value, tile, tile.grad_values_t, dropout.scale);
     }
 
     /* A block of rows that sees the tile. */
@@ -305,16 +309,22 @@ struct Backward {
             grads[r] = seen.low < seen.high ? h.grad_output[row] : NO_ROW;
             block.high[r] = static_cast<int32_t>(seen.high);
             if (WINDOW) block.low[r] = static_cast<int32_t>(seen.low);
-            if (!ALIBI) continue;
-            block.place[r] = place_of(h.seq, token);
-            block.slope[r] = score.slope(h.batch, h.first_query_head + row % schedule.group);
+            const int64_t head = h.first_query_head + row % schedule.group;
+            if (ALIBI) {
+                block.place[r] = place_of(h.seq, token);
+                block.slope[r] = score.slope(h.batch, head);
+            }
+            if (DROPOUT) {
+                block.row[r] = static_cast<int32_t>(token);
+                block.head[r] = static_cast<int32_t>(h.batch * forward.heads_q + head);
+            }
         }
         pack_row_steps<HEAD_DIM>(block.queries, queries, count);
         pack_row_steps<VALUE_DIM>(block.grads, grads, count);
         pack_step_rows<HEAD_DIM>(block.queries_t, queries, count);
         pack_step_rows<VALUE_DIM>(block.grads_t, grads, count);
         wait_for(h.progress[index], 1);
-        const TileKeys keys = gather(tile, block, scratch.weights, score);
+        const TileKeys keys = gather(tile, block, scratch.weights, score, dropout);
         /* How many tiles that the block sees come before this one. */
         const int32_t before =
             static_cast<int32_t>(tile_index - (WINDOW ? block.seen.some.low / schedule.tile_keys : 0));

@@ -44,13 +44,14 @@ struct Forward {
     const Sequences sequences;
     const Mask mask;
     const Score score;
+    const Dropout dropout;
     int32_t *unfinished = nullptr; /* splits still to come, for all units that differ in nothing else */
     RowState *partials = nullptr;  /* [sequence][KV head][row][split] */
     int64_t next_unit = 0;         /* taken atomically */
 
     Forward(const aiter_attention_problem &p, const aiter_attention_tensors &t, int64_t threads)
-        : problem(p), tensors(t), schedule(p, threads), sequences(p, t, t.workspace), mask(p),
-          score(p, t.alibi_slopes) {
+        : problem(p), tensors(t), schedule(p, threads), sequences(p, t, t.workspace), mask(p), score(p, t.alibi_slopes),
+          dropout(p, t.rng_state) {
         if (schedule.splits > 1) {
             char *workspace = static_cast<char *>(t.workspace);
             unfinished = reinterpret_cast<int32_t *>(workspace + schedule.counters_at());
@@ -135,6 +136,11 @@ struct Forward {
         return partials + ((b * problem.heads_kv + head) * schedule.rows + row) * schedule.splits;
     }
 
+    /* A query head of a sequence, as dropout counts them. */
+    int32_t head_of(int64_t b, int64_t query_head) const {
+        return static_cast<int32_t>(b * problem.heads_q + query_head);
+    }
+
     /* What a split of the keys has to look at: the blocks of keys lie alike in all splits, tiles and threads. */
     KeyRange part_of(const KeyRange &seen, const Sequence &seq, int64_t split) const {
         if (WINDOW && seen.low >= seen.high)
@@ -188,12 +194,18 @@ struct Forward {
             for (int64_t r = 0; r < rows; r++) {
                 scopes[r].high = static_cast<int>(clamp(visible[r].high - j, 0, minimum(ROW_KEYS, part.high - j)));
                 if (WINDOW) scopes[r].low = static_cast<int>(clamp(visible[r].low - j, 0, ROW_KEYS));
-                if (!ALIBI) continue;
-                const int64_t head = first_head + step % heads;
-                scopes[r].distance = place_of(seq, r / schedule.group) - static_cast<int32_t>(j);
-                scopes[r].slope = score.slope(b, head * schedule.group + r % schedule.group);
+                const int64_t head = (first_head + step % heads) * schedule.group + r % schedule.group;
+                if (ALIBI) {
+                    scopes[r].distance = place_of(seq, r / schedule.group) - static_cast<int32_t>(j);
+                    scopes[r].slope = score.slope(b, head);
+                }
+                if (DROPOUT) {
+                    scopes[r].row = static_cast<int32_t>(r / schedule.group);
+                    scopes[r].head = head_of(b, head);
+                    scopes[r].key = static_cast<int32_t>(j);
+                }
             }
-            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, scopes, score,
+            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, scopes, score, dropout,
                         scratch.row_states + i);
         }
         for (int64_t head = first_head; head < end_head; head++) {
@@ -227,7 +239,7 @@ struct Forward {
             return NarrowBlock(rows_of(step % heads), j, static_cast<int>(minimum(BLOCK_KEYS, part.high - j)),
                                first_seen);
         };
-        NarrowWorker worker(scratch.scores, scratch.weights, score);
+        NarrowWorker worker(scratch.scores, scratch.weights, score, dropout);
         NarrowBlock now, next;
         if (steps > 0) next = locate(0);
         for (int64_t step = 0; step < steps; step++) {
@@ -265,7 +277,7 @@ struct Forward {
             strips[i] = strip_at(scratch, i, scratch.outputs + i * STRIP_ROWS * VALUE_WIDTH, 0);
             open_strip(strips[i], queries, seq, b, head, first_row(i), first_row(i + 1), part.high);
         }
-        StripWorker worker(scratch.scores, scratch.weights, score);
+        StripWorker worker(scratch.scores, scratch.weights, score, dropout);
         for (int64_t j = part.low; j < part.high; j += BLOCK_KEYS) {
             const int block = static_cast<int>(minimum(BLOCK_KEYS, part.high - j));
             Step *packed = scratch.packed + (j - part.low) / BLOCK_KEYS % StripWorker::PACKED_BLOCKS * PACKED_BLOCK;
@@ -289,6 +301,8 @@ struct Forward {
                 scratch.lows + offset,
                 scratch.places + offset,
                 scratch.slopes + offset,
+                scratch.tokens + offset,
+                scratch.heads + offset,
                 {},
                 0,
                 true,
@@ -315,6 +329,10 @@ struct Forward {
                 if (ALIBI) {
                     strip.place[v * LANES + i] = place_of(seq, token);
                     strip.slope[v * LANES + i] = score.slope(b, head * schedule.group + like % schedule.group);
+                }
+                if (DROPOUT) {
+                    strip.row[v * LANES + i] = static_cast<int32_t>(token);
+                    strip.head[v * LANES + i] = head_of(b, head * schedule.group + like % schedule.group);
                 }
                 strip.maximum[v * LANES + i] = -INFINITE;
                 strip.sum[v * LANES + i] = 0.0f;
@@ -366,12 +384,13 @@ struct Forward {
             nan |= o != o;
         }
         if (any(nan)) {
-            const ScoredRow scored{queries.query_row(row), place_of(seq, token), score.slope(b, query_head)};
-            attend_exactly(scored, keys, seen, score, state);
+            const ScoredRow scored{queries.query_row(row), place_of(seq, token), score.slope(b, query_head),
+                                   static_cast<int32_t>(token), head_of(b, query_head)};
+            attend_exactly(scored, keys, seen, score, dropout, state);
         }
         float sum = state.sum;
         if (tensors.sinks) sum += exp2f(static_cast<float>(tensors.sinks[query_head] * LOG2_E) - state.maximum);
-        const float factor = 1.0f / sum; /* all scores -inf: 0 * inf, NaN as it should be */
+        const float factor = dropout.scale / sum; /* all scores -inf: 0 * inf, NaN as it should be */
         for (int d = 0; d < VALUE_DIM; d += LANES)
             store_elements(output + d, load(state.output + d) * factor, VALUE_DIM - d);
         if (!queries.lse) return;

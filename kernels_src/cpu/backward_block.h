@@ -20,6 +20,7 @@
 
 #include <string.h>
 
+#include "dropout.h"
 #include "mask.h"
 #include "matrix.h"
 #include "packed.h"
@@ -89,6 +90,7 @@ struct RowBlock {
     int32_t *high, *low;       /* each row sees the keys from low to high - 1; low only with AITER_WINDOW */
     int32_t *place;            /* of each row among the keys, and its slope: only with AITER_ALIBI */
     float *slope;
+    int32_t *row, *head;       /* of each row, as dropout counts them: only with AITER_DROPOUT */
     Visibility seen;           /* by the rows */
     int rows;                  /* a multiple of KEY_MULTIPLE */
     int score_part, grad_part; /* steps that S and dP are summed over at a time */
@@ -97,6 +99,11 @@ struct RowBlock {
     /* Whether a row sees each of the keys `first` + lane. */
     IntVec sees(int row, int32_t first) const {
         return in_range(lane_index() + first, WINDOW ? low[row] : 0, high[row]);
+    }
+
+    /* Whether the weight of each of the keys `first` + lane is kept. */
+    AITER_INLINE_MEMBER IntVec keeps(const Dropout &dropout, int r, int32_t first) const {
+        return dropout.kept(broadcast(head[r]), broadcast(row[r]), lane_index() + first);
     }
 
     /* Scores of a row's products with the keys `first` + lane, and their derivative by scale q.k. */
@@ -181,15 +188,22 @@ AITER_INLINE void store_pair(Step *right, Step *left, Vec low, Vec high) {
 #endif
 }
 
-/* P and dS of a row, for the keys `first` + lane. */
+/* P, where dropout keeps it, and dS of a row, for the keys `first` + lane. */
 template <bool MASKED>
 AITER_INLINE void weights_of(const Weights &w, const RowBlock &block, int row, int at, int32_t first,
-                             const Score &score, Vec &weights, Vec &grads) {
+                             const Score &score, const Dropout &dropout, Vec &weights, Vec &grads) {
     Vec derivative;
     const Vec scores = block.score(score, row, first, load(w.scores + at), derivative);
     weights = exp2<EXP2_DEGREE>(scores - block.lse[row]);
     if (FULL_PRECISION) weights *= block.rest[row];
-    grads = weights * (load(w.grads + at) - block.delta[row]);
+    const Vec grad = load(w.grads + at);
+    if (DROPOUT) { /* what reaches a weight is that of the output's, where it is kept */
+        const IntVec kept = block.keeps(dropout, row, first);
+        grads = weights * ((kept ? grad * dropout.scale : Vec{}) - block.delta[row]);
+        weights = kept ? weights : Vec{};
+    } else {
+        grads = weights * (grad - block.delta[row]);
+    }
     if (SOFTCAP) grads *= derivative;
     if (MASKED) { /* selected, not multiplied: what is masked may be inf or NaN */
         const IntVec sees = block.sees(row, first);
@@ -201,14 +215,15 @@ AITER_INLINE void weights_of(const Weights &w, const RowBlock &block, int row, i
 /* From S and dP to P and dS, for a strip that begins at `first_key` of the tile. */
 template <bool MASKED>
 static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_first, int first_key, int vectors,
-                          const Score &given) {
-    const Score score = given; /* a copy, as what is stored could change what only a reference points to */
+                          const Score &given, const Dropout &random) {
+    const Score score = given; /* copies, as what is stored could change what only a reference points to */
+    const Dropout dropout = random;
     for (int r = 0; r < block.rows; r += 2) {
         for (int v = 0; v < vectors; v++) {
             const int32_t first = static_cast<int32_t>(tile_first + first_key + v * LANES);
             Vec low, high, grad_low, grad_high;
-            weights_of<MASKED>(w, block, r, Lanes::at(r, v), first, score, low, grad_low);
-            weights_of<MASKED>(w, block, r + 1, Lanes::at(r + 1, v), first, score, high, grad_high);
+            weights_of<MASKED>(w, block, r, Lanes::at(r, v), first, score, dropout, low, grad_low);
+            weights_of<MASKED>(w, block, r + 1, Lanes::at(r + 1, v), first, score, dropout, high, grad_high);
             const int right = Lanes::at(r / STEP_ELEMENTS, v);
             store_pair(w.right + right, nullptr, low, high);
             store_pair(w.grad_right + right, w.grad_left + r * LEFT_ROW + (first_key + v * LANES) / STEP_ELEMENTS,
@@ -222,7 +237,8 @@ static void differentiate(const Weights &w, const RowBlock &block, int64_t tile_
 struct WholeRow {
     Vec weights[STRIP_VECTORS], grads[STRIP_VECTORS];
 
-    WholeRow(const Weights &w, const RowBlock &block, int row, int vectors, const Score &score) {
+    WholeRow(const Weights &w, const RowBlock &block, int row, int vectors, const Score &score,
+             const Dropout &dropout) {
         const IntVec takes_part = broadcast(block.lse[row] == INFINITE ? 0 : -1);
         Vec most = broadcast(-INFINITE), derivatives[STRIP_VECTORS];
         for (int v = 0; v < vectors; v++) {
@@ -238,6 +254,7 @@ struct WholeRow {
         for (int v = 0; v < vectors; v++) {
             const IntVec sees = block.sees(row, v * LANES) & takes_part;
             grads[v] = sees ? load(w.grads + Lanes::at(row, v)) : Vec{};
+            if (DROPOUT) grads[v] = block.keeps(dropout, row, v * LANES) ? grads[v] * dropout.scale : Vec{};
             weights[v] = sees ? weights[v] * factor : Vec{};
             products += weights[v] * grads[v];
         }
@@ -245,14 +262,15 @@ struct WholeRow {
         for (int v = 0; v < vectors; v++) {
             grads[v] = weights[v] * (grads[v] - delta);
             if (SOFTCAP) grads[v] = block.sees(row, v * LANES) & takes_part ? grads[v] * derivatives[v] : Vec{};
+            if (DROPOUT) weights[v] = block.keeps(dropout, row, v * LANES) ? weights[v] : Vec{};
         }
     }
 };
 
-static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &block, int vectors,
-                                              const Score &score) {
+static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &block, int vectors, const Score &score,
+                                              const Dropout &dropout) {
     for (int r = 0; r < block.rows; r += 2) {
-        const WholeRow low(w, block, r, vectors, score), high(w, block, r + 1, vectors, score);
+        const WholeRow low(w, block, r, vectors, score, dropout), high(w, block, r + 1, vectors, score, dropout);
         for (int v = 0; v < vectors; v++) {
             const int right = Lanes::at(r / STEP_ELEMENTS, v);
             store_pair(w.right + right, nullptr, low.weights[v], high.weights[v]);
@@ -264,7 +282,8 @@ static AITER_OUTLINE void differentiate_whole(const Weights &w, const RowBlock &
 
 /* Adds the block's part to the gradients of the tile's keys and values, and leaves dS for the keys that are returned:
  * those that the block sees, rounded to whole vectors and strips. */
-static TileKeys gather(const KeyTile &tile, const RowBlock &block, const Weights &w, const Score &score) {
+static TileKeys gather(const KeyTile &tile, const RowBlock &block, const Weights &w, const Score &score,
+                       const Dropout &dropout) {
     const int seen = static_cast<int>(minimum(tile.count, block.seen.some.high - tile.first));
     const int vectors = round_up((seen + LANES - 1) / LANES, STRIP_MULTIPLE), row_steps = block.rows / STEP_ELEMENTS;
     const int64_t before = WINDOW ? clamp(block.seen.some.low - tile.first, 0, tile.count) : 0;
@@ -276,10 +295,10 @@ static TileKeys gather(const KeyTile &tile, const RowBlock &block, const Weights
                                     DIM_STEPS, false, block.score_part);
         product<RowSteps<VALUE_DIM>>(width, w.grads, block.grads, tile.values_t + strip * VALUE_STEPS, block.rows,
                                      VALUE_STEPS, false, block.grad_part);
-        if (FULL_PRECISION && block.whole) differentiate_whole(w, block, width, score);
+        if (FULL_PRECISION && block.whole) differentiate_whole(w, block, width, score, dropout);
         else if (block.seen.cuts(tile.first + first_key, width * LANES))
-            differentiate<true>(w, block, tile.first, first_key, width, score);
-        else differentiate<false>(w, block, tile.first, first_key, width, score);
+            differentiate<true>(w, block, tile.first, first_key, width, score, dropout);
+        else differentiate<false>(w, block, tile.first, first_key, width, score, dropout);
         product<StepColumns<VALUE_DIM>>(width, tile.grad_values_t + strip * VALUE_WIDTH, block.grads_t, w.right,
                                         VALUE_WIDTH, row_steps, true, row_steps);
         product<StepColumns<HEAD_DIM>>(width, tile.grad_keys_t + strip * DIM, block.queries_t, w.grad_right, DIM,

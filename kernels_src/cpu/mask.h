@@ -5,7 +5,8 @@
  *     |        . . . low [ s e e n ] high . . .          rows, so the first and the last of some rows say what all of
  *     v        . . . . low [ s e e n ] high . .          them see, and what one of them at least.
  *
- * AITER_CAUSAL: nothing behind the place of a row. AITER_WINDOW: so many keys before and after it. Else: all keys.
+ * AITER_CAUSAL: nothing behind the place of a row. AITER_WINDOW: so many keys before and after it, with AITER_CHUNK none
+ * of another chunk. Else: all keys.
  */
 #ifndef AITER_CPU_MASK_H
 #define AITER_CPU_MASK_H
@@ -14,6 +15,10 @@
 
 #if AITER_CAUSAL && AITER_WINDOW
 #error "a causal window is a window with nothing to the right: AITER_WINDOW without AITER_CAUSAL"
+#endif
+
+#if AITER_CHUNK && !AITER_WINDOW
+#error "AITER_CHUNK goes with AITER_WINDOW, whose sides may be without limits"
 #endif
 
 #if AITER_WINDOW
@@ -29,8 +34,10 @@ struct KeyRange {
 
 struct Mask {
     int64_t left, right; /* of the window, -1: no limit */
+    int64_t chunk;       /* keys of a chunk */
 
-    explicit Mask(const aiter_attention_problem &p) : left(p.window_left), right(p.window_right) {}
+    explicit Mask(const aiter_attention_problem &p)
+        : left(p.window_left), right(p.window_right), chunk(p.attention_chunk) {}
 
     /* The keys that a query token sees. */
     KeyRange seen_by(const Sequence &s, int64_t token) const {
@@ -39,8 +46,14 @@ struct Mask {
 #if AITER_CAUSAL
         return {0, clamp(place + 1, 0, s.tokens_k)};
 #elif AITER_WINDOW
-        return {left < 0 ? 0 : clamp(place - left, 0, s.tokens_k),
-                right < 0 ? s.tokens_k : clamp(place + right + 1, 0, s.tokens_k)};
+        KeyRange seen{left < 0 ? 0 : clamp(place - left, 0, s.tokens_k),
+                      right < 0 ? s.tokens_k : clamp(place + right + 1, 0, s.tokens_k)};
+#if AITER_CHUNK
+        const int64_t past = place % chunk, first = place - (past < 0 ? past + chunk : past);
+        seen.low = maximum(seen.low, clamp(first, 0, s.tokens_k));
+        seen.high = minimum(seen.high, clamp(first + chunk, 0, s.tokens_k));
+#endif
+        return seen;
 #else
         return {0, s.tokens_k};
 #endif
@@ -48,6 +61,9 @@ struct Mask {
 
     /* The most keys that so many tokens in a row can see, of `all`. */
     int64_t most_keys(int64_t tokens, int64_t all) const {
+#if AITER_CHUNK
+        all = minimum(2 * chunk + tokens, all);
+#endif
         return WINDOW && left >= 0 && right >= 0 ? minimum(left + right + tokens, all) : all;
     }
 };

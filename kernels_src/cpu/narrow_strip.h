@@ -37,10 +37,11 @@ struct NarrowBlock {
 class NarrowWorker {
   public:
     static constexpr int OUTPUT = MAX_ROWS * OUTPUT_DIM; /* of a strip: O [row][OUTPUT_DIM] */
-    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS, WEIGHTS = BLOCK_STEPS * STRIP_ROWS;
+    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS * (1 + DROPOUT), WEIGHTS = BLOCK_STEPS * STRIP_ROWS;
 
-    NarrowWorker(float *scores_buffer, Step *weights_buffer, const Score &how)
-        : scores(scores_buffer), weights(weights_buffer), score(how) {}
+    NarrowWorker(float *scores_buffer, Step *weights_buffer, const Score &how, const Dropout &random)
+        : scores(scores_buffer), kept(reinterpret_cast<int32_t *>(scores_buffer + BLOCK_KEYS * STRIP_ROWS)),
+          weights(weights_buffer), score(how), dropout(random) {}
 
     /* Lets so many rows see a block, and fetches the `next` one. */
     void attend(Strip &strip, int rows, const NarrowBlock &block, const NarrowBlock &next) {
@@ -64,7 +65,8 @@ class NarrowWorker {
         with_vectors(strip, [&](auto vectors) {
             constexpr int VECTORS = decltype(vectors)::value;
             mask_scores<VECTORS>(scores, strip, score, block.first, padded);
-            OnlineSoftmax softmax{scores, weights, &strip, padded, score.softmax_scale(), 0, {}, {}, {}};
+            if (DROPOUT) draw<VECTORS>(kept, strip, dropout, block.first, padded);
+            OnlineSoftmax softmax{scores, kept, weights, &strip, padded, score.softmax_scale(), 0, {}, {}, {}};
             softmax.run<VECTORS>();
         });
         constexpr int AT_ONCE = ROWS < ROWS_AT_ONCE ? ROWS : ROWS_AT_ONCE;
@@ -146,8 +148,10 @@ class NarrowWorker {
     }
 
     float *scores;
+    int32_t *kept;
     Step *weights;
     Score score;
+    Dropout dropout;
 };
 
 #endif

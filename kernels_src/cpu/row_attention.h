@@ -8,6 +8,7 @@
 
 #include <math.h>
 
+#include "dropout.h"
 #include "row_operands.h"
 #include "score.h"
 
@@ -49,11 +50,12 @@ static void load_query(RowQuery &query, const Element *row, float sign) {
     for (int v = 0; v < KEY_VECTORS; v++) query[v] = times_sign(key_vector(row, v), sign);
 }
 
-/* A query row, and what its scores depend on beside products. */
+/* A query row, and what its weights depend on beside products. */
 struct ScoredRow {
     const Element *query;
     int32_t place;
-    float slope; /* of ALiBi */
+    float slope;       /* of ALiBi */
+    int32_t row, head; /* as dropout counts them */
 
     /* The score of one key, by sums in float32 whatever the dtype. */
     float score(const Score &score, const Element *key, int64_t index) const {
@@ -68,7 +70,7 @@ struct ScoredRow {
  * that is zero, where the fast path has produced a NaN that the mathematics may not have. Leaves weights relative to
  * the true maximum in `state`. */
 static AITER_OUTLINE void attend_exactly(const ScoredRow &row, const KeyRows &rows, KeyRange keys, const Score &scoring,
-                                         RowState &state) {
+                                         const Dropout &dropout, RowState &state) {
     const Element *key, *value;
     bool nan = false;
     state.clear();
@@ -91,6 +93,8 @@ static AITER_OUTLINE void attend_exactly(const ScoredRow &row, const KeyRows &ro
         state.sum += weight;
         /* A weight is positive however small, and inf times it is inf. */
         if (weight < 0x1p-126f && score > -INFINITE) weight = 0x1p-126f;
+        if (DROPOUT && !dropout.kept(broadcast(row.head), broadcast(row.row), broadcast(static_cast<int32_t>(j)))[0])
+            weight = 0.0f;
         for (int d = 0; d < VALUE_DIM; d += LANES)
             store(state.output + d, load(state.output + d) + weight * to_floats(value + d, VALUE_DIM - d));
     }
@@ -168,15 +172,17 @@ AITER_INLINE void add_values(const RowStep &step, const RowStep &next, const Row
 
 /* What one row sees of a step, counted from the step's first key, and what else its scores depend on. */
 struct RowScope {
-    int high, low;    /* the keys from low to high - 1; without AITER_WINDOW low does not count */
-    int32_t distance; /* place of the query less that of the first key */
-    float slope;      /* of ALiBi */
+    int high, low;          /* the keys from low to high - 1; without AITER_WINDOW low does not count */
+    int32_t distance;       /* place of the query less that of the first key */
+    float slope;            /* of ALiBi */
+    int32_t row, head, key; /* as dropout counts them; key: the first one */
 };
 
 /* ROWS rows of one KV head over the keys of a step. */
 template <int ROWS>
 static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &step, const RowStep &next,
-                                      const RowScope *scopes, const Score &score, RowState *states) {
+                                      const RowScope *scopes, const Score &score, const Dropout &dropout,
+                                      RowState *states) {
     alignas(64) float all_scores[ROWS][ROW_KEYS];
     alignas(64) RowWeights weights[ROWS];
     score_keys<ROWS>(queries, step, next, all_scores);
@@ -204,7 +210,10 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
         for (int i = 0; i < ROW_KEYS; i += LANES) {
             const Vec weight = exp2<EXP2_DEGREE>(load(scores + i) - base);
             added += weight;
-            store_weights(weights[r] + i / PAIR, weight);
+            const IntVec kept = DROPOUT ? dropout.kept(broadcast(scopes[r].head), broadcast(scopes[r].row),
+                                                       scopes[r].key + i + lane_index())
+                                        : IntVec{};
+            store_weights(weights[r] + i / PAIR, DROPOUT ? kept ? weight : Vec{} : weight);
         }
         state.sum += sum(added);
     }
@@ -213,14 +222,14 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
 
 /* Up to MAX_ROWS rows. */
 static void attend_rows(int count, const RowQuery *queries, const RowStep &step, const RowStep &next,
-                        const RowScope *scopes, const Score &score, RowState *states) {
+                        const RowScope *scopes, const Score &score, const Dropout &dropout, RowState *states) {
     for (int r = 0; r < count; r += ROWS_AT_ONCE) {
         const RowStep &fetch = r == 0 ? next : step; /* once is enough */
         switch (count - r) {
-        case 1: attend_rows<1>(queries + r, step, fetch, scopes + r, score, states + r); break;
-        case 2: attend_rows<2>(queries + r, step, fetch, scopes + r, score, states + r); break;
-        case 3: attend_rows<3>(queries + r, step, fetch, scopes + r, score, states + r); break;
-        default: attend_rows<ROWS_AT_ONCE>(queries + r, step, fetch, scopes + r, score, states + r);
+        case 1: attend_rows<1>(queries + r, step, fetch, scopes + r, score, dropout, states + r); break;
+        case 2: attend_rows<2>(queries + r, step, fetch, scopes + r, score, dropout, states + r); break;
+        case 3: attend_rows<3>(queries + r, step, fetch, scopes + r, score, dropout, states + r); break;
+        default: attend_rows<ROWS_AT_ONCE>(queries + r, step, fetch, scopes + r, score, dropout, states + r);
         }
     }
 }

@@ -89,7 +89,7 @@ struct Schedule {
 struct Scratch {
     Step *queries, *packed, *weights;
     float *outputs, *maxima, *sums, *scores, *slopes;
-    int32_t *highs, *lows, *places;
+    int32_t *highs, *lows, *places, *tokens, *heads;
     Strip *strips; /* of few rows, one for each KV head */
     RowQuery *row_queries;
     RowState *row_states; /* few rows: one for each; else, of invariant results, what splits have come to */
@@ -128,6 +128,8 @@ struct Scratch {
         take(lows, WINDOW ? rows : 0, end);
         take(places, ALIBI ? rows : 0, end);
         take(slopes, ALIBI ? rows : 0, end);
+        take(tokens, DROPOUT ? rows : 0, end);
+        take(heads, DROPOUT ? rows : 0, end);
         take(row_states, schedule.invariant && schedule.splits == 1 ? rows : 0, end);
 #if !AITER_TILES
         if (schedule.few_rows) {

@@ -59,6 +59,7 @@ AITER_INLINE IntVec load(const int32_t *p) {
     return v;
 }
 AITER_INLINE void store(float *p, Vec v) { memcpy(p, &v, sizeof v); }
+AITER_INLINE void store(int32_t *p, IntVec v) { memcpy(p, &v, sizeof v); }
 AITER_INLINE Vec broadcast(float x) { return x - Vec{}; } /* x - 0 folds to x; 0 + x would not */
 AITER_INLINE IntVec broadcast(int32_t x) { return IntVec{} + x; }
 

@@ -11,6 +11,7 @@
 #ifndef AITER_CPU_SOFTMAX_H
 #define AITER_CPU_SOFTMAX_H
 
+#include "dropout.h"
 #include "packed.h"
 #include "score.h"
 
@@ -23,10 +24,11 @@ struct Strip {
     int32_t *high, *low; /* each row sees the keys from low to high - 1; low only with AITER_WINDOW */
     int32_t *place;      /* of each row among the keys, and its slope: only with AITER_ALIBI */
     float *slope;
-    Visibility seen; /* by the rows of the strip */
-    int vectors;     /* that hold rows: 1, 2 or STRIP_VECTORS */
-    bool empty;      /* nothing accumulated yet, `output` is not initialised */
-    int output_row;  /* 0; or `output` is O [row][output_row] (narrow_strip.h) */
+    int32_t *row, *head; /* of each row, as dropout counts them: only with AITER_DROPOUT */
+    Visibility seen;     /* by the rows of the strip */
+    int vectors;         /* that hold rows: 1, 2 or STRIP_VECTORS */
+    bool empty;          /* nothing accumulated yet, `output` is not initialised */
+    int output_row;      /* 0; or `output` is O [row][output_row] (narrow_strip.h) */
 
     /* How many of these keys no row of the strip sees before the first that one does, rounded down. */
     int first_seen(int32_t first_key, int count, int multiple) const {
@@ -71,6 +73,15 @@ template <int VECTORS> static void hide_keys(float *s, const Strip &strip, int32
     }
 }
 
+/* Which weights of some keys are kept, laid out as their scores. */
+template <int VECTORS>
+static AITER_OUTLINE void draw(int32_t *kept, const Strip &strip, const Dropout &dropout, int32_t first_key,
+                               int count) {
+    for (int v = 0; v < VECTORS; v++)
+        dropout.kept(load(strip.head + v * LANES), load(strip.row + v * LANES), first_key, count,
+                     [&](int j, IntVec keeps) { store(kept + Lanes::at(j, v), keeps); });
+}
+
 /* From products with some keys to what the softmax takes. */
 template <int VECTORS>
 AITER_INLINE void mask_scores(float *s, const Strip &strip, const Score &score, int32_t first_key, int count) {
@@ -88,6 +99,7 @@ AITER_INLINE void mask_scores(float *s, const Strip &strip, const Score &score, 
  * raise() rescales what has been accumulated: by then that must be all that is relative to the old maximum. */
 struct OnlineSoftmax {
     const float *scores;
+    const int32_t *kept; /* which weights are stored, as `draw` says; the others are zeros. Only with AITER_DROPOUT */
     Step *weights;
     Strip *strip;
     int count; /* keys */
@@ -123,7 +135,13 @@ struct OnlineSoftmax {
                 const Vec low_weight = exp2<EXP2_DEGREE>(low), high_weight = exp2<EXP2_DEGREE>(high);
                 most[v] = maximum(maximum(most[v], low), high);
                 sum[v] += low_weight + high_weight;
-                store_weights(from.weights, j, v, low_weight, high_weight);
+                if (DROPOUT) {
+                    const IntVec low_kept = load(from.kept + Lanes::at(j, v)),
+                                 high_kept = load(from.kept + Lanes::at(j, v) + Lanes::ROW);
+                    store_weights(from.weights, j, v, low_kept ? low_weight : Vec{}, high_kept ? high_weight : Vec{});
+                } else {
+                    store_weights(from.weights, j, v, low_weight, high_weight);
+                }
             }
         }
         AITER_UNROLL

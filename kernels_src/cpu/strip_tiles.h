@@ -29,14 +29,17 @@ class StripWorker {
     };
 
   public:
-    static constexpr int SCORES = 2 * CHUNK * STRIP_ROWS,
+    static constexpr int SCORES = (2 + DROPOUT) * CHUNK * STRIP_ROWS,
                          WEIGHTS = 2 * BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
     static constexpr int PACKED_BLOCKS = 2; /* as it may still be busy with the last strip of the block before */
 
-    StripWorker(float *scores_buffer, Step *weights_buffer, const Score &how)
+    StripWorker(float *scores_buffer, Step *weights_buffer, const Score &how, const Dropout &random)
         : scores(scores_buffer), next_scores(scores_buffer + CHUNK * STRIP_ROWS),
+          kept(reinterpret_cast<int32_t *>(scores_buffer + 2 * CHUNK * STRIP_ROWS)),
           soft{nullptr, nullptr, weights_buffer, 0, 0, 0},
-          pending{nullptr, nullptr, weights_buffer + BLOCK_STEPS * STRIP_ROWS, 0, 0, 0}, score_of(how) {
+          pending{nullptr, nullptr, weights_buffer + BLOCK_STEPS * STRIP_ROWS, 0, 0, 0}, score_of(how),
+          dropout(random) {
+        softmax.kept = kept;
         softmax.scale_log2 = how.softmax_scale();
         softmax.count = softmax.done = 0;
     }
@@ -113,6 +116,7 @@ class StripWorker {
 
     template <int VECTORS> void begin(int32_t first_key) {
         mask_scores<VECTORS>(scores, *soft.strip, score_of, first_key, CHUNK);
+        if (DROPOUT) draw<VECTORS>(kept, *soft.strip, dropout, first_key, CHUNK);
         if (softmax.begin<VECTORS>()) raise<VECTORS>();
     }
 
@@ -165,9 +169,11 @@ class StripWorker {
     }
 
     float *scores, *next_scores;
+    int32_t *kept; /* of the softmax that is being taken */
     OnlineSoftmax softmax;
     Block soft, pending; /* whose softmax is being taken; whose values are being accumulated */
     Score score_of;
+    Dropout dropout;
     NextRows next;
 };
 

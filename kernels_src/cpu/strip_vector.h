@@ -9,12 +9,13 @@
 /* Works on one strip and one block of keys after the other. */
 class StripWorker {
   public:
-    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS,
+    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS * (1 + DROPOUT),
                          WEIGHTS = BLOCK_STEPS * STRIP_ROWS; /* sizes of its buffers */
     static constexpr int PACKED_BLOCKS = 1;                  /* that it needs at a time */
 
-    StripWorker(float *scores_buffer, Step *weights_buffer, const Score &how)
-        : scores(scores_buffer), weights(weights_buffer), score(how) {}
+    StripWorker(float *scores_buffer, Step *weights_buffer, const Score &how, const Dropout &random)
+        : scores(scores_buffer), kept(reinterpret_cast<int32_t *>(scores_buffer + BLOCK_KEYS * STRIP_ROWS)),
+          weights(weights_buffer), score(how), dropout(random) {}
 
     /* These `count` keys from the first one on will be packed when `strips` strips have seen the block before them. */
     void expect(const KeyRows &rows, int64_t first, int count, int64_t strips) {
@@ -41,7 +42,8 @@ class StripWorker {
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
         product<VECTORS, KeySteps>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART);
         mask_scores<VECTORS>(scores, strip, score, first_key, count);
-        OnlineSoftmax softmax{scores, weights, &strip, count, score.softmax_scale(), 0, {}, {}, {}};
+        if (DROPOUT) draw<VECTORS>(kept, strip, dropout, first_key, count);
+        OnlineSoftmax softmax{scores, kept, weights, &strip, count, score.softmax_scale(), 0, {}, {}, {}};
         softmax.run<VECTORS>();
         const int steps = count / STEP_ELEMENTS;
         product<VECTORS, ValueColumns>(strip.output, values, weights, VALUE_WIDTH, steps, !strip.empty, steps);
@@ -60,8 +62,10 @@ class StripWorker {
     static constexpr int PIECE = KEY_MULTIPLE; /* rows of a product between two calls of next.fetch() */
     NextRows next;
     float *scores;
+    int32_t *kept;
     Step *weights;
     Score score;
+    Dropout dropout;
 };
 
 #endif

@@ -39,6 +39,13 @@
  * Scores. s = softmax_scale * q.k; then AITER_SOFTCAP: s = softcap * tanh(s / softcap); then AITER_ALIBI:
  * s = s - slope * |i + offset - j|, the slope of query head h being alibi_slopes[b * alibi_stride + h].
  *
+ * AITER_CHUNK, always with AITER_WINDOW: of the keys that the window leaves, a row sees those of its own chunk, which are
+ * attention_chunk keys from a multiple of that on: its place is one of them, whether there is a key or not.
+ *
+ * AITER_DROPOUT: weights of the softmax are left out at random, with a probability of dropout_threshold / 65536, and the
+ * others are divided by that of being kept. Which ones, philox.h says: it depends on the seed and the offset in rng_state,
+ * and on the sequence, the query head, and the row and the key within the sequence. The log-sum-exp is that of all.
+ *
  * A sink is a score of a query head that joins the sum of the softmax with no value to weight: the output is multiplied
  * by 1 / (1 + exp(sink - log-sum-exp)); the log-sum-exp that is returned is that of the keys alone.
  *
@@ -51,7 +58,7 @@
 
 #include <stdint.h>
 
-#define AITER_ABI_VERSION 3
+#define AITER_ABI_VERSION 4
 
 #ifdef __cplusplus
 #define AITER_EXPORT extern "C" __attribute__((visibility("default")))
@@ -81,14 +88,16 @@ typedef struct aiter_attention_problem {
     int64_t lse_strides[2]; /* batch, head; consecutive tokens are adjacent */
     int64_t alibi_stride;   /* from one sequence's slopes to the next one's; 0 where all have the same */
     float softmax_scale;
-    float softcap;           /* positive where AITER_SOFTCAP */
-    int32_t window_left;     /* where AITER_WINDOW: keys before a row's own that it sees, or -1: all */
-    int32_t window_right;    /* the same for keys after it */
-    int32_t clear_rest;      /* 0 or 1 */
-    int32_t batch_invariant; /* 1: no bit of a sequence's result may depend on the rest of the batch */
-    int32_t check_values;    /* CPU kernels: 1, refuse lengths and page numbers that are out of range; 2, and lengths
+    float softcap;             /* positive where AITER_SOFTCAP */
+    int32_t window_left;       /* where AITER_WINDOW: keys before a row's own that it sees, or -1: all */
+    int32_t window_right;      /* the same for keys after it */
+    int32_t clear_rest;        /* 0 or 1 */
+    int32_t batch_invariant;   /* 1: no bit of a sequence's result may depend on the rest of the batch */
+    int32_t check_values;      /* CPU kernels: 1, refuse lengths and page numbers that are out of range; 2, and lengths
                                 of packed queries that do not fill them */
-    int32_t reserved;        /* 0 */
+    int32_t attention_chunk;   /* at least 1 where AITER_CHUNK */
+    int32_t dropout_threshold; /* from 0 to 65535, where AITER_DROPOUT */
+    int32_t reserved;          /* 0 */
 } aiter_attention_problem;
 
 typedef struct aiter_attention_tensors {
@@ -107,6 +116,7 @@ typedef struct aiter_attention_tensors {
     const int32_t *last_page_len; /* lists: (batch,) or null */
     const float *alibi_slopes;    /* (heads_q,) or (batch, heads_q); where AITER_ALIBI */
     const float *sinks;           /* (heads_q,) or null */
+    const int64_t *rng_state;     /* (2,) seed and offset, of which the low 32 bits count; where AITER_DROPOUT */
     void *workspace;              /* aiter_workspace_bytes(call) bytes, 256-byte aligned, or null when that is 0 */
 } aiter_attention_tensors;
 
@@ -140,12 +150,13 @@ typedef struct aiter_attention_grad_tensors {
     void *grad_query;
     void *grad_key;
     void *grad_value;
-    const int32_t *seqlens_q; /* as in the forward pass, these five */
+    const int32_t *seqlens_q; /* as in the forward pass, these seven */
     const int32_t *seqlens_k;
     const int32_t *starts_q;
     const int32_t *starts_k;
     const int32_t *query_offsets;
     const float *alibi_slopes;
+    const int64_t *rng_state;
     void *workspace;
 } aiter_attention_grad_tensors;
 

@@ -91,6 +91,7 @@ int main() {
         return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, static_cast<short>(random_bits()));
     });
+    print<uint32_t, 0, 0>("product", [] { const __m512i a = pairs(), b = pairs(); return _mm512_maskz_mul_epu32(0xff, a, b); });
 #if AITER_CPU_AVX512BF16
     print<uint16_t, 0x7f80, 0x7f>("to bf16", [] { const Vec a = floats(), b = floats(); return _mm512_cvtne2ps_pbh(a, b); });
     print_floats("dot", [] { const Vec a = floats(); const __m512i b = pairs(), c = pairs(); return _mm512_dpbf16_ps(a, (__m512bh)b, (__m512bh)c); });

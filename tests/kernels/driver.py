@@ -21,7 +21,7 @@ import pytest
 import torch
 from emulator import hipcc
 
-from aiter import abi
+from aiter import abi, dropout
 from aiter.jit import Kernel, get_kernel, settings
 from aiter.jit.arch import arch_of, cpu_arch, runs_here
 from aiter.jit.spec import Spec
@@ -113,6 +113,9 @@ class Options:
     softcap: float = 0.0
     alibi_slopes: torch.Tensor | None = None  # (heads_q,) or (batch, heads_q)
     sinks: torch.Tensor | None = None
+    chunk: int = 0
+    dropout_p: float = 0.0
+    rng_state: torch.Tensor | None = None
     batch_invariant: bool = False
     clear_rest: bool = True
 
@@ -121,7 +124,7 @@ class Options:
     ) -> abi.AttentionProblem:
         packed_q, packed_k, paged = query.dim() == 3, key.dim() == 3, self.page_table is not None
         ends = self.seqlens_q if self.seqlens_q is not None else self.starts_q[1:] if packed_q else None
-        left, right = self.window or (0, 0)
+        left, right = self.window or (-1, -1)
         return abi.AttentionProblem(
             batch=len(ends) if packed_q else query.shape[0],
             heads_q=query.shape[-2],
@@ -145,10 +148,17 @@ class Options:
             softmax_scale=1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale,
             softcap=self.softcap,
             window_left=left,
-            window_right=0 if self.causal and self.window else right,
+            window_right=0 if self.causal and self._ranges else right,
             clear_rest=self.clear_rest,
             batch_invariant=self.batch_invariant,
+            attention_chunk=self.chunk,
+            dropout_threshold=dropout.threshold(self.dropout_p),
         )
+
+    @property
+    def _ranges(self) -> bool:
+        """Whether rows see ranges of keys with two ends."""
+        return self.window is not None or self.chunk > 0
 
     def _most_keys(self, key: torch.Tensor) -> int:
         if self.page_indptr is not None:
@@ -160,16 +170,18 @@ class Options:
     def spec(self, target: str, name: str, query: torch.Tensor, value: torch.Tensor) -> Spec:
         switched_on = {
             "alibi": self.alibi_slopes is not None,
+            "chunk": self.chunk > 0,
+            "dropout": self.dropout_p > 0,
             "paged": self.page_table is not None and target in GPUS,
             "softcap": self.softcap != 0.0,
-            "window": self.window is not None,
+            "window": self._ranges,
         }
         options = [(word, 1) for word, on in switched_on.items() if on]
         if value.shape[-1] != query.shape[-1]:
             options.append(("value_dim", value.shape[-1]))
         dtype = next(word for word, known in DTYPES.items() if known == query.dtype)
         arch = arch_of(torch.device("cuda")) if target == "cuda" else target
-        causal = self.causal and self.window is None
+        causal = self.causal and not self._ranges
         return Spec(name, dtype, query.shape[-1], causal, arch, tuple(sorted(options)))
 
     def reads(self, *names: str) -> dict[str, torch.Tensor | None]:
@@ -177,7 +189,7 @@ class Options:
         return {name: getattr(self, name) for name in names}
 
 
-_LAYOUT = ("seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes")
+_LAYOUT = ("seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes", "rng_state")
 _PAGES = ("page_table", "page_indptr", "last_page_len")
 
 

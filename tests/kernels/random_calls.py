@@ -9,7 +9,7 @@ from driver import ints, randn, strided
 from hypothesis import strategies as st
 from problems import STRIDES, Sequence, page_lists
 
-from aiter import reference
+from aiter import dropout, reference
 
 SEEDS = st.integers(0, 2**32)
 # Around the sizes at which vectors, tiles, strips and blocks of keys are full.
@@ -50,6 +50,15 @@ def draw_call(
         options["window"] = pick(-1, 3, 7, 40, 130), pick(-1, 0, 3, 33, 100)
     if "softcap" in switched_on:
         options["softcap"] = pick(1.0, 5.0, 30.0, 50.0)
+    if "chunk" in switched_on:
+        options["chunk"] = pick(*(n for n in (1, 7, 16, 40, 128, 300) if n >= fewest_keys))
+    if "dropout" in switched_on:
+        options["dropout_p"] = pick(0.17, 0.5, 0.9)
+        options["rng_state"] = torch.randint(-(2**63), 2**63 - 1, (2,))
+        drawn = options["rng_state"], options["dropout_p"]
+        kept = dropout.keep_mask(*drawn, batch, heads, seq_q, seq_k)
+        for own, rows, keys, mask in zip(each, *lengths, kept, strict=True):
+            own |= {"kept": mask[:, :rows, :keys], "dropout_p": options["dropout_p"]}
     if "alibi" in switched_on:
         options["alibi_slopes"] = torch.rand(pick((heads,), (batch, heads))) / 2
     if sinks and draw(st.booleans()):
@@ -57,7 +66,7 @@ def draw_call(
     if draw(st.booleans()):
         options["query_offsets"] = ints([draw(st.integers(-seq_q // 2, seq_k)) for _ in range(batch)])
     for b, own in enumerate(each):
-        own |= {name: options[name] for name in ("window", "softcap", "sinks") if name in options}
+        own |= {name: options[name] for name in ("window", "chunk", "softcap", "sinks") if name in options}
         if "alibi_slopes" in options:
             own["alibi_slopes"] = options["alibi_slopes"].expand(batch, heads)[b]
         if "query_offsets" in options:
@@ -68,7 +77,9 @@ def draw_call(
         for side, h, dim in ((0, heads, dims[0]), (1, heads_kv, dims[0]), (1, heads_kv, dims[1]))
     )
     unseen = [
-        ~reference.visible_keys(*n, "causal" in switched_on, options.get("window"), own.get("offset")).any(0)
+        ~reference.visible_keys(
+            *n, "causal" in switched_on, options.get("window"), own.get("offset"), chunk=options.get("chunk", 0)
+        ).any(0)
         for n, own in zip(zip(*lengths, strict=True), each, strict=True)
     ]
     for k, v, rows in zip(key, value, unseen, strict=True):

@@ -18,12 +18,13 @@ AMX = "x86-64-v4+avx512bf16+amxbf16"
 ALL = ("alibi", "softcap", "window")
 # dtype, arch, value head_dim, options: each engine, each option alone and with others. Each line is a compilation.
 KERNELS = [
-    ("fp16", "x86-64-v2", HEAD_DIM, ("window",)),
+    ("fp16", "x86-64-v2", HEAD_DIM, ("chunk", "dropout")),
     ("fp32", "x86-64-v3", 40, ALL),
-    ("fp32", "x86-64-v4", HEAD_DIM, ("softcap",)),
+    ("fp32", "x86-64-v3", HEAD_DIM, ("causal", "chunk", "dropout")),
+    ("fp32", "x86-64-v4", HEAD_DIM, ("dropout", "softcap")),
     ("bf16", "x86-64-v4", HEAD_DIM, ("alibi",)),
     ("bf16", "x86-64-v4+avx512bf16", 40, ALL),
-    ("bf16", AMX, 96, ALL),
+    ("bf16", AMX, 96, (*ALL, "dropout")),
     ("fp16", f"{AMX}+amxfp16", HEAD_DIM, ("causal", "softcap")),
 ]
 KERNELS = [kernel for kernel in KERNELS if kernel[:2] in CPUS]

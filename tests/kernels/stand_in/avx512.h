@@ -55,6 +55,12 @@ inline __m512i vpmovzxwd(__mmask16 mask, __m256i a) {
     return (__m512i)__builtin_convertvector((HalfWords)a, Ints);
 }
 
+inline __m512i vpmuludq(__mmask8 mask, __m512i a, __m512i b) {
+    require(mask == 0xff, "masked lanes are not implemented");
+    typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));
+    return (__m512i)(((Longs)a & 0xffffffffu) * ((Longs)b & 0xffffffffu));
+}
+
 inline __m512 vmaxps(__mmask16 mask, Floats a, Floats b) { /* b where they are not comparable, or both zero */
     require_all(mask);
     return a > b ? a : b;
@@ -168,6 +174,7 @@ inline __m512bh vcvtne2ps2bf16(Floats upper, Floats lower) {
 }  // namespace stand_in
 
 #define _mm512_maskz_cvtepu16_epi32 stand_in::vpmovzxwd
+#define _mm512_maskz_mul_epu32 stand_in::vpmuludq
 #define _mm512_maskz_max_ps stand_in::vmaxps
 #define _mm512_movepi32_mask stand_in::vpmovd2m
 #undef _mm512_maskz_reduce_ps
