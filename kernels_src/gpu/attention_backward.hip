@@ -125,7 +125,8 @@ template <int PASS> __device__ __forceinline__ auto destination_of_x(const GradA
                                  Score::is_zero(p) ? 0.0f : p.softmax_scale};
 }
 __device__ __forceinline__ auto destination_of_y(const GradArguments &a) {
-    return Destination<VALUE_DIM>{a.tensors.grad_value, a.problem.grad_value_strides, 1.0f};
+    const float scale = DROPOUT ? Dropout(a.problem.forward, a.tensors).scale : 1.0f;
+    return Destination<VALUE_DIM>{a.tensors.grad_value, a.problem.grad_value_strides, scale};
 }
 
 template <int PASS, int COLUMNS>

@@ -55,6 +55,7 @@ constexpr int SLOTS = Output::SLOTS, RUN = Tile::RUN;
 
 constexpr int EXCHANGED = Memory::EXCHANGED;
 constexpr int SHARED_BYTES = Memory::SHARED_BYTES;
+static_assert(!DROPOUT, "dropout is for training: the forward kernel knows it");
 static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
 /* Of value i of a lane; of a team's waves each has its own. Not by wave(), which all lanes must ask together. */

@@ -28,9 +28,9 @@
 namespace aiter {
 
 /* wgmma's loop knows windows, caps, slopes and values of another length too, but has not run with them on a GPU yet;
- * and its registers hold no output of more than 256 columns. */
+ * it knows no dropout, and its registers hold no output of more than 256 columns. */
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM == AITER_HEAD_DIM && !AITER_WINDOW &&             \
-    !AITER_SOFTCAP && !AITER_ALIBI
+    !AITER_SOFTCAP && !AITER_ALIBI && !AITER_DROPOUT
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
@@ -45,7 +45,7 @@ struct RowTile {
     Sequence sequence;
     int first_row;
     Range
-        keys; /* that any of its rows sees; batch_invariant: from the beginning of a tile on, wherever the rows begin */
+        keys; /* that any of its rows sees; batch_invariant, dropout: from the beginning of a tile on, wherever rows begin */
 
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
         : RowTile(launch, Loop::place(launch, index, (launch.problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS)) {}
@@ -54,7 +54,7 @@ struct RowTile {
           first_row(place.row_tile * BLOCK_ROWS) {
         keys = sequence.mask.keys_of_any(first_row, first_row + BLOCK_ROWS);
         sequence.keys.begin = keys.low;
-        if (WINDOW && launch.problem.batch_invariant) keys.low -= keys.low % Loop::KEYS;
+        if (WINDOW && (DROPOUT || launch.problem.batch_invariant)) keys.low -= keys.low % Loop::KEYS;
     }
 
     /* Whether any of its rows is to be written. */
@@ -71,7 +71,8 @@ __device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wav
 }
 
 __device__ __forceinline__ void store(const Arguments &arguments, const RowTile &tile, SharedAddress shared,
-                                      const Score &score, OnlineSoftmax<SLOTS> &softmax, Output &o) {
+                                      const Score &score, const Dropout &dropout, OnlineSoftmax<SLOTS> &softmax,
+                                      Output &o) {
     const Sequence &sequence = tile.sequence;
     const int wave_row = tile.first_row + Loop::wave_row();
     float log_sum[SLOTS], share[SLOTS];
@@ -83,6 +84,7 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
         const int row = wave_row + Output::row(slot);
         const bool sees_keys = row < sequence.rows && !sequence.mask.keys_of(row).empty();
         share[slot] = share_of_keys(arguments.tensors.sinks, tile.head, log_sum[slot]);
+        if (DROPOUT) share[slot] *= dropout.scale;
         const float inverse = reciprocal(softmax.sum[slot]) * share[slot];
         float row_total = 0.0f;
 #pragma unroll
@@ -119,7 +121,7 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
 #pragma unroll 1
             for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int leader = first_lane(lanes);
-                exact_row(sequence, from_lane(wave_row + Output::row(slot), leader), score,
+                exact_row(sequence, from_lane(wave_row + Output::row(slot), leader), score, dropout,
                           from_lane(log_sum[slot], leader), from_lane(share[slot], leader));
             }
     }
@@ -130,7 +132,7 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     AITER_SHARED(shared, Loop::SHARED_BYTES);
     const Score score(launch.problem);
     Loop::run<RowTile>(launch, shared_address(shared), score, [&](const RowTile &tile, auto &softmax, auto &o) {
-        store(launch, tile, shared_address(shared), score, softmax, o);
+        store(launch, tile, shared_address(shared), score, Dropout(launch.problem, launch.tensors), softmax, o);
     });
 }
 

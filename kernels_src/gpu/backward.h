@@ -12,6 +12,8 @@
  *   P = exp2(score(x_own x_passing^T) - LSE)           dS = P * (y_own y_passing^T - delta) * score'
  *   gradient of x_own += dS x_passing                  gradient of y_own += P^ y_passing
  *
+ * (with dropout, P where it is kept in the gradient of y, and the product of the ys, times its scale, likewise in dS)
+ *
  * where score is that of score.h, the LSE (base 2) and delta = rowsum(output * grad_output) - grad_lse belong to query
  * rows, whichever side they are on. x has HEAD_DIM columns, y VALUE_DIM. */
 #ifndef AITER_GPU_BACKWARD_H
@@ -47,7 +49,8 @@ struct alignas(8) LseAndDelta {
 struct RowPair {
     Rows x, y;
     LseAndDelta *terms; /* of query rows */
-    int count;
+    int count;          /* rows from there on count as missing, */
+    int begin = 0;      /* and so do those before; only with AITER_DROPOUT are tiles begun before it */
 };
 
 /* One sequence: its rows of the query side (query, output, their gradients) and of the key side. */
@@ -116,7 +119,8 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
     int kv_head, first_head, query_head, heads_passing;
     int row_block, row_blocks, block_row; /* own side: the block's rows */
     int own_rows, padded_rows;            /* all that exist, all to be written */
-    int first, end, tiles; /* passing rows that any own row takes part with, and how many tiles; the same for each head */
+    int first, end,
+        tiles; /* passing rows that any own row takes part with, and how many tiles; the same for each head */
 
     static __device__ __forceinline__ int heads(const aiter_attention_problem &problem) { /* that share passing rows */
         return owns_queries(PASS) ? problem.heads_q / problem.heads_kv : 1;
@@ -141,6 +145,7 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         own_rows = owns_queries(PASS) ? sequence.query.count : sequence.key.count;
         padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
         first = sees(block_row).low;
+        if (DROPOUT) first -= first % 16; /* where four words begin to decide: see dropout.h */
         end = sees(lesser(block_row + ROWS, own_rows) - 1).high;
         tiles = block_row < own_rows && end > first ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
@@ -156,13 +161,20 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         return alibi_slope(sequence.arguments.problem.forward, sequence.arguments.tensors, sequence.batch,
                            owns_queries(PASS) ? query_head : first_head + passing_head);
     }
+    /* Of passing rows' head, as dropout counts heads. */
+    __device__ __forceinline__ int drawn_head(int passing_head) const {
+        return sequence.batch * sequence.arguments.problem.forward.heads_q +
+               (owns_queries(PASS) ? query_head : first_head + passing_head);
+    }
     __device__ __forceinline__ RowPair own() const {
         return owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
     }
-    /* Past `end` they count as missing: what nobody sees may be NaN. */
+    /* Past `end`, and before the first that any own row takes part with, they count as missing: what nobody sees may be
+     * NaN. */
     __device__ __forceinline__ RowPair passing() const {
         RowPair pair = owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
         pair.count = end;
+        if (DROPOUT) pair.begin = sees(block_row).low;
         return pair;
     }
 };

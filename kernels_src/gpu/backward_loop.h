@@ -5,6 +5,7 @@
  *   scores              S = x x^T                               matrix unit
  *   grad_probabilities  dP = y y^T                              matrix unit
  *   probabilities       P = exp2(score(S) - LSE)                vector unit, meanwhile
+ *   drop                the sign of P says where dropout leaves it out: see dropout.h
  *   add_to_y            gradient of y += P y                    matrix unit
  *   grad_scores         dS = P (dP - delta) score'              vector unit, meanwhile
  *   add_to_x            gradient of x += dS x                   matrix unit
@@ -15,6 +16,7 @@
 #define AITER_GPU_BACKWARD_LOOP_H
 
 #include "gpu/backward.h"
+#include "gpu/dropout.h"
 #include "gpu/mask.h"
 #include "gpu/score.h"
 #if defined(AITER_GFX9)
@@ -33,11 +35,14 @@ template <int PASS, class Tile, class Share> struct RowWise {
     const Share &share;
     int wave_row;
     Score score;
+    Dropout dropout;
     float slope;                    /* of the query head at hand */
+    int drawn_head;                 /* the same head, as dropout counts them */
     float lse[SLOTS], delta[SLOTS]; /* of own query rows */
 
     __device__ __forceinline__ RowWise(const Share &share, int wave_row)
-        : share(share), wave_row(wave_row), score(Score::with_sign(share.sequence.arguments.problem.forward)) {
+        : share(share), wave_row(wave_row), score(Score::with_sign(share.sequence.arguments.problem.forward)),
+          dropout(share.sequence.arguments.problem.forward, share.sequence.arguments.tensors) {
         if (owns_queries(PASS))
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
@@ -49,6 +54,7 @@ template <int PASS, class Tile, class Share> struct RowWise {
     }
     __device__ __forceinline__ void begin_head(int head) {
         if (ALIBI) slope = share.slope(head);
+        if (DROPOUT) drawn_head = share.drawn_head(head);
     }
     /* Zeros where own and passing rows do not see each other. */
     __device__ __forceinline__ void hide(Scores &s, int first) const {
@@ -75,6 +81,21 @@ template <int PASS, class Tile, class Share> struct RowWise {
                 }
         }
     }
+    /* Probabilities become negative where they are left out, -0 for 0. */
+    __device__ __forceinline__ void drop(Scores &p, int first) const {
+        dropout.template for_tile<Scores, !owns_queries(PASS)>(
+            drawn_head, first, [&](int slot) { return wave_row + Scores::row(slot); },
+            [&](int slot, int i, bool kept) { p.set(slot, i, kept ? p.get(slot, i) : -p.get(slot, i)); });
+    }
+    /* What is left. */
+    static __device__ __forceinline__ Scores kept(const Scores &p) {
+        Scores result;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; ++i) result.set(slot, i, p.get(slot, i) < 0.0f ? 0.0f : p.get(slot, i));
+        return result;
+    }
     __device__ __forceinline__ void grad_scores(const Tile &tile, const Scores &p, const Scores &derivative,
                                                 Scores &ds) const {
 #pragma unroll
@@ -86,8 +107,13 @@ template <int PASS, class Tile, class Share> struct RowWise {
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; ++slot) {
                     float x = ds.get(slot, i + j), y = ds.get(slot, i + j + 1);
+                    float p_x = p.get(slot, i + j), p_y = p.get(slot, i + j + 1);
                     if (owns_queries(PASS)) run[j] = run[j + 1] = delta[slot];
-                    Tile::weigh(x, y, p.get(slot, i + j), p.get(slot, i + j + 1), run[j], run[j + 1]);
+                    if (DROPOUT) {
+                        x = __builtin_signbit(p_x) ? 0.0f : x * dropout.scale, p_x = __builtin_fabsf(p_x);
+                        y = __builtin_signbit(p_y) ? 0.0f : y * dropout.scale, p_y = __builtin_fabsf(p_y);
+                    }
+                    Tile::weigh(x, y, p_x, p_y, run[j], run[j + 1]);
                     if (SOFTCAP) x *= derivative.get(slot, i + j), y *= derivative.get(slot, i + j + 1);
                     ds.set(slot, i + j, x), ds.set(slot, i + j + 1, y);
                 }
@@ -164,7 +190,9 @@ template <int PASS> struct BackwardTileLoop {
                 if (gives_x(PASS)) tile.grad_probabilities(ds);
                 rows.probabilities(tile, p, derivative, first);
                 if (masked) rows.hide(p, first);
-                if (gives_y(PASS)) tile.add_to_y(p, grad_y);
+                if (DROPOUT) rows.drop(p, first);
+                if constexpr (gives_y(PASS) && DROPOUT) tile.add_to_y(rows.kept(p), grad_y);
+                else if (gives_y(PASS)) tile.add_to_y(p, grad_y);
                 if (!gives_x(PASS)) continue;
                 rows.grad_scores(tile, p, derivative, ds);
                 if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */

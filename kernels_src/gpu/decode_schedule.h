@@ -76,6 +76,7 @@ inline int most_keys_to_read(const aiter_attention_problem &p) {
     int64_t most = p.seqlen_k;
     if (WINDOW && p.window_left >= 0 && p.window_right >= 0)
         most = lesser<int64_t>(most, int64_t(p.window_left) + p.window_right + p.seqlen_q);
+    if (CHUNK) most = lesser<int64_t>(most, 2 * int64_t(p.attention_chunk) + p.seqlen_q);
     if (WINDOW && p.batch_invariant) most = lesser<int64_t>(most + INVARIANT_KEYS, INT32_MAX);
     return static_cast<int>(most);
 }
@@ -227,7 +228,8 @@ struct Unit {
         const Range read = keys_to_read(arguments.problem, own.mask);
         const bool hidden =
             values_not_finite(own, sees.high, read.high) || WINDOW && values_not_finite(own, read.low, sees.low);
-        if (hidden) exact_row(own, token(row), score, log_sum, share(row, log_sum));
+        const Dropout none(arguments.problem, arguments.tensors);
+        if (hidden) exact_row(own, token(row), score, none, log_sum, share(row, log_sum));
         return hidden;
     }
     /* Padding from row `first` on: zeros. By the whole block. */

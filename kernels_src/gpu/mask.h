@@ -5,7 +5,9 @@
  *     row 1    x x x x x . . .      A window replaces that by an edge on either side, each of which may be absent:
  *     row 2    . x x x x x . .      here diagonal 3, left 4, right 0.
  *
- * Both edges move right with the row. So the keys that any of some neighbouring rows sees begin with those of the
+ * AITER_CHUNK: and none outside of the row's own chunk of so many keys, whose edges do not move right within it.
+ *
+ * Both edges move right with the row, or stay. So the keys that any of some neighbouring rows sees begin with those of the
  * first and end with those of the last; those that all of them see, the other way round. Tiles of keys outside the
  * former are skipped, and within the latter nothing needs to be hidden. */
 #ifndef AITER_GPU_MASK_H
@@ -33,18 +35,41 @@ struct Mask {
     int rows, keys; /* that exist */
     int diagonal;   /* row i stands at key i + diagonal */
     int left, right;
+#if AITER_CHUNK
+    int chunk;
+#endif
 
     Mask() = default;
     __device__ __forceinline__ Mask(const aiter_attention_problem &p, int rows, int keys, const int32_t *offsets,
                                     int batch)
         : rows(rows), keys(keys), diagonal(offsets == nullptr ? keys - rows : clamp(offsets[batch], -FAR, FAR)),
-          left(lesser(p.window_left, FAR)), right(lesser(p.window_right, FAR)) {}
+          left(lesser(p.window_left, FAR)), right(lesser(p.window_right, FAR)) {
+#if AITER_CHUNK
+        chunk = lesser(p.attention_chunk, FAR);
+#endif
+    }
+    /* The chunk of a place. */
+    __device__ __forceinline__ Range chunk_of(int place) const {
+#if AITER_CHUNK
+        const int past = place % chunk, first = place - (past < 0 ? past + chunk : past);
+        return {first, first + chunk};
+#else
+        return {-2 * FAR, 2 * FAR - 1};
+#endif
+    }
     /* The keys that a row sees. */
     __device__ __forceinline__ Range keys_of(int row) const {
         const int own = row + diagonal;
         if (CAUSAL) return {0, clamp(own + 1, 0, keys)};
-        if (WINDOW)
-            return {left < 0 ? 0 : clamp(own - left, 0, keys), right < 0 ? keys : clamp(own + right + 1, 0, keys)};
+        if (WINDOW) {
+            Range sees = {left < 0 ? 0 : clamp(own - left, 0, keys),
+                          right < 0 ? keys : clamp(own + right + 1, 0, keys)};
+            if (CHUNK) {
+                const Range all = chunk_of(own);
+                sees = {greater(sees.low, clamp(all.low, 0, keys)), lesser(sees.high, clamp(all.high, 0, keys))};
+            }
+            return sees;
+        }
         return {0, keys};
     }
     /* The keys that any of the rows first ... end-1 sees, and those that all of them see. */
@@ -59,8 +84,16 @@ struct Mask {
     __device__ __forceinline__ Range rows_of(int key) const {
         const int own = key - diagonal;
         if (CAUSAL) return {clamp(own, 0, rows), rows};
-        if (WINDOW)
-            return {right < 0 ? 0 : clamp(own - right, 0, rows), left < 0 ? rows : clamp(own + left + 1, 0, rows)};
+        if (WINDOW) {
+            Range sees = {right < 0 ? 0 : clamp(own - right, 0, rows),
+                          left < 0 ? rows : clamp(own + left + 1, 0, rows)};
+            if (CHUNK) {
+                const Range all = chunk_of(key);
+                sees = {greater(sees.low, clamp(all.low - diagonal, 0, rows)),
+                        lesser(sees.high, clamp(all.high - diagonal, 0, rows))};
+            }
+            return sees;
+        }
         return {0, rows};
     }
 };

@@ -228,6 +228,9 @@ struct Sequence {
     int query_batch, query_head, first_query, kv_batch, kv_head, first_key;
     Mask mask;
     float slope; /* of the head, in base 2 */
+#if AITER_DROPOUT
+    int drawn_head; /* as dropout counts them */
+#endif
 
     __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head) {
         const aiter_attention_problem &p = arguments.problem;
@@ -244,6 +247,9 @@ struct Sequence {
         rows = q.count;
         padded_rows = p.packed_q || !p.clear_rest ? q.count : p.seqlen_q;
         slope = alibi_slope(p, t, batch, head);
+#if AITER_DROPOUT
+        drawn_head = batch * p.heads_q + head;
+#endif
 
         query_batch = p.packed_q ? 0 : batch;
         query_head = head;
@@ -308,6 +314,8 @@ inline int check_problem(const aiter_attention_problem &p) {
     if (PAGED ? p.page_size <= 0 : p.page_size != 0) return LAUNCH_BAD_PROBLEM;
     if (p.heads_kv <= 0 || p.heads_q % p.heads_kv != 0) return LAUNCH_BAD_PROBLEM;
     if (SOFTCAP && !(p.softcap > 0)) return LAUNCH_BAD_PROBLEM;
+    if (CHUNK && p.attention_chunk <= 0) return LAUNCH_BAD_PROBLEM;
+    if (DROPOUT && (p.dropout_threshold < 0 || p.dropout_threshold > 65535)) return LAUNCH_BAD_PROBLEM;
     return 0;
 }
 

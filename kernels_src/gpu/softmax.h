@@ -9,6 +9,7 @@
 #define AITER_GPU_SOFTMAX_H
 
 #include "gpu/arch.h"
+#include "gpu/dropout.h"
 #include "gpu/score.h"
 #include "gpu/sequence.h"
 
@@ -78,10 +79,10 @@ __device__ __forceinline__ float share_of_keys(const float *sinks, int head, flo
 }
 
 /* One row once more, by a whole wave, key by key and only those it sees: for rows into which a matrix product has let
- * 0 * inf or 0 * NaN of a masked value. `log_sum` of the row is in base 2 and right, `share` that of the keys. Slow and
- * rare. */
-__device__ __forceinline__ void exact_row(const Sequence &sequence, int row, const Score &score, float log_sum,
-                                          float share) {
+ * 0 * inf or 0 * NaN of a masked value. `log_sum` of the row is in base 2 and right, `share` what its weights are
+ * multiplied by. Slow and rare. */
+__device__ __forceinline__ void exact_row(const Sequence &sequence, int row, const Score &score, const Dropout &dropout,
+                                          float log_sum, float share) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
     constexpr int VALUE_DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE;
     float q[DIMENSIONS], result[VALUE_DIMENSIONS] = {};
@@ -102,7 +103,10 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, con
         for (int i = 0; i < DIMENSIONS; ++i)
             if (lane() + i * WAVE < HEAD_DIM) dot += q[i] * to_float(k[lane() + i * WAVE]);
         const float distance = __builtin_fabsf(static_cast<float>(row + sequence.mask.diagonal - key));
-        const float p = exp2(score.finish(wave_sum(dot), sequence.slope, distance) * score.unit - log_sum) * share;
+        float p = exp2(score.finish(wave_sum(dot), sequence.slope, distance) * score.unit - log_sum) * share;
+#if AITER_DROPOUT
+        p = dropout.keeps(sequence.drawn_head, row, key) ? p : 0.0f;
+#endif
 #pragma unroll
         for (int i = 0; i < VALUE_DIMENSIONS; ++i)
             if (lane() + i * WAVE < VALUE_DIM) result[i] += p * to_float(v[lane() + i * WAVE]);

@@ -65,6 +65,12 @@ constexpr int SHARED_LIMIT = shared_limit(CUDA_ARCH);
 #ifndef AITER_ALIBI
 #define AITER_ALIBI 0
 #endif
+#ifndef AITER_CHUNK
+#define AITER_CHUNK 0
+#endif
+#ifndef AITER_DROPOUT
+#define AITER_DROPOUT 0
+#endif
 #ifndef AITER_PAGED
 #define AITER_PAGED 0
 #endif
@@ -72,7 +78,7 @@ constexpr int SHARED_LIMIT = shared_limit(CUDA_ARCH);
 constexpr int HEAD_DIM = AITER_HEAD_DIM;   /* of queries and keys */
 constexpr int VALUE_DIM = AITER_VALUE_DIM; /* of values and the output */
 constexpr bool CAUSAL = AITER_CAUSAL, WINDOW = AITER_WINDOW, SOFTCAP = AITER_SOFTCAP, ALIBI = AITER_ALIBI;
-constexpr bool PAGED = AITER_PAGED;
+constexpr bool CHUNK = AITER_CHUNK, DROPOUT = AITER_DROPOUT, PAGED = AITER_PAGED;
 constexpr bool MASKED = CAUSAL || WINDOW; /* a row may see fewer keys than there are */
 
 constexpr int MOST_DIM = 512;
@@ -81,6 +87,7 @@ static_assert(HEAD_DIM <= MOST_DIM || (HEAD_DIM == 576 && VALUE_DIM == 512),
               "head_dim is at most 512, or 576 with 512");
 static_assert(VALUE_DIM > 0 && VALUE_DIM % 8 == 0 && VALUE_DIM <= MOST_DIM, "value_dim is a multiple of 8 up to 512");
 static_assert(!(CAUSAL && WINDOW), "a window has its own right edge: it replaces causal");
+static_assert(WINDOW || !CHUNK, "chunks go with a window, whose sides may be without limits");
 
 typedef uint16_t Element; /* bits of an fp16 or bf16 */
 

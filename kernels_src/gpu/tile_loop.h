@@ -6,6 +6,7 @@
  *   finish      what score.h does to them: normally nothing
  *   hide        only where an edge of what the rows see cuts the tile
  *   update      P = exp2(S - max)  vector unit, while other waves use the matrix unit
+ *   dropout     zeros in P: normally none, see dropout.h
  *   accumulate  O += P V           matrix unit
  *
  * A loop is a struct with the members of this one; an arch with a better way to go through the tiles brings its own,
@@ -14,6 +15,7 @@
 #define AITER_GPU_TILE_LOOP_H
 
 #include "gpu/arch.h"
+#include "gpu/dropout.h"
 #include "gpu/mask.h"
 #include "gpu/score.h"
 #include "gpu/sequence.h"
@@ -80,15 +82,16 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
         if (tile.exists()) {
             Softmax softmax(score.unit);
             Output o;
-            attend(tile.sequence, shared, tile.first_row, tile.keys, score, softmax, o);
+            attend(tile.sequence, shared, tile.first_row, tile.keys, score, Dropout(launch.problem, launch.tensors),
+                   softmax, o);
             finish(tile, softmax, o);
         }
         clear_rest(launch, row_tiles(launch.problem) * launch.problem.heads_q * launch.problem.batch, THREADS);
     }
 
     static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
-                                                  const Range &block_keys, const Score &score, Softmax &softmax,
-                                                  Output &o) {
+                                                  const Range &block_keys, const Score &score, const Dropout &dropout,
+                                                  Softmax &softmax, Output &o) {
         const Mask &mask = sequence.mask;
         const int wave_row = first_row + TileLoop::wave_row();
         const Range wave_keys = mask.keys_of_any(wave_row, wave_row + WAVE_ROWS);
@@ -122,6 +125,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
                 hide<WINDOW>(s, -INFINITE, first,
                              [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
             softmax.update(s, o);
+#if AITER_DROPOUT
+            dropout.for_tile<Scores, false>(
+                sequence.drawn_head, first, [&](int slot) { return wave_row + Scores::row(slot); },
+                [&](int slot, int i, bool kept) { s.set(slot, i, kept ? s.get(slot, i) : 0.0f); });
+#endif
             tile.accumulate(s, o, first_column());
         }
         if (TEAM > 1) barrier(); /* nobody reads the team's queries any more */

@@ -16,7 +16,9 @@ from accuracy import assert_as_accurate, pytorch_attend_one
 from driver import DTYPES, GPUS, attend, gradients, ints, require
 from problems import Sequence, assert_sequences
 
-from aiter import reference
+from aiter import dropout, reference
+
+OPTIONS = ("softcap", "alibi", "paged", "chunk", "dropout")
 
 
 @dataclass(frozen=True)
@@ -31,34 +33,36 @@ class Kernel:
     softcap: bool = False
     alibi: bool = False
     paged: bool = False
+    chunk: bool = False
+    dropout: bool = False
 
     def __str__(self):
         words = [self.name, self.dtype, str(self.head_dim), str(self.value_dim), self.mask]
-        return "-".join([w for w in words if w] + [w for w in ("softcap", "alibi", "paged") if getattr(self, w)])
+        return "-".join([w for w in words if w] + [w for w in OPTIONS if getattr(self, w)])
 
 
 FORWARD, DECODE, BACKWARD = "attention_forward", "attention_decode", "attention_backward"
 KERNELS = {
     "gfx90a": (
-        Kernel(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True),
+        Kernel(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True, chunk=True, dropout=True),
         Kernel(FORWARD, "bf16", 512, 512, "causal"),
         Kernel(DECODE, "bf16", 128, 128, "window", paged=True),
-        Kernel(BACKWARD, "bf16", 72, 72, "window", softcap=True, alibi=True),
+        Kernel(BACKWARD, "bf16", 72, 72, "window", softcap=True, alibi=True, dropout=True),
     ),
     "gfx942": (
         Kernel(FORWARD, "bf16", 128, 128, "window", paged=True),
-        Kernel(FORWARD, "fp16", 192, 128, "causal"),
-        Kernel(DECODE, "fp16", 64, 64, "window", softcap=True, alibi=True),
+        Kernel(FORWARD, "fp16", 192, 128, "causal", dropout=True),
+        Kernel(DECODE, "fp16", 64, 64, "window", softcap=True, alibi=True, chunk=True),
         Kernel(DECODE, "bf16", 576, 512, "causal", paged=True),
-        Kernel(BACKWARD, "fp16", 128, 128, "window"),
+        Kernel(BACKWARD, "fp16", 128, 128, "window", chunk=True, dropout=True),
         Kernel(BACKWARD, "bf16", 512, 512, "causal"),
     ),
     "gfx950": (
-        Kernel(FORWARD, "bf16", 64, 128, "window", softcap=True),
+        Kernel(FORWARD, "bf16", 64, 128, "window", softcap=True, dropout=True),
         Kernel(FORWARD, "fp16", 320, 264, "window"),
         Kernel(DECODE, "bf16", 192, 128, "causal", alibi=True),
         Kernel(BACKWARD, "bf16", 96, 64, "window", softcap=True),
-        Kernel(BACKWARD, "fp16", 40, 264, "window"),
+        Kernel(BACKWARD, "fp16", 40, 264, "window", dropout=True),
     ),
 }
 KERNELS["cuda"] = (
@@ -100,7 +104,20 @@ def options_of(kernel, window, heads_q, sinks):
         options["softcap"] = 3.0  # random scores reach it
     if sinks:
         options["sinks"] = torch.randn(heads_q) * 3
+    if kernel.chunk:
+        options["chunk"] = 37
     return options
+
+
+def dropout_of(kernel, lengths, heads_q):
+    """What the call takes, and what `reference.attend_one` takes for each sequence."""
+    if not kernel.dropout:
+        return {}, [{}] * len(lengths)
+    options = {"dropout_p": 0.3, "rng_state": torch.randint(-(2**63), 2**63 - 1, (2,))}
+    masks = (
+        dropout.keep_mask(options["rng_state"], 0.3, 1, heads_q, *n, first_sequence=b) for b, n in enumerate(lengths)
+    )
+    return options, [{"kept": mask[0], "dropout_p": 0.3} for mask in masks]
 
 
 def rows_in_memory(tensors, layout, most):
@@ -158,17 +175,18 @@ def check(target, kernel, lengths, heads, layout="padded", window=(-1, -1), sink
     dtype, (heads_q, heads_kv) = DTYPES[kernel.dtype], heads
     options = options_of(kernel, window, heads_q, sinks)
     slopes = torch.rand(len(lengths), heads_q) if kernel.alibi else None
+    drawn, masks = dropout_of(kernel, lengths, heads_q)
     queries, pairs, references, seen = [], [], [], []
     for b, (rows, keys) in enumerate(lengths):
         queries.append(torch.randn(rows, heads_q, kernel.head_dim).to(dtype))
         key, value = (torch.randn(keys, heads_kv, d).to(dtype) for d in (kernel.head_dim, kernel.value_dim))
-        own = dict(options)
+        own = options | masks[b]
         if slopes is not None:
             own["alibi_slopes"] = slopes[b]
         if offsets is not None:
             own["offset"] = offsets[b]
         visible = reference.visible_keys(
-            rows, keys, own.get("causal", False), own.get("window"), own.get("offset")
+            rows, keys, own.get("causal", False), own.get("window"), own.get("offset"), chunk=own.get("chunk", 0)
         ).any(0)  # fmt: skip
         key[~visible], value[~visible] = math.nan, math.nan
         pairs.append((key, value))
@@ -193,7 +211,7 @@ def check(target, kernel, lengths, heads, layout="padded", window=(-1, -1), sink
     passed = {name: value for name, value in options.items() if name != "causal"}
     output, lse = attend(
         target, query, key, value, options.get("causal", False), alibi_slopes=slopes, name=kernel.name,
-        **arguments, **passed, **how,
+        **arguments, **passed, **drawn, **how,
     )  # fmt: skip
     if layout == "padded":
         lse_places = [(b, slice(None), slice(n)) for b, n in enumerate(rows)]
@@ -252,6 +270,8 @@ def test_decode(target, kernel):
 @on_kernels(FORWARD, DECODE)
 def test_batch_invariant(target, kernel):
     """The bits of a sequence do not depend on the rest of the batch, nor on how many of its rows are asked for."""
+    if kernel.dropout:
+        pytest.skip("which weights are left out depends on the place in the batch")
     forward = kernel.name == FORWARD
     rows, keys = (140, 150) if forward else (3, 2300)
     how = {"window": (61, 0), "sinks": False, "batch_invariant": True}
@@ -313,7 +333,8 @@ def test_values_out_of_range(target, kernel):
         key, value, options = key.flatten(0, 1), value.flatten(0, 1), {"starts_k": ints([far, -far, 9, 4])}
     options |= {"starts_q": ints([-far, 7, far, 3]), "max_seqlen": (20, 32)}
     for offsets, window in (([far, -far - 1, 0], (far, far)), ([-far, 5, far], (far, 0)), ([0, 9, 3], (0, far))):
-        options |= {"query_offsets": ints(offsets), "window": window}
+        options |= {"query_offsets": ints(offsets), "window": window, **dropout_of(kernel, [], 2)[0]}
+        options |= {"chunk": 37} if kernel.chunk else {}
         if kernel.name == BACKWARD:
             gradients(target, query, key, value, grad, torch.zeros(2, 20), grad, **options)
         else:
@@ -330,7 +351,8 @@ def test_cost_follows_the_window(target, name):
         query = torch.randn(1, 1 if name == DECODE else tokens, 1, 128).to(DTYPES[kernel.dtype])
         key, value = (torch.randn(1, tokens, 1, 128).to(query.dtype) for _ in "kv")
         stats = {}
-        options = {"window": (100, 0), "stats": stats}
+        options = {"window": (100, 0), "stats": stats, **dropout_of(kernel, [], 1)[0]}
+        options |= {"chunk": 37} if kernel.chunk else {}
         if kernel.paged:
             options["page_table"] = ints([list(range(tokens // 32))])
             key, value = (t.view(-1, 32, 1, 128) for t in (key, value))
@@ -362,9 +384,10 @@ def check_gradients(target, kernel, lengths, heads, layout, window, sinks, offse
     dtype, (heads_q, heads_kv) = DTYPES[kernel.dtype], heads
     options = options_of(kernel, window, heads_q, sinks)
     slopes = torch.rand(len(lengths), heads_q) if kernel.alibi else None
+    drawn, masks = dropout_of(kernel, lengths, heads_q)
     inputs, expected, pytorch = [], [], []
     for b, (rows, keys) in enumerate(lengths):
-        own = dict(options)
+        own = options | masks[b]
         own |= {"alibi_slopes": slopes[b]} if slopes is not None else {}
         own |= {"offset": offsets[b]} if offsets is not None else {}
         shapes = [(rows, heads_q, kernel.head_dim)]
@@ -373,7 +396,8 @@ def check_gradients(target, kernel, lengths, heads, layout, window, sinks, offse
         grad = torch.randn(rows, heads_q, kernel.value_dim).to(dtype)
         leaves = [t.double().requires_grad_() for t in tensors]
         output, lse = reference.attend_one(*leaves, **own)
-        seen = reference.visible_keys(rows, keys, own.get("causal", False), own.get("window"), own.get("offset"))
+        places = own.get("causal", False), own.get("window"), own.get("offset")
+        seen = reference.visible_keys(rows, keys, *places, chunk=own.get("chunk", 0))
         rows_that_see = seen.any(1).nonzero().flatten()
         if sinks:
             lse = torch.logaddexp(lse, own["sinks"].double().unsqueeze(1))
@@ -386,6 +410,8 @@ def check_gradients(target, kernel, lengths, heads, layout, window, sinks, offse
         # PyTorch has no answer for rows that see nothing: those that see are neighbours.
         first, last = int(rows_that_see[0]), int(rows_that_see[-1]) + 1
         own["offset"] = first + own.get("offset", keys - rows)
+        if "kept" in own:
+            own["kept"] = own["kept"][:, first:last]
         leaves = [t.clone().requires_grad_() for t in tensors]
         partial = pytorch_attend_one(leaves[0][first:last], *leaves[1:], **own)
         pytorch.append(torch.autograd.grad((partial * grad[first:last]).sum(), leaves))
@@ -401,7 +427,7 @@ def check_gradients(target, kernel, lengths, heads, layout, window, sinks, offse
     passed = {name: value for name, value in options.items() if name not in ("causal", "sinks")}
     results = gradients(
         target, query, key, value, output, lse, grad, None, options.get("causal", False), alibi_slopes=slopes,
-        lse_is_given=sinks, **arguments, **passed,
+        lse_is_given=sinks, **arguments, **passed, **drawn,
     )  # fmt: skip
     for i, (result, own_places) in enumerate(zip(results, (places, places_k, places_k), strict=True)):
         got = torch.cat([result[place].flatten() for place in own_places])

@@ -131,7 +131,7 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct NarrowBackward : Backwar
 
     u32x4 copied[COPIES][4]; /* on their way */
     f32x2 copied_terms;
-    int coming_rows; /* that exist */
+    int coming_rows, coming_begin; /* of the tile: that exist, before this and from that on */
 
     /* In shared memory: where this thread puts what it copies, and where this lane's operands begin. The rest of an
      * address is a constant at every use; opaque there, for else the compiler keeps every sum. */
@@ -172,7 +172,7 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct NarrowBackward : Backwar
     }
 
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        coming_rows = rows.count - first;
+        coming_rows = rows.count - first, coming_begin = DROPOUT ? rows.begin - first : 0;
         const int last = coming_rows - 1;
 #pragma unroll
         for (int copy = 0; copy < COPIES; ++copy)
@@ -201,10 +201,12 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct NarrowBackward : Backwar
         for (int copy = 0; copy < COPIES; ++copy)
             of_tensor(copy, [&](auto columns, bool is_y) {
                 using U = Units<columns.value>;
-                if (coming_rows < TOKENS) {
+                if (coming_rows < TOKENS || DROPOUT && coming_begin > 0) {
 #pragma unroll
-                    for (int k = 0; k < 4; ++k)
-                        if (U::key(unit(copy)) + k >= coming_rows) copied[copy][k] = u32x4{0, 0, 0, 0};
+                    for (int k = 0; k < 4; ++k) {
+                        const int row = U::key(unit(copy)) + k;
+                        if (row >= coming_rows || DROPOUT && row < coming_begin) copied[copy][k] = u32x4{0, 0, 0, 0};
+                    }
                 }
                 if (!copies(copy)) return;
                 const int chunk = U::chunk(unit(copy));
@@ -267,11 +269,11 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct WideBackward : BackwardB
         static constexpr int COPIES = round_up(U::COUNT, THREADS) / THREADS;
         static constexpr bool EVEN = U::COUNT % THREADS == 0;
         u32x4 four[COPIES][4];
-        int valid;
+        int valid, begin; /* rows of the tile that exist: before `valid`, from `begin` on */
 
         static __device__ __forceinline__ int unit(int copy) { return thread_in_block() + copy * THREADS; }
-        __device__ __forceinline__ void load(const Rows &rows, int first, int count) {
-            valid = count - first;
+        __device__ __forceinline__ void load(const Rows &rows, int first, const RowPair &pair) {
+            valid = pair.count - first, begin = DROPOUT ? pair.begin - first : 0;
             const char *base = rows.row(first);
 #pragma unroll
             for (int copy = 0; copy < COPIES; ++copy) {
@@ -287,14 +289,16 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct WideBackward : BackwardB
                 }
             }
         }
-        /* Rows past the last become zeros. */
+        /* Rows that do not exist become zeros. */
         __device__ __forceinline__ void end() {
-            if (valid < TOKENS) {
+            if (valid < TOKENS || DROPOUT && begin > 0) {
 #pragma unroll
                 for (int copy = 0; copy < COPIES; ++copy)
 #pragma unroll
-                    for (int k = 0; k < 4; ++k)
-                        if (U::key(unit(copy)) + k >= valid) four[copy][k] = u32x4{0, 0, 0, 0};
+                    for (int k = 0; k < 4; ++k) {
+                        const int row = U::key(unit(copy)) + k;
+                        if (row >= valid || DROPOUT && row < begin) four[copy][k] = u32x4{0, 0, 0, 0};
+                    }
             }
         }
         __device__ __forceinline__ void store_by_rows(SharedAddress tile) const {
@@ -328,15 +332,15 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct WideBackward : BackwardB
 
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
         coming = rows, coming_first = first;
-        x.load(rows.x, first, rows.count);
-        if (!gives_x(PASS)) y.load(rows.y, first, rows.count);
+        x.load(rows.x, first, rows);
+        if (!gives_x(PASS)) y.load(rows.y, first, rows);
     }
     __device__ __forceinline__ void skip() {}
 
     __device__ __forceinline__ void publish() {
         barrier();
         terms = coming.terms + coming_first, valid_terms = coming.count - coming_first;
-        if (gives_x(PASS)) y.load(coming.y, coming_first, coming.count);
+        if (gives_x(PASS)) y.load(coming.y, coming_first, coming);
         x.end();
         x.store_by_rows(shared);
         if (gives_x(PASS)) {

@@ -62,6 +62,8 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static constexpr int SLOTS = ROW_TILES;
     static constexpr int TILES = round_up(COLUMNS, 32) / 32;
     static constexpr int VALUES = TILES * 16;
+    static constexpr int EIGHT_FURTHER = 4; /* values from one column to that eight further */
+    static constexpr bool SLOTS_IN_PAIRS = false;
     f32x16 tile[ROW_TILES][TILES];
 
     __device__ __forceinline__ void clear() {

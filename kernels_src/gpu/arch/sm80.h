@@ -192,6 +192,8 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static constexpr int SLOTS = 2 * ROW_TILES;
     static constexpr int TILES = round_up(COLUMNS, 16) / 8;
     static constexpr int VALUES = TILES * 2;
+    static constexpr int EIGHT_FURTHER = 2;      /* values from one column to that eight further */
+    static constexpr bool SLOTS_IN_PAIRS = true; /* whose rows are eight apart */
     float tile[ROW_TILES][TILES][4];
 
     __device__ __forceinline__ void clear() {

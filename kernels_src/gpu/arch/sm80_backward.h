@@ -48,10 +48,10 @@ struct BackwardTiles {
 
     __device__ __forceinline__ SharedAddress stage(int i) const { return own + OWN_BYTES + i * STAGE_BYTES; }
 
-    /* Rows first ... first + COUNT - 1; those past `count` and columns past COLUMNS become zeros. Eight lanes copy one
-     * line of a row. */
+    /* Rows first ... first + COUNT - 1; those that the pair does not have and columns past COLUMNS become zeros. Eight
+     * lanes copy one line of a row. */
     template <int COUNT, int COLUMNS>
-    static __device__ __forceinline__ void copy(SharedAddress tile, const Rows &rows, int first, int count,
+    static __device__ __forceinline__ void copy(SharedAddress tile, const Rows &rows, int first, const RowPair &pair,
                                                 int thread) {
         using Layout = BlockLayout<COUNT, COLUMNS>;
         constexpr int STEP = THREADS / 8;
@@ -59,21 +59,22 @@ struct BackwardTiles {
         const int row = thread / 8, chunk = thread % 8;
         const SharedAddress to = tile + Layout::chunk(row, chunk);
         const char *from = rows.row(first + row) + chunk * 16;
-        const int left = count - first - row;
+        const int left = pair.count - first - row, missing = DROPOUT ? pair.begin - first - row : 0;
 #pragma unroll
         for (int step = 0; step < COUNT; step += STEP)
 #pragma unroll
             for (int block = 0; block < Layout::BLOCKS; ++block)
                 copy_async(to + step * 128 + block * Layout::BLOCK_BYTES, from + step * rows.stride + block * 128,
-                           step < left && (block * 64 + 64 <= COLUMNS || block * 64 + chunk * 8 < COLUMNS));
+                           step < left && (!DROPOUT || step >= missing) &&
+                               (block * 64 + 64 <= COLUMNS || block * 64 + chunk * 8 < COLUMNS));
     }
     __device__ __forceinline__ void copy_own(const RowPair &rows, int first, int thread) const {
-        copy<ROWS, HEAD_DIM>(own, rows.x, first, rows.count, thread);
-        if (PASS != GRAD_VALUE) copy<ROWS, VALUE_DIM>(own + OwnX::BYTES, rows.y, first, rows.count, thread);
+        copy<ROWS, HEAD_DIM>(own, rows.x, first, rows, thread);
+        if (PASS != GRAD_VALUE) copy<ROWS, VALUE_DIM>(own + OwnX::BYTES, rows.y, first, rows, thread);
     }
     __device__ __forceinline__ void copy_passing(SharedAddress to, const RowPair &rows, int first, int thread) const {
-        copy<TOKENS, HEAD_DIM>(to, rows.x, first, rows.count, thread);
-        copy<TOKENS, VALUE_DIM>(to + PassingX::BYTES, rows.y, first, rows.count, thread);
+        copy<TOKENS, HEAD_DIM>(to, rows.x, first, rows, thread);
+        copy<TOKENS, VALUE_DIM>(to + PassingX::BYTES, rows.y, first, rows, thread);
         if (!owns_queries(PASS) && thread < 2 * TOKENS) { /* taken apart on the way */
             const int i = first + thread / 2;
             const float *terms = reinterpret_cast<const float *>(rows.terms + i);

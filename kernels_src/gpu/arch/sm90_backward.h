@@ -217,7 +217,9 @@ template <int PASS> struct BackwardWarpgroupLoop {
                 tile.template finish<gives_x(PASS) ? 1 : 0>(p);
                 rows.probabilities(tile, p, derivative, first);
                 if (masked) rows.hide(p, first);
-                if (gives_y(PASS)) tile.add_to_y(p, grad_y);
+                if (DROPOUT) rows.drop(p, first);
+                if constexpr (gives_y(PASS) && DROPOUT) tile.add_to_y(rows.kept(p), grad_y);
+                else if (gives_y(PASS)) tile.add_to_y(p, grad_y);
                 if (!gives_x(PASS)) continue;
                 tile.template finish<gives_y(PASS) ? 1 : 0>(ds);
                 rows.grad_scores(tile, p, derivative, ds);
