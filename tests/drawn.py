@@ -12,7 +12,7 @@ import os
 import sys
 
 _FILE = os.environ.get("AITER_DRAWN")
-_OPTIONS = ("causal", "window", "softcap", "alibi", "sinks", "offsets", "unequal dims")
+_OPTIONS = ("causal", "window", "softcap", "alibi", "sinks", "offsets", "unequal dims", "chunk", "dropout")
 
 
 def note(where: str, operation: str, layout: str, **on: bool) -> None:
@@ -28,7 +28,8 @@ def note(where: str, operation: str, layout: str, **on: bool) -> None:
 def note_call(where: str, operation: str, call, dims: tuple[int, int], causal: bool) -> None:
     """The same for a `random_calls.Call`."""
     names = {"window": "window", "softcap": "softcap", "alibi": "alibi_slopes", "sinks": "sinks"}
-    on = {name: key in call.options for name, key in (*names.items(), ("offsets", "query_offsets"))}
+    names |= {"offsets": "query_offsets", "chunk": "chunk", "dropout": "rng_state"}
+    on = {name: key in call.options for name, key in names.items()}
     note(where, operation, call.layout, causal=causal, unequal_dims=dims[0] != dims[1], **on)
 
 

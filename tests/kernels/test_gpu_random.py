@@ -27,7 +27,7 @@ def on_kernels(*names):
 
 
 def draw(data, target, kernel, **how):
-    on = {kernel.mask} | {name for name in ("softcap", "alibi") if getattr(kernel, name)}
+    on = {kernel.mask} | {name for name in ("softcap", "alibi", "chunk", "dropout") if getattr(kernel, name)}
     dims = kernel.head_dim, kernel.value_dim
     call = draw_call(data, kernel.dtype, dims, on, lengths_q=ROWS[kernel.name], lengths_k=KEYS, **how)
     drawn.note_call(
