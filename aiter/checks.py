@@ -261,17 +261,22 @@ def _lists(
 def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.Tensor | None:
     """The first key of each sequence that a row sees, past the last one where there is no row; None: all are seen."""
     seqlens_q, seqlens_k, page_table, starts_q, *_ = indices
-    if page_table is None or (options.window_left < 0 and seqlens_q is None and starts_q is None):
+    chunk, limited = options.attention_chunk, options.window_left >= 0 or options.attention_chunk > 0
+    if page_table is None or not (limited or seqlens_q is not None or starts_q is not None):
         return None
     rows = torch.full_like(page_table[:, 0], sizes.seqlen_q) if starts_q is None else starts_q.diff()
     if seqlens_q is not None:
         rows = torch.minimum(rows, seqlens_q)
     first = torch.zeros_like(rows)
-    if options.window_left >= 0:
+    if limited:
         places = options.query_offsets
         if places is None:
             places = (sizes.seqlen_k if seqlens_k is None else seqlens_k) - rows
-        first = (places.long() - options.window_left).clamp(0, sizes.seqlen_k)
+        places = places.long()
+        if options.window_left >= 0:
+            first = (places - options.window_left).clamp(0, sizes.seqlen_k)
+        if chunk:
+            first = torch.maximum(first, (places - places % chunk).clamp(0, sizes.seqlen_k))
     return torch.where(rows > 0, first, sizes.seqlen_k)
 
 

@@ -21,9 +21,11 @@ import torch.nn.functional as F
 
 from aiter import checks, kv_cache
 from aiter.dispatch import Operation, attend
+from aiter.dropout import draw_rng_state, keep_mask
 from aiter.layout import NO_INDICES, Indices, page_lists
 from aiter.options import OptionKeywords, readable_index
 from aiter.parts import merge_attention_states
+from aiter.reference import attend_one
 
 __all__ = [
     "flash_attn_combine",
@@ -50,12 +52,9 @@ _HINTS = frozenset(
 )
 # Not offered, and the value of each that asks for nothing.
 _NOT_OFFERED: dict[str, Any] = {
-    "dropout_p": 0.0,
-    "qv": None,
     "q_descale": None,
     "k_descale": None,
     "v_descale": None,
-    "attention_chunk": 0,
     "bias": None,
     "cu_seqlens_q_padded": None,
     "cu_seqlens_k_padded": None,
@@ -84,6 +83,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     *,
     return_lse: bool = False,
+    qv: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     **others: Any,
@@ -91,11 +91,21 @@ def flash_attn_func(
     """Attention of q (batch, seq_q, heads_q, head_dim) over k (batch, seq_k, heads_kv, head_dim) and v, which is like k
     but may have another head_dim.
 
-    Returns the output; with return_lse, (output, softmax_lse); with return_attn_probs, (output, softmax_lse, None), as
-    there are no probabilities in memory. sinks: (heads_q,), one logit a head that joins the softmax. out: where the
-    output goes.
+    Returns the output; with return_lse, (output, softmax_lse); with return_attn_probs, (output, softmax_lse, S_dmask).
+    S_dmask is None without dropout, as there are no probabilities in memory. With dropout it is there for tests, and
+    worked out anew in the memory of a score matrix: (batch, heads_q, seq_q, seq_k) of the dtype of q, each weight
+    relative to the greatest of its row, negative where it is left out, 0 where the key is hidden.
+
+    dropout_p: in training, the probability of a weight to be left out. The mask follows from `rng_state`, int64 (2,),
+    a keyword, by default drawn from PyTorch's generator; see aiter.dropout. qv: (batch, seq_q, heads_q, head_dim of v),
+    a second query, of the values: scores are those of q and k plus those of qv and v; where k and v lie side by side
+    in one memory that costs nothing, elsewhere a copy of both.
+    attention_chunk, a keyword: a query sees only keys of its own chunk of so many places. sinks: (heads_q,), one logit
+    a head that joins the softmax. out: where the output goes.
     """
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others)
+    if qv is not None:
+        q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
     return _attend(
         *(q, k, v, NO_INDICES, 0, 0, softmax_scale, causal, options, out, deterministic, return_attn_probs, return_lse)
     )
@@ -148,6 +158,7 @@ def flash_attn_varlen_func(
     page_indices: torch.Tensor | None = None,
     last_page_len: torch.Tensor | None = None,
     return_lse: bool = False,
+    qv: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     **others: Any,
@@ -160,7 +171,8 @@ def flash_attn_varlen_func(
     as cu_seqlens_k says); or such caches with lists of pages: page_indptr int32 (batch + 1,), page_indices a flat int32
     list, last_page_len int32 (batch,), see `aiter.flash_attn_with_kvcache`. seqused_q, seqused_k: int32 (batch,), how
     many rows of each sequence count. max_seqlen_q and max_seqlen_k bound the lengths. Rows of q that belong to no
-    sequence give zeros, or are left alone in `out`.
+    sequence give zeros, or are left alone in `out`. qv: packed as q. S_dmask has a row and a column for each place that
+    max_seqlen_q and max_seqlen_k leave room for.
     """
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others)
     starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
@@ -184,6 +196,8 @@ def flash_attn_varlen_func(
     elif starts_k is None:
         raise TypeError("cu_seqlens_k must be a torch.Tensor int32 (batch + 1,), as there is no block_table")
     indices = Indices(used_q, used_k, starts_q=starts_q, starts_k=starts_k, **pages)
+    if qv is not None:
+        q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
     return _attend(
         *(q, k, v, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options, out, deterministic),
         *(return_attn_probs, return_lse),
@@ -246,6 +260,7 @@ def flash_attn_with_kvcache(
     cu_seqlens_k_new: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     rotary_seqlens: torch.Tensor | None = None,
+    qv: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     **others: Any,
@@ -267,6 +282,9 @@ def flash_attn_with_kvcache(
     cache_seqlens[b] + i (or rotary_seqlens[b] + i), query i likewise, or, where neither causal nor a window is asked
     for, by those of the first place. Pairs are elements 2d and 2d + 1 (rotary_interleaved), or d and
     d + rotary_dim / 2.
+
+    qv: of the shape of q but with the values' head_dim, a second query, of the values. Where keys and values lie in one
+    cache side by side (latent attention) it costs nothing, elsewhere a copy of the caches at every call.
 
     Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. On the CPU raises ValueError,
     and writes nothing, where new tokens do not fit; on a GPU those are not written.
@@ -329,6 +347,8 @@ def flash_attn_with_kvcache(
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     elif key.shape[0] != batch:  # sequence b has row b
         key, value = key[:batch], value[:batch]
+    if qv is not None:
+        q, key, softmax_scale = _with_values(q, qv, key, value, softmax_scale)
     indices = NO_INDICES
     if lengths is not None or seen.table is not None or starts_q is not None:
         indices = Indices(None, lengths, starts_q=starts_q, **(lists or {"page_table": seen.table}))
@@ -472,6 +492,8 @@ def _attend(
         q, k, v = (_pad(tensor) for tensor in (q, k, v))
         target = None if out is None else _pad(out)
     wants_lse = return_attn_probs or return_lse
+    if return_attn_probs and options.get("dropout_p"):
+        options.setdefault("rng_state", draw_rng_state(q.device))
     result: Any = attend(
         *(_OPERATION, (), q, k, v, causal, softmax_scale, wants_lse, options, indices, max_seqlen_q, max_seqlen_k),
         target,
@@ -481,8 +503,94 @@ def _attend(
         output = output[..., :value_dim]
         output = output.contiguous() if out is None else out.copy_(output)
     if return_attn_probs:
-        return output, lse, None
+        weights = _signed_weights(q, k, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options)
+        return output, lse, weights
     return (output, lse) if return_lse else output
+
+
+def _with_values(
+    q: torch.Tensor, qv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Query, key and scale such that scores are those of q and k and those of qv and v together. Where k and v lie side
+    by side in one memory the key is that memory, else a copy of both."""
+    checks.tensor("qv", qv, q.dim(), "of the shape of q, with v's head_dim")
+    if qv.shape != (*q.shape[:-1], v.shape[-1]) or qv.dtype != q.dtype:
+        expected = (*q.shape[:-1], v.shape[-1])
+        raise ValueError(f"qv is {qv.dtype} {tuple(qv.shape)}; it must be {q.dtype} {expected}: q's, with v's head_dim")
+    checks.same_device("qv", qv, "q", q)
+    checks.same_shape("v", v, "k", k, but_last=True)
+    checks.equal_size("k", k.shape[-1], "head_dim", "q", q.shape[-1])
+    both = q.shape[-1] + qv.shape[-1]
+    if both > checks.HEAD_DIM_MAX and (both, v.shape[-1]) != (checks.LATENT_HEAD_DIM, checks.HEAD_DIM_MAX):
+        raise NotImplementedError(
+            f"qv is not offered for head_dims of q and v that add up to {both}; up to {checks.HEAD_DIM_MAX}, and "
+            f"{checks.LATENT_HEAD_DIM - checks.HEAD_DIM_MAX} with {checks.HEAD_DIM_MAX}, they are"
+        )
+    scale = both**-0.5 if softmax_scale is None else softmax_scale
+    if _is_behind(v, k):
+        return torch.cat((qv, q), -1), v.as_strided((*v.shape[:-1], both), v.stride()), scale
+    if _is_behind(k, v):
+        return torch.cat((q, qv), -1), k.as_strided((*k.shape[:-1], both), k.stride()), scale
+    return torch.cat((q, qv), -1), torch.cat((k, v), -1), scale
+
+
+def _is_behind(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether each row of the second lies right behind one of the first, in one memory."""
+    return (
+        not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad))
+        and first.stride() == second.stride()
+        and first.stride(-1) == 1
+        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.storage_offset() + first.shape[-1] == second.storage_offset()
+    )
+
+
+@torch.no_grad()
+def _signed_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indices: Indices,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    options: OptionKeywords,
+) -> torch.Tensor | None:
+    """S_dmask: see flash_attn_func."""
+    dropout_p, rng_state = options.get("dropout_p", 0.0), options.get("rng_state")
+    if not dropout_p or rng_state is None:
+        return None
+    if indices.page_table is not None:
+        raise NotImplementedError("return_attn_probs is not offered for pages with dropout_p; leave out one of them")
+    used_q, used_k, _, starts_q, starts_k, *_ = indices
+    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+    seq_q = q.shape[1] if starts_q is None else max_seqlen_q
+    seq_k = k.shape[1] if starts_k is None else max_seqlen_k
+    heads = q.shape[-2]
+    weights = q.new_zeros((batch, heads, seq_q, seq_k))
+    kept = keep_mask(rng_state, dropout_p, batch, heads, seq_q, seq_k)
+    slopes = options.get("alibi_slopes")
+    for b in range(batch):
+        rows, keys = (
+            tensor[b] if starts is None else tensor[int(starts[b]) : int(starts[b + 1])]
+            for tensor, starts in ((q, starts_q), (k, starts_k))
+        )
+        rows, keys = (part if used is None else part[: int(used[b])] for part, used in ((rows, used_q), (keys, used_k)))
+        if not (len(rows) and len(keys)):
+            continue
+        values = torch.eye(len(keys), device=q.device).unsqueeze(1).expand(-1, keys.shape[1], -1)
+        own, _ = attend_one(
+            *(rows, keys, values, causal, softmax_scale),
+            window=options.get("window_size"),
+            softcap=options.get("softcap", 0.0),
+            alibi_slopes=None if slopes is None else slopes if slopes.dim() == 1 else slopes[b],
+            chunk=options.get("attention_chunk", 0),
+        )
+        relative = (own / own.amax(-1, keepdim=True)).nan_to_num(0.0).transpose(0, 1)  # rows that see nothing: 0 / 0
+        place = b, slice(None), slice(len(rows)), slice(len(keys))
+        weights[place] = torch.where(kept[place], relative, -relative).to(q.dtype)
+    return weights
 
 
 def _pad(tensor: torch.Tensor) -> torch.Tensor:
@@ -510,7 +618,7 @@ def _options(
         if window_size[2]:
             raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")
         window_size = window_size[:2]
-    for name, value in {"dropout_p": dropout_p, **others}.items():
+    for name, value in others.items():
         if name in ("sink_ptr", "s_aux") and name in others:
             if sinks is not None and value is not None:
                 raise ValueError(f"sinks and {name} are one argument; give one of them")
@@ -520,9 +628,12 @@ def _options(
             if isinstance(value, torch.Tensor) or (value is not None and value != neutral):
                 given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
                 raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give {neutral!r}")
-        elif name not in _HINTS:
+        elif name not in _HINTS and name not in ("rng_state", "attention_chunk"):
             raise TypeError(f"there is no argument {name!r}")
-    options: OptionKeywords = {}
+    options: OptionKeywords = {"dropout_p": dropout_p} if dropout_p else {}
+    for name in ("rng_state", "attention_chunk"):
+        if others.get(name) is not None:
+            options[name] = others[name]  # type: ignore[literal-required]
     if tuple(window_size) != (-1, -1):
         options["window_size"] = tuple(window_size)  # type: ignore[typeddict-item]
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or softcap != softcap:

@@ -18,7 +18,7 @@ _OPTIONS = ("causal", "window", "softcap", "alibi", "sinks", "offsets", "unequal
 def note(where: str, operation: str, layout: str, **on: bool) -> None:
     """One problem that a test has drawn: `on` says which of _OPTIONS it has (spaces as underscores)."""
     if _FILE:
-        names = [name for name in _OPTIONS if on.pop(name.replace(" ", "_"))]
+        names = [name for name in _OPTIONS if on.pop(name.replace(" ", "_"), False)]
         assert not on, f"unknown: {on}"
         line = json.dumps({"where": where, "operation": operation, "layout": layout, "on": names})
         with open(_FILE, "a") as file:  # a short line is appended whole: several workers write

@@ -10,6 +10,7 @@ from aiter.jit.toolchain import NvccToolchain
 pytestmark = pytest.mark.skipif(NvccToolchain().find() is None, reason="no nvcc: set AITER_NVCC or put it on PATH")
 PAGED = (("paged", 1),)
 ALL = (("alibi", 1), ("softcap", 1))
+TRAINED = (("alibi", 1), ("chunk", 1), ("dropout", 1), ("softcap", 1))
 
 
 @pytest.mark.parametrize(
@@ -20,11 +21,12 @@ ALL = (("alibi", 1), ("softcap", 1))
         Spec("attention_decode", "bf16", 128, False, "sm_90a", PAGED),
         Spec("attention_decode", "fp16", 40, True, "sm_80"),
         Spec("attention_backward", "bf16", 128, True, "sm_90a"),
-        Spec("attention_backward", "fp16", 64, False, "sm_80"),
+        Spec("attention_backward", "fp16", 64, False, "sm_80", (("dropout", 1),)),
+        Spec("attention_backward", "bf16", 64, True, "sm_90a", (("dropout", 1),)),
         # every option, on a GPU with little shared memory
-        Spec("attention_forward", "bf16", 192, False, "sm_86", (*ALL, ("value_dim", 128), ("window", 1))),
+        Spec("attention_forward", "bf16", 192, False, "sm_86", (*TRAINED, ("value_dim", 128), ("window", 1))),
         Spec("attention_decode", "fp16", 512, False, "sm_86", (*ALL[:1], *PAGED, *ALL[1:], ("window", 1))),
-        Spec("attention_backward", "bf16", 96, False, "sm_86", (*ALL, ("value_dim", 64), ("window", 1))),
+        Spec("attention_backward", "bf16", 96, False, "sm_86", (*TRAINED, ("value_dim", 64), ("window", 1))),
         Spec("cache_write", "bf16", 0, False, "sm_80", (("e4m3fn", 1),)),
     ),
     ids=lambda spec: spec.name,
