@@ -8,7 +8,7 @@
 
 Causal, bidirectional and cross attention; sliding windows, soft caps, sinks; padding on either side; documents packed
 in one row; any cache; inference and training; torch.compile and torch.export. Every argument is used or refused by name
-with ValueError: what the kernels have no form of (position biases, dropout, other masks) never gives another model's
+with ValueError: what the kernels have no form of (position biases, other masks) never gives another model's
 results. A model that computes attention itself cannot mistake a `Mask` for a tensor.
 
 docs/transformers.md says which model families work, which are refused, and why.
@@ -309,7 +309,7 @@ def attention(
     and is for a call whose mask does not say. s_aux: (heads_q,), attention sinks.
     """
     own = s_aux is None or s_aux.dim() == 1
-    _refuse_others(dropout=dropout or None, s_aux=None if own else s_aux, **others)
+    _refuse_others(s_aux=None if own else s_aux, **others)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
         if attention_mask is None and is_causal and query.shape[2] > 1 and not _may_rely_on_is_causal(type(module)):
@@ -341,6 +341,8 @@ def attention(
         features["softcap"] = float(softcap)
     if s_aux is not None:
         features["sinks"] = s_aux
+    if dropout:  # in training alone: models say 0 else
+        features["dropout_p"] = float(dropout)
 
     batch, _, seq_q, head_dim = query.shape
     value_dim = value.shape[3]

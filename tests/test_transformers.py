@@ -538,7 +538,6 @@ HALF[:, :, 2, 4] = False
 @pytest.mark.parametrize(
     "options, words",
     (
-        (dict(dropout=0.1), "dropout"),
         (dict(s_aux=torch.zeros(2, 4, 6, 1)), "s_aux"),
         (dict(sinks=torch.zeros(2, 4, 6, 1)), "sinks"),
         (dict(position_bias=torch.zeros(1, 4, 6, 6)), "position_bias"),
@@ -612,7 +611,16 @@ def test_a_mask_is_no_tensor():
             use()
 
 
-def test_dropout_in_training_is_refused():
-    model = llama("aiter", attention_dropout=0.1).train()
-    with pytest.raises(ValueError, match="dropout"):
-        model(torch.randint(1, 97, (1, 8)))
+def test_dropout_in_training():
+    """The seed decides, gradients flow, and what is evaluated is as without."""
+    tokens = torch.randint(1, 97, (1, 8))
+    models = llama("aiter", attention_dropout=0.5), llama("aiter")
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        logits = models[0].train()(tokens).logits
+        results.append(logits.detach())
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in models[0].parameters() if p.grad is not None)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+    assert torch.equal(models[0].eval()(tokens).logits, models[1].eval()(tokens).logits)
