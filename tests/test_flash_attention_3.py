@@ -57,7 +57,7 @@ def test_pages_before_a_chunk_are_not_looked_up():
     torch.testing.assert_close(output[0].double(), exact, rtol=0, atol=1e-5 if DEVICE == "cpu" else 1e-2)
     if DEVICE == "cpu":
         table[0, 2] = -1
-        with pytest.raises(ValueError, match="page_table.0, 2. is -1"):
+        with pytest.raises(ValueError, match=r"page_table\[0, 2\] is -1"):
             aiter.flash_attn_with_kvcache(query, (key, value), table, 16, cache_seqlens=ints(50), **how)
 
 
@@ -112,9 +112,9 @@ def test_gradient_of_the_second_query():
 
 def test_what_no_second_query_can_be():
     q, qv, k, v = latent(1, 3, 5, DTYPES[0], (64, 64), "apart")
-    with pytest.raises(ValueError, match="qv is .* it must be"):
+    with pytest.raises(ValueError, match="it must be torch"):
         flash_attn.flash_attn_func(q, k, v, qv=qv[..., :32])
-    with pytest.raises(TypeError, match="qv must be a torch.Tensor"):
+    with pytest.raises(TypeError, match="qv must be a torch"):
         flash_attn.flash_attn_func(q, k, v, qv=3)
     q, qv, k, v = latent(1, 3, 5, DTYPES[0], (128, 512), "apart")
     with pytest.raises(NotImplementedError, match="qv is not offered for head_dims of q and v that add up to 640"):
@@ -129,10 +129,10 @@ def test_signed_weights(packed):
     if packed:
         starts = ints(0, 40, 80), ints(0, 60, 120)
         flat = [t.flatten(0, 1) for t in (q, k, v)]
-        output, lse, weights = flash_attn.flash_attn_varlen_func(*flat, *starts, 40, 60, 0.3, **how)
+        output, _, weights = flash_attn.flash_attn_varlen_func(*flat, *starts, 40, 60, 0.3, **how)
         output = output.view_as(q)
     else:
-        output, lse, weights = flash_attn.flash_attn_func(q, k, v, 0.3, **how)
+        output, _, weights = flash_attn.flash_attn_func(q, k, v, 0.3, **how)
     assert weights.shape == (2, 4, 40, 60) and weights.dtype == q.dtype
     seen = reference.visible_keys(40, 60, True, device=q.device)
     assert not weights[:, :, ~seen].any() and (weights[:, :, seen] != 0).all()
