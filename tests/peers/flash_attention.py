@@ -127,11 +127,15 @@ class Test(NamedTuple):
                 yield arguments
 
 
-def tests_of(path: Path) -> Iterator[Test]:
+def tests_of(path: Path, rounds: int) -> Iterator[Test]:
     spec = importlib.util.spec_from_file_location("peer_tests", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    # Races that only a GPU has are looked for in hundreds of rounds: a loop of so many ends after a few.
+    vars(module)["range"] = lambda *limits: range(
+        rounds if len(limits) == 1 and limits[0] >= 100 else limits[0], *limits[1:]
+    )
     for name, function in vars(module).items():
         if name.startswith("test_") and callable(function):
             parameters, skipped = [], False
@@ -167,6 +171,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20, help="parametrisations of each test (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=1 << 30, help="draw no longer sequences than this")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for each test; then the next one")
+    parser.add_argument("--rounds", type=int, default=3, help="of a test that repeats itself (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -183,7 +188,7 @@ def run(options: argparse.Namespace) -> int:
     features: Counter[str] = Counter()
     failures: list[str] = []
     offered = wanted = 0.0
-    for test in tests_of(options.checkout / options.file):
+    for test in tests_of(options.checkout / options.file, options.rounds):
         if options.tests not in test.name or test.skipped:
             continue
         counts: Counter[str] = Counter()
