@@ -39,6 +39,24 @@ u16 to_bfloat16(float x) {
     return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The float of 8 bits in the low byte of x: OCP's e4m3 and e5m2, or those of which each has one NaN and no negative zero
+// (fnuz), whose exponents are biased by one more.
+template <int MANTISSA, bool FNUZ> float from_fp8(u32 x) {
+    const int exponent_bits = 7 - MANTISSA, bias = (1 << (exponent_bits - 1)) - !FNUZ;
+    const int exponent = x >> MANTISSA & ((1 << exponent_bits) - 1), mantissa = x & ((1 << MANTISSA) - 1);
+    const float sign = x & 0x80 ? -1.f : 1.f, nan = std::numeric_limits<float>::quiet_NaN();
+    if (FNUZ && (x & 0xff) == 0x80) return nan;
+    if (!FNUZ && MANTISSA == 3 && (x & 0x7f) == 0x7f) return std::copysign(nan, sign);
+    if (!FNUZ && MANTISSA == 2 && exponent == 31)
+        return std::copysign(mantissa ? nan : std::numeric_limits<float>::infinity(), sign);
+    if (exponent == 0) return sign * std::ldexp(float(mantissa), 1 - bias - MANTISSA);
+    return sign * std::ldexp(float(mantissa | 1 << MANTISSA), exponent - bias - MANTISSA);
+}
+
+template <int MANTISSA, bool FNUZ> uint64_t two_from_fp8(u16 x) {
+    return bit_cast<u32>(from_fp8<MANTISSA, FNUZ>(x)) | uint64_t(bit_cast<u32>(from_fp8<MANTISSA, FNUZ>(x >> 8))) << 32;
+}
+
 float from_bfloat16(u16 x) { return bfloat16{x}; }
 
 template <class T> u32 packed_norm(float x, float scale) {
@@ -89,9 +107,21 @@ const VectorOp operations[] = {
     VECTOR("v_cvt_pk_u8_f32", u32, (float a, u32 b, u32 c), insert_byte(a, b, c)),
 };
 
+// Which formats fp8 and bf8 are is the arch's.
+const VectorOp fp8_operations[] = {
+    VECTOR("v_cvt_pk_f32_fp8", uint64_t, (u16 a), two_from_fp8<3, true>(a)),
+    VECTOR("v_cvt_pk_f32_bf8", uint64_t, (u16 a), two_from_fp8<2, true>(a)),
+};
+const VectorOp ocp_fp8_operations[] = {
+    VECTOR("v_cvt_pk_f32_fp8", uint64_t, (u16 a), two_from_fp8<3, false>(a)),
+    VECTOR("v_cvt_pk_f32_bf8", uint64_t, (u16 a), two_from_fp8<2, false>(a)),
+};
+
 }  // namespace
 
-bool define_conversion(const std::string &name, Operation &operation) {
+bool define_conversion(const std::string &name, Operation &operation, Arch arch) {
+    const auto &fp8 = arch == Arch::gfx950 ? ocp_fp8_operations : fp8_operations;
+    if (define_from(fp8, std::size(fp8), name, operation)) return true;
     return define_from(operations, std::size(operations), name, operation);
 }
 

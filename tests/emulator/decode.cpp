@@ -30,7 +30,7 @@ bool on_arch(char mark, Arch arch) {
 }
 
 bool define(const std::string &name, Operation &operation, Arch arch) {
-    return define_scalar(name, operation) || define_vector(name, operation) || define_conversion(name, operation) ||
+    return define_scalar(name, operation) || define_vector(name, operation) || define_conversion(name, operation, arch) ||
            define_compare(name, operation) || define_special(name, operation) || define_packed(name, operation) ||
            define_matrix(name, operation, arch) || define_lds(name, operation) || define_memory(name, operation);
 }

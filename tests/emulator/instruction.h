@@ -102,7 +102,7 @@ const char *format_name(Format format);
 // Fills in execute, pipe, cycles and the rest for an operation by its name; false when the file does not know it.
 bool define_scalar(const std::string &name, Operation &operation);
 bool define_vector(const std::string &name, Operation &operation);
-bool define_conversion(const std::string &name, Operation &operation);
+bool define_conversion(const std::string &name, Operation &operation, Arch arch);
 bool define_compare(const std::string &name, Operation &operation);
 bool define_special(const std::string &name, Operation &operation);
 bool define_packed(const std::string &name, Operation &operation);
