@@ -476,7 +476,7 @@ def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: tor
 def _check_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, 4, BSHD)
-    checks.same_kind(query=query, key=key, value=value)
+    checks.attention_kind(query=query, key=key, value=value)
     checks.equal_size("key", key.shape[3], "head_dim", "query", checks.head_dim(query))
     checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
     checks.same_shape("value", value, "key", key, but_last=True)
@@ -518,7 +518,7 @@ def _split_cache(kv_cache: object) -> tuple[torch.Tensor, torch.Tensor]:
 def _check_cache(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int, name: str) -> None:
     for part, tensor in ((f"{name}key", key), (f"{name}value", value)):
         checks.tensor(part, tensor, 4, CACHE)
-    checks.same_kind(query=query, **{f"{name}key": key, f"{name}value": value})
+    checks.attention_kind(query=query, **{f"{name}key": key, f"{name}value": value})
     checks.same_shape(f"{name}value", value, f"{name}key", key, but_last=True)
     checks.head_dim(value, f"{name}value")
     checks.equal_size(f"{name}key", key.shape[3], "head_dim", "query", checks.head_dim(query))
@@ -537,7 +537,7 @@ def _check_variable_length(
     """alike: keys have the lengths of the queries."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, (3, 4), f"{BSHD}, or packed {PACKED}")
-    checks.same_kind(query=query, key=key, value=value)
+    checks.attention_kind(query=query, key=key, value=value)
     checks.equal_size("key", key.dim(), "number of dimensions", "query", query.dim())
     checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
     checks.same_shape("value", value, "key", key, but_last=True)
