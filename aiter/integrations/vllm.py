@@ -3,7 +3,8 @@
 vLLM calls `register` (entry point `vllm.general_plugins`) in each of its processes, some of them more than once. On
 GPUs the backend has a name of its own, and nothing changes for who does not ask for it: `--attention-backend CUSTOM`.
 On CPUs vLLM asks nobody and always takes CPU_ATTN, so the backend goes into its place, where the user wants that:
-AITER_VLLM=1, or VLLM_PLUGINS names this plugin.
+AITER_VLLM=1, or VLLM_PLUGINS names this plugin. The backend logs one line where it is used: this is too early for that,
+as vLLM reads its settings for logging later.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _CPU_BACKEND = "aiter.integrations.vllm_backend.CpuBackend"
 
 
 def register() -> None:
-    """Registers the backend with the vLLM that is installed, and logs one line that says what for."""
+    """Registers the backend with the vLLM that is installed."""
     from vllm import __version__
     from vllm.logger import init_logger
 
@@ -36,9 +37,6 @@ def register() -> None:
         register_backend(custom, _GPU_BACKEND)
     if wanted():
         register_backend(AttentionBackendEnum.CPU_ATTN, _CPU_BACKEND)
-        logger.info("aiter: its attention backend is in the place of CPU_ATTN; on GPUs it is CUSTOM. AITER_VLLM=0: not")
-    else:
-        logger.info("aiter: its attention backend is CUSTOM, on GPUs; AITER_VLLM=1 puts it in CPU_ATTN's place on CPUs")
 
 
 def wanted() -> bool:

@@ -2,10 +2,11 @@
 
     step ── Builder.build ──> Metadata: lengths and block table, once for all layers of a group
     layer ─ Attention.do_kv_cache_update ──> reshape_and_cache
-          └ Attention.forward ─────────────> flash_attn_varlen_func: prompts, their chunks and decoding in one call
+          └ Attention.forward ─────────────> plan.forward: prompts, their chunks and decoding in one call
 
 A layer's cache is (blocks, heads_kv, block_size, 2 * head_dim), each token's key before its value, of any strides. What
-cannot be done is refused when the model is loaded, with the words that vLLM has for it: the methods of `Backend`.
+cannot be done is refused when the model is loaded, with the words that vLLM has for it: the methods of `Backend`. Calls
+that come after that are of one form, so what `aiter.flash_attn` asks of its arguments is not asked again in each layer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention as AttentionLayer
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
@@ -29,13 +31,15 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from aiter import checks, jit, kernels
+from aiter import __version__, checks, jit, kernels, plan
 from aiter.errors import UnsupportedError
-from aiter.flash_attn import flash_attn_varlen_func
 from aiter.jit.arch import arch_of
 from aiter.kv_cache import reshape_and_cache
-from aiter.options import BATCH_INVARIANT, NO_LIMIT, one_mask
+from aiter.layout import Indices, check_common, sizes_of
+from aiter.options import BATCH_INVARIANT, OptionKeywords, Options, read_options, readable_index
 
+logger = init_logger("vllm.aiter")
+_NAMES = checks.Names("query_lens", "seq_lens", "max_query_len", "max_seq_len", starts_q="query_start_loc")
 _ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 # What a cache's dtype is called where it holds numbers as they are.
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -120,16 +124,15 @@ class GpuBackend(Backend):
 
 @dataclass
 class Metadata:
-    """One step of the engine, for the layers that share a cache group. Tensors are int32."""
+    """One step of the engine, for the layers that share a cache group."""
 
     num_actual_tokens: int
-    query_start_loc: torch.Tensor  # (batch + 1,)
     max_query_len: int
-    seq_lens: torch.Tensor  # (batch,), of keys: what is in the cache and what is new
     max_seq_len: int
-    block_table: torch.Tensor  # (batch, max_blocks)
-    slot_mapping: torch.Tensor
     causal: bool
+    slot_mapping: torch.Tensor  # where new tokens go; vLLM replaces it for cross attention
+    paged: Indices  # of queries among the packed tokens, of keys in the cache
+    packed: Indices  # of both among the packed tokens, where there is no cache
 
 
 class Builder(AttentionMetadataBuilder[Metadata]):
@@ -143,7 +146,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         for layer in get_layers_from_vllm_config(vllm_config, AttentionLayer, layer_names).values():
             if isinstance(layer.impl, Attention):
-                layer.impl.compile(layer, device)
+                layer.impl.prepare(layer, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -151,15 +154,15 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         common = common_attn_metadata
         if isinstance(common.causal, torch.Tensor):
             raise NotImplementedError("aiter's backend has no causal mask for some sequences of a batch and not others")
+        starts, lengths, table = common.query_start_loc, common.seq_lens, common.block_table_tensor
         return Metadata(
             common.num_actual_tokens,
-            common.query_start_loc,
-            common.max_query_len,
-            common.seq_lens,
-            common.max_seq_len,
-            common.block_table_tensor,
-            common.slot_mapping,
+            max(common.max_query_len, 1),
+            max(common.max_seq_len, 1),
             common.causal,
+            common.slot_mapping,
+            Indices(None, readable_index(lengths), readable_index(table), readable_index(starts), None),
+            Indices(None, None, None, starts, starts),
         )
 
 
@@ -186,11 +189,14 @@ class Attention(AttentionImpl[Metadata]):
         self.attn_type = attn_type
         self.kv_cache_dtype = kv_cache_dtype
         self.sliding_window = sliding_window
-        self.window = -1 if sliding_window is None else sliding_window - 1
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = sinks
+        self.masks: dict[bool, tuple[bool, Options]] = {}  # by what vLLM calls causal
         self.cache: torch.Tensor | None = None
         self._refuse()
+        logger.info_once(
+            "Attention is aiter's (%s). To leave it to vLLM: AITER_VLLM=0, or another backend's name", __version__
+        )
 
     def _refuse(self) -> None:
         """Raises for what the backend cannot do: on CPUs vLLM does not ask it."""
@@ -218,30 +224,32 @@ class Attention(AttentionImpl[Metadata]):
                 f"cache dtype {self.kv_cache_dtype}); AITER_VLLM=0 leaves attention to vLLM"
             )
 
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        if self.sinks is not None:  # as kernels read them, so that no call converts
-            self.sinks = self.sinks.detach().to(torch.float32).contiguous()
-
-    def compile(self, layer: AttentionLayer, device: torch.device) -> None:
-        """Has the kernels built, if they are not there yet: no request shall wait for that."""
-        if self.alibi_slopes is not None:
-            self.alibi_slopes = self.alibi_slopes.to(device)
-        dtype = checks.DTYPE_NAMES[layer.dtype]
-        causal, left, right = one_mask(self.attn_type == AttentionType.DECODER, *self._window_size(True))
-        options = {
-            "alibi": self.alibi_slopes is not None,
-            "softcap": self.softcap > 0,
-            "window": (left, right) != (NO_LIMIT, NO_LIMIT),
-        }
-        chosen = tuple(name for name, asked in options.items() if asked)
+    def prepare(self, layer: AttentionLayer, device: torch.device) -> None:
+        """Readies what no call changes, and has the kernels built if they are not there: no request waits for that."""
+        query = torch.empty(0, self.num_heads, self.head_size, dtype=layer.dtype, device=device)
+        left = -1 if self.sliding_window is None else self.sliding_window - 1
+        for causal in (True, False):
+            keywords: OptionKeywords = {
+                "window_size": (left, 0 if causal else left),
+                "softcap": self.softcap,
+                "alibi_slopes": None if self.alibi_slopes is None else self.alibi_slopes.to(device),
+                "sinks": self.sinks,
+            }
+            as_kernels_know_it, options = read_options(causal, keywords)
+            options.check(query)
+            self.masks[causal] = as_kernels_know_it, options.readable()
+        causal, options = self.masks[self.attn_type == AttentionType.DECODER]
         for operation in ("variable_length_attention", "reshape_and_cache"):
             for spec in kernels.specs_for(
-                operation, dtype, self.head_size, causal, arch_of(device), False, layer.head_size_v, chosen
+                operation,
+                checks.DTYPE_NAMES[layer.dtype],
+                self.head_size,
+                causal,
+                arch_of(device),
+                value_dim=layer.head_size_v,
+                options=options.that_select_code,
             ):
                 jit.get_kernel(spec)
-
-    def _window_size(self, causal: bool) -> tuple[int, int]:
-        return (self.window, 0) if causal and self.window >= 0 else (self.window, self.window)
 
     def do_kv_cache_update(
         self,
@@ -275,36 +283,25 @@ class Attention(AttentionImpl[Metadata]):
             raise NotImplementedError("aiter's backend does not quantise its output")
         if attn_metadata is None:  # a run that only measures memory
             return output.fill_(0)
-        starts, lengths, table = attn_metadata.query_start_loc, attn_metadata.seq_lens, attn_metadata.block_table
-        starts_k = None
         if self.attn_type in _ENCODERS:
-            starts_k, lengths, table = starts, None, None
+            indices = attn_metadata.packed
         else:
             if kv_cache is not self.cache:
                 self._view(kv_cache)
-            key, value = self.key_cache, self.value_cache
-        flash_attn_varlen_func(
-            query,
-            key,
-            value,
-            starts,
-            starts_k,
-            attn_metadata.max_query_len,
-            attn_metadata.max_seq_len,
-            softmax_scale=self.scale,
-            causal=attn_metadata.causal,
-            window_size=self._window_size(attn_metadata.causal),
-            softcap=self.softcap,
-            alibi_slopes=self.alibi_slopes,
-            block_table=table,
-            seqused_k=lengths,
-            sinks=self.sinks,
-            out=output,
-        )
+            indices, key, value = attn_metadata.paged, self.pages_of_keys, self.pages_of_values
+        longest, longest_k = attn_metadata.max_query_len, attn_metadata.max_seq_len
+        sizes = sizes_of(query, key, value, indices, longest, longest_k)
+        if sizes is None:
+            check_common(query, key, value, indices)
+        causal, options = self.masks[attn_metadata.causal]
+        call = plan.Call(sizes, indices, options, causal, self.scale, _NAMES)
+        plan.forward(call, query, key, value, False, output)
         return output
 
     def _view(self, kv_cache: torch.Tensor) -> None:
-        """Keys and values of a cache, (blocks, block_size, heads_kv, dim), kept for as long as it is the layer's."""
-        tokens = kv_cache.transpose(1, 2)
-        self.key_cache, self.value_cache = tokens[..., : self.head_size], tokens[..., self.head_size :]
+        """Keys and values of a cache, kept for as long as it is the layer's."""
+        self.pages_of_keys, self.pages_of_values = pages = kv_cache.split_with_sizes(
+            (self.head_size, kv_cache.shape[-1] - self.head_size), -1
+        )
+        self.key_cache, self.value_cache = (cache.transpose(1, 2) for cache in pages)
         self.cache = kv_cache

@@ -1,0 +1,171 @@
+"""vLLM's engine on tiny random models: with our backend it says what it says with its own, and what transformers does.
+
+Prompts are read a few tokens at a time (chunked prefill), beside sequences that decode; a second round finds prompts
+in the cache (prefix caching); one cache is too small, so that sequences are thrown out and begin again (preemption).
+
+Greedy tokens are compared one by one with the scores that transformers gives the same text: a token that is not the
+best one by more than rounding explains is a fault. In float32 that is next to nothing; in bfloat16 it is what
+transformers' own bfloat16 differs from its float32.
+"""
+
+from __future__ import annotations
+
+import random
+
+import models
+import pytest
+import torch
+
+LENGTHS = (1, 7, 40, 130, 300)
+NEW_TOKENS = 16
+OURS, THEIRS = (
+    "aiter.integrations.vllm_backend.Attention",
+    "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
+)
+_ENGINE = {"enforce_eager": True, "dtype": "float32", "max_model_len": 512}
+_GENERATE = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8}
+PREEMPTED, COMPILED, BF16 = "llama-preempted", "llama-compiled", "gemma2-bf16"
+
+
+def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
+    source = random.Random(seed)
+    return [[source.randrange(3, models.VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory):
+    """Name: transformers' model and its folder."""
+    base = tmp_path_factory.mktemp("models")
+    return {name: (models.make(name, base / name), base / name) for name in (*models.DECODERS, *models.ENCODERS)}
+
+
+@pytest.fixture(scope="session")
+def jobs(references):
+    prompts = prompts_of(*LENGTHS)
+    again = [prompts[4][:100] + prompts[2], *prompts]  # of the first, three blocks are known
+    found = {}
+    for name in models.DECODERS:
+        engine = {**_ENGINE, **_GENERATE, "model": str(references[name][1])}
+        found[name] = {"engine": engine, "rounds": [prompts, again], "sampling": {"max_tokens": NEW_TOKENS}}
+    llama = found["llama"]
+    found[PREEMPTED] = {
+        "engine": {**llama["engine"], "num_gpu_blocks_override": 16},
+        "rounds": [prompts_of(*[60] * 6, seed=1)],
+        "sampling": {"max_tokens": 60},
+    }
+    found[COMPILED] = {**llama, "engine": {**llama["engine"], "enforce_eager": False}, "rounds": [prompts]}
+    bf16 = found["gemma2"]
+    found[BF16] = {**bf16, "engine": {**bf16["engine"], "dtype": "bfloat16"}}
+    for name in models.ENCODERS:
+        found[name] = {
+            "engine": {**_ENGINE, "model": str(references[name][1]), "runner": "pooling"},
+            "rounds": [prompts],
+            "embed": True,
+        }
+    return {name: {"name": name, **job} for name, job in found.items()}
+
+
+@pytest.fixture(scope="session")
+def ours(run_engine, jobs):
+    results, log = run_engine(list(jobs.values()), True, VLLM_CPU_CI_ENV="1")
+    assert log.count("Attention is aiter's") == 1
+    return results
+
+
+@pytest.fixture(scope="session")
+def theirs(run_engine, jobs):
+    results, log = run_engine(list(jobs.values()), False, VLLM_CPU_CI_ENV="1")
+    assert "Attention is aiter's" not in log, "it is installed, and not asked for"
+    return results
+
+
+def scores(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """Of each place that a token was generated for, the logits (tokens, vocabulary), given those before it."""
+    with torch.no_grad():
+        return model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
+
+
+def regret(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """By how much each token is worse than the best one."""
+    return logits.amax(-1) - logits.gather(-1, torch.tensor(tokens).unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("name", [*models.DECODERS, PREEMPTED, COMPILED])
+def test_same_tokens(name, jobs, ours, theirs, references):
+    mine, other = ours[name], theirs[name]
+    assert "error" not in mine, mine["error"]
+    assert (mine["backend"], other.get("backend")) == (OURS, THEIRS), other.get("error")
+    model, _ = references[name.split("-preempted")[0].split("-compiled")[0]]
+    for prompts, mine_round, other_round in zip(jobs[name]["rounds"], mine["tokens"], other["tokens"], strict=True):
+        for prompt, tokens, theirs_too in zip(prompts, mine_round, other_round, strict=True):
+            logits = scores(model, prompt, tokens)
+            close = 1e-4 * logits.std()  # hundred times what float32 differs by; such a gap is rare
+            assert (regret(logits, tokens) < close).all(), f"a prompt of {len(prompt)} tokens"
+            if (logits.topk(2).values.diff() < -close).all():  # no tie on the way
+                assert tokens == theirs_too, f"a prompt of {len(prompt)} tokens"
+    if name == PREEMPTED:
+        assert mine["num_preemptions"] > 0, "the cache was not too small"
+    elif name != COMPILED:
+        assert mine["prefix_cache_hits"] > 0 and mine["prefix_cache_hits"] == other["prefix_cache_hits"]
+
+
+def test_bfloat16(jobs, ours, theirs, references, tmp_path):
+    """Where scores are closer together than bfloat16 can tell apart, another token is no fault."""
+    job, mine = jobs[BF16], ours[BF16]
+    assert "error" not in mine, mine["error"]
+    rounded = models.make("gemma2", tmp_path, torch.bfloat16)
+    plain = models.make("gemma2", tmp_path, torch.bfloat16).float()
+    exact = different = 0
+    for prompts, tokens_of_round, theirs_too in zip(job["rounds"], mine["tokens"], theirs[BF16]["tokens"], strict=True):
+        for prompt, tokens, other in zip(prompts, tokens_of_round, theirs_too, strict=True):
+            logits = scores(plain, prompt, tokens)
+            rounding = (scores(rounded, prompt, tokens) - logits).abs().amax()
+            assert (regret(logits, tokens) <= 2 * rounding).all(), f"a prompt of {len(prompt)} tokens"
+            exact, different = exact + (tokens == other), different + (tokens != other)
+    assert exact >= different, "most are what vLLM's own backend says"
+
+
+@pytest.mark.parametrize("name", models.ENCODERS)
+def test_same_embeddings(name, jobs, ours, theirs, references):
+    mine, other = ours[name], theirs[name]
+    assert "error" not in mine, mine["error"]
+    assert (mine["backend"], other.get("backend")) == (OURS, THEIRS), other.get("error")
+    model, _ = references[name]
+    for prompt, embedding, theirs_too in zip(
+        jobs[name]["rounds"][0], mine["embeddings"], other["embeddings"], strict=True
+    ):
+        with torch.no_grad():
+            hidden = model(torch.tensor([prompt])).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(hidden[0] if name == "bert" else hidden.mean(0), dim=-1)
+        torch.testing.assert_close(torch.tensor(embedding), expected, atol=2e-6, rtol=0)
+        torch.testing.assert_close(torch.tensor(embedding), torch.tensor(theirs_too), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"sliding_window": 4096}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gpt-oss", {"sliding_window": 4096}),
+        ("gpt-oss", {"sinks": None}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_options_matter(name, changes, jobs, ours, references):
+    """A backend that swallowed one of these would be found out: without it, other tokens are the best."""
+    model, folder = references[name]
+    options = {key: value for key, value in changes.items() if key != "sinks"}
+    without = (
+        type(model)
+        .from_pretrained(
+            folder, config=models.config(name, **options), attn_implementation="eager", dtype=torch.float32
+        )
+        .eval()
+    )
+    if "sinks" in changes:
+        for path, parameter in without.named_parameters():
+            if path.endswith("sinks"):
+                parameter.data.fill_(-1e4)
+    prompt, tokens = jobs[name]["rounds"][0][3], ours[name]["tokens"][0][3]
+    logits = scores(without, prompt, tokens)
+    assert (regret(logits, tokens) > 0.01 * logits.std()).any()
