@@ -86,7 +86,7 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrai
                     parameter.mul_(10.0)
     model = model.to(dtype)
     model.save_pretrained(folder)
-    if name in ENCODERS:  # vLLM asks for a tokenizer, though prompts are numbers
-        words = WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="2")
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="2").save_pretrained(folder)
+    # vLLM's server and its encoders ask for a tokenizer, though prompts are numbers.
+    words = WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="2")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="2").save_pretrained(folder)
     return model

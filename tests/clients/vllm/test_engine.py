@@ -19,7 +19,7 @@ import torch
 LENGTHS = (1, 7, 40, 130, 300)
 NEW_TOKENS = 16
 OURS, THEIRS = (
-    "aiter.integrations.vllm_backend.Attention",
+    "aiter.integrations.vllm.backend.Attention",
     "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl",
 )
 _ENGINE = {"enforce_eager": True, "dtype": "float32", "max_model_len": 512}
@@ -65,9 +65,23 @@ def jobs(references):
     return {name: {"name": name, **job} for name, job in found.items()}
 
 
+# What our backend does not do: what the engine is given, and what it says.
+REFUSED = {
+    "8-bit cache": ({"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype not supported"),
+    "another dtype": ({"kv_cache_dtype": "bfloat16"}, {}, "a cache of bfloat16 for a model of torch.float32"),
+    "head size": ({}, {"head_dim": 36}, "head_size not supported"),
+    "block size": ({"block_size": 24}, {}, "block_size not supported"),
+}
+
+
 @pytest.fixture(scope="session")
 def ours(run_engine, jobs):
-    results, log = run_engine(list(jobs.values()), True, VLLM_CPU_CI_ENV="1")
+    llama = jobs["llama"]
+    refused = [
+        {**llama, "name": name, "engine": {**llama["engine"], **engine, "hf_overrides": overrides}}
+        for name, (engine, overrides, _) in REFUSED.items()
+    ]
+    results, log = run_engine([*jobs.values(), *refused], True, VLLM_CPU_CI_ENV="1")
     assert log.count("Attention is aiter's") == 1
     return results
 
@@ -169,3 +183,10 @@ def test_options_matter(name, changes, jobs, ours, references):
     prompt, tokens = jobs[name]["rounds"][0][3], ours[name]["tokens"][0][3]
     logits = scores(without, prompt, tokens)
     assert (regret(logits, tokens) > 0.01 * logits.std()).any()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name, ours):
+    _, _, message = REFUSED[name]
+    assert message in ours[name]["error"]
+    assert "aiter's attention backend cannot run this model" in ours[name]["error"]

@@ -1,4 +1,4 @@
-"""vLLM's plugin: tells vLLM of our attention backend, which is in `vllm_backend.py`.
+"""vLLM's plugin: tells vLLM of our attention backend, which is in `backend.py`.
 
 vLLM calls `register` (entry point `vllm.general_plugins`) in each of its processes, some of them more than once. On
 GPUs the backend has a name of its own, and nothing changes for who does not ask for it: `--attention-backend CUSTOM`.
@@ -15,8 +15,8 @@ import os
 from aiter.jit import settings
 
 PLUGIN = "aiter"  # as pyproject.toml calls the entry point
-_GPU_BACKEND = "aiter.integrations.vllm_backend.GpuBackend"
-_CPU_BACKEND = "aiter.integrations.vllm_backend.CpuBackend"
+_GPU_BACKEND = "aiter.integrations.vllm.backend.GpuBackend"
+_CPU_BACKEND = "aiter.integrations.vllm.backend.CpuBackend"
 
 
 def register() -> None:

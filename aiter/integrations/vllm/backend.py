@@ -1,4 +1,4 @@
-"""vLLM's attention backend on our kernels. vLLM imports this; `vllm.py` says when.
+"""vLLM's attention backend on our kernels. vLLM imports this; `register` says when.
 
     step ── Builder.build ──> Metadata: lengths and block table, once for all layers of a group
     layer ─ Attention.do_kv_cache_update ──> reshape_and_cache
@@ -154,14 +154,16 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         common = common_attn_metadata
         if isinstance(common.causal, torch.Tensor):
             raise NotImplementedError("aiter's backend has no causal mask for some sequences of a batch and not others")
-        starts, lengths, table = common.query_start_loc, common.seq_lens, common.block_table_tensor
+        starts, lengths, table = (
+            readable_index(index) for index in (common.query_start_loc, common.seq_lens, common.block_table_tensor)
+        )
         return Metadata(
             common.num_actual_tokens,
             max(common.max_query_len, 1),
             max(common.max_seq_len, 1),
             common.causal,
             common.slot_mapping,
-            Indices(None, readable_index(lengths), readable_index(table), readable_index(starts), None),
+            Indices(None, lengths, table, starts, None),
             Indices(None, None, None, starts, starts),
         )
 
@@ -221,7 +223,8 @@ class Attention(AttentionImpl[Metadata]):
         if reasons:
             raise NotImplementedError(
                 f"aiter's attention backend cannot run this model: {', '.join(reasons)} (head size {self.head_size}, "
-                f"cache dtype {self.kv_cache_dtype}); AITER_VLLM=0 leaves attention to vLLM"
+                f"cache dtype {self.kv_cache_dtype}). Leave attention to vLLM: AITER_VLLM=0 on CPUs, another "
+                "--attention-backend on GPUs"
             )
 
     def prepare(self, layer: AttentionLayer, device: torch.device) -> None:
@@ -235,9 +238,8 @@ class Attention(AttentionImpl[Metadata]):
                 "alibi_slopes": None if self.alibi_slopes is None else self.alibi_slopes.to(device),
                 "sinks": self.sinks,
             }
-            as_kernels_know_it, options = read_options(causal, keywords)
-            options.check(query)
-            self.masks[causal] = as_kernels_know_it, options.readable()
+            self.masks[causal] = read_options(causal, keywords)
+            self.masks[causal][1].check(query)
         causal, options = self.masks[self.attn_type == AttentionType.DECODER]
         for operation in ("variable_length_attention", "reshape_and_cache"):
             for spec in kernels.specs_for(
@@ -294,6 +296,8 @@ class Attention(AttentionImpl[Metadata]):
         if sizes is None:
             check_common(query, key, value, indices)
         causal, options = self.masks[attn_metadata.causal]
+        if self.sinks is not None:  # as kernels read them; not kept, as a model's weights may be loaded anew
+            options = options.readable()
         call = plan.Call(sizes, indices, options, causal, self.scale, _NAMES)
         plan.forward(call, query, key, value, False, output)
         return output
