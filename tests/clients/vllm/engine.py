@@ -1,6 +1,6 @@
 """Runs jobs with vLLM's engine, one after the other in this process, and writes down what came out.
 
-    python engine.py JOBS RESULTS      both JSON; a job is {"name", "engine", "rounds", "sampling", "embed"}
+    python engine.py JOBS RESULTS      both JSON; a job is {"name", "engine", "rounds", "sampling", "embed", "sounds"}
 
 In a process of its own, as vLLM changes the process it is in: it binds threads and replaces functions of PyTorch.
 """
@@ -12,12 +12,13 @@ import json
 import sys
 import traceback
 
+import numpy
+
 
 def run(job: dict) -> dict:
     from vllm import LLM, SamplingParams
 
-    settings = {"skip_tokenizer_init": not job.get("embed"), "disable_log_stats": False, "seed": 0, **job["engine"]}
-    engine = LLM(**settings)
+    engine = LLM(disable_log_stats=False, seed=0, **job["engine"])
     result = {"backend": backend(engine)}
     try:
         if job.get("embed"):
@@ -27,8 +28,11 @@ def run(job: dict) -> dict:
             return result
         sampling = SamplingParams(temperature=0.0, ignore_eos=True, detokenize=False, **job["sampling"])
         result["tokens"] = []
-        for prompts in job["rounds"]:
-            done = engine.generate([{"prompt_token_ids": tokens} for tokens in prompts], sampling, use_tqdm=False)
+        for numbers in job["rounds"]:
+            prompts = [{"prompt_token_ids": tokens} for tokens in numbers]
+            for prompt, (samples, rate) in zip(prompts, job.get("sounds", ()), strict=False):
+                prompt["multi_modal_data"] = {"audio": (numpy.asarray(samples, numpy.float32), rate)}
+            done = engine.generate(prompts, sampling, use_tqdm=False)
             result["tokens"].append([list(one.outputs[0].token_ids) for one in done])
         counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
         for name in ("num_preemptions", "prefix_cache_hits"):
@@ -43,7 +47,7 @@ def backend(engine: object) -> str:
     runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     layers = runner.compilation_config.static_forward_context.values()
     implementation = next(type(layer.impl) for layer in layers if hasattr(layer, "impl"))
-    return f"{implementation.__mro__[0].__module__}.{implementation.__qualname__}"
+    return f"{implementation.__module__}.{implementation.__qualname__}"
 
 
 def main(jobs_file: str, results_file: str) -> None:

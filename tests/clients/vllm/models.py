@@ -5,11 +5,13 @@ Weights are larger than those that training starts from, so that what a token at
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,6 +19,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 VOCABULARY = 512
@@ -90,3 +97,46 @@ def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrai
     words = WordLevel({str(token): token for token in range(VOCABULARY)}, unk_token="2")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="2").save_pretrained(folder)
     return model
+
+
+SAMPLES_A_SECOND = 16000
+_WHISPER_MARKS = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+
+
+def make_whisper(folder: Path) -> tuple[PreTrainedModel, WhisperFeatureExtractor, list[int]]:
+    """An encoder-decoder model of two seconds of sound, the same in a folder, and how its texts begin."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    marks = {mark: len(letters) + number for number, mark in enumerate(_WHISPER_MARKS)}
+    (folder / "vocab.json").write_text(json.dumps({**letters, **marks}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = WhisperTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), additional_special_tokens=list(_WHISPER_MARKS[1:])
+    )
+    features = WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+    WhisperProcessor(features, tokenizer).save_pretrained(folder)
+    end, *start = marks.values()
+    settings = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        num_mel_bins=80,
+        max_source_positions=100,
+        max_target_positions=128,
+        init_std=0.3,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+        decoder_start_token_id=start[0],
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    model = WhisperForConditionalGeneration._from_config(settings, attn_implementation="eager").eval()
+    model.save_pretrained(folder)
+    return model, features, start
