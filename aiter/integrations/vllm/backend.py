@@ -229,7 +229,10 @@ class Attention(AttentionImpl[Metadata]):
 
     def prepare(self, layer: AttentionLayer, device: torch.device) -> None:
         """Readies what no call changes, and has the kernels built if they are not there: no request waits for that."""
-        query = torch.empty(0, self.num_heads, self.head_size, dtype=layer.dtype, device=device)
+        if self.sinks is not None and self.sinks.shape != (self.num_heads,):
+            raise ValueError(
+                f"sinks have shape {tuple(self.sinks.shape)}; each of {self.num_heads} heads must have one"
+            )
         left = -1 if self.sliding_window is None else self.sliding_window - 1
         for causal in (True, False):
             keywords: OptionKeywords = {
@@ -239,7 +242,6 @@ class Attention(AttentionImpl[Metadata]):
                 "sinks": self.sinks,
             }
             self.masks[causal] = read_options(causal, keywords)
-            self.masks[causal][1].check(query)
         causal, options = self.masks[self.attn_type == AttentionType.DECODER]
         for operation in ("variable_length_attention", "reshape_and_cache"):
             for spec in kernels.specs_for(
