@@ -2,7 +2,7 @@
 
 vLLM calls `register` (entry point `vllm.general_plugins`) in each of its processes, some of them more than once. On
 GPUs the backend has a name of its own, and nothing changes for who does not ask for it: `--attention-backend CUSTOM`.
-On CPUs vLLM asks nobody and always takes CPU_ATTN, so the backend goes into its place, where the user wants that:
+On CPUs vLLM asks nobody and takes CPU_ATTN, or CPU_MLA for latents, so we go into their places where the user wants it:
 AITER_VLLM=1, or VLLM_PLUGINS names this plugin. The backend logs one line where it is used: this is too early for that,
 as vLLM reads its settings for logging later.
 """
@@ -17,6 +17,8 @@ from aiter.jit import settings
 PLUGIN = "aiter"  # as pyproject.toml calls the entry point
 _GPU_BACKEND = "aiter.integrations.vllm.backend.GpuBackend"
 _CPU_BACKEND = "aiter.integrations.vllm.backend.CpuBackend"
+_LATENT_BACKEND = "aiter.integrations.vllm.latent.LatentBackend"
+_LATENT_PREFILL = "aiter.integrations.vllm.latent.LatentPrefill"
 
 
 def register() -> None:
@@ -28,6 +30,7 @@ def register() -> None:
     if importlib.util.find_spec("vllm.v1.kv_cache_layout") is None:
         logger.warning("aiter: its backend needs vLLM 0.32 or newer, this is %s: nothing is registered", __version__)
         return
+    from vllm.v1.attention.backends.mla.prefill.registry import MLAPrefillBackendEnum, register_mla_prefill_backend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     custom = AttentionBackendEnum.CUSTOM
@@ -37,6 +40,8 @@ def register() -> None:
         register_backend(custom, _GPU_BACKEND)
     if wanted():
         register_backend(AttentionBackendEnum.CPU_ATTN, _CPU_BACKEND)
+        register_backend(AttentionBackendEnum.CPU_MLA, _LATENT_BACKEND)
+        register_mla_prefill_backend(MLAPrefillBackendEnum.CPU, _LATENT_PREFILL)
 
 
 def wanted() -> bool:

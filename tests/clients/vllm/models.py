@@ -63,6 +63,26 @@ DECODERS = {
     "mistral": ("mistral", {"sliding_window": WINDOW}),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4, **_TIED}),  # ALiBi
 }
+LATENT = {  # latent attention: CPU_MLA takes these sizes alone
+    "deepseek": (
+        "deepseek_v3",
+        {
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 48,
+            "head_dim": 64,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 2,  # no layer with experts
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
 ENCODERS = {
     "bert": ("bert", {}),
     "modernbert": (
@@ -73,14 +93,14 @@ ENCODERS = {
 
 
 def config(name: str, **changes: object) -> PretrainedConfig:
-    kind, options = {**DECODERS, **ENCODERS}[name]
+    kind, options = {**DECODERS, **LATENT, **ENCODERS}[name]
     return AutoConfig.for_model(kind, **{**_SMALL, **options, **changes})
 
 
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model, and the same in a folder."""
     torch.manual_seed(0)
-    kind = AutoModelForCausalLM if name in DECODERS else AutoModel
+    kind = AutoModel if name in ENCODERS else AutoModelForCausalLM
     model = kind.from_config(config(name), attn_implementation="eager").eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():

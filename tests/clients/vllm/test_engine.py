@@ -37,7 +37,8 @@ def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
 def references(tmp_path_factory):
     """Name: transformers' model and its folder."""
     base = tmp_path_factory.mktemp("models")
-    return {name: (models.make(name, base / name), base / name) for name in (*models.DECODERS, *models.ENCODERS)}
+    names = (*models.DECODERS, *models.LATENT, *models.ENCODERS)
+    return {name: (models.make(name, base / name), base / name) for name in names}
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +67,9 @@ def jobs(references, whisper):
     found[COMPILED] = {**llama, "engine": {**llama["engine"], "enforce_eager": False}, "rounds": [prompts]}
     bf16 = found["gemma2"]
     found[BF16] = {**bf16, "engine": {**bf16["engine"], "dtype": "bfloat16"}}
+    for name in models.LATENT:  # blocks are of 16, and vLLM's own backend reads prompts in one piece
+        engine = {**_ENGINE, "model": str(references[name][1])}
+        found[name] = {"engine": engine, "rounds": [prompts], "sampling": {"max_tokens": NEW_TOKENS}}
     for name in models.ENCODERS:
         found[name] = {
             "engine": {**_ENGINE, "model": str(references[name][1]), "runner": "pooling"},
@@ -155,6 +159,15 @@ def test_bfloat16(jobs, ours, theirs, references, tmp_path):
             transformers_regrets.append(regret(logits, in_bfloat16.argmax(-1).tolist()))
             assert (regrets[-1] <= 2 * rounding).all(), f"a prompt of {len(prompt)} tokens"
     assert torch.cat(regrets).mean() <= 2 * torch.cat(transformers_regrets).mean()
+
+
+@pytest.mark.parametrize("name", models.LATENT)
+def test_latent_attention(name, ours, theirs):
+    """Beside vLLM's own backend alone: what transformers makes of this configuration differs from either."""
+    mine = ours[name]
+    assert "error" not in mine, mine["error"]
+    assert mine["backend"] == "aiter.integrations.vllm.latent.LatentAttention"
+    assert mine["tokens"] == theirs[name]["tokens"]
 
 
 def test_encoder_and_decoder(jobs, ours, theirs, whisper):
