@@ -22,7 +22,7 @@ logger = init_logger("vllm.aiter")
 
 
 class LatentPrefill(CPUSDPAMLAPrefillBackend):
-    """Prompts: query and key (tokens, heads, head_dim), value (tokens, heads, value_dim), one sequence after another."""
+    """Prompts: queries and keys (tokens, heads, head_dim), values (tokens, heads, value_dim), packed sequences."""
 
     def run_prefill_new_tokens(
         self,
