@@ -5,7 +5,8 @@
 A Llama with random weights, made here. Two loads: long prompts with short answers (prefill), short prompts with long
 answers (decode). Each backend's engine is a process of its own; they take turns, round by round, so that a busy machine
 is as unkind to both. Printed are tokens a second, by the median round, and the median over rounds of the two times'
-ratio: above 1.00 ours is faster. Needs vLLM (docs/vllm.md).
+ratio: above 1.00 ours is faster. The last column is the same of the CPU time that the processes took, which others on
+the machine change less; it means something with one thread (OMP_NUM_THREADS=1). Needs vLLM (docs/vllm.md).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def make_model(folder: str, options: argparse.Namespace) -> None:
 
 
 def serve(folder: str, dtype: str) -> None:
-    """Reads loads, one a line, and answers each with the seconds it took."""
+    """Reads loads, one a line, and answers each with the seconds it took, by the clock and of CPU time."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -64,9 +65,9 @@ def serve(folder: str, dtype: str) -> None:
         source = random.Random(seed)
         prompts = [{"prompt_token_ids": source.choices(range(VOCABULARY), k=length)} for _ in range(count)]
         sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         engine.generate(prompts, sampling, use_tqdm=False)
-        print(_MARK + str(time.perf_counter() - began), flush=True)
+        print(_MARK + json.dumps((time.perf_counter() - began[0], time.process_time() - began[1])), flush=True)
 
 
 class Engine:
@@ -94,17 +95,17 @@ class Engine:
                 return line.removeprefix(_MARK)
         raise SystemExit(f"an engine ended with code {self.process.wait()}; --serve FOLDER alone says why")
 
-    def time(self, seed: int, load: tuple[int, int, int]) -> float:
+    def time(self, seed: int, load: tuple[int, int, int]) -> tuple[float, float]:
         print(json.dumps((seed, load)), file=self.process.stdin, flush=True)
-        return float(self.answer())
+        return tuple(json.loads(self.answer()))
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
 
-def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each load, backend and round."""
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Seconds of each load, backend and round, by the clock and of CPU time."""
     seconds = {load: {name: [] for name in engines} for load in LOADS}
     for number in range(rounds + 1):  # the first is not counted
         for load, what in LOADS.items():
@@ -136,14 +137,14 @@ def main() -> None:
         for engine in engines.values():
             engine.close()
     report = {}
-    print(f"{options.dtype}, tokens/s".ljust(20), *(name.rjust(12) for name in BACKENDS), "ratio".rjust(8))
+    print(f"{options.dtype}, tokens/s".ljust(20), *(name.rjust(12) for name in BACKENDS), "   ratio  CPU time")
     for load, (count, length, answer) in LOADS.items():
         tokens = count * (length + answer)
-        speeds = {name: tokens / statistics.median(seconds[load][name]) for name in BACKENDS}
+        speeds = {name: tokens / statistics.median(wall for wall, _ in seconds[load][name]) for name in BACKENDS}
         ours, theirs = (seconds[load][name] for name in BACKENDS)
-        ratio = statistics.median(their / our for our, their in zip(ours, theirs, strict=True))
-        report[load] = {"tokens_per_second": speeds, "ratio": ratio, "seconds": seconds[load]}
-        print(load.ljust(20), *(f"{speed:12.0f}" for speed in speeds.values()), f"{ratio:8.2f}")
+        ratios = [statistics.median(t[i] / o[i] for o, t in zip(ours, theirs, strict=True)) for i in (0, 1)]
+        report[load] = {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds[load]}
+        print(load.ljust(20), *(f"{speed:12.0f}" for speed in speeds.values()), f"{ratios[0]:8.2f}  {ratios[1]:8.2f}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"options": vars(options), "loads": report}, file, indent=1)
