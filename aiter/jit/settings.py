@@ -24,6 +24,7 @@ VARIABLES = {
     "AITER_RECORD": "file to which each kernel that the program uses is appended once, for `aiter prewarm --replay`",
     "AITER_LOG": "what to say on stderr: debug, info (the default), warning, error",
     "AITER_BATCH_INVARIANT": "1: no bit of a sequence's result depends on the rest of its batch; read at import",
+    "AITER_VLLM": "1: in vLLM on CPUs, attention is ours; 0: not, even where VLLM_PLUGINS names aiter",
     "AITER_CHECK_VALUES": "1: check page numbers and lengths that live on a GPU too, which waits for the GPU",
 }
 

@@ -1,0 +1,154 @@
+"""vLLM's engine on CPUs: throughput with our attention backend beside that with its own, in one run.
+
+    python benchmarks/vllm_engine.py [--dtype bfloat16] [--rounds 7] [--json FILE]
+
+A Llama with random weights, made here. Two loads: long prompts with short answers (prefill), short prompts with long
+answers (decode). Each backend's engine is a process of its own; they take turns, round by round, so that a busy machine
+is as unkind to both. Printed are tokens a second, by the median round, and the median over rounds of the two times'
+ratio: above 1.00 ours is faster. The last column is the same of the CPU time that the processes took, which others on
+the machine change less; it means something with one thread (OMP_NUM_THREADS=1). Needs vLLM (docs/vllm.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+VOCABULARY = 2000
+BACKENDS = {"aiter": "1", "vLLM's own": "0"}
+# Prompts, tokens of each, tokens of each answer.
+LOADS = {"prefill": (8, 1024, 4), "decode": (32, 128, 64), "long decode": (8, 1500, 32)}
+_MARK = "RESULT "
+
+
+def make_model(folder: str, options: argparse.Namespace) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=options.hidden,
+        intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.hidden // options.head_dim,
+        num_key_value_heads=options.hidden // options.head_dim // 4,
+        head_dim=options.head_dim,
+        max_position_embeddings=2048,
+    )
+    LlamaForCausalLM(config).to(getattr(torch, options.dtype)).save_pretrained(folder)
+
+
+def serve(folder: str, dtype: str) -> None:
+    """Reads loads, one a line, and answers each with the seconds it took, by the clock and of CPU time."""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        folder,
+        dtype=dtype,
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=2048,
+        max_num_seqs=64,
+    )
+    print(_MARK + "ready", flush=True)
+    for line in sys.stdin:
+        seed, (count, length, answer) = json.loads(line)
+        source = random.Random(seed)
+        prompts = [{"prompt_token_ids": source.choices(range(VOCABULARY), k=length)} for _ in range(count)]
+        sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
+        began = time.perf_counter(), time.process_time()
+        engine.generate(prompts, sampling, use_tqdm=False)
+        print(_MARK + json.dumps((time.perf_counter() - began[0], time.process_time() - began[1])), flush=True)
+
+
+class Engine:
+    """A process that serves with one backend."""
+
+    def __init__(self, variable: str, folder: str, dtype: str) -> None:
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **os.environ,
+            "AITER_VLLM": variable,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        }
+        command = [sys.executable, __file__, "--serve", folder, "--dtype", dtype]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
+        )
+        self.answer()
+
+    def answer(self) -> str:
+        for line in self.process.stdout:
+            if line.startswith(_MARK):
+                return line.removeprefix(_MARK)
+        raise SystemExit(f"an engine ended with code {self.process.wait()}; --serve FOLDER alone says why")
+
+    def time(self, seed: int, load: tuple[int, int, int]) -> tuple[float, float]:
+        print(json.dumps((seed, load)), file=self.process.stdin, flush=True)
+        return tuple(json.loads(self.answer()))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Seconds of each load, backend and round, by the clock and of CPU time."""
+    seconds = {load: {name: [] for name in engines} for load in LOADS}
+    for number in range(rounds + 1):  # the first is not counted
+        for load, what in LOADS.items():
+            order = list(engines) if number % 2 else list(engines)[::-1]
+            for name in order:
+                taken = engines[name].time(number, what)
+                if number:
+                    seconds[load][name].append(taken)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve, options.dtype)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(folder, options)
+        engines = {name: Engine(variable, folder, options.dtype) for name, variable in BACKENDS.items()}
+        seconds = measure(engines, options.rounds)
+        for engine in engines.values():
+            engine.close()
+    report = {}
+    print(f"{options.dtype}, tokens/s".ljust(20), *(name.rjust(12) for name in BACKENDS), "   ratio  CPU time")
+    for load, (count, length, answer) in LOADS.items():
+        tokens = count * (length + answer)
+        speeds = {name: tokens / statistics.median(wall for wall, _ in seconds[load][name]) for name in BACKENDS}
+        ours, theirs = (seconds[load][name] for name in BACKENDS)
+        ratios = [statistics.median(t[i] / o[i] for o, t in zip(ours, theirs, strict=True)) for i in (0, 1)]
+        report[load] = {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds[load]}
+        print(load.ljust(20), *(f"{speed:12.0f}" for speed in speeds.values()), f"{ratios[0]:8.2f}  {ratios[1]:8.2f}")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"options": vars(options), "loads": report}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
