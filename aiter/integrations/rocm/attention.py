@@ -21,6 +21,9 @@ from aiter.kv_cache import reshape_and_cache as write
 Tensor = torch.Tensor
 Window = tuple[int, ...]
 
+# What programs ask of aiter.jit.core: whether flash_attn_func itself is to be called, rather than its form in Triton.
+ENABLE_CK = True
+
 # What everything here ends in; it checks its arguments, keywords that are put together below among them.
 dense: Any = flash_attn.flash_attn_func
 varlen: Any = flash_attn.flash_attn_varlen_func

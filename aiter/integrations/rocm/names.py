@@ -59,6 +59,7 @@ def _same(names: Iterable[str]) -> dict[str, str]:
 
 # module: (file here, {its name: the name there}). Packages have no names of their own.
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
+    "aiter.jit.core": ("attention", {"ENABLE_CK": "ENABLE_CK"}),
     "aiter.mla": ("attention", _same(_MLA)),
     "aiter.ops": ("attention", {}),
     "aiter.ops.attention": ("attention", _same(_PAGED)),
