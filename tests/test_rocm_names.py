@@ -77,6 +77,8 @@ def test_flash_attn_func_takes_both_packages_calls():
         assert torch.equal(output[0], expected) and torch.equal(output[1], lse)
     probabilities = aiter.flash_attn_func(q, k, v, dropout_p=0.0, causal=True, return_attn_probs=True)
     assert torch.equal(probabilities[0], expected) and probabilities[1] is None
+    weights = aiter.flash_attn_func(q, k, v, dropout_p=0.5, return_lse=True, return_attn_probs=True)[2]
+    assert weights.shape == (2, 4, 33, 33) and 0.4 < weights.lt(0).float().mean() < 0.6
     sinks = torch.randn(4, device=DEVICE)
     assert torch.equal(aiter.flash_attn_func(q, k, v, sink_ptr=sinks), aiter.flash_attn_func(q, k, v, sinks=sinks))
     signature = inspect.signature(aiter.flash_attn_func)

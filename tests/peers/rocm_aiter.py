@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 import flash_attention as peer
 import pytest
 import torch
+import torch.nn.functional as F
 
 import aiter
 
@@ -78,6 +79,10 @@ def missing(name: str) -> Callable[..., NoReturn]:
 def per_tensor_quant(x: torch.Tensor, quant_dtype: torch.dtype = FP8, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     scale = x.abs().max().float() / torch.finfo(quant_dtype).max
     return (x.float() / scale).to(quant_dtype), scale.view(1)
+
+
+def padded(weights: torch.Tensor, starts: torch.Tensor, seqlen_q: int, seqlen_k: int) -> torch.Tensor:
+    return F.pad(weights, (0, seqlen_k - weights.shape[-1], 0, seqlen_q - weights.shape[-2]))
 
 
 def run_perftest(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> tuple[Any, float]:
@@ -136,7 +141,9 @@ def stand_in(checkout: Path) -> None:
     module("aiter.jit.utils", __path__=[])
     module("aiter.jit.utils.chip_info", get_gfx=lambda: "gfx942", get_gfx_runtime=lambda: "gfx942")
     theirs("bert_padding")
-    theirs("test_mha_common")
+    masks = theirs("test_mha_common")
+    masks.ck_randval_to_dropout_mask = lambda weights, dropout_p: weights  # which have the signs of that mask
+    masks.pad_rearrange_dropout_mask_hts_to_bhss = padded
     common = theirs("test_common")
     common.perftest, common.run_perftest = perftest, run_perftest
     common.checkAllclose = strict(common.checkAllclose)
