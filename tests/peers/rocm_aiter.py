@@ -163,10 +163,10 @@ def give_missing_names(path: Path) -> None:
                     setattr(found, alias.name, missing(f"{node.module}.{alias.name}"))
 
 
-def tests_of(path: Path, found: Callable[[Path], Iterator[peer.Test]] = peer.tests_of) -> Iterator[peer.Test]:
+def tests_of(path: Path, rounds: int, found: Callable[..., Iterator[peer.Test]] = peer.tests_of) -> Iterator[peer.Test]:
     give_missing_names(path)
     sys.argv = [str(path), *COMMAND_LINES.get(path.name, [])]
-    for test in found(path):
+    for test in found(path, rounds):
         if not test.parameters:
             test = test._replace(parameters=ARGUMENTS.get(test.name, []))
         yield test._replace(function=prepared(test.function))
@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ.setdefault("PYTEST_CURRENT_TEST", "op_tests")  # tests skip themselves where they see pytest
+    options.rounds = sys.maxsize  # their loops are over sequences and pages
     stand_in(options.checkout)
     peer.redirect()
     peer.tests_of = tests_of
