@@ -141,6 +141,10 @@ def check_kvcache(
         query, kv_cache, page_table, page_size, causal, cache_seqlens=cache_seqlens, return_lse=True
     )
     assert_sequences(output, lse, sequences, causal)
+    indptr, indices, last = page_lists(page_table, valid, page_size, spare=2)
+    lists = {"page_indptr": indptr, "page_indices": indices, "last_page_len": last, "max_seqlen_k": max([*valid, 1])}
+    output, lse = aiter.flash_attn_with_kvcache(query, kv_cache, None, page_size, causal, return_lse=True, **lists)
+    assert_sequences(output, lse, sequences, causal)
 
 
 def check_variable_length(dtype, head_dim, form, lengths, spare, heads, causal):

@@ -1,9 +1,9 @@
 """ROCm/aiter's attention functions and cache writes, with its names, positions and keywords.
 
 What differs from there: any head_dim up to 512 and any number of heads; results are deterministic; a log-sum-exp is
-that of the keys alone (a sink is not in it), and there are no probabilities to return: None stands in their place.
-Hints (how_v3_bf16_cvt, num_splits, workspaces, work metadata, ...) are taken and change nothing. What is not offered
-raises NotImplementedError by name.
+that of the keys alone (a sink is not in it); probabilities that are asked for are None, or with dropout those of
+aiter.flash_attn. Hints (how_v3_bf16_cvt, num_splits, workspaces, work metadata, ...) are taken and change nothing.
+What is not offered raises NotImplementedError by name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from aiter.kv_cache import reshape_and_cache as write
 
 Tensor = torch.Tensor
 Window = tuple[int, ...]
+
+# What programs ask of aiter.jit.core: whether flash_attn_func itself is to be called, rather than its form in Triton.
+ENABLE_CK = True
 
 # What everything here ends in; it checks its arguments, keywords that are put together below among them.
 dense: Any = flash_attn.flash_attn_func
@@ -90,9 +93,9 @@ def flash_attn_func(
         **{"bias": bias, "alibi_slopes": alibi_slopes, "deterministic": deterministic, "sinks": sink_ptr},
         **{"num_splits": num_splits, "how_v3_bf16_cvt": how_v3_bf16_cvt, **others},
     }
-    wants_lse = return_lse or return_attn_probs
+    wants = {"return_lse": return_lse, "return_attn_probs": return_attn_probs}
     if cu_seqlens_q is None and cu_seqlens_kv is None:
-        result = dense(q, k, v, return_lse=wants_lse, **options)
+        result = dense(q, k, v, **wants, **options)
         return _returned(result, return_lse, return_attn_probs)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.tensor(name, tensor, 4, checks.BSHD)
@@ -104,12 +107,13 @@ def flash_attn_func(
         max_seqlen_k=k.shape[1],
         seqused_q=None if cu_seqlens_q is None else cu_seqlens_q.diff(),
         seqused_k=None if cu_seqlens_kv is None else cu_seqlens_kv.diff(),
-        return_lse=wants_lse,
+        **wants,
         **options,
     )
-    if wants_lse:
-        output, lse = result
-        result = output.unflatten(0, (batch, seqlen_q)), lse.view(heads_q, batch, seqlen_q).transpose(0, 1)
+    if return_lse or return_attn_probs:
+        output, lse, *rest = result
+        lse = lse.view(heads_q, batch, seqlen_q).transpose(0, 1)
+        result = output.unflatten(0, (batch, seqlen_q)), lse, *rest
     else:
         result = result.unflatten(0, (batch, seqlen_q))
     return _returned(result, return_lse, return_attn_probs)
@@ -166,7 +170,8 @@ def flash_attn_varlen_func(
         sinks=sink_ptr,
         out=out,
         bias=bias,
-        return_lse=return_lse or return_attn_probs,
+        return_lse=return_lse,
+        return_attn_probs=return_attn_probs,
         **others,
     )
     return _returned(result, return_lse, return_attn_probs)
@@ -263,7 +268,8 @@ def mha_batch_prefill_func(
         deterministic=deterministic,
         sinks=sink_ptr,
         out=out,
-        return_lse=return_lse or return_attn_probs,
+        return_lse=return_lse,
+        return_attn_probs=return_attn_probs,
         **_where(cu_seqlens_q.shape[0] - 1, kv_indptr, kv_page_indices, kv_last_page_lens, block_table, seqlen_k),
         **_descales(q, k, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale),
     )
@@ -498,11 +504,12 @@ mla_reduce_v1 = _not_offered("mla_reduce_v1", _FP8_PREFILL)
 
 
 def _returned(result: Any, return_lse: bool, return_attn_probs: bool) -> Any:
-    """What ROCm's functions return: the output alone, or a tuple of it, the log-sum-exp and the probabilities."""
-    if not (return_lse or return_attn_probs):
+    """What ROCm's functions return: the output alone, or a tuple of it, the log-sum-exp and the probabilities, of which
+    FlashAttention's have the last two or none."""
+    if return_lse or not return_attn_probs:
         return result
-    output, lse = result
-    return (output, *((lse,) if return_lse else ()), *((None,) if return_attn_probs else ()))
+    output, _, probabilities = result
+    return output, probabilities
 
 
 def _neutral(**given: tuple[object, object]) -> None:

@@ -59,6 +59,7 @@ def _same(names: Iterable[str]) -> dict[str, str]:
 
 # module: (file here, {its name: the name there}). Packages have no names of their own.
 MODULES: dict[str, tuple[str, dict[str, str]]] = {
+    "aiter.jit.core": ("attention", {"ENABLE_CK": "ENABLE_CK"}),
     "aiter.mla": ("attention", _same(_MLA)),
     "aiter.ops": ("attention", {}),
     "aiter.ops.attention": ("attention", _same(_PAGED)),
@@ -137,15 +138,15 @@ def install(package: str) -> None:
         sys.meta_path.append(Finder)
     if other := _other_distribution(package):
         warnings.warn(
-            f"ROCm's library is installed too ({other}). It has the same import name, aiter: this is aiter-jit, "
-            f"from {package}, and of that one only attention functions resolve here. Uninstall both, then install the "
-            "one that you want: docs/rocm.md says which to choose when.",
+            f"another distribution has the import name aiter too ({other}; ROCm's library, amd-aiter, has it). This is "
+            f"aiter-jit, from {package}, where of ROCm's names only attention resolves. Uninstall both, then install "
+            "the one that you want: docs/rocm.md says which to choose when.",
             stacklevel=3,
         )
 
 
 def _other_distribution(package: str) -> str | None:
-    """A sign of the other package: its files among these, or its metadata in a folder that Python imports from. Looked
+    """A sign of another package: its files among these, or its metadata in a folder that Python imports from. Looked
     for by name, as importlib.metadata takes longer than the rest of the import."""
     mixed = os.path.join(package, "ops")
     if os.path.isdir(mixed):
