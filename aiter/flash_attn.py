@@ -27,7 +27,7 @@ from aiter import checks, kv_cache
 from aiter.dispatch import Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
 from aiter.layout import NO_INDICES, Indices, page_lists
-from aiter.options import OptionKeywords, readable_index
+from aiter.options import OptionKeywords, chunk_in_range, readable_index
 from aiter.parts import merge_attention_states
 from aiter.reference import attend_one
 
@@ -278,12 +278,12 @@ def flash_attn_with_kvcache(
     cache_seqlens: an int or int32 (batch,), how many tokens each sequence has in the cache, without the new ones; None:
     a full cache. k, v: (batch, seq_new, heads_kv, head_dim), or with cu_seqlens_k_new packed: the tokens that go behind
     those. The last query stands at the last key, new ones counted. cache_leftpad: int32 (batch,), how many tokens at
-    the beginning of each sequence are not seen; not with a block_table.
+    the beginning of each sequence are not seen. With both, cache_batch_idx names rows of the block_table.
 
     rotary_cos, rotary_sin: (places, rotary_dim / 2), of the dtype of q. New key i is rotated by the angles of place
-    cache_seqlens[b] + i (or rotary_seqlens[b] + i), query i likewise, or, where neither causal nor a window is asked
-    for, by those of the first place. Pairs are elements 2d and 2d + 1 (rotary_interleaved), or d and
-    d + rotary_dim / 2.
+    cache_seqlens[b] + i (or rotary_seqlens[b] + i; that says nothing without angles), query i likewise, or, where
+    neither causal nor a window is asked for, by those of the first place. Pairs are elements 2d and 2d + 1
+    (rotary_interleaved), or d and d + rotary_dim / 2.
 
     qv: of the shape of q but with the values' head_dim, a second query, of the values. Where keys and values lie in one
     cache side by side (latent attention) it costs nothing, elsewhere a copy of the caches at every call.
@@ -304,6 +304,8 @@ def flash_attn_with_kvcache(
     checks.attention_kind(q=q, k_cache=k_cache, v_cache=v_cache)
     checks.equal_size("k_cache", k_cache.shape[-1], "head_dim", "q", q.shape[-1])
     checks.heads(q.shape[-2], k_cache.shape[2], "k_cache")
+    if qv is not None:
+        _check_values(q, qv, k_cache, v_cache)
     if starts_q is not None and max_seqlen_q is None:
         raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
     batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
@@ -320,7 +322,9 @@ def flash_attn_with_kvcache(
                 "with page_indptr, k, v and cache_batch_idx are not offered: write new tokens with "
                 "aiter.kv_cache.reshape_and_cache first, or give a block_table"
             )
-        cache = _Cache(k_cache, v_cache, lists["page_table"], True)
+        if cache_leftpad is not None:
+            raise NotImplementedError("with page_indptr, cache_leftpad is not offered: leave out pages not seen")
+        cache = _Cache(k_cache, v_cache, lists["page_table"])
     padding = _index("cache_leftpad", cache_leftpad, 1, "int32 (batch,)", q)
     seen = cache if padding is None else cache.without(padding)
 
@@ -331,8 +335,6 @@ def flash_attn_with_kvcache(
         moves = causal or "window_size" in options
         positions = _index("rotary_seqlens", rotary_seqlens, 1, "int32 (batch,)", q)
         rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, bool(rotary_interleaved), moves)
-    elif rotary_seqlens is not None:
-        raise ValueError("rotary_seqlens is given without rotary_cos and rotary_sin")
     if k is not None or v is not None:
         if k is None or v is None or lengths is None:
             raise ValueError("k and v are given together, with cache_seqlens")
@@ -347,7 +349,7 @@ def flash_attn_with_kvcache(
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
     if padding is not None:
-        lengths = ((cache.key.shape[1] if lengths is None else lengths) - padding).clamp(min=0)
+        lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value
     if seen.table is not None:
         key, value = key.transpose(1, 2), value.transpose(1, 2)
@@ -397,7 +399,6 @@ class _Cache(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     table: torch.Tensor | None
-    paged: bool  # by the caller: a row of the table may hold several
 
     @classmethod
     def of(
@@ -412,37 +413,52 @@ class _Cache(NamedTuple):
         checks.same_shape("v_cache", value, "k_cache", key, but_last=True)
         if block_table is not None:
             if batch_index is not None:
-                raise ValueError("cache_batch_idx is for a cache without block_table, which names pages itself")
+                layout = "int32 (batch_cache, max_blocks), as there is a cache_batch_idx"
+                checks.indices("block_table", block_table, (None, None), layout, query)
+                block_table = _rows_of(block_table, batch_index, batch, query)
             checks.indices("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", query)
-            return cls(key, value, readable_index(block_table), True)
+            return cls(key, value, readable_index(block_table))
         if batch_index is not None:
             checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
-            return cls(key, value, readable_index(batch_index).unsqueeze(1), False)
+            return cls(key, value, readable_index(batch_index).unsqueeze(1))
         if key.shape[0] < batch:
             raise ValueError(f"k_cache has shape {tuple(key.shape)}; it must have a row for each of {batch} sequences")
-        return cls(key, value, None, False)
+        return cls(key, value, None)
+
+    @property
+    def room(self) -> int:
+        """For tokens of a sequence."""
+        return self.key.shape[1] * (1 if self.table is None else self.table.shape[1])
 
     def without(self, padding: torch.Tensor) -> _Cache:
         """The same without the first tokens of each sequence: a page for each of the others."""
-        if self.paged:
-            raise ValueError("cache_leftpad is for a cache without block_table: leave out pages that are not seen")
-        rows, room = self.key.shape[:2]
+        rows, page_size = self.key.shape[:2]
         apart = [_rows_apart(name, cache) for name, cache in (("k_cache", self.key), ("v_cache", self.value))]
         if apart[0] != apart[1]:
             raise ValueError("with cache_leftpad, k_cache and v_cache must have alike strides")
         batch = padding.shape[0]
-        first = (
-            torch.arange(batch, device=padding.device) if self.table is None else self.table[:, 0].clamp(0, rows - 1)
-        )
-        places = torch.arange(room, device=padding.device) + padding.unsqueeze(1)
-        table = first.unsqueeze(1) * apart[0] + places.clamp(0, room - 1)
+        pages = torch.arange(batch, device=padding.device).unsqueeze(1) if self.table is None else self.table
+        places = torch.arange(self.room, device=padding.device) + padding.unsqueeze(1)
+        places = places.clamp(0, self.room - 1).long()
+        page = pages.long().clamp(0, rows - 1).gather(1, places // page_size)
         key, value = (_as_tokens(cache, apart[0]) for cache in (self.key, self.value))
-        return _Cache(key, value, table.to(torch.int32), True)
+        return _Cache(key, value, (page * apart[0] + places % page_size).to(torch.int32))
+
+
+def _rows_of(block_table: torch.Tensor, batch_index: torch.Tensor, batch: int, query: torch.Tensor) -> torch.Tensor:
+    """The rows of block_table that cache_batch_idx names; on a GPU those that there are none of are the last."""
+    checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
+    last, looks = block_table.shape[0] - 1, batch_index.is_cpu and not torch.compiler.is_compiling()
+    if looks and bool(((batch_index < 0) | (batch_index > last)).any()):
+        raise ValueError(f"cache_batch_idx is {batch_index.tolist()}; it must name rows of block_table, 0 to {last}")
+    return block_table.index_select(0, batch_index.clamp(0, last))
 
 
 def _rows_apart(name: str, cache: torch.Tensor) -> int:
     """How many tokens further the next sequence begins."""
     batch_stride, token_stride = cache.stride()[:2]
+    if cache.shape[1] == 1:  # whose stride from token to token means nothing
+        return 1
     if token_stride == 0 or batch_stride % token_stride:
         raise ValueError(
             f"with cache_leftpad, {name} must have a stride from sequence to sequence that is a multiple of the one "
@@ -454,6 +470,8 @@ def _rows_apart(name: str, cache: torch.Tensor) -> int:
 def _as_tokens(cache: torch.Tensor, apart: int) -> torch.Tensor:
     """Pages of one token."""
     rows, room, heads, dim = cache.shape
+    if room == 1:
+        return cache
     _, token, head, element = cache.stride()
     return cache.as_strided(((rows - 1) * apart + room if rows else 0, 1, heads, dim), (token, token, head, element))
 
@@ -519,6 +537,18 @@ def _with_values(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Query, key and scale such that scores are those of q and k and those of qv and v together. Where k and v lie side
     by side in one memory the key is that memory, else a copy of both."""
+    _check_values(q, qv, k, v)
+    both = q.shape[-1] + qv.shape[-1]
+    scale = both**-0.5 if softmax_scale is None else softmax_scale
+    if _is_behind(v, k):
+        return torch.cat((qv, q), -1), v.as_strided((*v.shape[:-1], both), v.stride()), scale
+    if _is_behind(k, v):
+        return torch.cat((q, qv), -1), k.as_strided((*k.shape[:-1], both), k.stride()), scale
+    return torch.cat((q, qv), -1), torch.cat((k, v), -1), scale
+
+
+def _check_values(q: torch.Tensor, qv: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises for a qv that does not go with the others."""
     checks.tensor("qv", qv, q.dim(), "of the shape of q, with v's head_dim")
     if qv.shape != (*q.shape[:-1], v.shape[-1]) or qv.dtype != q.dtype:
         expected = (*q.shape[:-1], v.shape[-1])
@@ -532,12 +562,6 @@ def _with_values(
             f"qv is not offered for head_dims of q and v that add up to {both}; up to {checks.HEAD_DIM_MAX}, and "
             f"{checks.LATENT_HEAD_DIM - checks.HEAD_DIM_MAX} with {checks.HEAD_DIM_MAX}, they are"
         )
-    scale = both**-0.5 if softmax_scale is None else softmax_scale
-    if _is_behind(v, k):
-        return torch.cat((qv, q), -1), v.as_strided((*v.shape[:-1], both), v.stride()), scale
-    if _is_behind(k, v):
-        return torch.cat((q, qv), -1), k.as_strided((*k.shape[:-1], both), k.stride()), scale
-    return torch.cat((q, qv), -1), torch.cat((k, v), -1), scale
 
 
 def _is_behind(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -643,9 +667,10 @@ def _options(
                 raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give {neutral!r}")
         elif name not in _HINTS and name not in ("rng_state", "attention_chunk"):
             raise TypeError(f"there is no argument {name!r}")
-    for name in ("rng_state", "attention_chunk"):
-        if others.get(name) is not None:
-            options[name] = others[name]  # type: ignore[literal-required]
+    if others.get("rng_state") is not None:
+        options["rng_state"] = others["rng_state"]
+    if others.get("attention_chunk") is not None:
+        options["attention_chunk"] = chunk_in_range(others["attention_chunk"])
     if tuple(window_size) != (-1, -1):
         options["window_size"] = tuple(window_size)  # type: ignore[typeddict-item]
     if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or softcap != softcap:

@@ -101,6 +101,8 @@ def specs_for(
     kept = () if cache_dtype is None else (cache_dtype,)
     if operation == "reshape_and_cache":
         return [kernel_spec("cache_write", dtype, ANY_HEAD_DIM, False, arch, options=kept)]
+    if "chunk" in options:
+        options = tuple(sorted({*options, "window"}))
     causal = causal and "window" not in options
     fits = head_dim <= HEAD_DIM_MAX or not is_gpu(arch)
     kernels = ["attention_forward"] if fits else []

@@ -38,10 +38,15 @@ class Case:
         self.query = randn(batch, seq_q, HEADS_Q, dim, dtype=dtype)
         self.new = [randn(batch, seq_new, HEADS_KV, dim, dtype=dtype) for _ in "kv"] if seq_new else [None, None]
         self.keywords = {"cache_seqlens": ints(*lengths)}
-        if kind == "pages":
+        if "pages" in kind:
             table = torch.randperm(13)[:12].view(3, 4)
             self.caches = [randn(13, 4, HEADS_KV, dim, dtype=dtype) for _ in "kv"]
-            self.keywords["block_table"] = table.int().to(DEVICE)
+            rows = torch.full((6, 4), -1, dtype=torch.int32)
+            rows[[5, 0, 3]] = table.int()
+            if kind == "pages":
+                self.keywords["block_table"] = table.int().to(DEVICE)
+            else:
+                self.keywords |= {"block_table": rows.to(DEVICE), "cache_batch_idx": ints(5, 0, 3)}
             self.rows = lambda cache, b: cache[table[b]].flatten(0, 1)
         else:
             layout = (5, HEADS_KV, 16, dim)  # as (batch, seq, heads, dim) by a view
@@ -106,7 +111,7 @@ class Case:
         assert_as_accurate(output, torch.stack(exact), torch.stack(pytorch))
 
 
-KINDS = ("rows", "indexed rows", "pages")
+KINDS = ("rows", "indexed rows", "pages", "indexed pages")
 
 
 @pytest.mark.parametrize("causal", (False, True))
@@ -127,7 +132,7 @@ def test_rotates(kind, causal):
         Case(dtype, kind).check(causal, rotary=(cos, sin, interleaved))
 
 
-@pytest.mark.parametrize("kind", KINDS[:2])
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_on_the_left(kind):
     for causal in (False, True):
         Case(DTYPES[0], kind).check(causal, padding=(2, 0, 9))
@@ -142,8 +147,7 @@ def test_windows(kind):
     Case(DTYPES[0], kind).check(rotary=(cos, sin, False), window=(3, 1))
     Case(DTYPES[0], kind).check(True, window=(2, 0))
     Case(DTYPES[0], kind).check(window=torch.tensor([4, 0]))
-    if kind != "pages":
-        Case(DTYPES[0], kind).check(padding=(2, 0, 9), window=(3, 0))
+    Case(DTYPES[0], kind).check(padding=(2, 0, 9), window=(3, 0))
 
 
 def test_head_dims_that_are_padded():
@@ -237,17 +241,15 @@ def test_in_a_graph_with_other_lengths():
 BAD = (
     ({"v": None}, ValueError, "k and v are given together"),
     ({"cache_seqlens": None}, ValueError, "k and v are given together, with cache_seqlens"),
-    ({"cache_batch_idx": torch.zeros(3, dtype=torch.int32)}, ValueError, "cache_batch_idx is for a cache without"),
-    ({"cache_leftpad": torch.zeros(3, dtype=torch.int32)}, ValueError, "cache_leftpad is for a cache without"),
+    ({"cache_batch_idx": torch.full((3,), 9, dtype=torch.int32)}, ValueError, "it must name rows of block_table"),
     ({"page_table": torch.zeros(3, 4, dtype=torch.int32)}, ValueError, "block_table and page_table are one"),
     ({"rotary_cos": torch.zeros(16, 8)}, ValueError, "rotary_cos and rotary_sin are given together"),
-    ({"rotary_seqlens": torch.zeros(3, dtype=torch.int32)}, ValueError, "rotary_seqlens is given without"),
     ({"rotary_cos": torch.zeros(16, 40), "rotary_sin": torch.zeros(16, 40)}, ValueError, "rotary_cos has shape"),
     ({"cu_seqlens_q": torch.zeros(4, dtype=torch.int32)}, ValueError, "q must be"),
     ({"cache_seqlens": torch.zeros(3)}, TypeError, "cache_seqlens has dtype"),
     ({"k_cache": torch.zeros(13, 4, 3, DIM)}, ValueError, "multiple of those of k_cache"),
-    ({"qv": torch.zeros(1)}, NotImplementedError, "qv is not offered"),
-    ({"attention_chunk": 5}, NotImplementedError, "attention_chunk is not offered"),
+    ({"qv": torch.zeros(1)}, ValueError, "qv must be"),
+    ({"attention_chunk": -5}, ValueError, "attention_chunk is -5"),
     ({"splits": 5}, TypeError, "there is no argument 'splits'"),
 )
 

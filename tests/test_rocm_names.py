@@ -90,7 +90,7 @@ def test_flash_attn_func_takes_both_packages_calls():
     (
         ((0.0,), {}, TypeError, "it is causal here, and dropout_p in ROCm's library"),
         ((0.0, None), {}, TypeError, "it is causal here"),
-        ((True,), {"dropout_p": 0.0}, TypeError, "it is causal here"),
+        ((True,), {"deterministic": True}, TypeError, "it is causal here"),
         ((True, None, True), {}, TypeError, "it is causal here"),
         ((0.0,), {"return_attn_probs": True}, TypeError, "give everything after q, k and v by name"),
         ((), {"bias": torch.zeros(1)}, NotImplementedError, "bias is not offered"),

@@ -113,7 +113,7 @@ def _add_prewarm(commands) -> None:
     flags = ("yes", "no", "both")
     add("--causal", choices=flags, help="default: both")
     add("--window", choices=flags, help="calls with window_size; default: no, or as --model says")
-    add("--chunk", choices=flags, help="calls with attention_chunk, which go with --window; default: no")
+    add("--chunk", choices=flags, help="calls with attention_chunk; default: no")
     add("--dropout", choices=flags, help="calls with dropout_p; default: no")
     add("--softcap", choices=flags, help="calls with softcap; default: no, or as --model says")
     add("--alibi", choices=flags, help="calls with alibi_slopes; default: no")

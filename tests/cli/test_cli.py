@@ -223,6 +223,7 @@ def test_prewarm_covers_what_calls_need(arch, capsys):
     [
         (("--window", "both", "--causal", "yes"), {"d64-causal", "d64-window"}),
         (("--window", "yes", "--softcap", "yes", "--alibi", "yes"), {"d64-alibi-softcap-window"}),
+        (("--chunk", "yes"), {"d64-chunk-window"}),
         (("--value-dims", "32,64", "--causal", "no"), {"d64-value_dim32", "d64"}),
     ],
 )

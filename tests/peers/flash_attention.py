@@ -156,6 +156,10 @@ def outcome_of(test: Test, arguments: dict[str, Any]) -> tuple[str, str]:
         return "skipped", str(reason)
     except (NotImplementedError, UnsupportedError) as reason:
         return "not offered", re.split(r" is not offered| \(", str(reason))[0]
+    except AttributeError as reason:
+        if "_OpNamespace" not in str(reason):
+            return "failed", f"AttributeError: {reason}"
+        return "not offered", f"an internal operator of theirs: {reason}"
     except ImportError as reason:
         return "not offered", f"an internal function of theirs: {reason}".split(" from ")[0]
     except Exception as reason:
@@ -203,6 +207,7 @@ def run(options: argparse.Namespace) -> int:
                 features[why] += 1
             if outcome == "failed":
                 failures.append(f"{test.name}({', '.join(f'{n}={v}' for n, v in arguments.items())}): {why}")
+                print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
         print(f"{test.name:44}{test.count:>8}" + "".join(f"{counts[column]:>13}" for column in columns), flush=True)
         asked = counts["drawn"] - counts["skipped"]
         if asked:

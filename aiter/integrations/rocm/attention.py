@@ -31,7 +31,7 @@ varlen: Any = flash_attn.flash_attn_varlen_func
 # Keywords of ROCm's flash_attn_func that the operation of this package does not have.
 _ONLY_ROCM = frozenset(
     (
-        *("q", "k", "v", "dropout_p", "bias", "deterministic", "return_attn_probs", "how_v3_bf16_cvt", "num_splits"),
+        *("q", "k", "v", "bias", "deterministic", "return_attn_probs", "how_v3_bf16_cvt", "num_splits"),
         *("cu_seqlens_q", "cu_seqlens_kv", "sink_ptr", "out"),
     )
 )
