@@ -1,6 +1,6 @@
 """Processes of a gloo group that stay alive between tests: to start one takes longer than most tests.
 
-    ranks.run(4, cases.gradients, ...)    the function on each of 4 ranks, with a group of them; its results, by rank
+ranks.run(4, cases.gradients, ...)    the function on each of 4 ranks, with a group of them; its results, by rank
 """
 
 import atexit
