@@ -61,3 +61,9 @@ def test_positions_of_any_layout():
 def test_alltoall_within_ring_between(layout, options):
     """A mesh of 2 x 2: heads are exchanged within, keys go round between."""
     ranks.run(4, cases.on_mesh, (2, 2), SHAPE, FP32, "alltoall+ring", layout, **options)
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_torch_compile(packed):
+    for scheme in cases.SCHEMES:
+        ranks.run(2, cases.compiled, scheme, packed)

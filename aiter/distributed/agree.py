@@ -1,10 +1,9 @@
 """Before data moves, all ranks know that they were asked for the same; or all raise, and none waits for another.
 
-Each call gathers a few numbers from every rank: whether its arguments were refused, how many rows it has, and a digest of
-all that must be the same. They go by way of the CPU, so that a GPU is not waited for. There is no cache of what was agreed
-on before: a rank that is asked for something new would wait for those that are not. Only when the digests differ are
-the descriptions themselves exchanged, which then all ranks do.
-"""
+Each call gathers a few numbers from every rank: whether its arguments were refused, how many rows it has, and a digest
+of all that must be the same. They go by way of the CPU, so that a GPU is not waited for. There is no cache of what was
+agreed on before: a rank that is asked for something new would wait for those that are not. Only when the digests differ
+are the descriptions themselves exchanged, which then all ranks do."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from aiter.distributed.exchange import Group, size_of
+from aiter.distributed.exchange import Group, process_group, size_of
 from aiter.errors import RankMismatchError
 
 _controls: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
@@ -24,8 +23,7 @@ _controls: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = wea
 
 def _control(group: Group) -> dist.ProcessGroup:
     """The group itself if it takes tensors of the CPU, or one of the same ranks that does, made once."""
-    own = group or dist.group.WORLD
-    assert own is not None
+    own = process_group(group)
     if "cpu" in dist.get_backend_config(own):
         return own
     if own not in _controls:

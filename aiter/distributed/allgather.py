@@ -11,6 +11,7 @@ in order of position, this rank's own among them: which are also what others are
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -73,7 +74,7 @@ def pieces_of(job: Job) -> list[Heads]:
     for queries, keys in job.heads:
         ratio, count = queries.length // max(keys.length, 1), min(keys.length, 2 * job.world)
         cuts = [keys.length * i // count for i in range(count + 1)]
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in itertools.pairwise(cuts):
             of_queries = Run(queries.start + a * ratio, queries.start + b * ratio)
             pieces.append(Heads(of_queries, Run(keys.start + a, keys.start + b)))
     return pieces

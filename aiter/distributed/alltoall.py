@@ -6,13 +6,13 @@
     2      2     = = = =                  2      2      = = = =
 
 Query heads are dealt out evenly, whatever their number; a KV head goes to every rank whose query heads read it, and its
-gradients are summed in float32, in the order of the ranks. Rows arrive in order of position, whatever the layout, so that
-the attention is the very call that one process would make. Over a second group the rows may be split further: it is then
-that of another scheme.
-"""
+gradients are summed in float32, in the order of the ranks. Rows arrive in order of position, whatever the layout, so
+that the attention is the very call that one process would make. Over a second group the rows may be split further: it
+is then that of another scheme."""
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -109,8 +109,7 @@ class Exchange(NamedTuple):
             for peer, span in enumerate(self.spans(kind)):
                 places = [within(run, where) for run in own_runs]
                 if peer == self.rank:
-                    part = [first[place.start : place.stop] for place in places]
-                    arrived.append(torch.cat(part) if part else first[:0])
+                    arrived.append(torch.cat([first[:0], *(first[place.start : place.stop] for place in places)]))
                     continue
                 for run in self.runs[peer]:
                     place = within(run, where)
@@ -125,7 +124,7 @@ class Exchange(NamedTuple):
             parts = arrived[index * len(self.heads) : (index + 1) * len(self.heads)]
             shape = (tensor.shape[0], rows, count, *tensor.shape[3:])
             spans = self.spans(kind)
-            once = all(a.stop <= b.start for a, b in zip(spans, spans[1:], strict=False) if b.length)
+            once = all(a.stop <= b.start for a, b in itertools.pairwise(spans) if b.length)
             total = tensor.new_zeros(shape, dtype=tensor.dtype if once else torch.float32)
             for part, span in zip(parts, spans, strict=True):
                 total[:, :, span.start : span.stop] += part.transpose(0, 1)

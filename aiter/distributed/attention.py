@@ -1,85 +1,29 @@
-"""`context_parallel_attention`: from arguments to a scheme, for autograd and for torch.compile.
+"""`context_parallel_attention`: schemes for autograd, and for torch.compile.
 
-    arguments ──> Request (what this rank was asked) ── kernels are built ──> agree ──> Work (who does what) ──> scheme
-
-With all-to-all, rows are exchanged for heads within the last group of `groups`; what is left is rows that are split over
-the first, which is one rank where there is no other group.
-"""
+Eager calls are a plain autograd function, which keeps what the scheme would otherwise send again (the rows that an
+all-to-all brought). A compiled call is an operator, `aiter::context_parallel_attention`, that does all of it when it
+runs; its gradient keeps what it was given and exchanges rows for heads once more."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from aiter import checks, library
-from aiter.distributed import allgather, cost, ring
-from aiter.distributed import layout as layouts
-from aiter.distributed.agree import agree, gather_objects
-from aiter.distributed.alltoall import Exchange, heads_of
-from aiter.distributed.exchange import Group, connect, rank_in, size_of
+from aiter import library
+from aiter.distributed import allgather, ring
+from aiter.distributed.alltoall import Exchange
+from aiter.distributed.exchange import process_group
 from aiter.distributed.job import Gradients, Job
-from aiter.distributed.layout import Layout, LayoutName, Run
-from aiter.distributed.needs import Mask, wanted
-from aiter.distributed.products import Asked, Heads, Product, compile_kernels
-from aiter.layout import NO_INDICES, check_common, sizes_of
-from aiter.options import NO_LIMIT, OptionKeywords, read_options
+from aiter.distributed.layout import LayoutName, Run
+from aiter.distributed.products import Heads
+from aiter.distributed.work import POSITIONS, GroupOrMesh, Scheme, Work, groups_of, prepare
+from aiter.options import OptionKeywords, read_options
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
-
-Scheme: TypeAlias = Literal["auto", "allgather", "alltoall", "ring", "alltoall+ring"]
-SCHEMES = ("auto", "allgather", "alltoall", "ring", "alltoall+ring")
-POSITIONS = "positions"
-
-
-class Numbers(NamedTuple):
-    """What a call is asked for besides tensors, the same on all ranks."""
-
-    layout: str
-    scheme: str
-    left: int
-    right: int
-    scale: float
-    softcap: float
-    batch_invariant: bool
-
-
-class Work(NamedTuple):
-    """Who does what. inner: ranks that exchange rows for heads, neighbours; 1: none do."""
-
-    groups: tuple[Group, ...]
-    layout: Layout
-    rank: int
-    inner: int
-    rows: str  # the scheme of rows that are split over groups of `inner` ranks
-    mask: Mask
-    numbers: Numbers
-
-    def exchange(self, heads_q: int, heads_kv: int) -> Exchange | None:
-        if self.inner == 1:
-            return None
-        first = self.rank - self.rank % self.inner
-        heads = tuple(heads_of(rank, self.inner, heads_q, heads_kv) for rank in range(self.inner))
-        return Exchange(self.groups[-1], self.rank % self.inner, self.layout.runs[first : first + self.inner], heads)
-
-    def job(self, heads: tuple[Heads, ...], alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None) -> Job:
-        numbers = self.numbers
-        asked = Asked(self.mask, numbers.scale, numbers.softcap, alibi_slopes, sinks, numbers.batch_invariant)
-        return Job(self.groups[0], self.rank // self.inner, self.layout.merged(self.inner), heads, asked)
-
-    def products(self, by_distance: bool) -> Sequence[Product]:
-        """Which this rank computes, of its heads."""
-        place = self.layout.merged(self.inner), self.rank // self.inner
-        if self.rows == "ring":
-            halves = ring.halves_of(*place, self.mask, by_distance)
-            return [product for half in halves for product in half.products]
-        return allgather.plan_of(*place, self.mask, by_distance).products
 
 
 def _forward(
@@ -168,218 +112,11 @@ class _ContextParallel(torch.autograd.Function):
         return (*gradients, of_sinks, None, None, None)
 
 
-# ---- arguments ----
-
-
-class Request(NamedTuple):
-    """What this rank was asked for, checked; tensors (batch, rows, heads, head_dim)."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    sinks: torch.Tensor | None
-    alibi_slopes: torch.Tensor | None
-    ends: tuple[int, ...] | None  # of documents
-    runs: tuple[Run, ...] | None  # this rank's, where positions are given
-    numbers: Numbers
-    gradients: bool
-
-    def description(self) -> dict[str, Any]:
-        """All that must be the same on all ranks."""
-        query, key, value = self.query, self.key, self.value
-        return {
-            "query (batch, heads, head_dim)": (query.shape[0], *query.shape[2:]),
-            "key (heads, head_dim)": tuple(key.shape[2:]),
-            "value head_dim": value.shape[3],
-            "dtype": str(query.dtype),
-            "device": query.device.type,
-            "window (left, right)": (self.numbers.left, self.numbers.right),
-            "softmax_scale": self.numbers.scale,
-            "softcap": self.numbers.softcap,
-            "sinks": None if self.sinks is None else f"{self.sinks.dtype} {tuple(self.sinks.shape)}",
-            "alibi_slopes": None if self.alibi_slopes is None else tuple(self.alibi_slopes.shape),
-            "cu_seqlens": self.ends,
-            "layout": self.numbers.layout,
-            "scheme": self.numbers.scheme,
-            "batch_invariant": self.numbers.batch_invariant,
-            "gradients wanted": self.gradients,
-        }
-
-
-def _documents(cu_seqlens: object, query: torch.Tensor) -> tuple[int, ...]:
-    if query.dim() != 3:
-        raise ValueError(
-            f"cu_seqlens is given, but query has shape {tuple(query.shape)}; it must be packed {checks.PACKED}"
-        )
-    if isinstance(cu_seqlens, torch.Tensor):
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in checks.INDEX_DTYPES:
-            raise TypeError(
-                f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; it must be int32 (documents + 1,)"
-            )
-        cu_seqlens = cu_seqlens.tolist()
-    ends = tuple(cu_seqlens)  # type: ignore[call-overload]
-    if len(ends) < 2 or ends[0] != 0 or any(b < a for a, b in zip(ends, ends[1:], strict=False)):
-        raise ValueError(
-            f"cu_seqlens is {list(ends[:8])}{'…' if len(ends) > 8 else ''}; it must rise from 0: where each document of "
-            "the whole sequence begins, and where the last ends"
-        )
-    return ends
-
-
-def _request(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    groups: Sequence[Group],
-    causal: bool,
-    softmax_scale: float | None,
-    layout: object,
-    scheme: object,
-    cu_seqlens: object,
-    keywords: OptionKeywords,
-) -> Request:
-    packed = f"{checks.BSHD}, or packed {checks.PACKED}"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        checks.tensor(name, tensor, (3, 4), packed)
-    if query.dim() != key.dim() or query.shape[: query.dim() - 2] != key.shape[: key.dim() - 2]:
-        raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in rows; context parallelism is for "
-            "self-attention, where each rank has queries, keys and values of the same positions"
-        )
-    checks.flag("causal", causal)
-    scale = checks.softmax_scale(softmax_scale, query.shape[-1])
-    causal, options = read_options(causal, keywords)
-    if options.query_offsets is not None:
-        raise ValueError("query_offsets is not for a sequence that is split over ranks: `layout` says where rows stand")
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme is {scheme!r}; it must be one of {SCHEMES}")
-    if len(groups) == 2 and scheme not in ("auto", "alltoall+ring"):
-        raise ValueError(f"scheme is {scheme!r}, but the mesh has two dimensions, which are for 'alltoall+ring'")
-    if len(groups) == 1 and scheme == "alltoall+ring":
-        raise ValueError(
-            "scheme is 'alltoall+ring', but there is one group; give a mesh of two dimensions: the ring's, then the "
-            "all-to-all's, e.g. init_device_mesh('cuda', (nodes, gpus), mesh_dim_names=('ring', 'alltoall'))"
-        )
-    ends = None if cu_seqlens is None else _documents(cu_seqlens, query)
-    if query.dim() == 3:
-        query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
-    query, key, value = library.autocast(query, key, value)
-    if sizes_of(query, key, value, NO_INDICES, 0, 0) is None:
-        check_common(query, key, value, NO_INDICES)
-    options.check(query, query.shape[0])
-    runs = None
-    if isinstance(layout, torch.Tensor):
-        if layout.shape != (query.shape[1],) or layout.dtype not in checks.INDEX_DTYPES:
-            raise ValueError(
-                f"layout is {layout.dtype} {tuple(layout.shape)}; positions must be int64 ({query.shape[1]},), one for "
-                "each row of query"
-            )
-        runs = layouts.runs_of(layout.tolist())
-        layout = POSITIONS
-    else:
-        layout = layouts.check_name(layout)
-    left, right = (NO_LIMIT, 0) if causal else (options.window_left, options.window_right)
-    numbers = Numbers(layout, str(scheme), left, right, scale, options.softcap, options.batch_invariant)
-    needs = [query, key, value, *([] if options.sinks is None else [options.sinks])]
-    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needs)
-    alibi = options.readable().alibi_slopes
-    return Request(query, key, value, options.sinks, alibi, ends, runs, numbers, gradients)
-
-
-def _groups(group: ProcessGroupOrMesh) -> tuple[Group, ...]:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "context parallelism needs a process group: call torch.distributed.init_process_group first (torchrun sets "
-            "what it reads)"
-        )
-    if group is None or isinstance(group, dist.ProcessGroup):
-        return (group,)
-    if hasattr(group, "get_all_groups") and hasattr(group, "ndim"):
-        groups = tuple(group.get_all_groups())
-        if len(groups) not in (1, 2):
-            raise ValueError(
-                f"group is a mesh of {len(groups)} dimensions; give the one over which the sequence is split, as in "
-                "mesh['cp'], or two: a ring's and an all-to-all's"
-            )
-        return groups
-    raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None, not {type(group).__name__}")
-
-
-@lru_cache(maxsize=256)
-def _problem(
-    layout: Layout, mask: Mask, batch: int, heads: tuple[int, int], dims: tuple[int, int], size: int, backward: bool
-) -> cost.Problem:
-    pairs = []
-    for runs in layout.runs:
-        pairs.append(sum(_pairs(run, document, mask) for run in runs for document in mask.documents(run)))
-    span = max(sum(run.length for run in wanted(runs, mask)) - sum(run.length for run in runs) for runs in layout.runs)
-    total, mean = layout.total, max(sum(pairs) / layout.world, 1)
-    return cost.Problem(
-        *(total, batch, *heads, *dims, size, sum(pairs) / max(total, 1) ** 2, max(span, 0) / max(total, 1)),
-        *(max(pairs) / mean, max(len(runs) for runs in layout.runs), backward),
-    )
-
-
-def _pairs(run: Run, document: Run, mask: Mask) -> float:
-    """How many keys the rows of a run in a document see together: as the first, the middle and the last say."""
-    rows = run.within(document)
-    places = (rows.start, (rows.start + rows.stop - 1) // 2, rows.stop - 1)
-    seen = [mask.seen_by(Run(place, place + 1), document).length for place in places]
-    return rows.length * (seen[0] + 2 * seen[1] + seen[2]) / 4
-
-
-def _work(groups: Sequence[Group], layout: Layout, request: Request) -> Work:
-    """Raises ValueError, on all ranks alike, for documents that are longer than the sequence."""
-    ends = request.ends or (0, layout.total)
-    if ends[-1] > layout.total:
-        raise ValueError(
-            f"cu_seqlens ends at {ends[-1]}, but the ranks together have {layout.total} rows; it describes the whole "
-            "sequence"
-        )
-    mask = Mask(request.numbers.left, request.numbers.right, ends)
-    scheme = request.numbers.scheme
-    if scheme == "auto" and len(groups) == 1:
-        query, key, value = request[:3]
-        problem = _problem(
-            *(layout, mask, query.shape[0], (query.shape[2], key.shape[2]), (query.shape[3], value.shape[3])),
-            *(query.element_size(), request.gradients),
-        )
-        scheme = cost.choose(problem, layout.world, machine())
-    inner = {1: layout.world if scheme == "alltoall" else 1}.get(len(groups), size_of(groups[-1]))
-    rank = 0
-    for group in groups:
-        rank = rank * size_of(group) + rank_in(group)
-    rows = "ring" if scheme in ("ring", "alltoall+ring") and layout.world > inner else "allgather"
-    return Work(tuple(groups), layout, rank, inner, rows, mask, request.numbers)
-
-
-@lru_cache(maxsize=1)
-def machine() -> cost.Machine:
-    """What "auto" takes the machine to be: as many ranks a node as torchrun says it has started."""
-    return cost.Machine(node=int(os.environ.get("LOCAL_WORLD_SIZE", cost.Machine().node)))
-
-
-def _layout(groups: Sequence[Group], request: Request, rows: list[int]) -> Layout:
-    if request.runs is not None:
-        return layouts.from_runs(gather_objects(groups, request.runs))
-    made = layouts.named(request.numbers.layout, sum(rows), len(rows))
-    expected = [made.rows(rank) for rank in range(len(rows))]
-    if rows != expected:
-        raise ValueError(
-            f"the ranks have {rows} rows; layout {request.numbers.layout!r} of {sum(rows)} positions gives them "
-            f"{expected}: cut tensors by aiter.distributed.shard, or give this rank's positions as layout"
-        )
-    return made
-
-
-ProcessGroupOrMesh: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
-
-
 def context_parallel_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    group: ProcessGroupOrMesh = None,
+    group: GroupOrMesh = None,
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
@@ -404,23 +141,15 @@ def context_parallel_attention(
     the same; they may cross ranks. On the CPU, or a list: a GPU's would have to be waited for.
     window_size, softcap, alibi_slopes, sinks, batch_invariant: as `aiter.flash_attn_func` has them.
 
-    Raises TypeError or ValueError for bad arguments, and `aiter.errors.RankMismatchError` on the ranks whose arguments are
-    not to blame, or where ranks' arguments differ: on all ranks, before data moves.
-    """
-    groups = _groups(group)
-    request, refused = None, None
-    try:
-        request = _request(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, options)
-        # Before ranks wait for each other: a compiler may take longer than a collective's patience.
-        _build(groups, request)
-    except Exception as error:
-        refused = error
-    description = {} if request is None else request.description()
-    rows = agree(groups, 0 if request is None else request.query.shape[1], description, refused)
-    assert request is not None
-    work = _work(groups, _layout(groups, request, rows), request)
-    for one in groups:
-        connect(one, request.query.device)
+    Raises TypeError or ValueError for bad arguments, and `aiter.errors.RankMismatchError` on the ranks whose arguments
+    are not to blame, or where ranks' arguments differ: on all ranks, before data moves."""
+    if torch.compiler.is_compiling():
+        return _traced(
+            *(query, key, value, group, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, options),
+        )
+    request, work = prepare(
+        *(query, key, value, groups_of(group), causal, softmax_scale, layout, scheme, cu_seqlens, options)
+    )
     output, lse = _ContextParallel.apply(
         *(request.query, request.key, request.value, request.sinks, request.alibi_slopes, work, return_lse)
     )
@@ -429,17 +158,115 @@ def context_parallel_attention(
     return (output, lse) if return_lse else output
 
 
-def _build(groups: Sequence[Group], request: Request) -> None:
-    """The kernels, by a layout of as many rows on every rank as there are here."""
-    world = 1
-    for group in groups:
-        world *= size_of(group)
-    total = request.query.shape[1] * world
-    ends = request.ends
-    if ends is not None and ends[-1] > total:
-        ends = (*(end for end in ends if end < total), total)
-    name = "contiguous" if request.runs is not None else request.numbers.layout
-    work = _work(groups, layouts.named(name, total, world), request._replace(ends=ends))
-    asked = Asked(work.mask, request.numbers.scale, request.numbers.softcap, request.alibi_slopes)
-    by_distance = request.alibi_slopes is not None
-    compile_kernels(asked, work.products(by_distance), request.query, request.value, request.gradients)
+# ---- torch.compile ----
+
+
+_OPERATOR = "aiter::context_parallel_attention"
+_ASKED = (
+    "Tensor? cu_seqlens, Tensor? positions, str[] groups, str layout, str scheme, bool causal, float softmax_scale, "
+    "SymInt window_left, SymInt window_right, float softcap, bool batch_invariant, bool gradients"
+)
+_library = torch.library.Library("aiter", "FRAGMENT")
+_library.define(
+    "context_parallel_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? alibi_slopes, "
+    f"{_ASKED}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "context_parallel_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    f"Tensor output, Tensor lse, Tensor? sinks, Tensor? alibi_slopes, {_ASKED}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _traced(query, key, value, group, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, keywords):
+    causal, options = read_options(causal, keywords)
+    if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
+        cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int32)
+    positions = layout if isinstance(layout, torch.Tensor) else None
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    names = [process_group(one).group_name for one in groups_of(group)]
+    tensors = [query, key, value, *([] if options.sinks is None else [options.sinks])]
+    gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    query, key, value = library.autocast(query, key, value)
+    output, lse = torch.ops.aiter.context_parallel_attention(
+        *(query, key, value, options.sinks, options.alibi_slopes, cu_seqlens, positions, names),
+        *(POSITIONS if positions is not None else layout, scheme, causal, scale, options.window_left),
+        *(options.window_right, options.softcap, options.batch_invariant, gradients),
+    )
+    return (output, lse) if return_lse else output
+
+
+def _prepared(query, key, value, sinks, alibi_slopes, cu_seqlens, positions, groups, layout, scheme, *numbers):
+    causal, scale, left, right, softcap, batch_invariant, gradients = numbers
+    keywords: OptionKeywords = {
+        "window_size": (left, right),
+        "softcap": softcap,
+        "batch_invariant": batch_invariant,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+    }
+    return prepare(
+        *(query, key, value, [dist.distributed_c10d._resolve_process_group(name) for name in groups], causal, scale),
+        *(layout if positions is None else positions, scheme, cu_seqlens, keywords, gradients),
+    )
+
+
+def _operator(query, key, value, *rest):
+    request, work = _prepared(query, key, value, *rest)
+    tensors = request.query, request.key, request.value
+    output, lse, _ = _forward(work, *tensors, request.alibi_slopes, request.sinks)
+    return (output.squeeze(0), lse.squeeze(0)) if query.dim() == 3 else (output, lse)
+
+
+def _operator_backward(grad_output, grad_lse, query, key, value, output, lse, *rest):
+    request, work = _prepared(query, key, value, *rest)
+    given = [grad_output, grad_lse, output, lse]
+    if query.dim() == 3:
+        given = [tensor if tensor is None else tensor.unsqueeze(0) for tensor in given]
+    grad_output, grad_lse, output, lse = given
+    saved = [*request[:3], output, lse]
+    heads = saved[0].shape[2], saved[1].shape[2]
+    exchange = work.exchange(*heads)
+    if exchange is not None:
+        saved[4] = lse.transpose(1, 2)
+        saved = exchange.to_heads(saved, [False, True, True, False, False])
+        saved[4] = saved[4].transpose(1, 2).contiguous()
+    gradients = _backward(work, grad_output, grad_lse, heads, saved, request.alibi_slopes, request.sinks)
+    return tuple((g.squeeze(0) if query.dim() == 3 else g).contiguous() for g in gradients)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("context_parallel_attention", _operator, _device)
+    _library.impl("context_parallel_attention_backward", _operator_backward, _device)
+
+
+@torch.library.register_fake(_OPERATOR, lib=_library)
+def _(query, key, value, *rest):
+    *batch, tokens, heads, _ = query.shape
+    lse = query.new_empty((*batch, heads, tokens), dtype=torch.float32)
+    return query.new_empty((*query.shape[:-1], value.shape[-1])), lse
+
+
+@torch.library.register_fake("aiter::context_parallel_attention_backward", lib=_library)
+def _(grad_output, grad_lse, query, key, value, *rest):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (query, key, value))
+
+
+def _save_for_backward(ctx, inputs, output):
+    tensors, ctx.asked = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _operator_gradient(ctx, grad_output, grad_lse):
+    query, key, value, *rest, output, lse = ctx.saved_tensors
+    gradients = torch.ops.aiter.context_parallel_attention_backward(
+        grad_output, grad_lse, query, key, value, output, lse, *rest, *ctx.asked
+    )
+    of_sinks = None
+    if rest[0] is not None and ctx.needs_input_grad[3]:
+        of_sinks = library.sink_gradient(grad_output, output, lse, rest[0])
+    return (*gradients, of_sinks, *(None,) * (3 + len(ctx.asked)))
+
+
+torch.library.register_autograd(_OPERATOR, _operator_gradient, setup_context=_save_for_backward, lib=_library)

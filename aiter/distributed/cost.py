@@ -2,9 +2,9 @@
 
     time of a rank = what cannot be hidden + max(its products, its messages) + calls
 
-Products are FLOPs of the busiest rank over what kernels sustain. Messages are bytes over the bandwidth of a rank's link:
-within a node, or, where a message leaves it, between nodes. Keys of all-gather and ring move while products run, but for
-the first piece; the exchanges of all-to-all are waited for. Merging in the ring reads and writes float32 rows.
+Products are FLOPs of the busiest rank over what kernels sustain. Messages are bytes over the bandwidth of a rank's
+link: within a node, or, where a message leaves it, between nodes. Keys of all-gather and ring move while products run,
+but for the first piece; the exchanges of all-to-all are waited for. Merging in the ring reads and writes float32 rows.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """Per GPU: FLOP/s that kernels sustain, bytes/s of a rank's link within a node and between nodes, bytes/s of memory,
-    seconds for a batch of messages and for a call, and how many ranks a node has."""
+    """Per GPU: FLOP/s that kernels sustain, bytes/s of a rank's link within a node and between nodes, bytes/s of
+    memory, seconds for a batch of messages and for a call, and how many ranks a node has."""
 
     flops: float = 600e12
     within: float = 330e9

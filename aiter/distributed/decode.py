@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from aiter.distributed.attention import ProcessGroupOrMesh, _groups
 from aiter.distributed.exchange import size_of
+from aiter.distributed.work import GroupOrMesh, groups_of
 from aiter.operations import flash_attn_with_kvcache
 from aiter.options import OptionKeywords
 from aiter.parts import merge_attention_states
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def merge_over_ranks(
     output: torch.Tensor,
     lse: torch.Tensor,
-    group: ProcessGroupOrMesh = None,
+    group: GroupOrMesh = None,
     *,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def merge_over_ranks(
     head_dim) and float32 (batch, heads, seq), or packed; of one shape on all ranks. sinks: (heads,), joined once, here.
     One all-gather of both together; merged in float32, in the order of the ranks. For inference: takes no gradient.
     """
-    (own,) = _groups(group)
+    (own,) = groups_of(group)
     if torch.is_grad_enabled() and (output.requires_grad or lse.requires_grad):
         raise ValueError("merge_over_ranks takes no gradient: use torch.no_grad(), or context_parallel_attention")
     sent = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in (output, lse)])
@@ -49,7 +49,7 @@ def context_parallel_decode(
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
     page_table: torch.Tensor,
     block_size: int,
-    group: ProcessGroupOrMesh = None,
+    group: GroupOrMesh = None,
     *,
     cache_seqlens: torch.Tensor,
     causal: bool = False,
@@ -60,12 +60,11 @@ def context_parallel_decode(
     """`aiter.flash_attn_with_kvcache` where each rank of `group` has some pages of every sequence; all ranks have the
     same queries and get the same result.
 
-    cache_seqlens: int32 (batch,), how many tokens of each sequence are in this rank's pages, 0 included. By default
-    the queries see all of them, which is what one new token does, and the order of pages does not matter. For several new
-    tokens (causal=True), windows and ALiBi, this rank's tokens of a sequence must follow each other, and
-    query_offsets, int32 (batch,), says where the first query stands, counted from the first of them: below 0 or past the
-    last where it stands on another rank. One small collective: outputs and log-sum-exps of the ranks.
-    """
+    cache_seqlens: int32 (batch,), how many tokens of each sequence are in this rank's pages, 0 included. By default the
+    queries see all of them, which is what one new token does, and the order of pages does not matter. For several new
+    tokens (causal=True), windows and ALiBi, this rank's tokens of a sequence must follow each other, and query_offsets,
+    int32 (batch,), says where the first query stands, counted from the first of them: below 0 or past the last where it
+    stands on another rank. One small collective: outputs and log-sum-exps of the ranks."""
     if (causal or "window_size" in options or options.get("alibi_slopes") is not None) and (
         options.get("query_offsets") is None
     ):

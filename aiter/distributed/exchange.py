@@ -3,11 +3,11 @@
     batch i:   rows of step i + 1  ·····> (in flight while step i is computed)
                gradients of step i - 1 ··>
 
-A batch is a list of sends and receives that all ranks post under one number, so that none waits for a batch that another
-has yet to reach. Between two ranks, messages match in the order in which both list them. On a GPU the backend copies on a
-stream of its own, which begins when the current stream has written what is sent; `Batch.wait` makes the current stream
-wait for what was received. Kernels run on the current stream alone, and memory that is in flight is held by its batch.
-"""
+A batch is a list of sends and receives that all ranks post under one number, so that none waits for a batch that
+another has yet to reach. Between two ranks, messages match in the order in which both list them. On a GPU the backend
+copies on a stream of its own, which begins when the current stream has written what is sent; `Batch.wait` makes the
+current stream wait for what was received. Kernels run on the current stream alone, and memory that is in flight is held
+by its batch."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ import torch
 import torch.distributed as dist
 
 Group: TypeAlias = "dist.ProcessGroup | None"
+
+
+def process_group(group: Group) -> dist.ProcessGroup:
+    """The group, or that of all ranks."""
+    own = group or dist.group.WORLD
+    assert own is not None, "there is no process group"
+    return own
 
 
 def size_of(group: Group) -> int:
@@ -63,7 +70,7 @@ _connected: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 def connect(group: Group, device: torch.device) -> None:
     """NCCL makes a communicator at a group's first call, which all ranks must then take part in; of a batch, only those
     do that send or receive something."""
-    own = group or dist.group.WORLD
+    own = process_group(group)
     if device.type != "cpu" and own not in _connected:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
         _connected.add(own)

@@ -1,7 +1,7 @@
 """Who sees which keys.
 
-A query at position i sees key j of its own document where i - left <= j <= i + right. So a run of queries sees one range of
-keys, and a run of keys is seen by one range of queries:
+A query at position i sees key j of its own document where i - left <= j <= i + right. So a run of queries sees one
+range of keys, and a run of keys is seen by one range of queries:
 
     keys      0 . . . . . . . . . . . . . . . . . . S
     queries                 |= run =|

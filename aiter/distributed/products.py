@@ -6,6 +6,7 @@ left out, so that most products take the code without a mask, and the others the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -108,8 +109,8 @@ def _inputs(asked: Asked, product: Product, heads: Heads, query: torch.Tensor) -
     _, _, causal, left, right, offsets, starts_q, starts_k = product
     device, longest_q, longest_k = query.device, 0, 0
     if starts_q is not None and starts_k is not None:
-        longest_q = max(b - a for a, b in zip(starts_q, starts_q[1:], strict=False))
-        longest_k = max(b - a for a, b in zip(starts_k, starts_k[1:], strict=False))
+        longest_q = max(b - a for a, b in itertools.pairwise(starts_q))
+        longest_k = max(b - a for a, b in itertools.pairwise(starts_k))
     elif offsets is not None:
         offsets = offsets * query.shape[0]
     of_heads = (

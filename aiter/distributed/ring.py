@@ -5,9 +5,8 @@
               r-1, first > r-1, second> r-2, first >              which arrive while the half before them is computed
 
 A half goes on as far as the last rank that wants some of it, and of its rows only those that are wanted there or
-further on. Backward, the gradients of a half follow it one step behind, in float32, and from the last rank go back to the
-rank that holds it: each is of the very rows that the product at that step read.
-"""
+further on. Backward, the gradients of a half follow it one step behind, in float32, and from the last rank go back to
+the rank that holds it: each is of the very rows that the product at that step read."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ HALVES = 2
 
 
 class Half(NamedTuple):
-    """Half of what rank `owner` holds, as it comes to one rank: the positions, ascending, and what is done with them."""
+    """Half of what rank `owner` holds, as it comes to one rank: the positions, ascending, and what is done."""
 
     owner: int
     runs: tuple[Run, ...]
@@ -268,12 +267,12 @@ def backward(
                         places = total[place.start : place.stop, :, heads.keys.start : heads.keys.stop]
                         places.add_(part.transpose(0, 1))
         coming.wait()
-    for half, sums in sorted(round_trip.returned.items()):
-        runs = travel_of(job.layout, job.rank, ring.mask).carried[half][0]
+    for number, sums in sorted(round_trip.returned.items()):
+        runs = travel_of(job.layout, job.rank, ring.mask).carried[number][0]
         begin = 0
-        for rows in _rows_of(runs, job.layout.runs[job.rank]):
+        for place in _rows_of(runs, job.layout.runs[job.rank]):
             for total, part in zip(own, sums, strict=True):
-                total[rows.start : rows.stop] += part[begin : begin + rows.length]
-            begin += rows.length
+                total[place.start : place.stop] += part[begin : begin + place.length]
+            begin += place.length
     of_key, of_value = (total.transpose(0, 1).to(key.dtype) for total in own)
     return Gradients(grad_query.to(query.dtype), of_key, of_value)
