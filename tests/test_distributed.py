@@ -1,5 +1,8 @@
 """Attention over a sequence that is split over 2, 3 or 4 processes (gloo) is that of one process."""
 
+import re
+import time
+
 import pytest
 import torch
 
@@ -8,6 +11,11 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("PyTorch without gloo", allow_module_level=True)
 
 from distributed import cases, ranks
+
+from aiter.distributed import allgather, ring
+from aiter.distributed.alltoall import heads_of
+from aiter.distributed.layout import Run, from_runs, named, runs_of
+from aiter.distributed.needs import Mask
 
 FP32, BF16 = torch.float32, torch.bfloat16
 WORLDS = (2, 3, 4)
@@ -67,3 +75,122 @@ def test_alltoall_within_ring_between(layout, options):
 def test_torch_compile(packed):
     for scheme in cases.SCHEMES:
         ranks.run(2, cases.compiled, scheme, packed)
+
+
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_results_repeat_bit_for_bit(scheme):
+    ranks.run(3, cases.twice, scheme)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    (
+        ("option", r"window \(left, right\): \(-1, 0\) on ranks 0, 1, \(3, 0\) on rank 2"),
+        ("shape", r"query \(batch, heads, head_dim\): \(1, 4, 32\) on ranks 0, 1, \(2, 4, 32\) on rank 2"),
+        ("heads", "query .*on ranks 0, 1, .* on rank 2"),
+        ("rows", r"the ranks have \[8, 8, 5\] rows"),
+        ("gradient", "gradients wanted: False on ranks 0, 1, True on rank 2"),
+        ("scheme", "scheme: ring on ranks 0, 1, allgather on rank 2"),
+        ("positions", "layout: contiguous on ranks 0, 1, positions on rank 2"),
+        ("documents", r"cu_seqlens: \(0, 4, 16\) on ranks 0, 1, \(0, 3, 16\) on rank 2"),
+    ),
+)
+def test_ranks_that_disagree_all_raise(kind, told):
+    """Nobody hangs, everybody is told who differs, and the next call works."""
+    for raised in ranks.run(3, cases.disagreement, kind):
+        assert re.search(told, raised), raised
+
+
+def test_what_one_rank_refuses_ends_the_call_on_all():
+    *others, own = ranks.run(3, cases.disagreement, "refused")
+    assert own.startswith("ValueError: key has dtype") or "key" in own, own
+    for raised in others:
+        assert raised.startswith("RankMismatchError") and "rank 2 raised" in raised and own.split(": ", 1)[1] in raised
+
+
+@pytest.mark.parametrize("scheme", ("allgather", "ring"))
+def test_a_rank_that_dies_ends_the_others(scheme):
+    mortal = ranks.Ranks(3)
+    begin = time.monotonic()
+    with pytest.raises(AssertionError, match="rank 2: the process ended") as ended:
+        mortal.run(cases.dies, scheme)
+    assert "rank 0" not in str(ended.value) and "rank 1" not in str(ended.value)
+    assert time.monotonic() - begin < ranks.COLLECTIVE_S
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "zigzag", "positions"))
+def test_shard_and_unshard(layout):
+    if layout == "positions":
+        ranks.run(2, cases.shards_by_positions, [[0, 1, 2, 9, *range(15, 23)], [*range(3, 9), *range(10, 15)]])
+        return
+    ranks.run(3, cases.shards, layout)
+
+
+@pytest.mark.parametrize(
+    ("seq_q", "options"),
+    (
+        (1, {}),
+        (1, {"sinks": True, "window_size": (6, 0)}),
+        (3, {"causal": True}),
+    ),
+    ids=str,
+)
+def test_decoding_over_a_split_cache(seq_q, options):
+    ranks.run(3, cases.decoding, (4, 2), seq_q, options)
+
+
+def test_allgather_takes_one_further_part_of_keys_and_values():
+    """Beside output and log-sum-exp, and the log-sum-exp of a piece: with two KV heads a rank, and more."""
+    for peak, output, part, lse in ranks.run(2, cases.peak_memory, 8, 8):
+        assert peak <= output + part + 1.5 * lse
+        assert peak > output
+
+
+@pytest.mark.parametrize("name", ("contiguous", "zigzag"))
+def test_layouts_hold_every_position_once(name):
+    for world in (1, 2, 3, 7):
+        for total in (1, 2, 6, 7, 100, 101):
+            layout = named(name, total, world)
+            assert from_runs(layout.runs) == layout and layout.total == total
+            assert max(map(layout.rows, range(world))) - min(map(layout.rows, range(world))) <= (1, 2)[name == "zigzag"]
+    assert named("zigzag", 16, 2).runs == ((Run(0, 4), Run(12, 16)), (Run(4, 12),))
+    assert named("zigzag", 16, 4).merged(2) == named("zigzag", 16, 2)
+
+
+def test_layouts_that_are_none():
+    with pytest.raises(ValueError, match="must ascend"):
+        runs_of([3, 2])
+    with pytest.raises(ValueError, match="position 2 is held twice"):
+        from_runs([(Run(0, 3),), (Run(2, 5),)])
+    with pytest.raises(ValueError, match="position 3 is held by no rank"):
+        from_runs([(Run(0, 3),), (Run(4, 5),)])
+
+
+def test_windows_send_only_what_is_seen():
+    """8 ranks of 100 rows, 30 keys back: each rank is sent the 30 before its own, from its neighbour alone."""
+    layout, mask = named("contiguous", 800, 8), Mask(30, 0, (0, 800))
+    for rank in range(1, 8):
+        plan = allgather.plan_of(layout, rank, mask, False)
+        assert [(peer, rows.length) for peer, rows in plan.receives] == [(rank - 1, 30)]
+        assert plan.rows == 130
+        halves = ring.halves_of(layout, rank, mask, False)
+        assert sum(half.rows for half in halves[1:]) == 30
+    documents = Mask(-1, 0, (0, 150, 800))  # of a causal document that ends, nothing is sent on
+    assert [peer for peer, _ in allgather.plan_of(layout, 1, documents, False).receives] == [0]
+    assert [peer for peer, _ in allgather.plan_of(layout, 3, documents, False).receives] == [1, 2]
+
+
+@pytest.mark.parametrize("heads", ((10, 5), (6, 3), (4, 1), (2, 2), (32, 8), (3, 1)))
+def test_heads_are_dealt_out_evenly(heads):
+    heads_q, heads_kv = heads
+    for world in (1, 2, 3, 4, 5, 8):
+        dealt = [heads_of(rank, world, heads_q, heads_kv) for rank in range(world)]
+        pairs = [
+            (q, part.keys.start + (q - part.queries.start) * part.keys.length // part.queries.length)
+            for parts in dealt
+            for part in parts
+            for q in range(part.queries.start, part.queries.stop)
+        ]
+        assert pairs == [(q, q * heads_kv // heads_q) for q in range(heads_q)]
+        counts = [sum(part.queries.length for part in parts) for parts in dealt]
+        assert max(counts) - min(counts) <= 1 and max(map(len, dealt)) <= 3

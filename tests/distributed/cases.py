@@ -2,14 +2,24 @@
 what one process computes."""
 
 import functools
+import os
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import aiter
-from aiter.distributed import context_parallel_attention, shard
+from aiter.distributed import (
+    context_parallel_attention,
+    context_parallel_decode,
+    positions_of,
+    shard,
+    unshard,
+)
 
 SCHEMES = ("allgather", "alltoall", "ring")
 
@@ -140,3 +150,162 @@ def compiled(scheme, packed):
         results.append([t.detach() for t in outputs] + [leaf.grad for leaf in leaves])
     for eager, traced in zip(*results, strict=True):
         assert torch.equal(eager, traced)
+
+
+def disagreement(kind):
+    """One rank is asked for something else, after a call that all agreed on; then all agree again. What each raises."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    query, key, value = (torch.randn(1, 8, heads, 32) for heads in (4, 2, 2))
+    asked = {"causal": True, "scheme": "ring"}
+    good = context_parallel_attention(query, key, value, **asked)
+    tensors, options = [query, key, value], dict(asked)
+    if rank == last:
+        if kind == "option":
+            options["window_size"] = (3, 0)
+        elif kind == "shape":
+            tensors = [t.repeat(2, 1, 1, 1) for t in tensors]
+        elif kind == "heads":
+            tensors[0] = tensors[0][:, :, :2]
+        elif kind == "rows":
+            tensors = [t[:, :5] for t in tensors]
+        elif kind == "gradient":
+            query.requires_grad_()
+        elif kind == "scheme":
+            options["scheme"] = "allgather"
+        elif kind == "refused":
+            tensors[1] = key.to(torch.float64)
+        elif kind == "positions":
+            options["layout"] = torch.arange(8)
+        elif kind == "documents":
+            tensors, options["cu_seqlens"] = [t[0] for t in tensors], [0, 3, 16]
+    if kind == "documents" and rank != last:
+        tensors, options["cu_seqlens"] = [t[0] for t in tensors], [0, 4, 16]
+    try:
+        context_parallel_attention(*tensors, **options)
+    except (ValueError, TypeError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    else:
+        raised = "nothing"
+    assert torch.equal(context_parallel_attention(query.detach(), key, value, **asked), good)
+    return raised
+
+
+def dies(scheme):
+    """The last rank ends while the others wait for its keys: they end with the backend's own error."""
+    tensors = [torch.randn(1, 8, 2, 32).requires_grad_() for _ in range(3)]
+    output = context_parallel_attention(*tensors, scheme=scheme)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os._exit(0)
+    try:
+        output.sum().backward()
+    except RuntimeError as error:
+        return type(error).__name__
+    return "nothing"
+
+
+def twice(scheme):
+    """The same call gives the same bits."""
+    query, key, value, grad, _ = whole(SMALL, torch.bfloat16)
+    results = []
+    for _ in range(2):
+        leaves = [shard(t, 1, "zigzag").requires_grad_() for t in (query, key, value)]
+        output = context_parallel_attention(*leaves, causal=True, layout="zigzag", scheme=scheme)
+        output.backward(shard(grad, 1, "zigzag"))
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+SMALL = (1, 64, 4, 2, 32, 32)
+
+
+def shards(layout):
+    """Tensors and positions are cut and put together alike; gradients of the whole reach the parts."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    whole_ = torch.randn(2, 23, 5)
+    positions = shard(torch.arange(23), 0, layout)
+    if isinstance(layout, str):
+        assert torch.equal(positions, positions_of(23, layout))
+        assert abs(len(positions) - 23 / world) <= 1
+    part = shard(whole_, 1, layout).requires_grad_()
+    assert torch.equal(part, whole_[:, positions])
+    again = unshard(part, 1, layout)
+    assert torch.equal(again, whole_)
+    weights = torch.randn(2, 23, 5)
+    (again * weights * (rank + 1)).sum().backward()
+    torch.testing.assert_close(part.grad, weights[:, positions] * (world * (world + 1) / 2))
+
+
+def decoding(heads, seq_q, options):
+    """A cache of pages that are dealt out to the ranks, some sequences with none on some rank."""
+    rank, world, page, batch = dist.get_rank(), dist.get_world_size(), 4, 3
+    per_rank = torch.randint(0, 9, (world, batch))
+    per_rank[0, 0], per_rank[-1, :] = 0, per_rank[-1, :].clamp(min=seq_q)
+    total = per_rank.sum(0)
+    query = torch.randn(batch, seq_q, heads[0], 32)
+    keys, values = (torch.randn(batch, int(total.max()), heads[1], 32) for _ in range(2))
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(heads[0])
+    expected, expected_lse = aiter.flash_attn_func(
+        query,
+        keys,
+        values,
+        seqlens_k=total.int(),
+        return_lse=True,
+        **options,
+        query_offsets=(total - seq_q).int(),
+    )
+    first = per_rank[:rank].sum(0)
+    blocks = 3
+    table = torch.randperm(batch * blocks).view(batch, blocks).int()
+    caches = [torch.full((batch * blocks, heads[1], page, 32), torch.nan) for _ in range(2)]
+    for b in range(batch):
+        for i in range(int(per_rank[rank, b])):
+            for cache, source in zip(caches, (keys, values), strict=True):
+                cache[table[b, i // page], :, i % page] = source[b, first[b] + i]
+    if options.get("causal") or "window_size" in options:
+        options["query_offsets"] = (total - seq_q - first).int()
+    output, lse = context_parallel_decode(
+        query, tuple(caches), table, page, cache_seqlens=per_rank[rank].int(), return_lse=True, **options
+    )
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-5)
+    gathered = [torch.empty_like(output) for _ in range(world)]
+    dist.all_gather(gathered, output)
+    assert all(torch.equal(output, other) for other in gathered)
+
+
+class _Peak(TorchDispatchMode):
+    """The most bytes that tensors made in its context hold at once, as seen after each operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        for tensor in tree_flatten(result)[0]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() in self.alive or storage.data_ptr() not in given:
+                    self.alive.setdefault(storage.data_ptr(), [storage.nbytes(), []])[1].append(weakref.ref(tensor))
+        for address, (_, tensors) in list(self.alive.items()):
+            if all(tensor() is None for tensor in tensors):
+                del self.alive[address]
+        self.peak = max(self.peak, sum(size for size, _ in self.alive.values()))
+        return result
+
+
+def peak_memory(heads_q, heads_kv):
+    """What an all-gather takes beside this rank's query, key and value: (peak, output, a part of keys and values)."""
+    rows = 512
+    query = torch.randn(1, rows, heads_q, 32)
+    key, value = (torch.randn(1, rows, heads_kv, 32) for _ in range(2))
+    with _Peak() as peak:
+        output = context_parallel_attention(query, key, value, causal=True, layout="zigzag", scheme="allgather")
+    return peak.peak, output.nbytes, key.nbytes + value.nbytes, heads_q * rows * 4
+
+
+def shards_by_positions(positions):
+    shards(torch.tensor(positions[dist.get_rank()]))
