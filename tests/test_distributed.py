@@ -194,3 +194,33 @@ def test_heads_are_dealt_out_evenly(heads):
         assert pairs == [(q, q * heads_kv // heads_q) for q in range(heads_q)]
         counts = [sum(part.queries.length for part in parts) for parts in dealt]
         assert max(counts) - min(counts) <= 1 and max(map(len, dealt)) <= 3
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    (
+        ("llama", {}),
+        ("mistral", {"sliding_window": 7}),
+        ("llama", {"documents": True}),
+    ),
+    ids=str,
+)
+def test_a_transformers_model_trains_as_on_one_process(model_type, config):
+    pytest.importorskip("transformers")
+    ranks.run(4, cases.training, model_type, 4, "allgather", **config)
+
+
+def test_what_transformers_asks_of_one_rank_is_refused_on_all():
+    pytest.importorskip("transformers")
+    own, *others = ranks.run(3, cases.refused_by_transformers)
+    assert "attention_mask hides tokens" in own
+    assert all("rank 0 raised" in other and "attention_mask hides tokens" in other for other in others)
+
+
+@pytest.mark.parametrize("checkpoint", (False, True))
+def test_fsdp_and_activation_checkpointing(checkpoint):
+    ranks.run(4, cases.sharded_model, checkpoint)
+
+
+def test_beside_tensor_parallelism():
+    ranks.run(4, cases.beside_tensor_parallelism)

@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -329,3 +329,9 @@ def prepare(
     for group in groups:
         connect(group, request.query.device)
     return request, work
+
+
+def refuse(group: GroupOrMesh, error: Exception) -> NoReturn:
+    """Raises what keeps this rank from its call, and on the others that this rank cannot make it."""
+    agree(groups_of(group), 0, {}, error)
+    raise error

@@ -309,3 +309,140 @@ def peak_memory(heads_q, heads_kv):
 
 def shards_by_positions(positions):
     shards(torch.tensor(positions[dist.get_rank()]))
+
+
+def training(model_type, steps, scheme, documents=False, **config):
+    """The losses of a tiny transformers model, trained by DDP on rows of a split sequence and by one process."""
+    import transformers
+    from torch.nn.parallel import DistributedDataParallel
+
+    from aiter.distributed.transformers import ContextParallel
+
+    sizes = dict(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+        use_cache=False,
+        **config,
+    )
+    configuration = transformers.AutoConfig.for_model(model_type, **sizes)
+    tokens = torch.randint(0, 64, (1 if documents else 2, 51))
+    given, position_ids = {}, None
+    if documents:
+        ends = torch.tensor([0, 20, 51], dtype=torch.int32)
+        given = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=31, max_length_k=31)
+        position_ids = torch.cat([torch.arange(20), torch.arange(31)]).unsqueeze(0)
+    labels = tokens.clone()
+    labels[0, 5:9] = -100
+
+    def curve(parallel):
+        torch.manual_seed(3)
+        model = transformers.AutoModelForCausalLM.from_config(configuration, attn_implementation="eager").train()
+        batch = dict(input_ids=tokens, labels=labels)
+        if position_ids is not None:
+            batch["position_ids"] = position_ids
+        if parallel:
+            batch = ContextParallel(model, layout="zigzag", scheme=scheme).shard(**batch)
+            model = DistributedDataParallel(model)
+        else:
+            model.set_attn_implementation("aiter")
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for _ in range(steps):
+            loss = model(**batch, **given).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total = loss.detach().clone()
+            if parallel:
+                dist.all_reduce(total)
+                total /= dist.get_world_size()
+            losses.append(float(total))
+        return losses
+
+    import aiter.transformers  # noqa: F401  registers the implementation of one process
+
+    alone_, split = curve(False), curve(True)
+    torch.testing.assert_close(torch.tensor(split), torch.tensor(alone_), rtol=2e-4, atol=2e-4)
+    assert alone_ == sorted(alone_, reverse=True), alone_
+    return alone_, split
+
+
+def refused_by_transformers():
+    """A mask that only one rank sees is refused on all."""
+    import transformers
+
+    from aiter.distributed.transformers import ContextParallel
+
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=32
+    )
+    model = transformers.LlamaForCausalLM(config)
+    batch = ContextParallel(model).shard(torch.randint(0, 16, (1, 24)))
+    if dist.get_rank() == 0:
+        batch["attention_mask"] = torch.tensor([[0, *[1] * (batch["input_ids"].shape[1] - 1)]])
+    try:
+        model(**batch)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+class Block(torch.nn.Module):
+    """Attention as a model has it; `group` None: of one process."""
+
+    def __init__(self, group, heads=4, checkpoint=False):
+        super().__init__()
+        self.group, self.heads, self.checkpoint = group, heads, checkpoint
+        self.qkv = torch.nn.Linear(64, 3 * heads * 32)
+        self.out = torch.nn.Linear(heads * 32, 64)
+
+    def attention(self, hidden):
+        query, key, value = self.qkv(hidden).unflatten(-1, (3, self.heads, 32)).unbind(2)
+        if self.group is None:
+            return aiter.flash_attn_func(query, key, value, True).flatten(2)
+        options = {"causal": True, "layout": "zigzag", "scheme": "allgather"}
+        return context_parallel_attention(query, key, value, self.group, **options).flatten(2)
+
+    def forward(self, hidden):
+        if self.checkpoint:
+            attended = torch.utils.checkpoint.checkpoint(self.attention, hidden, use_reentrant=False)
+        else:
+            attended = self.attention(hidden)
+        return hidden + self.out(attended)
+
+
+def sharded_model(checkpoint):
+    """FSDP2 over all ranks of a mesh of data and context parallelism: gradients are those of one process."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    hidden, grad = torch.randn(4, 30, 64), torch.randn(4, 30, 64)
+    torch.manual_seed(1)
+    single = Block(None)
+    (single(hidden) * grad).sum().backward()
+    torch.manual_seed(1)
+    model = Block(mesh["context"], checkpoint=checkpoint)
+    fully_shard(model, mesh=mesh["data", "context"]._flatten("all"))
+    rows = slice(2 * mesh.get_local_rank("data"), 2 * mesh.get_local_rank("data") + 2)
+    own, own_grad = (shard(t[rows], 1, "zigzag", mesh.get_group("context")) for t in (hidden, grad))
+    (model(own) * own_grad).sum().backward()
+    for name, parameter in single.named_parameters():
+        got = model.get_parameter(name).grad.full_tensor() * 4  # FSDP has averaged what is a sum here
+        torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def beside_tensor_parallelism():
+    """Heads over one dimension of a mesh, the sequence over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    query, key, value, _, _ = whole((1, 40, 4, 4, 32, 32), torch.float32)
+    expected = aiter.flash_attn_func(query, key, value, True)
+    heads = slice(2 * mesh.get_local_rank("tensor"), 2 * mesh.get_local_rank("tensor") + 2)
+    group = mesh.get_group("context")
+    own = [shard(t[:, :, heads], 1, "zigzag", group) for t in (query, key, value)]
+    output = context_parallel_attention(*own, mesh["context"], causal=True, layout="zigzag")
+    torch.testing.assert_close(unshard(output, 1, "zigzag", group), expected[:, :, heads], rtol=0, atol=1e-5)

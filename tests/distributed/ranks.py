@@ -4,6 +4,7 @@ ranks.run(4, cases.gradients, ...)    the function on each of 4 ranks, with a gr
 """
 
 import atexit
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -40,7 +41,10 @@ def _rank(rank, world, store, pipe):
 class Ranks:
     def __init__(self, world):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed"])
+        preload = ["torch", "torch.distributed", "aiter.distributed"]
+        if importlib.util.find_spec("transformers"):
+            preload += ["aiter.transformers", "transformers.models.auto.modeling_auto"]
+        context.set_forkserver_preload(preload)
         self.folder = tempfile.mkdtemp(prefix="aiter-ranks-")
         self.pipes, self.processes = [], []
         for rank in range(world):
