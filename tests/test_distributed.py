@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 from distributed import cases, ranks
 
-from aiter.distributed import allgather, ring
+from aiter.distributed import allgather, context_parallel_attention, ring
 from aiter.distributed.alltoall import heads_of
+from aiter.distributed.cost import Machine, Problem, choose, predict
 from aiter.distributed.layout import Run, from_runs, named, runs_of
 from aiter.distributed.needs import Mask
 
@@ -224,3 +226,42 @@ def test_fsdp_and_activation_checkpointing(checkpoint):
 
 def test_beside_tensor_parallelism():
     ranks.run(4, cases.beside_tensor_parallelism)
+
+
+def test_the_cost_model():
+    """Of any machine: shares of time are shares, more bandwidth is no slower, and auto takes the fastest."""
+    causal = Problem(131072, 1, 32, 8, 128, 128, 2, 0.5, 7 / 8, 1.0, 2, True)
+    window = causal._replace(seen=0.01, span=0.02, runs=1)
+    machine = Machine()
+    for problem in (causal, window, causal._replace(backward=False)):
+        times = {scheme: predict(scheme, problem, 8, machine).total for scheme in cases.SCHEMES}
+        assert min(times, key=times.get) == choose(problem, 8, machine)
+        for scheme in (*cases.SCHEMES, "alltoall+ring"):
+            slow, fast = (predict(scheme, problem, 8, machine._replace(within=rate), 4) for rate in (1e11, 1e12))
+            assert 0 < fast.efficiency <= 1 and fast.total <= slow.total and fast.compute == slow.compute
+    # A network, heads enough for all, and a mask that wants every key: exchanges within nodes, keys between them.
+    far = causal._replace(tokens=2097152)
+    assert predict("alltoall+ring", far, 64, machine, 8).total < predict("ring", far, 64, machine).total
+    assert predict("ring", window, 8, machine).total < predict("alltoall", window, 8, machine).total
+    with pytest.raises(ValueError, match="there are allgather"):
+        predict("gather", causal, 8, machine)
+
+
+def test_the_page_runs_on_four_processes_as_on_one():
+    pytest.importorskip("transformers")
+    path = str(Path(__file__).parents[1] / "docs" / "context_parallel.md")
+    (alone,) = ranks.run(1, cases.page, path)
+    for losses in ranks.run(4, cases.page, path):
+        assert losses == pytest.approx(alone, abs=2e-4)
+
+
+def test_ranks_compile_before_they_wait_for_each_other(tmp_path):
+    """With an empty cache, in a group whose collectives wait for less than a compiler takes: one compiles."""
+    compiled = ranks.run(2, cases.cold_start, str(tmp_path))
+    assert sorted(compiled) == [0, 1]
+
+
+def test_bad_arguments():
+    ranks.run(1, cases.bad_arguments)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        context_parallel_attention(*(torch.randn(1, 8, 2, 32) for _ in range(3)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -56,11 +56,19 @@ def _digest(description: dict[str, Any]) -> list[int]:
     return [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8)]
 
 
-def agree(groups: Sequence[Group], rows: int, description: dict[str, Any], refused: Exception | None) -> list[int]:
-    """How many rows each rank has. Raises on all ranks if descriptions differ or a rank has refused its arguments."""
-    every = gather_numbers(groups, [refused is not None, rows, *_digest({} if refused else description)])
-    if not any(of_rank[0] for of_rank in every) and all(of_rank[2:] == every[0][2:] for of_rank in every):
-        return [of_rank[1] for of_rank in every]
+class Known(NamedTuple):
+    """What a rank tells of itself, which may differ from rank to rank: how many rows it has, and how many ranks were
+    started on its machine."""
+
+    rows: int
+    local_ranks: int
+
+
+def agree(groups: Sequence[Group], own: Known, description: dict[str, Any], refused: Exception | None) -> list[Known]:
+    """What each rank tells. Raises on all ranks if descriptions differ or a rank has refused its arguments."""
+    every = gather_numbers(groups, [refused is not None, *own, *_digest({} if refused else description)])
+    if not any(of_rank[0] for of_rank in every) and all(of_rank[3:] == every[0][3:] for of_rank in every):
+        return [Known(*of_rank[1:3]) for of_rank in every]
     told = None if refused is None else f"{type(refused).__name__}: {refused}"
     _refuse(gather_objects(groups, (told, description)), refused)
 

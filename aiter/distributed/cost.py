@@ -1,34 +1,37 @@
-"""How long each scheme takes, from a few constants: what scheme="auto" goes by, and what larger machines may be told.
+"""How long each scheme takes, from a few constants: what scheme="auto" goes by, and what larger machines are predicted
+by.
 
-    time of a rank = what cannot be hidden + max(its products, its messages) + calls
+    time = max(products, messages that move meanwhile) + what is waited for + batches and calls
 
-Products are FLOPs of the busiest rank over what kernels sustain. Messages are bytes over the bandwidth of a rank's
-link: within a node, or, where a message leaves it, between nodes. Keys of all-gather and ring move while products run,
-but for the first piece; the exchanges of all-to-all are waited for. Merging in the ring reads and writes float32 rows.
-"""
+Products are FLOPs of the busiest rank over what kernels sustain; messages are bytes that a rank receives over what its
+link brings, within a node, or between nodes where some messages leave one. Keys of all-gather and ring move while
+products run, but for the first piece; the exchanges of an all-to-all are waited for. The ring reads and writes float32
+rows to merge them. benchmarks/context_parallel_model.py prints tables of this."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 
 class Machine(NamedTuple):
-    """Per GPU: FLOP/s that kernels sustain, bytes/s of a rank's link within a node and between nodes, bytes/s of
-    memory, seconds for a batch of messages and for a call, and how many ranks a node has."""
+    """Of a GPU: FLOP/s that kernels sustain; bytes/s that it receives within a node, and from other nodes; bytes/s of
+    its memory; seconds for a batch of messages, and for a call; how many share a node. Defaults: an H100 with NVLink
+    and a network of 400 Gbit/s a GPU, rounded from what others have published; not measured by us."""
 
-    flops: float = 600e12
-    within: float = 330e9
-    between: float = 45e9
-    memory: float = 2.6e12
-    message: float = 25e-6
+    flops: float = 550e12
+    within: float = 300e9
+    between: float = 40e9
+    memory: float = 2.4e12
+    message: float = 30e-6
     call: float = 12e-6
     node: int = 8
 
 
 class Problem(NamedTuple):
-    """Of the whole sequence. seen: the share of all pairs of query and key that a mask leaves; span: the share of all
-    keys that the queries of one rank want from others, at most (world - 1) / world. imbalance: products of the busiest
-    rank over the mean. runs: of positions on a rank."""
+    """A whole sequence, or a batch of them. seen: the share of all pairs of query and key that the mask leaves. span:
+    the share of all keys that a rank's queries want from others. imbalance: products of the busiest rank over the mean.
+    runs: of positions on a rank."""
 
     tokens: int
     batch: int
@@ -44,12 +47,16 @@ class Problem(NamedTuple):
     backward: bool
 
 
-# Products of the backward pass over those of the forward pass; messages likewise: keys again, and gradients of them.
-BACKWARD_PRODUCTS, BACKWARD_MESSAGES = 2.5, 2.0
+# Of a backward pass, over those of the forward pass: products; keys that move; rows that an all-to-all exchanges (rows
+# come back as gradients); calls.
+BACKWARD_PRODUCTS, BACKWARD_KEYS, BACKWARD_ROWS, BACKWARD_CALLS = 2.5, 2.0, 1.0, 1.0
+# Of merging, bytes of a number of the output that are read and written at a step, as ring.py does it.
+MERGE_BYTES = 18
+SCHEMES = ("allgather", "alltoall", "ring")
 
 
 class Prediction(NamedTuple):
-    """Seconds. compute is what one rank would take for its share, if nothing else were to be done."""
+    """Seconds. compute: of this rank's share of the products, were nothing else to be done."""
 
     total: float
     compute: float
@@ -60,49 +67,50 @@ class Prediction(NamedTuple):
 
 
 def predict(scheme: str, problem: Problem, world: int, machine: Machine, inner: int = 1) -> Prediction:
-    """A forward pass, and a backward pass too if `problem.backward`. inner: ranks of the all-to-all within
+    """Of a forward pass, and with `problem.backward` of both passes. inner: how many ranks exchange rows for heads in
     "alltoall+ring"."""
-    p = problem
+    p, back = problem, problem.backward
     pairs = p.batch * p.heads_q * float(p.tokens) ** 2 * p.seen
-    flops = 2 * (p.head_dim + p.value_dim) * pairs * (1 + BACKWARD_PRODUCTS * p.backward)
-    compute = flops / world / machine.flops
-    keys = p.batch * p.heads_kv * p.tokens * (p.head_dim + p.value_dim) * p.bytes
-    rows = p.batch * p.heads_q * (p.tokens / world) * (p.head_dim + p.value_dim) * p.bytes
-    passes = 1 + BACKWARD_MESSAGES * p.backward
+    compute = 2 * (p.head_dim + p.value_dim) * pairs * (1 + BACKWARD_PRODUCTS * back) / world / machine.flops
+    keys = p.batch * p.heads_kv * p.tokens * (p.head_dim + p.value_dim) * p.bytes  # of all ranks
+    rows = p.batch * p.heads_q * p.tokens / world * (p.head_dim + p.value_dim) * p.bytes  # queries and output of one
+    calls = (1 + BACKWARD_CALLS * back) * machine.call
+    batch = (1 + BACKWARD_CALLS * back) * machine.message
     link = machine.within if world <= machine.node else machine.between
+
+    def exchange(ranks: int, link: float) -> float:
+        copies = max(1.0, ranks / max(p.heads_kv, 1))  # a KV head goes to all whose query heads read it
+        return (rows + keys / world * copies) * (ranks - 1) / ranks * (1 + BACKWARD_ROWS * back) / link + 2 * batch
+
+    def ring(ranks: int, inner: int) -> float:
+        """After an exchange among `inner` ranks, each has that share of the heads, and of keys so many more rows."""
+        whole = (world - 1) / world
+        span = p.span / whole * (ranks - 1) / ranks if world > 1 else 0.0
+        share = max(1 / inner, 1 / max(p.heads_kv, 1))
+        steps = 2 * math.ceil(span * ranks)  # of those with keys that somebody wants
+        # Gradients of keys are float32, on their way round.
+        moved = keys * share * span * (1 + (1 + 4 / p.bytes) * back) / link
+        merges = 1 + steps * min(p.seen, 1.0)  # of all rows: a causal mask leaves half of them in a step
+        merging = MERGE_BYTES * p.batch * p.heads_q * p.tokens / world * p.value_dim * merges / machine.memory
+        products = compute * p.imbalance + merging
+        return max(products, moved) + (steps + 1) * p.runs * calls + steps * batch
+
     if scheme == "alltoall":
-        busiest = -(-p.heads_q // world) * world / p.heads_q
-        kv_copies = max(1.0, world / p.heads_kv) if p.heads_kv else 1.0
-        moved = (rows + keys / world * kv_copies) * (world - 1) / world * (1 + p.backward)
-        total = compute * busiest + moved / link + 2 * (1 + p.backward) * (machine.message + machine.call)
-        return Prediction(total, compute)
+        busiest = -(-p.heads_q // world) * world / max(p.heads_q, 1)
+        return Prediction(compute * busiest + exchange(world, link) + calls, compute)
     if scheme == "alltoall+ring":
-        outer = world // inner
-        within = predict("alltoall", p._replace(seen=0.0, tokens=p.tokens // outer), inner, machine)
-        between = predict("ring", p, world, machine._replace(node=1) if world > machine.node else machine)
-        steps = (outer - 1) / max(world - 1, 1)  # of the ring's, each with a part `inner` times as long
-        moved = between.total - between.compute * p.imbalance
-        return Prediction(
-            compute * p.imbalance + within.total * (1 + p.backward) + moved * max(steps, 1 / max(world - 1, 1)), compute
-        )
-    moved = keys * p.span * passes
-    products = compute * p.imbalance
-    if scheme == "allgather":
-        pieces = min(p.heads_kv, 2 * world) or 1
-        calls = pieces * (p.runs * machine.call + machine.message) * (1 + p.backward)
-        return Prediction(max(products, moved / link) + moved / link / pieces + calls, compute)
+        inner_link = machine.within if inner <= machine.node else machine.between
+        return Prediction(ring(world // inner, inner) + exchange(inner, inner_link), compute)
     if scheme == "ring":
-        steps = max(2 * (world - 1), 1)
-        # Neighbours: but one of a node's ranks send within it, and all wait for those that do not.
-        accumulators = p.batch * p.heads_q * (p.tokens / world) * p.value_dim
-        merged = accumulators * (2 * 4 + p.bytes) * 4 * steps / machine.memory
-        moved += keys * p.span * 2 * p.backward  # gradients travel in float32, twice as long
-        calls = steps * (p.runs * 2 * machine.call + machine.message) * (1 + p.backward)
-        return Prediction(max(products + merged, moved / link) + calls, compute)
-    raise ValueError(f"scheme is {scheme!r}; there are allgather, alltoall, ring and alltoall+ring")
+        return Prediction(ring(world, 1), compute)
+    if scheme == "allgather":
+        pieces = max(min(p.heads_kv, 2 * world), 1)
+        moved = keys * p.span * (1 + BACKWARD_KEYS * back) / link
+        waited = keys * p.span * (1 + back) / link / pieces  # the first piece; backward, the last one's gradients
+        return Prediction(max(compute * p.imbalance, moved) + waited + pieces * (p.runs * calls + batch), compute)
+    raise ValueError(f"scheme is {scheme!r}; there are {', '.join(SCHEMES)} and alltoall+ring")
 
 
 def choose(problem: Problem, world: int, machine: Machine) -> str:
-    """The fastest scheme on a group of one dimension, by prediction; the same on all ranks."""
-    schemes = ("allgather", "alltoall", "ring")
-    return min(schemes, key=lambda scheme: predict(scheme, problem, world, machine).total)
+    """The fastest scheme over one group, by prediction; the same on all ranks."""
+    return min(SCHEMES, key=lambda scheme: predict(scheme, problem, world, machine).total)

@@ -34,10 +34,10 @@ def merge_over_ranks(
     if torch.is_grad_enabled() and (output.requires_grad or lse.requires_grad):
         raise ValueError("merge_over_ranks takes no gradient: use torch.no_grad(), or context_parallel_attention")
     sent = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in (output, lse)])
-    received = sent.new_empty(size_of(own) * sent.numel())
-    dist.all_gather_into_tensor(received, sent, group=own)
+    received = [torch.empty_like(sent) for _ in range(size_of(own))]
+    dist.all_gather(received, sent, group=own)
     outputs, lses = [], []
-    for part in received.view(size_of(own), -1):
+    for part in received:
         of_output, of_lse = part.split([output.numel() * output.element_size(), lse.numel() * lse.element_size()])
         outputs.append(of_output.clone().view(output.dtype).view(output.shape))
         lses.append(of_lse.clone().view(lse.dtype).view(lse.shape))

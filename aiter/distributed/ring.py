@@ -152,15 +152,23 @@ def forward(job: Job, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         for product in half.products:
             for heads in job.heads:
                 part, part_lse = products.forward(asked, product, heads, query, keys, values)
-                places = products.cut(output, product.rows, heads.queries)
-                lse_places = products.cut_lse(lse, product.rows, heads.queries)
-                merged, merged_lse = merge_attention_states([places, part], [lse_places, part_lse])
-                places.copy_(merged)
-                lse_places.copy_(merged_lse)
+                _merge(
+                    products.cut(output, product.rows, heads.queries),
+                    products.cut_lse(lse, product.rows, heads.queries),
+                    *(part, part_lse),
+                )
         coming.wait()
     if job.asked.sinks is not None:
         output, lse = merge_attention_states([output], [lse], sinks=job.asked.sinks)
     return output.to(query.dtype), lse
+
+
+def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """merge_attention_states of two, in place, as a ring does it at every step: with few reads and writes."""
+    total = torch.logaddexp(lse, part_lse)
+    weight = (part_lse - total).exp().masked_fill(part_lse == -torch.inf, 0.0)
+    output.lerp_(part.float(), weight.transpose(1, 2).unsqueeze(-1))
+    lse.copy_(total)
 
 
 class _Sums(NamedTuple):

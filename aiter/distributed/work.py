@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
@@ -19,9 +20,9 @@ import torch.distributed as dist
 from aiter import checks, library
 from aiter.distributed import allgather, cost, ring
 from aiter.distributed import layout as layouts
-from aiter.distributed.agree import agree, gather_objects
+from aiter.distributed.agree import Known, agree, gather_objects
 from aiter.distributed.alltoall import Exchange, heads_of
-from aiter.distributed.exchange import Group, connect, rank_in, size_of
+from aiter.distributed.exchange import Group, connect, global_rank, rank_in, size_of
 from aiter.distributed.job import Job
 from aiter.distributed.layout import Layout, Run
 from aiter.distributed.needs import Mask, wanted
@@ -152,6 +153,8 @@ def _request(
     packed = f"{checks.BSHD}, or packed {checks.PACKED}"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, (3, 4), packed)
+        if hasattr(tensor, "to_local"):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; give this rank's part of it, {name}.to_local()")
     if query.dim() != key.dim() or query.shape[: query.dim() - 2] != key.shape[: key.dim() - 2]:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in rows; context parallelism is for "
@@ -239,7 +242,7 @@ def _pairs(run: Run, document: Run, mask: Mask) -> float:
     return rows.length * (seen[0] + 2 * seen[1] + seen[2]) / 4
 
 
-def _work(groups: Sequence[Group], layout: Layout, request: Request) -> Work:
+def _work(groups: Sequence[Group], layout: Layout, request: Request, local: int) -> Work:
     """Raises ValueError, on all ranks alike, for documents that are longer than the sequence."""
     ends = request.ends or (0, layout.total)
     if ends[-1] > layout.total:
@@ -255,7 +258,7 @@ def _work(groups: Sequence[Group], layout: Layout, request: Request) -> Work:
             *(layout, mask, query.shape[0], (query.shape[2], key.shape[2]), (query.shape[3], value.shape[3])),
             *(query.element_size(), request.gradients),
         )
-        scheme = cost.choose(problem, layout.world, machine())
+        scheme = cost.choose(problem, layout.world, _machine(groups[0], local))
     inner = {1: layout.world if scheme == "alltoall" else 1}.get(len(groups), size_of(groups[-1]))
     rank = 0
     for group in groups:
@@ -264,10 +267,15 @@ def _work(groups: Sequence[Group], layout: Layout, request: Request) -> Work:
     return Work(tuple(groups), layout, rank, inner, rows, mask, request.numbers)
 
 
-@lru_cache(maxsize=1)
-def machine() -> cost.Machine:
-    """What "auto" takes the machine to be: as many ranks a node as torchrun says it has started."""
-    return cost.Machine(node=int(os.environ.get("LOCAL_WORLD_SIZE", cost.Machine().node)))
+def local_ranks() -> int:
+    """How many ranks torchrun says it has started on this machine; without it, all are taken to be on one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def _machine(group: Group, local: int) -> cost.Machine:
+    """What "auto" takes the machine to be: of the group, as many ranks share a node as their numbers say."""
+    nodes = Counter(global_rank(group, rank) // local for rank in range(size_of(group)))
+    return cost.Machine(node=min(nodes.values()))
 
 
 def _layout(groups: Sequence[Group], request: Request, rows: list[int]) -> Layout:
@@ -293,7 +301,7 @@ def _build(groups: Sequence[Group], request: Request) -> None:
     if ends is not None and ends[-1] > total:
         ends = (*(end for end in ends if end < total), total)
     name = "contiguous" if request.runs is not None else request.numbers.layout
-    work = _work(groups, layouts.named(name, total, world), request._replace(ends=ends))
+    work = _work(groups, layouts.named(name, total, world), request._replace(ends=ends), local_ranks())
     asked = Asked(work.mask, request.numbers.scale, request.numbers.softcap, request.alibi_slopes)
     by_distance = request.alibi_slopes is not None
     compile_kernels(asked, work.products(by_distance), request.query, request.value, request.gradients)
@@ -323,9 +331,11 @@ def prepare(
     except Exception as error:
         refused = error
     description = {} if request is None else request.description()
-    rows = agree(groups, 0 if request is None else request.query.shape[1], description, refused)
+    own = Known(0 if request is None else request.query.shape[1], local_ranks())
+    known = agree(groups, own, description, refused)
     assert request is not None
-    work = _work(groups, _layout(groups, request, rows), request)
+    layout_ = _layout(groups, request, [of_rank.rows for of_rank in known])
+    work = _work(groups, layout_, request, min(of_rank.local_ranks for of_rank in known))
     for group in groups:
         connect(group, request.query.device)
     return request, work
@@ -333,5 +343,5 @@ def prepare(
 
 def refuse(group: GroupOrMesh, error: Exception) -> NoReturn:
     """Raises what keeps this rank from its call, and on the others that this rank cannot make it."""
-    agree(groups_of(group), 0, {}, error)
+    agree(groups_of(group), Known(0, local_ranks()), {}, error)
     raise error

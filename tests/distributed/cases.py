@@ -3,7 +3,10 @@ what one process computes."""
 
 import functools
 import os
+import re
 import weakref
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -446,3 +449,68 @@ def beside_tensor_parallelism():
     own = [shard(t[:, :, heads], 1, "zigzag", group) for t in (query, key, value)]
     output = context_parallel_attention(*own, mesh["context"], causal=True, layout="zigzag")
     torch.testing.assert_close(unshard(output, 1, "zigzag", group), expected[:, :, heads], rtol=0, atol=1e-5)
+
+
+def page(path):
+    """The losses that a page's example prints, run as torchrun would, in the group that there is already."""
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", Path(path).read_text(), re.DOTALL | re.MULTILINE):
+        if "destroy_process_group" not in block:
+            exec(compile(block, path, "exec"), names)
+    return names["losses"]
+
+
+def cold_start(folder):
+    """How many kernels this rank has compiled for a call that needs one, in a cache that was empty."""
+    import logging
+
+    from aiter.distributed import products
+    from aiter.jit.log import logger
+    from aiter.plan_cache import plans
+
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    kept, os.environ["AITER_CACHE_DIR"] = os.environ["AITER_CACHE_DIR"], folder
+    logger.addHandler(handler)
+    try:
+        group = dist.new_group(timeout=timedelta(seconds=2), backend="gloo")
+        query, key, value = (torch.randn(1, 8, 1, 8, dtype=torch.float32) for _ in range(3))
+        context_parallel_attention(query, key, value, group, scheme="ring")
+    finally:
+        os.environ["AITER_CACHE_DIR"] = kept
+        logger.removeHandler(handler)
+        products._compile.cache_clear()
+        plans.clear()
+    return sum("compiled attention_forward" in message for message in told)
+
+
+def bad_arguments():
+    query, key, value = torch.randn(1, 8, 4, 32), *torch.randn(2, 1, 8, 2, 32)
+    for arguments, options, error, told in (
+        ((query, key[:, :4], value[:, :4]), {}, ValueError, "differ in rows"),
+        ((query, key, value), {"layout": "striped"}, ValueError, "layout is 'striped'"),
+        ((query, key, value), {"layout": torch.arange(7)}, ValueError, "one for each row"),
+        ((query, key, value), {"layout": torch.arange(1, 9)}, ValueError, "position 0 is held by no rank"),
+        ((query, key, value), {"scheme": "star"}, ValueError, "scheme is 'star'"),
+        ((query, key, value), {"scheme": "alltoall+ring"}, ValueError, "mesh of two dimensions"),
+        ((query, key, value), {"cu_seqlens": [0, 8]}, ValueError, "must be packed"),
+        ((query[0], key[0], value[0]), {"cu_seqlens": [0, 5, 3]}, ValueError, "must rise from 0"),
+        ((query[0], key[0], value[0]), {"cu_seqlens": [0, 9]}, ValueError, "cu_seqlens ends at 9"),
+        ((query, key, value), {"query_offsets": torch.zeros(1).int()}, ValueError, "query_offsets is not for"),
+        ((query, key, value), {"group": "all"}, TypeError, "group must be"),
+        ((query, key, value), {"window": 3}, TypeError, "there is no option window"),
+        ((query, key.double(), value), {}, TypeError, "key"),
+    ):
+        try:
+            context_parallel_attention(*arguments, **options)
+        except error as raised:
+            assert told in str(raised), (told, str(raised))
+        else:
+            raise AssertionError(f"{options} raised nothing")
+    try:
+        context_parallel_decode(query, key, torch.zeros(1, 1).int(), 8, cache_seqlens=torch.ones(1).int(), causal=True)
+    except ValueError as raised:
+        assert "query_offsets is missing" in str(raised)
+    else:
+        raise AssertionError("causal decoding without positions raised nothing")
