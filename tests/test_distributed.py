@@ -255,10 +255,13 @@ def test_the_page_runs_on_four_processes_as_on_one():
         assert losses == pytest.approx(alone, abs=2e-4)
 
 
-def test_ranks_compile_before_they_wait_for_each_other(tmp_path):
-    """With an empty cache, in a group whose collectives wait for less than a compiler takes: one compiles."""
-    compiled = ranks.run(2, cases.cold_start, str(tmp_path))
-    assert sorted(compiled) == [0, 1]
+def test_no_collective_waits_for_a_compiler():
+    """A rank that has nothing to compile waits for one that has, beyond the patience of the group."""
+    fresh = ranks.Ranks(2)
+    try:
+        assert fresh.run(cases.slow_compiler) == [[2.5], []]
+    finally:
+        fresh.end()
 
 
 def test_bad_arguments():

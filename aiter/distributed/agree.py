@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,19 +18,34 @@ import torch.distributed as dist
 
 from aiter.distributed.exchange import Group, process_group, size_of
 from aiter.errors import RankMismatchError
+from aiter.jit.settings import compile_timeout
 
 _controls: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
 
 
+# In compilers' timeouts: a rank may have several kernels to build before it comes.
+PATIENCE = 4
+
+
 def _control(group: Group) -> dist.ProcessGroup:
-    """The group itself if it takes tensors of the CPU, or one of the same ranks that does, made once."""
+    """A gloo group of the same ranks, made once: for messages that take no GPU, and that wait for as long as compilers
+    may take on ranks whose cache is empty."""
     own = process_group(group)
-    if "cpu" in dist.get_backend_config(own):
-        return own
     if own not in _controls:
-        ranks = dist.get_process_group_ranks(own)
-        _controls[own] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _controls[own] = dist.new_group(
+            dist.get_process_group_ranks(own),
+            timeout=timedelta(seconds=PATIENCE * compile_timeout()),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
     return _controls[own]
+
+
+def _in_order(group: Group, parts: list[Any]) -> list[Any]:
+    """What the control group has gathered, in the order of the ranks of `group`: its own are sorted."""
+    ranks = dist.get_process_group_ranks(process_group(group))
+    by_rank = dict(zip(sorted(ranks), parts, strict=True))
+    return [by_rank[rank] for rank in ranks]
 
 
 def gather_numbers(groups: Sequence[Group], numbers: Sequence[int]) -> list[list[int]]:
@@ -38,7 +54,7 @@ def gather_numbers(groups: Sequence[Group], numbers: Sequence[int]) -> list[list
     for group in reversed(groups):
         parts = [torch.empty_like(message) for _ in range(size_of(group))]
         dist.all_gather(parts, message, group=_control(group))
-        message = torch.stack(parts)
+        message = torch.stack(_in_order(group, parts))
     return message.reshape(-1, len(numbers)).tolist()
 
 
@@ -47,7 +63,7 @@ def gather_objects(groups: Sequence[Group], value: Any) -> list[Any]:
     for group in reversed(groups):
         parts: list[Any] = [None] * size_of(group)
         dist.all_gather_object(parts, values, group=_control(group))
-        values = [one for part in parts for one in part]
+        values = [one for part in _in_order(group, parts) for one in part]
     return values
 
 

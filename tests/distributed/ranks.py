@@ -79,7 +79,8 @@ class Ranks:
             process.kill()
             process.join()
         shutil.rmtree(self.folder, ignore_errors=True)
-        _alive.pop(len(self.processes), None)
+        if _alive.get(len(self.processes)) is self:
+            del _alive[len(self.processes)]
 
 
 _alive = {}
