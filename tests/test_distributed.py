@@ -38,7 +38,7 @@ CALLS = {
     "documents": (SHAPE, FP32, DOCUMENTS),
     "causal documents": (SHAPE, FP32, {**DOCUMENTS, **CAUSAL}),
     "documents, window": (SHAPE, FP32, {**DOCUMENTS, **WINDOW}),
-    "sinks, soft cap, ALiBi": (SHAPE, FP32, {**CAUSAL, "sinks": True, "alibi": True, "softcap": 5.0}),
+    "sinks, soft cap, ALiBi": (SHAPE, FP32, {"sinks": True, "alibi": True, "softcap": 5.0}),
     "unequal dims, heads that do not divide": ((2, 71, 10, 5, 32, 16), FP32, {"sinks": True}),
     "few tokens and heads": ((1, 3, 2, 1, 32, 32), FP32, CAUSAL),
     "output alone": (SHAPE, FP32, {**CAUSAL, "with_lse": False, "softmax_scale": 0.3}),
