@@ -221,6 +221,8 @@ def test_what_transformers_asks_of_one_rank_is_refused_on_all():
 
 @pytest.mark.parametrize("checkpoint", (False, True))
 def test_fsdp_and_activation_checkpointing(checkpoint):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("this PyTorch has no fully_shard")
     ranks.run(4, cases.sharded_model, checkpoint)
 
 
