@@ -1,6 +1,8 @@
 """Attention over a sequence that is split over 2, 3 or 4 processes (gloo) is that of one process."""
 
+import json
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -142,10 +144,11 @@ def test_decoding_over_a_split_cache(seq_q, options):
 
 
 def test_allgather_takes_one_further_part_of_keys_and_values():
-    """Beside output and log-sum-exp, and the log-sum-exp of a piece: with two KV heads a rank, and more."""
-    for peak, output, part, lse in ranks.run(2, cases.peak_memory, 8, 8):
-        assert peak <= output + part + 1.5 * lse
-        assert peak > output
+    """Beside output, log-sum-exp, and the log-sum-exp of a piece: with two KV heads a rank, or more. Backward three."""
+    for heads_q, heads_kv in ((8, 8), (16, 4)):
+        for peak, output, part, lse, backward, gradients in ranks.run(2, cases.peak_memory, heads_q, heads_kv):
+            assert output < peak <= output + part + 1.5 * lse
+            assert backward <= gradients + 3 * part + output
 
 
 @pytest.mark.parametrize("name", ("contiguous", "zigzag"))
@@ -270,3 +273,22 @@ def test_bad_arguments():
     ranks.run(1, cases.bad_arguments)
     with pytest.raises(RuntimeError, match="init_process_group"):
         context_parallel_attention(*(torch.randn(1, 8, 2, 32) for _ in range(3)))
+
+
+def test_the_model_of_larger_machines_says_that_it_predicts(monkeypatch, capsys, tmp_path):
+    """And prints what was measured beside it."""
+    root = Path(__file__).parents[1]
+    monkeypatch.setattr(sys, "path", [str(root / "benchmarks"), *sys.path])
+    import context_parallel_model
+
+    measured = {
+        "case": "forward", "ranks": 4, "tokens": 65536, "heads_q": 32, "heads_kv": 8, "head_dim": 128,
+        "backward": False, "window": None, "one GPU, FLOP/s": 5e14, "FLOP/s": {"allgather": 4.5e14, "other": 1e14},
+    }  # fmt: skip
+    (tmp_path / "measured.json").write_text(json.dumps({"cases": [measured]}))
+    monkeypatch.setattr(sys, "argv", ["model", "--measured", str(tmp_path / "measured.json")])
+    context_parallel_model.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("predicted")
+    assert [int(line.split()[0]) for line in lines[3:11]] == list(context_parallel_model.WORLDS)
+    assert "measured  0.90   predicted  0.9" in lines[-1]
