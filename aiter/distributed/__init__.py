@@ -24,6 +24,11 @@ Sums are made in float32, in an order that the ranks' numbers alone decide, so t
 docs/context_parallel.md says what to use when, and what has been run where.
 """
 
+import torch.distributed
+
+if not torch.distributed.is_available():
+    raise ImportError("aiter.distributed needs a PyTorch that was built with torch.distributed")
+
 from aiter.distributed.attention import context_parallel_attention
 from aiter.distributed.decode import context_parallel_decode, merge_over_ranks
 from aiter.distributed.layout import positions_of, shard, unshard

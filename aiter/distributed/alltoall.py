@@ -12,7 +12,6 @@ is then that of another scheme."""
 
 from __future__ import annotations
 
-import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -124,7 +123,7 @@ class Exchange(NamedTuple):
             parts = arrived[index * len(self.heads) : (index + 1) * len(self.heads)]
             shape = (tensor.shape[0], rows, count, *tensor.shape[3:])
             spans = self.spans(kind)
-            once = all(a.stop <= b.start for a, b in itertools.pairwise(spans) if b.length)
+            once = sum(span.length for span in spans) == count
             total = tensor.new_zeros(shape, dtype=tensor.dtype if once else torch.float32)
             for part, span in zip(parts, spans, strict=True):
                 total[:, :, span.start : span.stop] += part.transpose(0, 1)

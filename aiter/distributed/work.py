@@ -259,7 +259,7 @@ def _work(groups: Sequence[Group], layout: Layout, request: Request, local: int)
             *(query.element_size(), request.gradients),
         )
         scheme = cost.choose(problem, layout.world, _machine(groups[0], local))
-    inner = {1: layout.world if scheme == "alltoall" else 1}.get(len(groups), size_of(groups[-1]))
+    inner = size_of(groups[-1]) if len(groups) == 2 else layout.world if scheme == "alltoall" else 1
     rank = 0
     for group in groups:
         rank = rank * size_of(group) + rank_in(group)

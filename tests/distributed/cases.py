@@ -120,7 +120,7 @@ def attention(
         worst[name] = compare(
             # A row with one key has a gradient of zero, the difference of two numbers as large as others' gradients.
             f"gradient of {name}",
-            *(got.grad, part(whole_, dim), 8, whole_.float().abs().max().clamp(min=1.0)),
+            *(got.grad, part(whole_, dim), units, whole_.float().abs().max().clamp(min=1.0)),
         )
     if sinks:
         total = options["sinks"].grad.clone()
@@ -516,3 +516,11 @@ def bad_arguments():
         assert "query_offsets is missing" in str(raised)
     else:
         raise AssertionError("causal decoding without positions raised nothing")
+
+
+def operator_checks():
+    """What torch.library says of the operator that torch.compile sees: schema, shapes of fakes, autograd."""
+    query, key, value = (torch.randn(1, 12, heads, 32, requires_grad=True) for heads in (4, 2, 2))
+    asked = (None, None, [dist.group.WORLD.group_name], "zigzag", "ring", True, 0.2, -1, -1, 0.0, False, True)
+    tensors = query, key, value, torch.randn(4, requires_grad=True), None
+    torch.library.opcheck(torch.ops.aiter.context_parallel_attention, (*tensors, *asked))
