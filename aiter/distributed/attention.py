@@ -19,7 +19,7 @@ from aiter.distributed.exchange import process_group
 from aiter.distributed.job import Gradients, Job
 from aiter.distributed.layout import LayoutName, Run
 from aiter.distributed.products import Heads
-from aiter.distributed.work import POSITIONS, GroupOrMesh, Scheme, Work, groups_of, prepare
+from aiter.distributed.work import POSITIONS, GroupOrMesh, Scheme, Work, groups_of, prepare, refuse_others
 from aiter.options import OptionKeywords, read_options
 
 if TYPE_CHECKING:
@@ -181,6 +181,7 @@ _library.define(
 
 def _traced(query, key, value, group, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, keywords):
     causal, options = read_options(causal, keywords)
+    refuse_others(options)
     if cu_seqlens is not None and not isinstance(cu_seqlens, torch.Tensor):
         cu_seqlens = torch.tensor(list(cu_seqlens), dtype=torch.int32)
     positions = layout if isinstance(layout, torch.Tensor) else None

@@ -104,8 +104,8 @@ def cut_lse(tensor: torch.Tensor, rows: Run, heads: Run) -> torch.Tensor:
     return tensor[:, heads.start : heads.stop, rows.start : rows.stop]
 
 
-def _inputs(asked: Asked, product: Product, heads: Heads, query: torch.Tensor) -> tuple[tuple[Any, ...], ...]:
-    """The operators' arguments: lengths and scalars, and then the rest."""
+def _inputs(asked: Asked, product: Product, heads: Heads, query: torch.Tensor) -> dict[str, Any]:
+    """The operators' arguments but for tensors of rows and lists of lengths."""
     _, _, causal, left, right, offsets, starts_q, starts_k = product
     device, longest_q, longest_k = query.device, 0, 0
     if starts_q is not None and starts_k is not None:
@@ -113,17 +113,25 @@ def _inputs(asked: Asked, product: Product, heads: Heads, query: torch.Tensor) -
         longest_k = max(b - a for a, b in itertools.pairwise(starts_k))
     elif offsets is not None:
         offsets = offsets * query.shape[0]
-    of_heads = (
+    alibi_slopes, sinks = (
         tensor if tensor is None else tensor[..., heads.queries.start : heads.queries.stop]
         for tensor in (asked.alibi_slopes, asked.sinks)
     )
-    return (causal, asked.scale, longest_q), (
-        longest_k,
-        *(values if values is None else _int32(values, device) for values in (starts_q, starts_k)),
-        *(left, right, asked.softcap, *of_heads),
-        None if offsets is None else _int32(offsets, device),
-        asked.batch_invariant,
-    )
+    return {
+        "causal": causal,
+        "softmax_scale": asked.scale,
+        "max_seqlen": longest_q,
+        "max_seqlen_k": longest_k,
+        "starts_q": None if starts_q is None else _int32(starts_q, device),
+        "starts_k": None if starts_k is None else _int32(starts_k, device),
+        "window_left": left,
+        "window_right": right,
+        "softcap": asked.softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "query_offsets": None if offsets is None else _int32(offsets, device),
+        "batch_invariant": asked.batch_invariant,
+    }
 
 
 def forward(
@@ -143,11 +151,11 @@ def forward(
     packed = product.starts_q is not None
     if packed:
         tensors = [tensor.squeeze(0) for tensor in tensors]
-    scalars, rest = _inputs(asked, product, heads, query)
+    inputs = _inputs(asked, product, heads, query)
     if output is None:
-        result, lse = torch.ops.aiter.attention(*tensors, None, None, None, *scalars, *rest)
+        result, lse = torch.ops.aiter.attention(*tensors, None, None, None, **inputs)
     else:
-        lse = torch.ops.aiter.attention_out(*tensors, None, None, None, *scalars, *rest)
+        lse = torch.ops.aiter.attention_out(*tensors, None, None, None, **inputs)
         result = tensors[0]
     return (result.unsqueeze(0), lse.unsqueeze(0)) if packed else (result, lse)
 
@@ -179,8 +187,8 @@ def backward(
     packed = product.starts_q is not None
     if packed:
         tensors = [tensor if tensor is None else tensor.squeeze(0) for tensor in tensors]
-    scalars, rest = _inputs(asked, product, heads, query)
-    gradients = torch.ops.aiter.attention_backward(*tensors, None, None, *scalars, *rest, not whole)
+    inputs = _inputs(asked, product, heads, query)
+    gradients = torch.ops.aiter.attention_backward(*tensors, None, None, **inputs, lse_is_given=not whole)
     return tuple(g.unsqueeze(0) for g in gradients) if packed else gradients
 
 

@@ -28,7 +28,7 @@ from aiter.distributed.layout import Layout, Run
 from aiter.distributed.needs import Mask, wanted
 from aiter.distributed.products import Asked, Heads, Product, compile_kernels
 from aiter.layout import NO_INDICES, check_common, sizes_of
-from aiter.options import NO_LIMIT, OptionKeywords, read_options
+from aiter.options import NO_LIMIT, OptionKeywords, Options, read_options
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -118,6 +118,17 @@ class Request(NamedTuple):
         }
 
 
+# Options that a split sequence can have; where rows stand, `layout` says.
+OFFERED = ("window_left", "window_right", "softcap", "alibi_slopes", "sinks", "batch_invariant")
+
+
+def refuse_others(options: Options) -> None:
+    for name, default in Options._field_defaults.items():
+        given = getattr(options, name)
+        if name not in OFFERED and (isinstance(given, torch.Tensor) or given != default):
+            raise ValueError(f"{name} is not offered for a sequence that is split over ranks")
+
+
 def _documents(cu_seqlens: torch.Tensor | Sequence[int], query: torch.Tensor) -> tuple[int, ...]:
     if query.dim() != 3:
         raise ValueError(
@@ -163,8 +174,7 @@ def _request(
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(causal, keywords)
-    if options.query_offsets is not None:
-        raise ValueError("query_offsets is not for a sequence that is split over ranks: `layout` says where rows stand")
+    refuse_others(options)
     if scheme not in SCHEMES:
         raise ValueError(f"scheme is {scheme!r}; it must be one of {SCHEMES}")
     if len(groups) == 2 and scheme not in ("auto", "alltoall+ring"):
