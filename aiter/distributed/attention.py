@@ -94,18 +94,16 @@ class _ContextParallel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_lse):
         *saved, output, lse, sinks, alibi_slopes = ctx.saved_tensors
-        # What one rank has a gradient of, all send: whether others have one, no rank knows.
+        # What is exchanged for heads, all ranks send: whether others have a gradient of it, none knows.
         if grad_output is None:
             grad_output = saved[3].new_zeros(
                 (*saved[3].shape[:1], ctx.work.layout.rows(ctx.work.rank), ctx.heads[0], saved[3].shape[3])
             )
-        if grad_lse is None and ctx.return_lse:
+        if grad_lse is None and ctx.return_lse and ctx.work.inner > 1:
             grad_lse = grad_output.new_zeros(
                 (grad_output.shape[0], ctx.heads[0], grad_output.shape[1]), dtype=torch.float32
             )
-        gradients = _backward(
-            ctx.work, grad_output, grad_lse if ctx.return_lse else None, ctx.heads, saved, alibi_slopes, sinks
-        )
+        gradients = _backward(ctx.work, grad_output, grad_lse, ctx.heads, saved, alibi_slopes, sinks)
         of_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
             of_sinks = library.sink_gradient(grad_output, output, lse, sinks)
