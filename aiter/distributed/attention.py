@@ -15,11 +15,11 @@ import torch.distributed as dist
 from aiter import library
 from aiter.distributed import allgather, ring
 from aiter.distributed.alltoall import Exchange
-from aiter.distributed.exchange import process_group
+from aiter.distributed.exchange import GroupOrMesh, groups_of, process_group
 from aiter.distributed.job import Gradients, Job
 from aiter.distributed.layout import LayoutName, Run
 from aiter.distributed.products import Heads
-from aiter.distributed.work import POSITIONS, GroupOrMesh, Scheme, Work, groups_of, prepare, refuse_others
+from aiter.distributed.work import POSITIONS, Scheme, Work, prepare, refuse_others
 from aiter.options import OptionKeywords, read_options
 
 if TYPE_CHECKING:

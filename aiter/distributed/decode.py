@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from aiter.distributed.exchange import size_of
-from aiter.distributed.work import GroupOrMesh, groups_of
+from aiter.distributed.exchange import GroupOrMesh, groups_of, size_of
 from aiter.operations import flash_attn_with_kvcache
 from aiter.options import OptionKeywords
 from aiter.parts import merge_attention_states

@@ -13,12 +13,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 import torch.distributed as dist
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Group: TypeAlias = "dist.ProcessGroup | None"
+GroupOrMesh: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 
 
 def process_group(group: Group) -> dist.ProcessGroup:
@@ -38,6 +42,33 @@ def rank_in(group: Group) -> int:
 
 def global_rank(group: Group, rank: int) -> int:
     return rank if group is None else dist.get_global_rank(group, rank)
+
+
+def groups_of(group: GroupOrMesh) -> tuple[Group, ...]:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "context parallelism needs a process group: call torch.distributed.init_process_group first (torchrun sets "
+            "what it reads)"
+        )
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return (group,)
+    if hasattr(group, "get_all_groups") and hasattr(group, "ndim"):
+        groups = tuple(group.get_all_groups())
+        if len(groups) not in (1, 2):
+            raise ValueError(
+                f"group is a mesh of {len(groups)} dimensions; give the one over which the sequence is split, as in "
+                "mesh['cp'], or two: a ring's and an all-to-all's"
+            )
+        return groups
+    raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None, not {type(group).__name__}")
+
+
+def place_in(groups: Sequence[Group]) -> tuple[int, int]:
+    """This rank, and how many there are, over all groups: those of the last are neighbours."""
+    rank, world = 0, 1
+    for group in groups:
+        rank, world = rank * size_of(group) + rank_in(group), world * size_of(group)
+    return rank, world
 
 
 class Batch:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from aiter import checks
-from aiter.distributed.exchange import Group, rank_in, size_of
+from aiter.distributed.exchange import Group, GroupOrMesh, groups_of, place_in, rank_in
 
 LayoutName: TypeAlias = Literal["contiguous", "zigzag"]
 NAMES = ("contiguous", "zigzag")
@@ -131,17 +131,22 @@ def check_name(layout: object) -> str:
 
 
 def positions_of(
-    total: int, layout: LayoutName = "contiguous", group: Group = None, *, device: torch.device | str | None = None
+    total: int,
+    layout: LayoutName = "contiguous",
+    group: GroupOrMesh = None,
+    *,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """The positions, int64 (rows,), that this rank holds of a sequence of `total`: what rotary embeddings need."""
     checks.positive_int("total", total)
-    runs = named(check_name(layout), total, size_of(group)).runs[rank_in(group)]
+    rank, world = place_in(groups_of(group))
+    runs = named(check_name(layout), total, world).runs[rank]
     parts = [torch.arange(run.start, run.stop, device=device) for run in runs]
     return torch.cat(parts) if parts else torch.arange(0, device=device)
 
 
 def shard(
-    tensor: torch.Tensor, dim: int = 1, layout: LayoutName | torch.Tensor = "contiguous", group: Group = None
+    tensor: torch.Tensor, dim: int = 1, layout: LayoutName | torch.Tensor = "contiguous", group: GroupOrMesh = None
 ) -> torch.Tensor:
     """This rank's part of a tensor that every rank has whole: tokens, labels, position ids, keys, anything with the
     sequence in dimension `dim`. layout: a name, or this rank's positions. Differentiable; sends nothing."""
@@ -152,24 +157,27 @@ def shard(
 
 
 def unshard(
-    tensor: torch.Tensor, dim: int = 1, layout: LayoutName | torch.Tensor = "contiguous", group: Group = None
+    tensor: torch.Tensor, dim: int = 1, layout: LayoutName | torch.Tensor = "contiguous", group: GroupOrMesh = None
 ) -> torch.Tensor:
     """The whole tensor, on every rank, of which each has the part that `shard` gives it.
 
     Differentiable: the gradient of a rank's part is that of its rows in the whole, summed over the ranks.
     """
     checks.tensor("tensor", tensor, tuple(range(1, 9)), "with a dimension for the sequence")
-    world, rank = size_of(group), rank_in(group)
+    groups = groups_of(group)
+    if len(groups) != 1:
+        raise ValueError("unshard takes a group of one dimension: of a mesh of two, give the flattened one")
+    rank, world = place_in(groups)
+    own_group = groups[0]
     rows = torch.tensor([tensor.shape[dim]], device=tensor.device)
     lengths = [torch.empty_like(rows) for _ in range(world)]
-    dist.all_gather(lengths, rows, group=group)
+    dist.all_gather(lengths, rows, group=own_group)
     counts = [int(length) for length in lengths]
     if isinstance(layout, torch.Tensor):
         own = layout.to(tensor.device, torch.int64)
         if own.shape != (counts[rank],):
             raise ValueError(f"layout has shape {tuple(own.shape)}; tensor has {counts[rank]} rows in dimension {dim}")
-        every = _gathered(own, counts, group)
-        positions = torch.cat(every)
+        positions = torch.cat(_gathered(own, counts, own_group))
     else:
         runs = named(check_name(layout), sum(counts), world)
         if counts != [runs.rows(r) for r in range(world)]:
@@ -180,7 +188,7 @@ def unshard(
         positions = torch.cat(
             [torch.arange(run.start, run.stop, device=tensor.device) for of_rank in runs.runs for run in of_rank]
         )
-    return _Unshard.apply(tensor, dim, positions, tuple(counts), group)
+    return _Unshard.apply(tensor, dim, positions, tuple(counts), own_group)
 
 
 def _gathered(rows: torch.Tensor, counts: Sequence[int], group: Group) -> list[torch.Tensor]:

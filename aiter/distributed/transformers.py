@@ -18,9 +18,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from aiter.distributed.attention import context_parallel_attention
-from aiter.distributed.exchange import size_of
+from aiter.distributed.exchange import GroupOrMesh, groups_of, size_of
 from aiter.distributed.layout import LayoutName, check_name, positions_of, shard
-from aiter.distributed.work import GroupOrMesh, Scheme, groups_of, refuse
+from aiter.distributed.work import Scheme, refuse
 from aiter.options import NO_LIMIT, OptionKeywords
 
 # Arguments that transformers hands through the layers and that say nothing about attention here: positions are known.

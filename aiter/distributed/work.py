@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from aiter.distributed import allgather, cost, ring
 from aiter.distributed import layout as layouts
 from aiter.distributed.agree import Known, agree, gather_objects
 from aiter.distributed.alltoall import Exchange, heads_of
-from aiter.distributed.exchange import Group, connect, global_rank, rank_in, size_of
+from aiter.distributed.exchange import Group, GroupOrMesh, connect, global_rank, groups_of, place_in, size_of
 from aiter.distributed.job import Job
 from aiter.distributed.layout import Layout, Run
 from aiter.distributed.needs import Mask, wanted
@@ -30,10 +30,6 @@ from aiter.distributed.products import Asked, Heads, Product, compile_kernels
 from aiter.layout import NO_INDICES, check_common, sizes_of
 from aiter.options import NO_LIMIT, OptionKeywords, Options, read_options
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-GroupOrMesh: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 Scheme: TypeAlias = Literal["auto", "allgather", "alltoall", "ring", "alltoall+ring"]
 SCHEMES = ("auto", "allgather", "alltoall", "ring", "alltoall+ring")
 POSITIONS = "positions"
@@ -210,25 +206,6 @@ def _request(
     return Request(query, key, value, options.sinks, alibi, ends, runs, numbers, gradients)
 
 
-def groups_of(group: GroupOrMesh) -> tuple[Group, ...]:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "context parallelism needs a process group: call torch.distributed.init_process_group first (torchrun sets "
-            "what it reads)"
-        )
-    if group is None or isinstance(group, dist.ProcessGroup):
-        return (group,)
-    if hasattr(group, "get_all_groups") and hasattr(group, "ndim"):
-        groups = tuple(group.get_all_groups())
-        if len(groups) not in (1, 2):
-            raise ValueError(
-                f"group is a mesh of {len(groups)} dimensions; give the one over which the sequence is split, as in "
-                "mesh['cp'], or two: a ring's and an all-to-all's"
-            )
-        return groups
-    raise TypeError(f"group must be a ProcessGroup, a DeviceMesh or None, not {type(group).__name__}")
-
-
 @lru_cache(maxsize=256)
 def _problem(
     layout: Layout, mask: Mask, batch: int, heads: tuple[int, int], dims: tuple[int, int], size: int, backward: bool
@@ -270,9 +247,7 @@ def _work(groups: Sequence[Group], layout: Layout, request: Request, local: int)
         )
         scheme = cost.choose(problem, layout.world, _machine(groups[0], local))
     inner = size_of(groups[-1]) if len(groups) == 2 else layout.world if scheme == "alltoall" else 1
-    rank = 0
-    for group in groups:
-        rank = rank * size_of(group) + rank_in(group)
+    rank, _ = place_in(groups)
     rows = "ring" if scheme in ("ring", "alltoall+ring") and layout.world > inner else "allgather"
     return Work(tuple(groups), layout, rank, inner, rows, mask, request.numbers)
 
@@ -303,9 +278,7 @@ def _layout(groups: Sequence[Group], request: Request, rows: list[int]) -> Layou
 
 def _build(groups: Sequence[Group], request: Request) -> None:
     """The kernels, by a layout of as many rows on every rank as there are here."""
-    world = 1
-    for group in groups:
-        world *= size_of(group)
+    _, world = place_in(groups)
     total = request.query.shape[1] * world
     ends = request.ends
     if ends is not None and ends[-1] > total:

@@ -131,6 +131,7 @@ def attention(
 
 def on_mesh(sizes, *arguments, **keywords):
     mesh = _mesh(sizes)
+    assert torch.equal(positions_of(71, "zigzag", mesh), positions_of(71, "zigzag"))
     return attention(*arguments, group=mesh, **keywords)
 
 
@@ -455,7 +456,7 @@ def beside_tensor_parallelism():
     expected = aiter.flash_attn_func(query, key, value, True)
     heads = slice(2 * mesh.get_local_rank("tensor"), 2 * mesh.get_local_rank("tensor") + 2)
     group = mesh.get_group("context")
-    own = [shard(t[:, :, heads], 1, "zigzag", group) for t in (query, key, value)]
+    own = [shard(t[:, :, heads], 1, "zigzag", mesh["context"]) for t in (query, key, value)]
     output = context_parallel_attention(*own, mesh["context"], causal=True, layout="zigzag")
     torch.testing.assert_close(unshard(output, 1, "zigzag", group), expected[:, :, heads], rtol=0, atol=1e-5)
 
