@@ -167,16 +167,21 @@ def unshard(
     groups = groups_of(group)
     if len(groups) != 1:
         raise ValueError("unshard takes a group of one dimension: of a mesh of two, give the flattened one")
-    rank, world = place_in(groups)
+    _, world = place_in(groups)
     own_group = groups[0]
-    rows = torch.tensor([tensor.shape[dim]], device=tensor.device)
+    # Told to all, as none may wait for a rank that raises alone.
+    refused = isinstance(layout, torch.Tensor) and layout.shape != (tensor.shape[dim],)
+    rows = torch.tensor([-1 if refused else tensor.shape[dim]], device=tensor.device)
     lengths = [torch.empty_like(rows) for _ in range(world)]
     dist.all_gather(lengths, rows, group=own_group)
     counts = [int(length) for length in lengths]
+    if -1 in counts:
+        raise ValueError(
+            f"layout must be a position for each row in dimension {dim}, int64 (rows,); on rank "
+            f"{counts.index(-1)} of the group it is not"
+        )
     if isinstance(layout, torch.Tensor):
         own = layout.to(tensor.device, torch.int64)
-        if own.shape != (counts[rank],):
-            raise ValueError(f"layout has shape {tuple(own.shape)}; tensor has {counts[rank]} rows in dimension {dim}")
         positions = torch.cat(_gathered(own, counts, own_group))
     else:
         runs = named(check_name(layout), sum(counts), world)

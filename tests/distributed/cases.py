@@ -242,6 +242,12 @@ def shards(layout):
     weights = torch.randn(2, 23, 5)
     (again * weights * (rank + 1)).sum().backward()
     torch.testing.assert_close(part.grad, weights[:, positions] * (world * (world + 1) / 2))
+    try:
+        unshard(part, 1, positions[rank:])  # right on the first rank alone
+    except ValueError as error:
+        assert "on rank 1 of the group it is not" in str(error)
+    else:
+        raise AssertionError("positions that are too few raised nothing")
 
 
 def decoding(heads, seq_q, options):
