@@ -1,6 +1,6 @@
 """Attention over a split sequence: ours by each scheme, PyTorch's context_parallel and a plain all-to-all, in one run.
 
-    torchrun --nproc-per-node 4 benchmarks/context_parallel.py [--out FOLDER] [--tokens 65536,131072]
+    torchrun --nproc-per-node 4 benchmarks/context_parallel.py [--out FOLDER] [--tokens 16384,32768,65536,131072]
 
 On GPUs over NCCL: bfloat16, head_dim 128, cuDNN in the peers. Without GPUs over gloo, with small shapes: that shows
 that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and the share of
@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aiter
-from aiter.distributed import context_parallel_attention, shard
+from aiter.distributed import context_parallel_attention, positions_of, shard
 
 GPU = torch.cuda.is_available()
 DTYPE, HEAD_DIM = (torch.bfloat16, 128) if GPU else (torch.float32, 64)
@@ -182,7 +182,8 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
     rates, memory = {}, {}
     tensors = randn(own_rows)
     if case.documents is not None:
-        tensors = [tensor[0] for tensor in tensors]
+        layout = positions_of(case.tokens, "zigzag", mesh, cu_seqlens=case.documents)
+        tensors = [tensor[0] for tensor in randn(len(layout))]
         options["cu_seqlens"] = case.documents
 
     def ours(scheme: str) -> Callable[..., torch.Tensor]:
@@ -214,6 +215,7 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
         "head_dim": HEAD_DIM,
         "backward": case.backward,
         "window": case.window,
+        "special": case.window is not None or case.documents is not None,
         "one GPU, FLOP/s": base,
         "FLOP/s": rates,
         "bytes beside the inputs": memory,
@@ -233,24 +235,30 @@ def check(mesh, device: torch.device) -> None:
 
 
 def picture(path: Path, rows: list[dict]) -> None:
+    """Efficiency by tokens, a panel for each direction and number of heads. Windows and documents: in the table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5))
-    for name in dict.fromkeys(name for row in rows for name in row["FLOP/s"]):
-        points = [
-            (index, row["FLOP/s"][name] / row["one GPU, FLOP/s"])
-            for index, row in enumerate(rows)
-            if name in row["FLOP/s"]
-        ]
-        axes.plot(*zip(*points, strict=True), marker="o", linestyle="", label=name)
-    axes.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=40, ha="right", fontsize=7)
-    axes.set_ylabel("of our kernel alone, tokens of one rank")
-    axes.set_ylim(bottom=0)
-    axes.set_title(f"{rows[0]['ranks']} ranks, {'NCCL' if GPU else 'gloo on a CPU'}")
-    axes.legend(fontsize=8)
+    panels: dict[str, list[dict]] = {}
+    for row in rows:
+        if not row["special"]:
+            direction = "forward + backward" if row["backward"] else "forward"
+            panels.setdefault(f"{direction}, {row['heads_q']}/{row['heads_kv']} heads", []).append(row)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False)
+    for panel, (title, of_panel) in zip(axes[0], panels.items(), strict=True):
+        for name in dict.fromkeys(name for row in of_panel for name in row["FLOP/s"]):
+            have = [row for row in of_panel if name in row["FLOP/s"]]
+            efficiency = [row["FLOP/s"][name] / row["one GPU, FLOP/s"] for row in have]
+            panel.plot([row["tokens"] for row in have], efficiency, marker="o", label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("tokens")
+        panel.set_title(title, fontsize=9)
+    axes[0][0].set_ylabel("of our kernel alone with a rank's tokens")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][-1].legend(fontsize=7)
+    figure.suptitle(f"{rows[0]['ranks']} ranks, {'NCCL' if GPU else 'gloo on a CPU'}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
@@ -258,7 +266,7 @@ def picture(path: Path, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--tokens", default="65536,131072" if GPU else "1024")
+    parser.add_argument("--tokens", default="16384,32768,65536,131072" if GPU else "1024")
     parser.add_argument("--heads", default="32/8,16/16" if GPU else "8/4")
     given = parser.parse_args()
     device = torch.device("cpu")

@@ -18,7 +18,7 @@ from distributed import cases, ranks
 from aiter.distributed import allgather, context_parallel_attention, ring
 from aiter.distributed.alltoall import heads_of
 from aiter.distributed.cost import Machine, Problem, choose, predict
-from aiter.distributed.layout import Run, from_runs, named, runs_of
+from aiter.distributed.layout import Run, by_documents, from_runs, named, runs_of
 from aiter.distributed.needs import Mask
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -66,6 +66,31 @@ def test_positions_of_any_layout():
     for scheme in cases.SCHEMES:
         for options in (CAUSAL, WINDOW, {**DOCUMENTS, **CAUSAL}):
             ranks.run(3, cases.attention, SHAPE, FP32, scheme, positions, **options)
+        ranks.run(3, cases.attention, SHAPE, FP32, scheme, "zigzag of documents", **DOCUMENTS, **CAUSAL)
+
+
+def test_documents_cut_one_by_one_give_all_ranks_the_same_to_do():
+    """Pairs of query and key, of long documents between short ones; a layout of the whole sequence is far off."""
+    ends, total, world = (0, 3000, 11000, 11010, 11030, 12000, 20000, 29000, 32000), 32000, 4
+    mask = Mask(-1, 0, ends)
+
+    def imbalance(layout):
+        work = [
+            sum(
+                part.length * (part.start + part.stop - 2 * document.start) / 2
+                for run in runs
+                for document in mask.documents(run)
+                for part in [run.within(document)]
+            )
+            for runs in layout.runs
+        ]
+        return max(work) * world / sum(work)
+
+    cut = by_documents("zigzag", ends, total, world)
+    assert from_runs(cut.runs) == cut
+    assert imbalance(cut) < 1.03 < 1.15 < imbalance(named("zigzag", total, world))
+    assert max(map(cut.rows, range(world))) - min(map(cut.rows, range(world))) <= 2 * len(ends)
+    assert max(len(runs) for runs in cut.runs) <= 2 * len(ends)
 
 
 @pytest.mark.parametrize("options", (CAUSAL, {**DOCUMENTS, **WINDOW}, {"sinks": True}), ids=str)

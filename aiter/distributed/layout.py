@@ -92,6 +92,24 @@ def named(name: str, total: int, world: int) -> Layout:
     return Layout(tuple(joined([pieces[rank], pieces[chunks - 1 - rank]]) for rank in range(world)))
 
 
+# Documents shorter than this share of a rank's rows are cut together: every run of positions is a call of a kernel.
+SHORT = 1 / 4
+
+
+@lru_cache(maxsize=256)
+def by_documents(name: str, ends: tuple[int, ...], total: int, world: int) -> Layout:
+    """A named layout of each document, or of some short ones together, and of what is behind the last: so all ranks
+    have the same to do, however documents lie."""
+    runs: list[list[Run]] = [[] for _ in range(world)]
+    start = 0
+    for end in (*(end for end in ends[1:] if end < total), total):
+        if end == total or end - start >= SHORT * total / world:
+            for own, of_rank in zip(runs, named(name, end - start, world).runs, strict=True):
+                own += [Run(start + run.start, start + run.stop) for run in of_rank]
+            start = end
+    return Layout(tuple(joined(own) for own in runs))
+
+
 def runs_of(positions: Sequence[int]) -> tuple[Run, ...]:
     """Raises ValueError where positions do not ascend."""
     runs: list[Run] = []
@@ -135,12 +153,24 @@ def positions_of(
     layout: LayoutName = "contiguous",
     group: GroupOrMesh = None,
     *,
+    cu_seqlens: torch.Tensor | Sequence[int] | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """The positions, int64 (rows,), that this rank holds of a sequence of `total`: what rotary embeddings need."""
+    """The positions, int64 (rows,), that this rank holds of a sequence of `total`: what rotary embeddings need.
+
+    cu_seqlens: where documents begin, and the last ends: each is then cut by the layout, rather than the sequence. The
+    result is itself a layout for `shard`, `unshard` and attention, which have no name for it.
+    """
     checks.positive_int("total", total)
     rank, world = place_in(groups_of(group))
-    runs = named(check_name(layout), total, world).runs[rank]
+    name = check_name(layout)
+    if cu_seqlens is None:
+        runs = named(name, total, world).runs[rank]
+    else:
+        ends = tuple(int(end) for end in cu_seqlens)
+        if len(ends) < 2 or ends[0] != 0 or ends[-1] > total or list(ends) != sorted(ends):
+            raise ValueError(f"cu_seqlens must rise from 0 to at most total, {total}, but is {list(ends[:8])}")
+        runs = by_documents(name, ends, total, world).runs[rank]
     parts = [torch.arange(run.start, run.stop, device=device) for run in runs]
     return torch.cat(parts) if parts else torch.arange(0, device=device)
 

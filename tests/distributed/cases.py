@@ -91,6 +91,8 @@ def attention(
     expected, expected_lse = alone(*expected_in, causal, cu_seqlens, **expected_options)
     torch.autograd.backward([expected, expected_lse][: 1 + with_lse], [grad, grad_lse][: 1 + with_lse])
 
+    if layout == "zigzag of documents":
+        layout = positions_of(shape[1], "zigzag", group, cu_seqlens=cu_seqlens)
     if isinstance(layout, list):
         layout = torch.tensor(layout[dist.get_rank()], dtype=torch.int64)
 
