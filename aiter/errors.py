@@ -68,3 +68,8 @@ class LaunchError(AiterError):
     def __init__(self, message: str, code: int = 0) -> None:
         super().__init__(message)
         self.code = code
+
+
+class RankMismatchError(AiterError, ValueError):
+    """The ranks of a group were asked for different things, or one of them refused its arguments: the message says who.
+    All ranks raise, so that none waits for another."""

@@ -58,6 +58,9 @@ class OptionKeywords(TypedDict, total=False):
     v_descale: torch.Tensor | None
 
 
+_KNOWN = tuple(OptionKeywords.__annotations__)
+
+
 class Options(NamedTuple):
     """The window is (NO_LIMIT, NO_LIMIT) where `causal` says all: see `one_mask`."""
 
@@ -163,10 +166,9 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
     if not keywords:
         return causal, NO_OPTIONS
     checks.flag("causal", causal)
-    unknown = keywords.keys() - OptionKeywords.__annotations__.keys()
+    unknown = [name for name in keywords if name not in _KNOWN]
     if unknown:
-        known = ", ".join(OptionKeywords.__annotations__)
-        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; there are: {known}")
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}; there are: {', '.join(_KNOWN)}")
     window = keywords.get("window_size", (NO_LIMIT, NO_LIMIT))
     chunk = chunk_in_range(keywords.get("attention_chunk", 0))
     causal, left, right = one_mask(causal, *_window(window), chunk)

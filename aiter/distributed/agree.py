@@ -1,0 +1,117 @@
+"""Before data moves, all ranks know that they were asked for the same; or all raise, and none waits for another.
+
+Each call gathers a few numbers from every rank: whether its arguments were refused, how many rows it has, and a digest
+of all that must be the same. They go by way of the CPU, so that a GPU is not waited for. There is no cache of what was
+agreed on before: a rank that is asked for something new would wait for those that are not. Only when the digests differ
+are the descriptions themselves exchanged, which then all ranks do."""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from aiter.distributed.exchange import Group, process_group, size_of
+from aiter.errors import RankMismatchError
+from aiter.jit.settings import compile_timeout
+
+_controls: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = weakref.WeakKeyDictionary()
+
+
+# In compilers' timeouts: a rank may have several kernels to build before it comes.
+PATIENCE = 4
+
+
+def _control(group: Group) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, made once: for messages that take no GPU, and that wait for as long as compilers
+    may take on ranks whose cache is empty."""
+    own = process_group(group)
+    if own not in _controls:
+        _controls[own] = dist.new_group(
+            dist.get_process_group_ranks(own),
+            timeout=timedelta(seconds=PATIENCE * compile_timeout()),
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+    return _controls[own]
+
+
+def _in_order(group: Group, parts: list[Any]) -> list[Any]:
+    """What the control group has gathered, in the order of the ranks of `group`: its own are sorted."""
+    ranks = dist.get_process_group_ranks(process_group(group))
+    by_rank = dict(zip(sorted(ranks), parts, strict=True))
+    return [by_rank[rank] for rank in ranks]
+
+
+def gather_numbers(groups: Sequence[Group], numbers: Sequence[int]) -> list[list[int]]:
+    """Those of every rank, in the order of the ranks: of the first group, within it of the next, and so on."""
+    message = torch.tensor(numbers, dtype=torch.int64)
+    for group in reversed(groups):
+        parts = [torch.empty_like(message) for _ in range(size_of(group))]
+        dist.all_gather(parts, message, group=_control(group))
+        message = torch.stack(_in_order(group, parts))
+    return message.reshape(-1, len(numbers)).tolist()
+
+
+def gather_objects(groups: Sequence[Group], value: Any) -> list[Any]:
+    values = [value]
+    for group in reversed(groups):
+        parts: list[Any] = [None] * size_of(group)
+        dist.all_gather_object(parts, values, group=_control(group))
+        values = [one for part in _in_order(group, parts) for one in part]
+    return values
+
+
+def _digest(description: dict[str, Any]) -> list[int]:
+    digest = hashlib.blake2b(repr(sorted(description.items())).encode(), digest_size=16).digest()
+    return [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8)]
+
+
+class Known(NamedTuple):
+    """What a rank tells of itself, which may differ from rank to rank: how many rows it has, and how many ranks were
+    started on its machine."""
+
+    rows: int
+    local_ranks: int
+
+
+def agree(groups: Sequence[Group], own: Known, description: dict[str, Any], refused: Exception | None) -> list[Known]:
+    """What each rank tells. Raises on all ranks if descriptions differ or a rank has refused its arguments."""
+    every = gather_numbers(groups, [refused is not None, *own, *_digest({} if refused else description)])
+    if not any(of_rank[0] for of_rank in every) and all(of_rank[3:] == every[0][3:] for of_rank in every):
+        return [Known(*of_rank[1:3]) for of_rank in every]
+    told = None if refused is None else f"{type(refused).__name__}: {refused}"
+    _refuse(gather_objects(groups, (told, description)), refused)
+
+
+def _refuse(told: list[tuple[str | None, dict[str, Any]]], own: Exception | None) -> NoReturn:
+    if own is not None:
+        raise own
+    refusals = [f"rank {rank} raised {error}" for rank, (error, _) in enumerate(told) if error is not None]
+    if refusals:
+        raise RankMismatchError(
+            "context_parallel_attention cannot run, as not all ranks of the group can: " + "; ".join(refusals)
+        )
+    lines = []
+    for name in told[0][1]:
+        by_value: dict[str, list[int]] = {}
+        for rank, (_, description) in enumerate(told):
+            by_value.setdefault(str(description[name]), []).append(rank)
+        if len(by_value) > 1:
+            lines.append(
+                f"{name}: "
+                + ", ".join(
+                    f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                    for value, ranks in by_value.items()
+                )
+            )
+    raise RankMismatchError(
+        "the ranks of the group were asked for different things (ranks as the group numbers them); "
+        + "; ".join(lines)
+        + ". Give all ranks the same, but for their rows"
+    )

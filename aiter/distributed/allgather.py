@@ -1,0 +1,212 @@
+"""Keys from all ranks, some heads at a time; so each row has all its keys in one softmax, and nothing is merged.
+
+    heads    h0         h1         h2         h3                2 pieces of all heads are there at once:
+    arrive   =====      =====      =====      =====             that which is computed, and the next one
+    compute       [ h0 ]     [ h1 ]     [ h2 ]     [ h3 ]
+    return                    ....       ....       ....  ....  backward: gradients of keys to those who hold them
+
+With 2 * ranks pieces, both together are as large as one rank's keys and values. A piece holds the rows that are wanted,
+in order of position, this rank's own among them: which are also what others are sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from aiter.distributed import products
+from aiter.distributed.exchange import Batch
+from aiter.distributed.job import Gradients, Job
+from aiter.distributed.layout import Layout, Run, placed
+from aiter.distributed.needs import Mask, shared, wanted
+from aiter.distributed.products import Heads, Product, product_of
+
+
+class Plan(NamedTuple):
+    """products: of each run of queries. own: (rows here, rows of the buffer). sends: (rank, rows of the buffer);
+    receives: the same of what others hold; in order of position. rows: of the buffer."""
+
+    products: tuple[Product, ...]
+    own: tuple[tuple[Run, Run], ...]
+    sends: tuple[tuple[int, Run], ...]
+    receives: tuple[tuple[int, Run], ...]
+    rows: int
+
+
+def within(part: Run, held: list[tuple[Run, int]]) -> Run:
+    """The rows at which a run of positions lies."""
+    for run, row in held:
+        if run.start <= part.start and part.stop <= run.stop:
+            return Run(part.start - run.start + row, part.stop - run.start + row)
+    raise AssertionError(f"{part} is not held")
+
+
+@lru_cache(maxsize=256)
+def plan_of(layout: Layout, rank: int, mask: Mask, by_distance: bool) -> Plan:
+    buffer = placed(wanted(layout.runs[rank], mask))
+    held = layout.placed(rank)
+    mine = [run for run, _ in buffer]
+    sends, receives = [], []
+    for peer in range(layout.world):
+        if peer != rank:
+            theirs = wanted(layout.runs[peer], mask)
+            sends += [(peer, within(part, buffer)) for part in shared(theirs, layout.runs[rank])]
+            receives += [(peer, within(part, buffer)) for part in shared(mine, layout.runs[peer])]
+    calls = []
+    for run, row in held:
+        for keys, key_row in buffer:
+            product = product_of(run, row, keys, key_row, mask, by_distance)
+            if product is not None:
+                calls.append(product)
+    own = [(within(part, held), within(part, buffer)) for part in shared(mine, layout.runs[rank])]
+    rows = sum(run.length for run, _ in buffer)
+    return Plan(tuple(calls), tuple(own), tuple(sends), tuple(receives), rows)
+
+
+def pieces_of(job: Job) -> list[Heads]:
+    """The heads in the order in which their keys come."""
+    if job.world == 1:
+        return list(job.heads)
+    pieces = []
+    for queries, keys in job.heads:
+        ratio, count = queries.length // max(keys.length, 1), min(keys.length, 2 * job.world)
+        cuts = [keys.length * i // count for i in range(count + 1)]
+        for a, b in itertools.pairwise(cuts):
+            of_queries = Run(queries.start + a * ratio, queries.start + b * ratio)
+            pieces.append(Heads(of_queries, Run(keys.start + a, keys.start + b)))
+    return pieces
+
+
+class _Arriving:
+    """Keys and values of one piece: (rows, batch, heads, head_dim) each."""
+
+    def __init__(self, job: Job, plan: Plan, heads: Heads, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.buffers = []
+        for tensor in (key, value):
+            batch, _, _, dim = tensor.shape
+            buffer = tensor.new_empty((plan.rows, batch, heads.keys.length, dim))
+            for rows, place in plan.own:
+                buffer[place.start : place.stop] = products.cut(tensor, rows, heads.keys).transpose(0, 1)
+            self.buffers.append(buffer)
+        sends, receives = (
+            [(peer, buffer[part.start : part.stop]) for peer, part in messages for buffer in self.buffers]
+            for messages in (plan.sends, plan.receives)
+        )
+        self.batch = Batch(job.group, sends, receives)
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        self.batch.wait()
+        return tuple(buffer.transpose(0, 1) for buffer in self.buffers)
+
+
+def _local(heads: Heads) -> Heads:
+    """The heads as a piece has them, whose keys are of these heads alone."""
+    return Heads(heads.queries, Run(0, heads.keys.length))
+
+
+def forward(job: Job, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = plan_of(job.layout, job.rank, job.asked.mask, job.by_distance)
+    batch, seq, heads_q, _ = query.shape
+    # Rows first, as they may be sent on.
+    output = query.new_empty((seq, batch, heads_q, value.shape[-1])).transpose(0, 1)
+    lse = query.new_empty((batch, heads_q, seq), dtype=torch.float32)
+    if sum(product.rows.length for product in plan.products) < seq:  # rows that are in no document
+        output.zero_()
+        lse.fill_(-torch.inf)
+    pieces = pieces_of(job)
+    arriving = None if job.world == 1 or not pieces else _Arriving(job, plan, pieces[0], key, value)
+    for index, heads in enumerate(pieces):
+        keys, values, of = key, value, heads
+        if arriving is not None:
+            coming = arriving
+            if index + 1 < len(pieces):
+                arriving = _Arriving(job, plan, pieces[index + 1], key, value)
+            (keys, values), of = coming.wait(), _local(heads)
+        for product in plan.products:
+            _, part = products.forward(job.asked, product, of, query, keys, values, output)
+            products.cut_lse(lse, product.rows, heads.queries).copy_(part)
+    return output, lse
+
+
+class _Returning:
+    """Gradients of the keys and values of one piece, on their way to the ranks that hold them."""
+
+    def __init__(self, job: Job, plan: Plan, heads: Heads, sums: list[torch.Tensor], dtype: torch.dtype) -> None:
+        self.plan, self.heads, self.sums = plan, heads, sums
+        sends = [
+            (peer, buffer[part.start : part.stop].to(dtype).contiguous())
+            for peer, part in plan.receives
+            for buffer in sums
+        ]
+        self.parts = [
+            (peer, part, which, buffer.new_empty((part.length, *buffer.shape[1:]), dtype=dtype))
+            for peer, part in plan.sends
+            for which, buffer in enumerate(sums)
+        ]
+        self.batch = Batch(job.group, sends, [(peer, tensor) for peer, _, _, tensor in self.parts])
+
+    def add(self, gradients: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Sums in float32: this rank's own, then the others' in their order."""
+        self.batch.wait()
+        for rows, place in self.plan.own:
+            totals = [buffer[place.start : place.stop].float() for buffer in self.sums]
+            for _, part, which, tensor in self.parts:
+                if part.within(place).length > 0:
+                    totals[which][part.start - place.start : part.stop - place.start] += tensor
+            for gradient, total in zip(gradients, totals, strict=True):
+                products.cut(gradient, rows, self.heads.keys).copy_(total.transpose(0, 1))
+
+
+def backward(
+    job: Job,
+    grad_output: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> Gradients:
+    plan = plan_of(job.layout, job.rank, job.asked.mask, job.by_distance)
+    grad_query, grad_key, grad_value = (
+        tensor.new_zeros((tensor.shape[1], tensor.shape[0], *tensor.shape[2:])).transpose(0, 1)
+        for tensor in (query, key, value)
+    )
+    tensors = query, key, value, output, lse
+    pieces = pieces_of(job)
+    if job.world == 1:
+        for heads in pieces:
+            for product in plan.products:
+                parts = products.backward(job.asked, product, heads, grad_output, grad_lse, *tensors, True)
+                products.cut(grad_query, product.rows, heads.queries).copy_(parts[0])
+                for gradient, part in zip((grad_key, grad_value), parts[1:], strict=True):
+                    products.cut(gradient, product.keys, heads.keys).add_(part)
+        return Gradients(grad_query, grad_key, grad_value)
+    arriving, returning = _Arriving(job, plan, pieces[0], key, value), None
+    for index, heads in enumerate(pieces):
+        coming = arriving
+        if index + 1 < len(pieces):
+            arriving = _Arriving(job, plan, pieces[index + 1], key, value)
+        keys, values = coming.wait()
+        sums = None
+        for product in plan.products:
+            parts = products.backward(
+                *(job.asked, product, _local(heads), grad_output, grad_lse, query, keys, values, output, lse, True)
+            )
+            products.cut(grad_query, product.rows, heads.queries).copy_(parts[0])
+            if product.keys.length == plan.rows and len(plan.products) == 1:
+                sums = [part.transpose(0, 1) for part in parts[1:]]
+                continue
+            if sums is None:
+                sums = [buffer.new_zeros(buffer.shape, dtype=torch.float32) for buffer in coming.buffers]
+            for total, part in zip(sums, parts[1:], strict=True):
+                total[product.keys.start : product.keys.stop] += part.transpose(0, 1)
+        if returning is not None:
+            returning.add((grad_key, grad_value))
+        returning = _Returning(job, plan, heads, sums or coming.buffers, key.dtype)
+    if returning is not None:
+        returning.add((grad_key, grad_value))
+    return Gradients(grad_query, grad_key, grad_value)
