@@ -148,6 +148,15 @@ void count_lines(Wave &w, const Instruction &in, const Access &a, uint32_t bytes
             if (!count || lines[count - 1] != line) lines[count++] = line;
     }
     std::sort(lines, lines + count);
+    if (w.trace) {
+        uint64_t parts[4 * lanes];
+        int n = 0;
+        for (int lane = 0; lane < lanes; ++lane)
+            for (uint64_t part = a.address[lane] / 64; mask >> lane & 1 && part <= (a.address[lane] + bytes - 1) / 64; ++part)
+                if (!n || parts[n - 1] != part) parts[n++] = part;
+        std::sort(parts, parts + n);
+        w.trace->lines.insert(w.trace->lines.end(), parts, std::unique(parts, parts + n));
+    }
     Cost &cost = w.group->cost(in);
     cost.lines += std::unique(lines, lines + count) - lines;
     uint64_t total = uint64_t(__builtin_popcountll(mask)) * bytes;
@@ -222,7 +231,7 @@ void issue(Wave &w, const Instruction &in) {
 
 // A load whose data goes to LDS: lane l writes at M0 + offset + l * bytes.
 void load_to_lds(Wave &w, const Instruction &in, const Access &a, const MemoryOp &op) {
-    if (w.hazards.m0 && w.hazards.slot < w.hazards.m0 + 2)
+    if (w.hazards.m0 && !w.hazards.unchecked && w.hazards.slot < w.hazards.m0 + 2)
         w.fail("one wait state is needed between writing M0 and a load to LDS");
     const uint32_t base = (w.read_address(m0, "M0") & 0x3ffff) + uint32_t(in.offset);
     const uint32_t each = std::max<uint32_t>(op.bytes, 4);

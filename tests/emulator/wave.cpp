@@ -148,6 +148,11 @@ void Wave::write_exec(uint64_t value, uint64_t defined_bits) { write_scalar64(ex
 unsigned Wave::register_number(Operand operand, unsigned count) const {
     const Kernel &kernel = *group->launch->kernel;
     unsigned r = operand - first_vgpr;
+    if (hazards.unchecked && operand >= first_vgpr) {         // one file: v[AccumOffset + n] is a[n]
+        if (r >= 256) r += kernel.accumulation_offset - 256;
+        if (r + count <= kernel.registers) return r;
+        fail("v" + std::to_string(r) + " is past the kernel's registers");
+    }
     unsigned limit = r < 256 ? kernel.accumulation_offset : 256 + kernel.registers - kernel.accumulation_offset;
     if (operand < first_vgpr || r + count > limit)
         fail(operand < first_vgpr ? "a vector register is needed here"

@@ -14,6 +14,7 @@
 #include "code_object.h"
 #include "hazards.h"
 #include "instruction.h"
+#include "timing.h"
 
 namespace emulator {
 
@@ -71,6 +72,7 @@ struct Wave {
     int number;                           // in its workgroup
     Workgroup *group;
     const Instruction *current;
+    WaveTrace *trace;                     // what it issues, for the timing model; null: nobody asked
 
     // Operations under way. Vector memory and LDS return in order, so a counter each is enough: operation n has
     // returned when n <= done. Scalar loads return in any order: only lgkmcnt(0) tells.
@@ -142,6 +144,7 @@ struct Workgroup {
     uint32_t epoch;
     std::vector<std::vector<uint8_t>> scratch;   // for each wave: 64 x bytes
     std::vector<Cost> *costs;
+    GroupTrace *trace;
 
     Cost &cost(const Instruction &instruction) { return (*costs)[instruction.index]; }
 };
@@ -155,8 +158,10 @@ struct Launch {
     std::vector<uint8_t> kernarg;
     std::vector<uint8_t> dispatch_packet;
     std::vector<MemoryRange> ranges;             // sorted
-    bool check_ranges = true;
+    bool check_ranges = true, strict = true;
     uint64_t instruction_limit;
+    // Workgroups to record for the timing model; where there are any, no others run.
+    std::vector<std::unique_ptr<GroupTrace>> traces;
 };
 
 // Reads or writes of global memory by one lane or by the scalar unit must lie in one range.
