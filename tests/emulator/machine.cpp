@@ -97,12 +97,12 @@ void initialise(Wave &w, Workgroup &group, int number) {
     w.write_exec(exec, all_lanes);
 }
 
-void run_wave(Wave &w, uint64_t &budget) {
+void run_wave(Wave &w, uint64_t &budget, uint64_t most) {
     const CodeObject &code = *w.group->launch->code;
     const Instruction *instructions = code.instructions.data();
     const size_t count = code.instructions.size();
     Cost *costs = w.group->costs->data();
-    while (w.state == WaveState::running) {
+    while (w.state == WaveState::running && most--) {
         if (w.pc >= count) w.fail("the program ran past the end of the code");
         const Instruction &in = instructions[w.pc];
         w.current = &in;
@@ -139,12 +139,21 @@ void run_workgroup(Workgroup &group, std::vector<std::unique_ptr<Wave>> &storage
     group.lds.assign(launch.lds_bytes, 0xcd);
     group.lds_words.assign((launch.lds_bytes + 3) / 4, LdsWord());
     group.scratch.assign(count, std::vector<uint8_t>(uint64_t(launch.scratch_bytes) * lanes, 0xcd));
+    group.pending_loads.assign(count, {});
     group.epoch = 1;
     uint64_t budget = launch.instruction_limit;
     for (;;) {
+        // Code that is held to the rules may run wave by wave; other code may rely on waves going side by side.
+        const uint64_t most = launch.strict ? ~uint64_t{0} : 1;
+        for (bool running = true; running;) {
+            running = false;
+            for (Wave *w : group.waves) {
+                run_wave(*w, budget, most);
+                running |= w->state == WaveState::running;
+            }
+        }
         const Wave *waiting = nullptr, *ended = nullptr;
         for (Wave *w : group.waves) {
-            run_wave(*w, budget);
             (w->state == WaveState::ended ? ended : waiting) = w;
         }
         if (!waiting) return;

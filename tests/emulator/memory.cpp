@@ -237,14 +237,19 @@ void load_to_lds(Wave &w, const Instruction &in, const Access &a, const MemoryOp
     const uint32_t each = std::max<uint32_t>(op.bytes, 4);
     const uint32_t number = w.vm_issued + 1;
     issue(w, in);
+    PendingLoad &pending = w.group->pending_loads[w.number].emplace_back();
+    pending.number = number;
+    pending.each = each;
+    pending.base = base;
+    pending.mask = a.mask;
     for (int lane = 0; lane < lanes; ++lane) {
         if (!(a.mask >> lane & 1)) continue;
-        uint32_t data[4] = {};
+        uint32_t (&data)[4] = pending.data[lane];
+        memset(data, 0, sizeof data);
         if (a.in_range >> lane & 1) memcpy(data, host_address(w, a, lane), op.bytes);
         if (op.into != Into::words) data[0] = part_of(op, data[0], 0);
         const uint32_t to = base + lane * each;
         touch_lds(w, to, each, emulator::Access::write, number, true, true, lane);
-        memcpy(&w.group->lds[to], data, each);
     }
 }
 

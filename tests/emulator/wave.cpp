@@ -184,6 +184,16 @@ void Wave::write_lanes(unsigned r, const uint32_t *values, uint64_t mask, uint64
     defined[r] = (defined[r] & ~mask) | (defined_lanes & mask);
 }
 
+void Wave::wait_vm(unsigned most) {
+    if (vm_issued > most && vm_issued - most > vm_done) vm_done = vm_issued - most;
+    auto &pending = group->pending_loads[number];
+    for (; !pending.empty() && pending.front().number <= vm_done; pending.pop_front()) {
+        const PendingLoad &load = pending.front();
+        for (int lane = 0; lane < lanes; ++lane)
+            if (load.mask >> lane & 1) memcpy(&group->lds[load.base + lane * load.each], load.data[lane], load.each);
+    }
+}
+
 void Wave::wait_lgkm(unsigned most) {
     if (most == 0) smem_done = smem_issued;
     if (lds_issued > most && lds_issued - most > lds_done) lds_done = lds_issued - most;

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -131,8 +132,17 @@ struct Wave {
     [[noreturn]] void fail_hazard(unsigned r, unsigned missing, const char *what) const;
     void write_lanes(unsigned r, const uint32_t *values, uint64_t mask, uint64_t defined_lanes);
 
-    void wait_vm(unsigned most) { if (vm_issued - most > vm_done && vm_issued > most) vm_done = vm_issued - most; }
+    void wait_vm(unsigned most);
     void wait_lgkm(unsigned most);
+};
+
+// A load from global memory to LDS that its wave has not waited for. It lands when the wait says so and no earlier: what
+// reads LDS before finds the old bytes, as it may on hardware.
+struct PendingLoad {
+    uint32_t number, each;               // which operation of the wave; bytes of a lane
+    uint32_t base;
+    uint64_t mask;
+    uint32_t data[lanes][4];
 };
 
 struct Workgroup {
@@ -141,6 +151,7 @@ struct Workgroup {
     std::vector<Wave *> waves;
     std::vector<uint8_t> lds;
     std::vector<LdsWord> lds_words;
+    std::vector<std::deque<PendingLoad>> pending_loads;   // of each wave
     uint32_t epoch;
     std::vector<std::vector<uint8_t>> scratch;   // for each wave: 64 x bytes
     std::vector<Cost> *costs;
