@@ -110,8 +110,11 @@ void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes)
     uint32_t resource[4];
     for (int i = 0; i < 4; ++i) resource[i] = w.read_address(in.scalar_address + i, "the buffer resource");
     const uint64_t base = resource[0] | uint64_t(resource[1] & 0xffff) << 32;
-    const uint32_t stride = resource[1] >> 16 & 0x3fff, records = resource[2];
-    const bool swizzled = resource[1] >> 31, adds_lane = resource[3] >> 23 & 1;
+    const bool adds_lane = resource[3] >> 23 & 1;
+    // HipKittens' resources ask for swizzling, and are used without an index, as if they did not.
+    const bool plain = w.hazards.unchecked && !in.index_enabled && !adds_lane;
+    const uint32_t stride = plain ? 0 : resource[1] >> 16 & 0x3fff, records = resource[2];
+    const bool swizzled = !plain && resource[1] >> 31;
     const uint32_t scalar = w.read_address(in.scalar_offset, "the buffer offset");
     unsigned r = 0;
     if (in.index_enabled || in.offset_enabled)

@@ -19,9 +19,9 @@
 //     other            another wave of the SIMD that comes first
 //
 // Loads: the address unit takes 16 lanes a cycle and the L1 64 bytes; a line that is not there takes one of the misses in
-// flight and this CU's share of the bandwidth of the L2 or, when this CU has not asked for it before, of memory, with
-// the latency of either. Neighbour CUs are not played: `sharers` of them ask for the same lines, all with memory's
-// latency, which is the slow end.
+// flight and this CU's share of the bandwidth of the L2 or, when it was not asked for before, of memory, with the
+// latency of either. Neighbour CUs are not played: `sharers` of them ask for the same lines, and each brings as many of
+// them from memory; the others find them in the L2.
 //
 // Not modelled: instruction fetch but for branches, TLBs, the order of DRAM pages, clocks that change, the tails of
 // other workgroups. Numbers: timing_tables.h.
@@ -237,8 +237,8 @@ public:
         l2_latency_ = Cycle(value("l2_latency"));
         l2_rate_ = value("l2_bytes_per_cycle") / (value("cus") / value("xcds"));
         memory_latency_ = Cycle(value("memory_ns") * options.clock_mhz / 1000);
-        memory_rate_ = value("memory_gb_per_s") * 1000 * value("memory_efficiency") / options.clock_mhz / value("cus") *
-                       options.sharers;
+        sharers_ = std::max<uint64_t>(1, uint64_t(options.sharers + 0.5));
+        memory_rate_ = value("memory_gb_per_s") * 1000 * value("memory_efficiency") / options.clock_mhz / value("cus");
         misses_ = size_t(value("misses"));
         memory_queue_ = Cycle(value("memory_queue"));
         needs_.resize(recording.code->instructions.size());
@@ -267,6 +267,7 @@ private:
         vector_to_scalar_, branch_taken_, barrier_, scalar_load_, group_start_, read_latency_[3], read_cycles_[3],
         write_latency_[3], write_cycles_[3], line_, l1_latency_, l2_latency_, memory_latency_, memory_queue_;
     size_t l1_lines_, misses_;
+    uint64_t sharers_;
     double l1_rate_, l2_rate_, memory_rate_;
     std::vector<Needs> needs_;
     std::vector<uint8_t> known_;
@@ -505,7 +506,8 @@ private:
         l2_free_ = std::max(l2_free_, double(begin)) + line_ / l2_rate_;
         Cycle done = Cycle(l2_free_) + l2_latency_;
         auto [known, first] = l2_.insert({line, 0});
-        if (first) {
+        // Of the CUs that share a line, the first to ask waits for memory. This one is it as often as the others.
+        if (first && line % sharers_ == 0) {
             memory_free_ = std::max(memory_free_, double(begin)) + line_ / memory_rate_;
             done = std::max(done, Cycle(memory_free_) + memory_latency_);
             known->second = done;
@@ -532,7 +534,7 @@ private:
             ++lines;
             if (n.write || n.atomic) {
                 l2_free_ = std::max(l2_free_, double(at)) + 2 * line_ / l2_rate_;   // half the rate of reads
-                memory_free_ = std::max(memory_free_, double(at)) + line_ / (memory_rate_ / options_.sharers);
+                memory_free_ = std::max(memory_free_, double(at)) + line_ / memory_rate_;
                 done = std::max(done, Cycle(l2_free_) + l2_latency_);
                 if (counted(now)) work_.l2_bytes += line_, work_.memory_bytes += line_;
             } else {

@@ -39,7 +39,7 @@ struct Recording {
 struct ReplayOptions {
     int resident;            // workgroups on the CU at a time
     double clock_mhz;
-    double sharers;          // CUs that load the same lines at the same time: they share its way from memory
+    double sharers;          // CUs of an XCD that load the same lines at about the same time
     uint32_t marker;         // instruction whose issue times are noted
     uint64_t from, to;       // cycles in which the units' work and the waves' stalls are counted
     bool events;             // whether to list what was issued in them

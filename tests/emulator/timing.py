@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from . import load_runtime
 
 SIMDS = 4
+FLOPS_A_CYCLE = {"gfx90a": 256, "gfx942": 512, "gfx950": 1024}  # of a SIMD's matrix unit in 16 bit
 _FOREVER = 1 << 62
 
 
@@ -38,6 +39,34 @@ def parameters(arch: str) -> dict[str, tuple[float, str]]:
     """Every number of the model for the arch: its value and where it is from."""
     lines = _runtime().emulator_timing_parameters(arch.encode()).decode().splitlines()
     return {name: (float(value), source) for name, value, source in (line.split("\t") for line in lines)}
+
+
+def values(arch: str) -> dict[str, float]:
+    return {name: value for name, (value, _) in parameters(arch).items()}
+
+
+def peak(arch: str) -> float:
+    """TFLOP/s of the matrix units in 16 bit at the data sheet's clock."""
+    known = values(arch)
+    return FLOPS_A_CYCLE[arch] * SIMDS * known["cus"] * known["clock_mhz"] * 1e-6
+
+
+def clock_at(arch: str, util: float) -> float:
+    """The clock in MHz that the power limit allows where matrix units are so busy.
+
+    power_tflops is what a card does with matrix units at work all the time. Power goes with their use, the clock and the
+    voltage's square, and voltage with the clock: the clock that is allowed goes with use to the power of -1/3, and is
+    never above the data sheet's. gfx90a: the data sheet's, as no such figure was published."""
+    known = values(arch)
+    if not known["power_tflops"]:
+        return known["clock_mhz"]
+    busy = known["power_tflops"] / peak(arch) * known["clock_mhz"]
+    return min(known["clock_mhz"], busy * max(util, 1e-3) ** (-1 / 3))
+
+
+def tflops(arch: str, util: float) -> float:
+    """TFLOP/s under the power limit of matrix units that are so busy."""
+    return util * peak(arch) * clock_at(arch, util) / values(arch)["clock_mhz"]
 
 
 def replace(arch: str, values: dict[str, float]) -> None:
@@ -72,6 +101,7 @@ class Played:
     iterations: int  # of the main loop, of one wave
     period: float  # cycles from one iteration to the next, all resident workgroups at work
     drift: float  # by how much the matrix unit's use in the window's halves differs: 0 where it is periodic
+    total: dict[str, int]  # work of the whole recording
     work: dict[str, int]
     stalls: dict[int, dict[str, int]]  # by instruction (its index): cycles of waves, by reason
     texts: dict[int, tuple[str, str]]  # of these: unit, and what the assembler calls it
@@ -159,7 +189,7 @@ def play(
     counted = replay(*window, events)
     return Played(
         arch, resident, window, whole["work"]["cycles"], whole["groups"], iterations, period, drift,
-        counted["work"], counted["stalls"], counted["texts"], counted["events"],
+        whole["work"], counted["work"], counted["stalls"], counted["texts"], counted["events"],
     )  # fmt: skip
 
 

@@ -1,0 +1,199 @@
+"""How far the timing model can be trusted: kernels of others, unmodified, against what was published of their speed.
+
+    python benchmarks/amd_validation.py --checkouts FOLDER --objects FOLDER [--compiler "hipcc ..."]
+                                        [--json docs/figures/amd-validation.json] [--plot docs/figures/amd-validation.png]
+
+checkouts: a folder with checkouts of the repositories in amd_peers.py, each under its name. objects: where built code
+objects are kept. Every kernel is executed at two lengths, the rows of the workgroup that was timed are compared with
+attention in float32, and its cost, linear in the length, gives the others'. Nothing is fitted on these figures.
+
+MfmaUtil is compared where it was published. Elsewhere TFLOP/s are, for which the clock must be guessed: see `clock_at`.
+Kernels marked as `other_code` came out of the compiler at hand with other waits or registers than its authors had; they
+are shown, but count in no error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).resolve().parent)]
+
+import emulator  # noqa: E402
+import torch  # noqa: E402
+from amd_peers import PEERS, Peer, Problem  # noqa: E402
+from emulator import timing  # noqa: E402
+
+FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
+
+
+@dataclass
+class Cost:
+    """What a workgroup costs that sees so many keys: cycles and matrix cycles of one SIMD, both linear in the keys."""
+
+    cycles: tuple[float, float]  # at 0 keys, for each key
+    matrix: tuple[float, float]
+
+    @staticmethod
+    def between(points: list[tuple[int, float, float]]) -> Cost:
+        (keys, cycles, matrix), (more, more_cycles, more_matrix) = points
+        by_key = (more_cycles - cycles) / (more - keys), (more_matrix - matrix) / (more - keys)
+        return Cost((cycles - by_key[0] * keys, by_key[0]), (matrix - by_key[1] * keys, by_key[1]))
+
+    def at(self, keys: float) -> tuple[float, float]:
+        return self.cycles[0] + self.cycles[1] * keys, self.matrix[0] + self.matrix[1] * keys
+
+
+def whole(cost: Cost, arch: str, resident: int, batch: int, heads: int, seq: int, rows: int, causal: bool, equal: bool):
+    """MfmaUtil of a whole launch, from the first workgroup's beginning to the last one's end."""
+    values = timing.values(arch)
+    tiles = math.ceil(seq / rows)
+    keys = [seq] * tiles if equal or not causal else [min(seq, (i + 1) * rows) for i in range(tiles)]
+    each = [cost.at(k) for k in keys]
+    slots = int(values["cus"]) * resident
+    # Workgroups in order of their numbers, heads slowest; those of a causal call are started with the longest.
+    order = sorted((cycles for cycles, _ in each), reverse=True)
+    if len(order) * batch * heads > 200_000:
+        return sum(m for _, m in each) / (sum(c for c, _ in each) / resident)
+    span = timing.makespan(order * (batch * heads), slots, values["group_start"])
+    return sum(matrix for _, matrix in each) * batch * heads / (span * values["cus"])
+
+
+def run(peer: Peer, seq: int, options: argparse.Namespace, shared: set[float]) -> dict:
+    """Executes the peer at that length and plays it, for each number of CUs that share cache lines."""
+    problem = Problem(seq, peer.heads, peer.head_dim, peer.causal)
+    launch = peer.launch(problem)
+    code = peer.code(options.checkouts, options.objects, options.compiler, seq)
+    with emulator.session(peer.arch) as gpu:
+        gpu.strict(False)
+        for tensor in (problem.query, problem.key, problem.value):
+            gpu.allow(tensor)
+        for tensor in (problem.output, problem.lse):
+            gpu.allow(tensor, writable=True)
+        if launch.prepare:
+            launch.prepare(gpu, code)
+        with timing.recorded([launch.group]):
+            gpu.launch(code, launch.kernel, launch.grid, (launch.block,), launch.arguments, launch.lds_bytes)
+        seen = gpu.stats()[launch.kernel]
+    clock = timing.clock_at(peer.arch, 1.0)
+    played = {n: timing.play(peer.arch, launch.kernel, seen, clock_mhz=clock, sharers=n) for n in shared}
+    return {"seen": seen, "played": played, "error": problem.error(launch.rows)}
+
+
+def sharers(peer: Peer, seq: int) -> float:
+    """CUs of an XCD that attend to the same head: workgroups go to XCDs in turn."""
+    values = timing.values(peer.arch)
+    return max(1.0, min(values["cus"] / values["xcds"], seq / peer.rows / values["xcds"]))
+
+
+def validate(peer: Peer, options: argparse.Namespace) -> list[dict]:
+    shared = {sharers(peer, seq) for _, _, seq, *_ in peer.published}
+    runs = [run(peer, seq, options, shared) for seq in peer.sizes]
+    resident = timing.resident_groups(runs[0]["seen"])
+    rows = []
+    for batch, heads, seq, what, published, where in peer.published:
+        points = []
+        for length, done in zip(peer.sizes, runs, strict=True):
+            played = done["played"][sharers(peer, seq)]
+            points.append((length, played.cycles, played.total["matrix"] / timing.SIMDS))
+        steady = runs[1]["played"][sharers(peer, seq)]
+        shape = (batch, heads, seq, peer.rows, peer.causal, peer.equal)
+        util = whole(Cost.between(points), peer.arch, resident, *shape)
+        # Products beyond those that are counted: half of the diagonal's tiles with a mask.
+        counted = 4 * seq * seq * peer.head_dim / (2 if peer.causal else 1)
+        tiles = math.ceil(seq / peer.rows)
+        keys = [seq] * tiles if peer.equal or not peer.causal else [(i + 1) * peer.rows for i in range(tiles)]
+        matrix = sum(Cost.between(points).at(k)[1] for k in keys) * timing.SIMDS
+        useful = counted / (matrix * timing.FLOPS_A_CYCLE[peer.arch])
+        predicted = 100 * util if what == "MfmaUtil" else useful * timing.tflops(peer.arch, util)
+        rows.append({
+            "kernel": peer.name, "arch": peer.arch, "repository": peer.repository, "head_dim": peer.head_dim,
+            "causal": peer.causal, "batch": batch, "heads": heads, "seq": seq, "what": what, "published": published,
+            "predicted": round(predicted, 1), "error": round(predicted / published - 1, 3), "source": where,
+            "main loop MfmaUtil": round(steady.matrix_util, 3), "bound": steady.bound,
+            "other_code": peer.other_code, "largest difference": max(done["error"] for done in runs), "registers": runs[0]["seen"]["registers"],
+        })  # fmt: skip
+    return rows
+
+
+def summary(rows: list[dict]) -> dict:
+    """Median and worst error over all figures, and over the longest length of each kernel."""
+    rows = [row for row in rows if not row["other_code"]]
+    longest = {}
+    for row in rows:
+        if row["seq"] >= longest.get(row["kernel"], row)["seq"]:
+            longest[row["kernel"]] = row
+    result = {}
+    utils = [row for row in rows if row["what"] == "MfmaUtil"]
+    for name, chosen in (("all", rows), ("longest", list(longest.values())), ("MfmaUtil", utils)):
+        if not chosen:
+            continue
+        errors = [abs(row["error"]) for row in chosen]
+        result[name] = {"figures": len(errors), "median": round(median(errors), 3), "worst": round(max(errors), 3)}
+    return result
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+    for axis, what in zip(axes, ("MfmaUtil", "TFLOP/s"), strict=True):
+        chosen = [row for row in rows if row["what"] == what]
+        for kernel in dict.fromkeys(row["kernel"] for row in chosen):
+            points = [row for row in chosen if row["kernel"] == kernel]
+            other = points[0]["other_code"]
+            axis.scatter(
+                [p["published"] for p in points], [p["predicted"] for p in points], s=18,
+                label=kernel + " (other code)" * bool(other), marker="x" if other else "o",
+            )  # fmt: skip
+        most = 1.15 * max((max(row["published"], row["predicted"]) for row in chosen), default=1)
+        for factor, style in ((1, "-"), (1.1, ":"), (0.9, ":")):
+            axis.plot([0, most], [0, most * factor], style, color="grey", linewidth=0.8)
+        axis.set(xlim=(0, most), ylim=(0, most), xlabel=f"published {what}", ylabel=f"predicted {what}")
+        axis.legend(fontsize=7)
+    figure.suptitle("Timing model against published figures; dotted: 10 %. Nothing was fitted on these.")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkouts", type=Path, required=True)
+    parser.add_argument("--objects", type=Path, required=True)
+    parser.add_argument("--compiler", default="hipcc", help="with options that every source needs")
+    parser.add_argument("--only", default="", help="a part of the kernels' names")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    print("| kernel | arch | shape | what | published | predicted | error | bound | largest difference |")
+    print("| --- " * 9 + "|")
+    for peer in PEERS:
+        if options.only not in peer.name:
+            continue
+        for row in validate(peer, options):
+            rows.append(row)
+            shape = f"{row['batch']}×{row['heads']}×{row['seq']}, D {row['head_dim']}{', causal' * row['causal']}"
+            print(
+                f"| {row['kernel']} | {row['arch']} | {shape} | {row['what']} | {row['published']} | {row['predicted']} "
+                f"| {row['error']:+.1%} | {row['bound']} | {row['largest difference']:.4f} |",
+                flush=True,
+            )
+    print(summary(rows))
+    if options.json:
+        options.json.write_text(json.dumps({"summary": summary(rows), "rows": rows}, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
