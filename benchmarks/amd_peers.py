@@ -189,7 +189,7 @@ def _kittens(head_dim: int, causal: bool, published: tuple) -> Peer:
     name = ("attn_fwd_causal" if causal else "attn_fwd_non_causal") + ("_d64" if head_dim == 64 else "")
     return Peer(
         f"HipKittens {name}", "gfx950", "HazyResearch/HipKittens", head_dim, causal,
-        f"analysis/attn/fwd/benchmark/{name}.cpp", 256, (1024, 2048), _hipkittens, published, _KITTENS,
+        f"analysis/attn/fwd/benchmark/{name}.cpp", 256, (2048, 4096), _hipkittens, published, _KITTENS,
         f"{_KITTENS_SIZES} -DATTN_D={head_dim}",
     )  # fmt: skip
 
@@ -199,7 +199,7 @@ def _opus_peer(causal: bool, published: tuple) -> Peer:
     source = f"opus_attn/gqa_gfx950_kernel_{'' if causal else 'non'}causal.cc"
     return Peer(
         f"opus_attn {'causal' if causal else 'full'}", "gfx950", "carlushuang/gcnasm", 128, causal, source, 256,
-        (1024, 2048), _opus, published, flags,
+        (2048, 4096), _opus, published, flags,
         other_code="clang 20 to 22 add s_waitcnt vmcnt(0) before the LDS reads of the main loop; the source has none",
     )  # fmt: skip
 
@@ -207,7 +207,7 @@ def _opus_peer(causal: bool, published: tuple) -> Peer:
 def _aiter_peer(arch: str, source: str, kernel: str, causal: bool, published: tuple) -> Peer:
     return Peer(
         f"AITER {Path(source).stem}", arch, "ROCm/aiter", 128, causal, f"hsa/{arch}/fmha_v3_fwd/{source}",
-        512 if causal else 256, (1024, 2048), _aiter(kernel, causal), published, equal=causal,
+        512 if causal else 256, (2048, 4096), _aiter(kernel, causal), published, equal=causal,
     )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ PEERS = (
     ),
     Peer(
         "moonmath attention_rtz", "gfx942", "moonmath-ai/amd-kernels", 128, False, "csrc/attention_rtz.hip", 384,
-        (1536, 3072), _moonmath,
+        (3072, 6144), _moonmath,
         (
             (2, 24, 16384, "TFLOP/s", 579, "moonmath README, MI300X"),
             (1, 32, 16384, "TFLOP/s", 569, "moonmath README, MI300X"),

@@ -7,7 +7,7 @@ checkouts: a folder with checkouts of the repositories in amd_peers.py, each und
 objects are kept. Every kernel is executed at two lengths, the rows of the workgroup that was timed are compared with
 attention in float32, and its cost, linear in the length, gives the others'. Nothing is fitted on these figures.
 
-MfmaUtil is compared where it was published. Elsewhere TFLOP/s are, for which the clock must be guessed: see `clock_at`.
+MfmaUtil is compared where it was published. Elsewhere TFLOP/s are, for which the clock must be guessed: see `timing.clock_at`.
 Kernels marked as `other_code` came out of the compiler at hand with other waits or registers than its authors had; they
 are shown, but count in no error.
 """
@@ -16,52 +16,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).resolve().parent)]
-
-import emulator  # noqa: E402
-import torch  # noqa: E402
-from amd_peers import PEERS, Peer, Problem  # noqa: E402
-from emulator import timing  # noqa: E402
-
-FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures"
-
-
-@dataclass
-class Cost:
-    """What a workgroup costs that sees so many keys: cycles and matrix cycles of one SIMD, both linear in the keys."""
-
-    cycles: tuple[float, float]  # at 0 keys, for each key
-    matrix: tuple[float, float]
-
-    @staticmethod
-    def between(points: list[tuple[int, float, float]]) -> Cost:
-        (keys, cycles, matrix), (more, more_cycles, more_matrix) = points
-        by_key = (more_cycles - cycles) / (more - keys), (more_matrix - matrix) / (more - keys)
-        return Cost((cycles - by_key[0] * keys, by_key[0]), (matrix - by_key[1] * keys, by_key[1]))
-
-    def at(self, keys: float) -> tuple[float, float]:
-        return self.cycles[0] + self.cycles[1] * keys, self.matrix[0] + self.matrix[1] * keys
-
-
-def whole(cost: Cost, arch: str, resident: int, batch: int, heads: int, seq: int, rows: int, causal: bool, equal: bool):
-    """MfmaUtil of a whole launch, from the first workgroup's beginning to the last one's end."""
-    values = timing.values(arch)
-    tiles = math.ceil(seq / rows)
-    keys = [seq] * tiles if equal or not causal else [min(seq, (i + 1) * rows) for i in range(tiles)]
-    each = [cost.at(k) for k in keys]
-    slots = int(values["cus"]) * resident
-    # Workgroups in order of their numbers, heads slowest; those of a causal call are started with the longest.
-    order = sorted((cycles for cycles, _ in each), reverse=True)
-    if len(order) * batch * heads > 200_000:
-        return sum(m for _, m in each) / (sum(c for c, _ in each) / resident)
-    span = timing.makespan(order * (batch * heads), slots, values["group_start"])
-    return sum(matrix for _, matrix in each) * batch * heads / (span * values["cus"])
+import amd_predict  # first: it finds the test tree
+import emulator
+import torch
+from amd_peers import PEERS, Peer, Problem
+from emulator import timing
 
 
 def run(peer: Peer, seq: int, options: argparse.Namespace, shared: set[float]) -> dict:
@@ -81,42 +43,34 @@ def run(peer: Peer, seq: int, options: argparse.Namespace, shared: set[float]) -
             gpu.launch(code, launch.kernel, launch.grid, (launch.block,), launch.arguments, launch.lds_bytes)
         seen = gpu.stats()[launch.kernel]
     clock = timing.clock_at(peer.arch, 1.0)
-    played = {n: timing.play(peer.arch, launch.kernel, seen, clock_mhz=clock, sharers=n) for n in shared}
+    groups = amd_predict.TURNS * timing.resident_groups(seen)
+    played = {n: timing.play(peer.arch, launch.kernel, seen, groups=groups, clock_mhz=clock, sharers=n) for n in shared}
     return {"seen": seen, "played": played, "error": problem.error(launch.rows)}
 
 
-def sharers(peer: Peer, seq: int) -> float:
-    """CUs of an XCD that attend to the same head: workgroups go to XCDs in turn."""
-    values = timing.values(peer.arch)
-    return max(1.0, min(values["cus"] / values["xcds"], seq / peer.rows / values["xcds"]))
-
-
 def validate(peer: Peer, options: argparse.Namespace) -> list[dict]:
-    shared = {sharers(peer, seq) for _, _, seq, *_ in peer.published}
-    runs = [run(peer, seq, options, shared) for seq in peer.sizes]
+    def shared(seq: int) -> float:
+        return amd_predict.sharers(peer.arch, seq, peer.rows)
+
+    runs = [run(peer, seq, options, {shared(figure[2]) for figure in peer.published}) for seq in peer.sizes]
     resident = timing.resident_groups(runs[0]["seen"])
     rows = []
     for batch, heads, seq, what, published, where in peer.published:
-        points = []
-        for length, done in zip(peer.sizes, runs, strict=True):
-            played = done["played"][sharers(peer, seq)]
-            points.append((length, played.cycles, played.total["matrix"] / timing.SIMDS))
-        steady = runs[1]["played"][sharers(peer, seq)]
-        shape = (batch, heads, seq, peer.rows, peer.causal, peer.equal)
-        util = whole(Cost.between(points), peer.arch, resident, *shape)
-        # Products beyond those that are counted: half of the diagonal's tiles with a mask.
-        counted = 4 * seq * seq * peer.head_dim / (2 if peer.causal else 1)
-        tiles = math.ceil(seq / peer.rows)
-        keys = [seq] * tiles if peer.equal or not peer.causal else [(i + 1) * peer.rows for i in range(tiles)]
-        matrix = sum(Cost.between(points).at(k)[1] for k in keys) * timing.SIMDS
-        useful = counted / (matrix * timing.FLOPS_A_CYCLE[peer.arch])
-        predicted = 100 * util if what == "MfmaUtil" else useful * timing.tflops(peer.arch, util)
+        played = [done["played"][shared(seq)] for done in runs]
+        cost = amd_predict.Cost.between(list(zip(peer.sizes, played, strict=True)))
+        keys = amd_predict.keys_of_tiles(seq, peer.rows, peer.causal, peer.equal)
+        whole = amd_predict.launch(peer.arch, cost, resident, batch * heads, keys)
+        flops = 4 * seq * seq * peer.head_dim * batch * heads / (2 if peer.causal else 1)
+        share = amd_predict.useful(peer.arch, whole.matrix, flops)
+        util = whole.matrix_util
+        predicted = 100 * util if what == "MfmaUtil" else share * timing.tflops(peer.arch, util)
         rows.append({
             "kernel": peer.name, "arch": peer.arch, "repository": peer.repository, "head_dim": peer.head_dim,
             "causal": peer.causal, "batch": batch, "heads": heads, "seq": seq, "what": what, "published": published,
             "predicted": round(predicted, 1), "error": round(predicted / published - 1, 3), "source": where,
-            "main loop MfmaUtil": round(steady.matrix_util, 3), "bound": steady.bound,
-            "other_code": peer.other_code, "largest difference": max(done["error"] for done in runs), "registers": runs[0]["seen"]["registers"],
+            "main loop MfmaUtil": round(played[1].matrix_util, 3), "bound": played[1].bound,
+            "largest difference": max(done["error"] for done in runs), "registers": runs[0]["seen"]["registers"],
+            "other_code": peer.other_code,
         })  # fmt: skip
     return rows
 

@@ -289,13 +289,13 @@ private:
     std::unordered_map<uint64_t, std::pair<Cycle, uint64_t>> l1_;   // line -> when it is there, last use
     std::deque<std::pair<uint64_t, uint64_t>> l1_order_;            // uses, oldest first
     std::unordered_map<uint64_t, Cycle> l2_;                        // lines that this CU asked for -> when they came
-    uint64_t uses_ = 0;
+    uint64_t uses_ = 0, first_asked_ = 0;
 
     bool counted(Cycle now) const { return now >= options_.from && now < options_.to; }
 
     void start_group(Cycle now) {
-        if (groups_.size() >= recording_.groups.size()) return;
-        const GroupTrace &trace = *recording_.groups[groups_.size()];
+        if (int(groups_.size()) >= options_.groups) return;
+        const GroupTrace &trace = *recording_.groups[groups_.size() % recording_.groups.size()];
         groups_.push_back({int(groups_.size()), int(trace.waves.size()), 0, now, 0});
         for (size_t i = 0; i < trace.waves.size(); ++i) {
             auto wave = std::make_unique<PlayedWave>();
@@ -507,7 +507,7 @@ private:
         Cycle done = Cycle(l2_free_) + l2_latency_;
         auto [known, first] = l2_.insert({line, 0});
         // Of the CUs that share a line, the first to ask waits for memory. This one is it as often as the others.
-        if (first && line % sharers_ == 0) {
+        if (first && first_asked_++ % sharers_ == 0) {
             memory_free_ = std::max(memory_free_, double(begin)) + line_ / memory_rate_;
             done = std::max(done, Cycle(memory_free_) + memory_latency_);
             known->second = done;
@@ -528,7 +528,8 @@ private:
         uint64_t last = ~uint64_t{0};
         Cycle lines = 0;
         for (uint32_t i = 0; i < event.lines; ++i) {
-            const uint64_t line = w.trace->lines[event.first_line + i] / factor;
+            // Workgroups on a CU are of different heads: no line is both one's and another's.
+            const uint64_t line = w.trace->lines[event.first_line + i] / factor + (uint64_t(w.group) << 48);
             if (line == last) continue;
             last = line;
             ++lines;
@@ -570,7 +571,7 @@ private:
         --live_;
         if (--group.live) return;
         group.end = now;
-        if (groups_.size() + waiting_start_.size() < recording_.groups.size()) {
+        if (int(groups_.size() + waiting_start_.size()) < options_.groups) {
             waiting_start_.push_back(now + group_start_);
             if (!live_) {                                     // nobody else keeps the clock going
                 waiting_start_.pop_back();

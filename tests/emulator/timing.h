@@ -37,7 +37,7 @@ struct Recording {
 
 // How to play a recording.
 struct ReplayOptions {
-    int resident;            // workgroups on the CU at a time
+    int resident, groups;    // workgroups on the CU at a time, and in all: those recorded, again and again
     double clock_mhz;
     double sharers;          // CUs of an XCD that load the same lines at about the same time
     uint32_t marker;         // instruction whose issue times are noted

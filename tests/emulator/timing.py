@@ -27,7 +27,7 @@ def _runtime() -> ctypes.CDLL:
     library = load_runtime()
     library.emulator_replay.restype = library.emulator_timing_parameters.restype = ctypes.c_char_p
     library.emulator_replay.argtypes = [
-        ctypes.c_char_p, ctypes.c_int, ctypes.c_double, ctypes.c_double, ctypes.c_uint32, ctypes.c_uint64,
+        ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_double, ctypes.c_double, ctypes.c_uint32, ctypes.c_uint64,
         ctypes.c_uint64, ctypes.c_int,
     ]  # fmt: skip
     library.emulator_timing_set.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_double]
@@ -112,6 +112,15 @@ class Played:
         return max(self.window[1] - self.window[0], 1)
 
     @property
+    def cycles_a_group(self) -> float:
+        """For how long a workgroup has its place on the CU, all others being taken, until the next one has it."""
+        ends = sorted(end for _, end in self.groups)
+        if len(ends) < 3 * self.resident:
+            return float(self.cycles)
+        first, last = self.resident - 1, len(ends) - self.resident
+        return (ends[last] - ends[first]) / (last - first) * self.resident
+
+    @property
     def matrix_util(self) -> float:
         """Share of the cycles of the four SIMDs in which their matrix unit works, as rocprof's MfmaUtil."""
         return self.work["matrix"] / (SIMDS * self._length)
@@ -155,20 +164,23 @@ def play(
     seen: dict,
     *,
     resident: int | None = None,
+    groups: int | None = None,
     clock_mhz: float | None = None,
     sharers: float = 1,
     events: bool = False,
     skip: int = 2,
 ) -> Played:
-    """Plays the last recording of the kernel; `seen`: its statistics. sharers: CUs that load the same cache lines at the
+    """Plays the last recording of the kernel; `seen`: its statistics. groups: in all, as many as are resident unless more
+    are named; each that ends makes room for the next. sharers: CUs that load the same cache lines at the
     same time. skip: iterations of the main loop that do not count yet."""
     resident = resident or resident_groups(seen)
+    groups = groups or resident
     clock = clock_mhz or parameters(arch)["clock_mhz"][0]
     loop = seen["main_loop"]
     marker = loop["begin"] if loop else 0xFFFFFFFF
 
     def replay(begin: int, end: int, listed: bool = False) -> dict:
-        text = _runtime().emulator_replay(kernel.encode(), resident, clock, sharers, marker, begin, end, int(listed))
+        text = _runtime().emulator_replay(kernel.encode(), resident, groups, clock, sharers, marker, begin, end, int(listed))
         if not text:
             raise ValueError(f"no workgroup of {kernel} was recorded")
         return _parse(text.decode())
@@ -214,9 +226,9 @@ def _parse(text: str) -> dict:
     return {"work": work, "groups": groups, "marks": marks, "stalls": dict(stalls), "texts": texts, "events": events}
 
 
-def makespan(durations: Sequence[float], slots: int, between: float = 0.0) -> float:
+def makespan(durations: Sequence[float], slots: int) -> float:
     """When the last workgroup ends if each, in order, takes the first free slot."""
     free = [0.0] * min(slots, len(durations))
     for duration in durations:
-        heapq.heappush(free, heapq.heappop(free) + duration + between)
+        heapq.heappush(free, heapq.heappop(free) + duration)
     return max(free, default=0.0)
