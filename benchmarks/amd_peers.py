@@ -1,5 +1,5 @@
-"""Attention kernels of others, for benchmarks/amd_validation.py: where their code is, how each is built and launched, and
-what was published of its speed. Nothing of theirs is in this repository: a folder of checkouts is given.
+"""Attention kernels of others, for benchmarks/amd_validation.py: where their code is, how each is built and launched,
+and what was published of its speed. Nothing of theirs is in this repository: a folder of checkouts is given.
 
 A peer is launched on the emulator as its own host code launches it; `rows` of a workgroup's output are compared.
 """

@@ -1,15 +1,15 @@
-"""When AMD kernels do what, predicted by the timing model of tests/emulator: how busy the matrix unit is, what waves wait
-for, and the speed that follows. Predicted, never measured: every table names the model's error on kernels of others.
+"""When AMD kernels do what, predicted by the timing model of tests/emulator: how busy the matrix unit is, what waves
+wait for, and the speed that follows. Predicted, never measured: every table names the model's error on others' kernels.
 
-    AITER_HIPCC=... python benchmarks/amd_timing.py --arch gfx942 --head-dim 128 [--causal] [--seq 16384] [--batch 1]
+    AITER_HIPCC=... python benchmarks/amd_timing.py --arch gfx942 --head-dim 128 [--causal] [--seq 16384] [--batch 2]
                            [--heads 32] [--kernel forward|backward|decode] [--json FILE] [--plot FILE] [--listing 20]
     python benchmarks/amd_timing.py --arch gfx942 --code-object FILE --symbol NAME --grid 8,1,1 --block 256
                            --arguments "buffer:1048576 buffer:4096 i32:1024 f32:0.125"
     python benchmarks/amd_timing.py --arch gfx942 --parameters [--probe FILE]
 
-The machine code of a few workgroups, as many as a CU holds, is executed and played on one CU (tests/emulator/timing.cpp)
-at two lengths; a launch of the whole shape follows from their costs. --probe: measurements of a card
-(benchmarks/amd_probe) in place of the table's numbers.
+The machine code of a few workgroups, as many as a CU holds, is executed and played on one CU
+(tests/emulator/timing.cpp) at two lengths; a launch of the whole shape follows from their costs. --probe: what a card
+measured (benchmarks/amd_probe) in place of the table's numbers.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def title(name: str) -> str:
 
 def predict(options: argparse.Namespace, arch: str) -> list[dict]:
     lengths = [options.seq] if options.kernel == "decode" else [options.length, 2 * options.length]
-    clock = options.clock or timing.clock_at(arch, 1.0)
+    # Where memory bounds a kernel, power does not.
+    clock = options.clock or timing.clock_at(arch, 0.0 if options.kernel == "decode" else 1.0)
     runs = []
     for keys in lengths:
         call, groups = problem(options, arch, keys)
@@ -113,10 +114,15 @@ def row(options: argparse.Namespace, arch: str, clock: float, name: str, runs: l
     """Figures of one kernel."""
     _, stats, plays, rows = runs[-1]
     seen, played = stats[name], plays[name]
+    loop = seen["main_loop"] or seen["total"]
     result = {
         "kernel": title(name), "arch": arch, "head_dim": options.head_dim, "causal": options.causal,
         "batch": options.batch, "heads": options.heads, "seq": options.seq,
-        "registers": seen["registers"], "lds_bytes": seen["lds_bytes"], "workgroups on a CU": played.resident,
+        "registers": seen["registers"], "AGPRs": seen["agprs"], "SGPRs": seen["sgprs"],
+        "LDS KB": seen["lds_bytes"] / 1024, "scratch": seen["scratch_bytes"],
+        "LDS conflicts": loop["lds_conflicts"], "narrowest load": loop["narrowest_load"],
+        "lines / least": loop["lines"] / loop["lines_least"] if loop["lines_least"] else None,
+        "workgroups on a CU": played.resident,
         "waves a SIMD": played.resident * -(-seen["block"] // 64) / timing.SIMDS,
         "cycles an iteration": round(played.period), "drift": round(played.drift, 3),
         "MfmaUtil": played.matrix_util, "VALU": played.vector_util, "LDS": played.lds_util,
@@ -159,11 +165,16 @@ def show(rows: list[dict], total: dict | None, listing: int) -> None:
         print(f"{r['kernel']} {r['arch']} D {r['head_dim']}{' causal' * r['causal']}: {r['registers']} registers, "
               f"{r['waves a SIMD']:g} waves a SIMD, {r['cycles an iteration']} cycles an iteration "
               f"(drift {r['drift']:.1%})")  # fmt: skip
+        print(f"  {r['LDS KB']:g} KB of LDS, conflicts {r['LDS conflicts']:.1%}, {r['scratch']} bytes of scratch, "
+              f"narrowest load {r['narrowest load']} bytes")  # fmt: skip
+        l2, memory = r["L2 bytes a cycle"], r["memory bytes a cycle"]
         print(f"  main loop: MfmaUtil {r['MfmaUtil']:.1%}, VALU {r['VALU']:.1%}, LDS {r['LDS']:.1%}, "
-              f"{r['L2 bytes a cycle']:.1f} B a cycle from L2, {r['memory bytes a cycle']:.1f} from memory")  # fmt: skip
-        print("  waves: " + ", ".join(f"{reason} {share:.1%}" for reason, share in r["waves' time"].items()))
+              f"{l2:.1f} B a cycle from L2, {memory:.1f} from memory")  # fmt: skip
+        shares = r["waves' time"].items()
+        print("  waves: " + ", ".join(f"{reason} {share:.1%}" for reason, share in shares))
         if "TB/s" in r:
-            print(f"  {r['TB/s']:.2f} TB/s at {r['clock_mhz']:.0f} MHz, {r['of the data sheet']:.0%} of the data sheet")
+            share = r["of the data sheet"]
+            print(f"  {r['TB/s']:.2f} TB/s at {r['clock_mhz']:.0f} MHz, {share:.0%} of the data sheet's")
         played = r["played"]
         stalls = [(cycles, why, i) for i, reasons in played.stalls.items() for why, cycles in reasons.items()]
         for cycles, why, i in sorted((s for s in stalls if s[1] != "issued"), reverse=True)[:listing]:
@@ -224,15 +235,17 @@ def play_object(options: argparse.Namespace, arch: str) -> dict:
     """A code object of one's own, launched as the options say; the first workgroups are recorded."""
     code = options.code_object.read_bytes()
     grid, packed = [int(n) for n in options.grid.split(",")], arguments_of(options.arguments)
-    for groups in ([0], None):
+
+    def run(groups: list[int]) -> dict:
         with emulator.session(arch) as gpu:
             gpu.strict(options.strict)
             for buffer in packed[1]:
                 gpu.allow(buffer, writable=True)
-            chosen = groups or list(range(timing.resident_groups(seen)))
-            with timing.recorded(chosen):
+            with timing.recorded(groups):
                 gpu.launch(code, options.symbol, grid, (options.block,), packed[0], options.lds)
-            seen = gpu.stats()[options.symbol]
+            return gpu.stats()[options.symbol]
+
+    seen = run(list(range(timing.resident_groups(run([0])))))
     clock = options.clock or timing.values(arch)["clock_mhz"]
     played = timing.play(arch, options.symbol, seen, clock_mhz=clock, events=bool(options.plot))
     return row(argparse.Namespace(**vars(options) | {"kernel": "decode"}), arch, clock, options.symbol,
@@ -250,7 +263,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=8, help="decode only: others have as many as heads")
     parser.add_argument("--seq", type=int, default=16384, help="of the launch that is predicted")
     parser.add_argument("--length", type=int, default=1024, help="keys of the shorter run that is played")
-    parser.add_argument("--clock", type=float, help="MHz; without it what power allows a busy matrix unit")
+    parser.add_argument("--clock", type=float, help="MHz; without it what power allows")
     parser.add_argument("--listing", type=int, default=0, help="instructions with the most waiting to list")
     parser.add_argument("--probe", type=Path, help="parameters that a card measured: JSON by arch and name")
     parser.add_argument("--parameters", action="store_true", help="list the model's numbers and their sources")
@@ -268,7 +281,8 @@ def main() -> None:
     results = []
     for arch in options.arch.split(","):
         if options.probe:
-            timing.replace(arch, json.loads(options.probe.read_text())[arch])
+            measured = json.loads(options.probe.read_text())[arch]
+            timing.replace(arch, {name: value for name, value in measured.items() if not name.startswith("seen_")})
         if options.parameters:
             for name, (value, source) in timing.parameters(arch).items():
                 print(f"{arch} {name} = {value:g}: {source}")

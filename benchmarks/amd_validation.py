@@ -1,15 +1,15 @@
-"""How far the timing model can be trusted: kernels of others, unmodified, against what was published of their speed.
+"""How far the timing model can be trusted: kernels of others, unmodified, against published figures of their speed.
 
     python benchmarks/amd_validation.py --checkouts FOLDER --objects FOLDER [--compiler "hipcc ..."]
-                                        [--json docs/figures/amd-validation.json] [--plot docs/figures/amd-validation.png]
+                                        [--json FILE] [--plot FILE]
 
 checkouts: a folder with checkouts of the repositories in amd_peers.py, each under its name. objects: where built code
 objects are kept. Every kernel is executed at two lengths, the rows of the workgroup that was timed are compared with
 attention in float32, and its cost, linear in the length, gives the others'. Nothing is fitted on these figures.
 
-MfmaUtil is compared where it was published. Elsewhere TFLOP/s are, for which the clock must be guessed: see `timing.clock_at`.
-Kernels marked as `other_code` came out of the compiler at hand with other waits or registers than its authors had; they
-are shown, but count in no error.
+MfmaUtil is compared where it was published. Elsewhere TFLOP/s are, for which the clock must be guessed: see
+`timing.clock_at`. Kernels marked as `other_code` came out of the compiler at hand with other waits or registers than
+their authors had; they are shown, but count in no error.
 """
 
 from __future__ import annotations
@@ -136,10 +136,10 @@ def main() -> None:
             continue
         for row in validate(peer, options):
             rows.append(row)
-            shape = f"{row['batch']}×{row['heads']}×{row['seq']}, D {row['head_dim']}{', causal' * row['causal']}"
+            shape = f"{row['batch']}x{row['heads']}x{row['seq']}, D {row['head_dim']}{', causal' * row['causal']}"
             print(
-                f"| {row['kernel']} | {row['arch']} | {shape} | {row['what']} | {row['published']} | {row['predicted']} "
-                f"| {row['error']:+.1%} | {row['bound']} | {row['largest difference']:.4f} |",
+                f"| {row['kernel']} | {row['arch']} | {shape} | {row['what']} | {row['published']} "
+                f"| {row['predicted']} | {row['error']:+.1%} | {row['bound']} | {row['largest difference']:.4f} |",
                 flush=True,
             )
     print(summary(rows))

@@ -123,7 +123,10 @@ Needs needs_of(const Instruction &in) {
             n.packed = (begins(name, "v_pk_") && has(name, "f32")) || !strcmp(name, "v_pk_mov_b32") ||
                        begins(name, "v_dot");
             const unsigned words = has(name, "64") || n.packed ? 2 : 1;
-            for (Operand source : in.source) vector_range(n.reads, source, words);
+            const bool one = in.format == Format::vop1, three = in.format == Format::vop3 || in.format == Format::vop3p;
+            vector_range(n.reads, in.source[0], words);
+            if (!one) vector_range(n.reads, in.source[1], words);
+            if (three || op.destination_is_source) vector_range(n.reads, in.source[2], words);
             vector_range(n.writes, in.destination, words);
             if (begins(name, "v_cmp")) n.scalar_write = {in.scalar_destination, 2};
             else if (begins(name, "v_read")) n.scalar_write = {in.destination, 1};
@@ -283,7 +286,7 @@ private:
     std::string marks_, events_;
 
     // memory
-    Cycle lds_free_ = 0, address_free_ = 0;
+    Cycle lds_free_ = 0, address_free_ = 0, refused_[4] = {};   // since when a SIMD waits for the address unit
     double l2_free_ = 0, memory_free_ = 0;
     std::priority_queue<Cycle, std::vector<Cycle>, std::greater<Cycle>> in_flight_;
     std::unordered_map<uint64_t, std::pair<Cycle, uint64_t>> l1_;   // line -> when it is there, last use
@@ -386,11 +389,20 @@ private:
             case Unit::memory:
                 for (const Range &r : n.reads)
                     if (latest(w, r) > now) return result;
-                if (w.memory.size() >= 63 || address_free_ > now + memory_queue_) return memory_busy;
-                return issued;
+                if (w.memory.size() >= 63) return memory_busy;
+                return address_unit_takes(int(&simd - simds_), now) ? issued : memory_busy;
             default:
                 return issued;
         }
+    }
+
+    // The SIMD that was refused first goes first.
+    bool address_unit_takes(int simd, Cycle now) {
+        Cycle &since = refused_[simd];
+        bool first = address_free_ <= now + memory_queue_;
+        for (Cycle other_since : refused_) first &= !other_since || other_since >= (since ? since : now);
+        if (!first && !since) since = std::max<Cycle>(now, 1);
+        return first;
     }
 
     Cycle latest(const PlayedWave &w, const Range &r) const {
@@ -430,7 +442,10 @@ private:
                 break;
             }
             case Unit::lds: busy = access_lds(simd, w, event, n, now); break;
-            case Unit::memory: busy = access_memory(w, event, n, now); break;
+            case Unit::memory:
+                refused_[w.simd] = 0;
+                busy = access_memory(w, event, n, now);
+                break;
             case Unit::scalar_memory:
                 w.scalar_loads_issued = w.scalar_loads > now ? w.scalar_loads_issued + 1 : 1;
                 w.scalar_loads = now + scalar_load_;

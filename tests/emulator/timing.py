@@ -1,10 +1,10 @@
 """When a kernel does what: plays recorded workgroups on one CU of the timing model (timing.cpp) and sums up.
 
-    with timing.recorded([0, 1]):                  # launches run these workgroups only, and record them
-        stats = {}
-        attend("gfx942", ..., stats=stats)
-    seen = timing.play("gfx942", name, stats[name])
-    seen.matrix_util, seen.stalls, seen.period
+with timing.recorded([0, 1]):                  # launches run these workgroups only, and record them
+    stats = {}
+    attend("gfx942", ..., stats=stats)
+seen = timing.play("gfx942", name, stats[name])
+seen.matrix_util, seen.stalls, seen.period
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def peak(arch: str) -> float:
 def clock_at(arch: str, util: float) -> float:
     """The clock in MHz that the power limit allows where matrix units are so busy.
 
-    power_tflops is what a card does with matrix units at work all the time. Power goes with their use, the clock and the
-    voltage's square, and voltage with the clock: the clock that is allowed goes with use to the power of -1/3, and is
-    never above the data sheet's. gfx90a: the data sheet's, as no such figure was published."""
+    power_tflops is what a card does with matrix units at work all the time. Power goes with their use, the clock and
+    the voltage's square, and voltage with the clock: the clock that is allowed goes with use to the power of -1/3, and
+    is never above the data sheet's. gfx90a: the data sheet's, as no such figure was published."""
     known = values(arch)
     if not known["power_tflops"]:
         return known["clock_mhz"]
@@ -90,8 +90,8 @@ def recorded(groups: Iterable[int]) -> Iterator[None]:
 
 @dataclass
 class Played:
-    """What the model says of a recording. Cycles, bytes and shares are those of `window`: the main loop while every
-    resident wave is in it, or everything where a kernel has no loop."""
+    """What the model says of a recording. Cycles, bytes and shares are those of `window`: the main loop while all waves
+    that began together are in it, or everything where a kernel has no loop."""
 
     arch: str
     resident: int  # workgroups on the CU at a time
@@ -170,9 +170,12 @@ def play(
     events: bool = False,
     skip: int = 2,
 ) -> Played:
-    """Plays the last recording of the kernel; `seen`: its statistics. groups: in all, as many as are resident unless more
-    are named; each that ends makes room for the next. sharers: CUs that load the same cache lines at the
-    same time. skip: iterations of the main loop that do not count yet."""
+    """Plays the last recording of the kernel; `seen`: its statistics.
+
+    groups: in all, as many as are resident unless more are named; each that ends makes room for the next.
+    sharers: CUs that load the same cache lines at the same time.
+    skip: iterations of the main loop that do not count yet.
+    """
     resident = resident or resident_groups(seen)
     groups = groups or resident
     clock = clock_mhz or parameters(arch)["clock_mhz"][0]
@@ -180,7 +183,9 @@ def play(
     marker = loop["begin"] if loop else 0xFFFFFFFF
 
     def replay(begin: int, end: int, listed: bool = False) -> dict:
-        text = _runtime().emulator_replay(kernel.encode(), resident, groups, clock, sharers, marker, begin, end, int(listed))
+        text = _runtime().emulator_replay(
+            kernel.encode(), resident, groups, clock, sharers, marker, begin, end, int(listed)
+        )
         if not text:
             raise ValueError(f"no workgroup of {kernel} was recorded")
         return _parse(text.decode())
@@ -191,10 +196,10 @@ def play(
     if marks and min(map(len, marks)) > skip + 2:
         iterations = max(map(len, marks))
         begin, end = max(times[skip] for times in marks), min(times[-1] for times in marks)
+        spans = sorted((times[-1] - times[skip]) / (len(times) - 1 - skip) for times in marks)
+        period = spans[len(spans) // 2]
         if end > begin:
             window = (begin, end)
-            spans = sorted((times[-1] - times[skip]) / (len(times) - 1 - skip) for times in marks)
-            period = spans[len(spans) // 2]
             middle = (begin + end) // 2
             halves = [replay(begin, middle)["work"]["matrix"], replay(middle, end)["work"]["matrix"]]
             drift = abs(halves[0] - halves[1]) / max(sum(halves) / 2, 1)
