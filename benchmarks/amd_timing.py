@@ -15,6 +15,7 @@ measured (benchmarks/amd_probe) in place of the table's numbers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import struct
@@ -91,6 +92,8 @@ def predict(options: argparse.Namespace, arch: str) -> list[dict]:
     lengths = [options.seq] if options.kernel == "decode" else [options.length, 2 * options.length]
     # Where memory bounds a kernel, power does not.
     clock = options.clock or timing.clock_at(arch, 0.0 if options.kernel == "decode" else 1.0)
+    with emulator.session(arch):
+        pass  # from here on the runtime has this arch's number of CUs, by which workspaces are measured
     runs = []
     for keys in lengths:
         call, groups = problem(options, arch, keys)
@@ -184,6 +187,28 @@ def show(rows: list[dict], total: dict | None, listing: int) -> None:
     print(f"  predicted, not measured; the model's error: {rows[0]['trust']}")
 
 
+def result_of(rows: list[dict], whole: dict | None) -> dict:
+    return {"launch": whole, "kernels": [{k: v for k, v in row.items() if k != "played"} for row in rows]}
+
+
+def table(results: list[dict]) -> None:
+    """One line for each kernel, in Markdown; speeds are those of all of a call's kernels together."""
+    print(
+        "\n| kernel | arch | D | registers | waves a SIMD | MfmaUtil, loop | launch | VALU | LDS | waits for | speed |"
+    )
+    print("| --- " * 11 + "|")
+    for result in results:
+        for r in result["kernels"]:
+            waits = [(why, share) for why, share in r["waves' time"].items() if why not in ("issued", "other")][:3]
+            speed = f"{r['TB/s']:.2f} TB/s" if "TB/s" in r else ""
+            if result["launch"]:
+                speed = f"{result['launch']['TFLOP/s under the power limit']:.0f} TFLOP/s"
+            launch = r.get("MfmaUtil of the launch")
+            print(f"| {r['kernel']} | {r['arch']} | {r['head_dim']} | {r['registers']} | {r['waves a SIMD']:g} "
+                  f"| {r['MfmaUtil']:.0%} | {f'{launch:.0%}' if launch else ''} | {r['VALU']:.0%} | {r['LDS']:.0%} "
+                  f"| {', '.join(f'{why} {share:.0%}' for why, share in waits)} | {speed} |")  # fmt: skip
+
+
 def plot(played: timing.Played, path: Path, heading: str) -> None:
     """A strip of the main loop: waves by cycles, units by colour, and below whether each SIMD's matrix unit works."""
     import matplotlib
@@ -255,8 +280,8 @@ def play_object(options: argparse.Namespace, arch: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="gfx942", help=f"one or more of {','.join(EMULATED)}")
-    parser.add_argument("--kernel", choices=("forward", "backward", "decode"), default="forward")
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--kernel", default="forward", help="one or more of forward, backward, decode")
+    parser.add_argument("--head-dim", default="128", help="one or more, with commas")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--heads", type=int, default=32)
@@ -267,6 +292,7 @@ def main() -> None:
     parser.add_argument("--listing", type=int, default=0, help="instructions with the most waiting to list")
     parser.add_argument("--probe", type=Path, help="parameters that a card measured: JSON by arch and name")
     parser.add_argument("--parameters", action="store_true", help="list the model's numbers and their sources")
+    parser.add_argument("--table", action="store_true", help="a line for each kernel at the end, in Markdown")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--code-object", type=Path)
@@ -286,13 +312,21 @@ def main() -> None:
         if options.parameters:
             for name, (value, source) in timing.parameters(arch).items():
                 print(f"{arch} {name} = {value:g}: {source}")
-            continue
-        rows = [play_object(options, arch)] if options.code_object else predict(options, arch)
-        whole = None if options.code_object or options.kernel == "decode" else speeds(options, arch, rows)
-        show(rows, whole, options.listing)
-        if options.plot:
-            plot(rows[-1]["played"], options.plot, f"{rows[-1]['kernel']} {arch} D {options.head_dim}")
-        results.append({"launch": whole, "kernels": [{k: v for k, v in r.items() if k != "played"} for r in rows]})
+        elif options.code_object:
+            rows = [play_object(options, arch)]
+            show(rows, None, options.listing)
+            results.append(result_of(rows, None))
+        else:
+            for kernel, head_dim in itertools.product(options.kernel.split(","), options.head_dim.split(",")):
+                chosen = argparse.Namespace(**vars(options) | {"kernel": kernel, "head_dim": int(head_dim)})
+                rows = predict(chosen, arch)
+                whole = None if kernel == "decode" else speeds(chosen, arch, rows)
+                show(rows, whole, options.listing)
+                results.append(result_of(rows, whole))
+                if options.plot:
+                    plot(rows[-1]["played"], options.plot, f"{rows[-1]['kernel']} {arch} D {head_dim}")
+    if options.table:
+        table(results)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -375,11 +375,12 @@ private:
                 return issued;
             case Unit::vector:
             case Unit::matrix:
+                if (n.unit == Unit::matrix && simd.matrix_free > now) return matrix_busy;
                 for (const Range &r : n.reads)
                     if (Cycle ready = latest(w, r); ready > now) return result;
                 if (simd.shadow_until > now) return shadow;
                 if (simd.vector_free > now) return vector_busy;
-                if (n.unit == Unit::matrix) return simd.matrix_free > now ? matrix_busy : issued;
+                if (n.unit == Unit::matrix) return issued;
                 return n.packed && simd.packed_from > now ? shadow : issued;
             case Unit::lds:
                 for (const Range &r : n.reads)
