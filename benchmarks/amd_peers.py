@@ -33,8 +33,8 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.query, self.key, self.value = (aligned(self.seq, self.heads, self.head_dim) for _ in range(3))
-        self.output = torch.full_like(self.query, math.nan)
-        self.lse = torch.full((1, self.heads, self.seq), math.nan)
+        self.output = aligned(self.seq, self.heads, self.head_dim).fill_(math.nan)
+        self.lse = aligned(self.seq, self.heads, 2).view(torch.float32).view(1, self.heads, self.seq).fill_(math.nan)
 
     def error(self, rows: range, head: int = 0) -> float:
         """The largest difference of these rows from attention in float32."""
@@ -129,7 +129,7 @@ def _moonmath(p: Problem) -> Launch:
     """csrc/attention_kernel.hip, launch_attention_forward without a tail: 384 rows a workgroup, V transposed before."""
     name = "_ZN12_GLOBAL__N_1{}vPK14__hip_bfloat16"
     forward = name.format("17attention_forwardILb1ELb0ELb0EEE") + "S3_S3_PS1_iifiPKsPsS6_fiPfiiPKi"
-    transposed = torch.zeros(-(-p.seq // 64) * 64 * p.heads * 128 + 256, dtype=torch.bfloat16)
+    transposed = aligned(-(-p.seq // 64) * 64 + 2, p.heads, 128)
 
     def prepare(gpu, code: bytes) -> None:
         gpu.allow(transposed, writable=True)
