@@ -79,14 +79,26 @@ class Peer:
     flags: str = ""
     constants: str = ""  # compiled in, for one sequence length {seq} and number of {heads}
     heads: int = 1
+    order: str = "heads together"  # of workgroups: see amd_predict.workgroups
+    variants: tuple[str, ...] = ("",)  # of the constants: an autotuner's choices, each of which was measured
     other_code: str = ""  # why the object built here is not what was measured
     equal: bool = False  # whether every workgroup of a causal call takes the same time (a late tile and an early one)
 
-    def code(self, checkouts: Path, objects: Path, compiler: str, seq: int) -> bytes:
-        """The code object, built where it is not one and not there."""
+    def code(
+        self, checkouts: Path, objects: Path, compiler: str, seq: int, variant: str = "", triton: str = ""
+    ) -> bytes:
+        """The code object, built where it is not one and not there. triton: an interpreter that has it."""
         source = checkouts / self.repository.split("/")[1] / self.source
         if source.suffix == ".co":
             return source.read_bytes()
+        if source.suffix == ".py":
+            target = objects / f"triton-{self.head_dim}-{seq}-{variant}.co".replace(" ", "_")
+            if not target.exists():
+                objects.mkdir(parents=True, exist_ok=True)
+                script = Path(__file__).with_name("amd_peers_triton.py")
+                line = [triton, script, source, target, self.arch, self.head_dim, seq, *variant.split()]
+                subprocess.run(list(map(str, line)), check=True)
+            return target.read_bytes()
         constants = self.constants.format(seq=seq, heads=self.heads)
         target = objects / f"{self.name}-{seq if constants else 0}.co".replace(" ", "_")
         if not target.exists():
@@ -171,6 +183,17 @@ def _opus(p: Problem) -> Launch:
     return Launch(kernel, (p.heads, tiles, 1), 512, arguments, last, rows)
 
 
+def _triton(p: Problem) -> Launch:
+    """analysis/baselines/attn/triton_baseline_v02.py: four waves, 128 rows a workgroup."""
+    operands = (p.query, p.key, p.value, p.lse, p.output)
+    strides = (p.query.stride(0), p.query.stride(2), p.query.stride(1))
+    arguments = struct.pack("<5Q", *(x.data_ptr() for x in operands)) + struct.pack("<12i6i", *strides * 4, *[0] * 6)
+    arguments += struct.pack("<fii4xQQ", 0.0, 0, 0, 0, 0)
+    tiles = p.seq // 128
+    rows = range(p.seq - 128, p.seq)
+    return Launch("attn_fwd", (tiles, p.heads, 1), 256, arguments, tiles - 1, rows, 256 * p.head_dim)
+
+
 _COUNTERS = "attn-dsl-bench results/raw/counters_v1.csv, MI300X"
 _HK = "HipKittens analysis/attn/fwd/benchmark/*.json, MI355X"
 _OPUS = "gcnasm opus_attn, MI355X"
@@ -207,7 +230,19 @@ def _opus_peer(causal: bool, published: tuple) -> Peer:
 def _aiter_peer(arch: str, source: str, kernel: str, causal: bool, published: tuple) -> Peer:
     return Peer(
         f"AITER {Path(source).stem}", arch, "ROCm/aiter", 128, causal, f"hsa/{arch}/fmha_v3_fwd/{source}",
-        512 if causal else 256, (2048, 4096), _aiter(kernel, causal), published, equal=causal,
+        512 if causal else 256, (2048, 4096), _aiter(kernel, causal), published, order="early tiles first",
+        equal=causal,
+    )  # fmt: skip
+
+
+_TUNED = ("128 2", "64 2", "64 3", "64 1", "32 2")  # keys of a tile, waves_per_eu: its five choices for this GPU
+
+
+def _triton_peer(head_dim: int, published: tuple[float, ...]) -> Peer:
+    return Peer(
+        f"Triton v02 D{head_dim}", "gfx942", "HazyResearch/HipKittens", head_dim, True,
+        "analysis/baselines/attn/triton_baseline_v02.py", 128, (2048, 4096), _triton,
+        _series(16, 16, "MfmaUtil", published, _COUNTERS), order="early tiles first", variants=_TUNED,
     )  # fmt: skip
 
 
@@ -220,6 +255,8 @@ PEERS = (
         "gfx942", "MI300/fwd_hd128_bf16_rtz.co", "_ZN5aiter23fmha_fwd_hd128_bf16_rtzE", False,
         ((2, 24, 16384, "TFLOP/s", 543, "moonmath README, MI300X"),),
     ),
+    _triton_peer(128, (14.20, 18.07, 22.59, 30.49, 33.96)),
+    _triton_peer(64, (13.00, 16.23, 21.51, 27.46, 31.85)),
     Peer(
         "moonmath attention_rtz", "gfx942", "moonmath-ai/amd-kernels", 128, False, "csrc/attention_rtz.hip", 384,
         (3072, 6144), _moonmath,
@@ -228,7 +265,7 @@ PEERS = (
             (1, 32, 16384, "TFLOP/s", 569, "moonmath README, MI300X"),
             (2, 24, 32768, "TFLOP/s", 599, "moonmath README, MI300X"),
         ),
-        "-std=c++17 -ffast-math -fno-math-errno -mllvm -amdgpu-early-inline-all=true",
+        "-std=c++17 -ffast-math -fno-math-errno -mllvm -amdgpu-early-inline-all=true", order="early tiles first",
     ),
     _aiter_peer(
         "gfx950", "fwd_hd128_bf16.co", "_ZN5aiter19fmha_fwd_hd128_bf16E", False,

@@ -46,18 +46,29 @@ class Whole:
     matrix: float  # cycles of one SIMD's matrix unit, all workgroups together
 
 
-def keys_of_tiles(seq: int, rows: int, causal: bool, equal: bool = False) -> list[int]:
-    """Keys that each workgroup of a head sees, most first. equal: a workgroup has a late tile and an early one."""
+def workgroups(
+    batch: int, heads: int, seq: int, rows: int, causal: bool, order: str = "late tiles first", equal: bool = False
+) -> list[int]:
+    """Keys that each workgroup sees, in the order of their numbers.
+
+    order: "late tiles first" or "early tiles first" of one head after the other; "heads together": of each tile, early
+    ones first, all heads of a batch. equal: a workgroup has a late tile and an early one.
+    """
     tiles = math.ceil(seq / rows)
-    return [seq] * tiles if equal or not causal else [min(seq, (i + 1) * rows) for i in reversed(range(tiles))]
+    early_first = [seq] * tiles if equal or not causal else [min(seq, (i + 1) * rows) for i in range(tiles)]
+    if order == "heads together":
+        return [keys for keys in early_first for _ in range(heads)] * batch
+    return (early_first if order == "early tiles first" else early_first[::-1]) * (batch * heads)
 
 
-def launch(arch: str, cost: Cost, resident: int, heads: int, keys: list[int]) -> Whole:
-    """heads: batch included. Each workgroup, in order, takes the first place on a CU that is free."""
+def launch(arch: str, cost: Cost, resident: int, keys: list[int]) -> Whole:
+    """keys: of every workgroup. They go to XCDs in turn; there each takes the first place on a CU that is free."""
     known = timing.values(arch)
-    each = [cost.at(k) for k in keys]
-    span = timing.makespan([c for c, _ in each] * heads, int(known["cus"]) * resident)
-    matrix = sum(m for _, m in each) * heads
+    each = {k: cost.at(k) for k in set(keys)}
+    xcds = int(known["xcds"])
+    slots = int(known["cus"]) // xcds * resident
+    span = max(timing.makespan([each[k][0] for k in keys[xcd::xcds]], slots) for xcd in range(xcds))
+    matrix = sum(each[k][1] for k in keys)
     return Whole(span, matrix / (span * known["cus"]), matrix)
 
 

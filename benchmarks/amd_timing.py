@@ -140,8 +140,8 @@ def row(options: argparse.Namespace, arch: str, clock: float, name: str, runs: l
         result["of the data sheet"] = rate * 1e-9 / known["memory_gb_per_s"]
         return result
     cost = amd_predict.Cost.between([(keys, played_there[name]) for keys, _, played_there, _ in runs])
-    keys = amd_predict.keys_of_tiles(options.seq, rows[name], options.causal)
-    whole = amd_predict.launch(arch, cost, played.resident, options.batch * options.heads, keys)
+    keys = amd_predict.workgroups(options.batch, options.heads, options.seq, rows[name], options.causal)
+    whole = amd_predict.launch(arch, cost, played.resident, keys)
     result |= {"MfmaUtil of the launch": whole.matrix_util, "cycles": whole.cycles, "matrix cycles": whole.matrix}
     return result
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -26,11 +27,11 @@ from amd_peers import PEERS, Peer, Problem
 from emulator import timing
 
 
-def run(peer: Peer, seq: int, options: argparse.Namespace, shared: set[float]) -> dict:
+def run(peer: Peer, variant: str, seq: int, options: argparse.Namespace, shared: set[float]) -> dict:
     """Executes the peer at that length and plays it, for each number of CUs that share cache lines."""
     problem = Problem(seq, peer.heads, peer.head_dim, peer.causal)
     launch = peer.launch(problem)
-    code = peer.code(options.checkouts, options.objects, options.compiler, seq)
+    code = peer.code(options.checkouts, options.objects, options.compiler, seq, variant, options.triton)
     with emulator.session(peer.arch) as gpu:
         gpu.strict(False)
         for tensor in (problem.query, problem.key, problem.value):
@@ -52,24 +53,31 @@ def validate(peer: Peer, options: argparse.Namespace) -> list[dict]:
     def shared(seq: int) -> float:
         return amd_predict.sharers(peer.arch, seq, peer.rows)
 
-    runs = [run(peer, seq, options, {shared(figure[2]) for figure in peer.published}) for seq in peer.sizes]
-    resident = timing.resident_groups(runs[0]["seen"])
+    lengths = {shared(figure[2]) for figure in peer.published}
+    variants = [[run(peer, variant, seq, options, lengths) for seq in peer.sizes] for variant in peer.variants]
     rows = []
     for batch, heads, seq, what, published, where in peer.published:
-        played = [done["played"][shared(seq)] for done in runs]
-        cost = amd_predict.Cost.between(list(zip(peer.sizes, played, strict=True)))
-        keys = amd_predict.keys_of_tiles(seq, peer.rows, peer.causal, peer.equal)
-        whole = amd_predict.launch(peer.arch, cost, resident, batch * heads, keys)
+        keys = amd_predict.workgroups(batch, heads, seq, peer.rows, peer.causal, peer.order, peer.equal)
         flops = 4 * seq * seq * peer.head_dim * batch * heads / (2 if peer.causal else 1)
-        share = amd_predict.useful(peer.arch, whole.matrix, flops)
-        util = whole.matrix_util
+        wholes = []
+        for runs in variants:
+            played = [done["played"][shared(seq)] for done in runs]
+            cost = amd_predict.Cost.between(list(zip(peer.sizes, played, strict=True)))
+            wholes.append(amd_predict.launch(peer.arch, cost, played[0].resident, keys))
+        utils = [whole.matrix_util for whole in wholes]
+        # An autotuner gives each choice the same time, and counters were averaged over launches: the fast count more.
+        util = sum(u * u for u in utils) / sum(utils)
+        best = max(range(len(utils)), key=utils.__getitem__)
+        played = [done["played"][shared(seq)] for done in variants[best]]
+        share = amd_predict.useful(peer.arch, wholes[best].matrix, flops)
         predicted = 100 * util if what == "MfmaUtil" else share * timing.tflops(peer.arch, util)
         rows.append({
             "kernel": peer.name, "arch": peer.arch, "repository": peer.repository, "head_dim": peer.head_dim,
             "causal": peer.causal, "batch": batch, "heads": heads, "seq": seq, "what": what, "published": published,
             "predicted": round(predicted, 1), "error": round(predicted / published - 1, 3), "source": where,
             "main loop MfmaUtil": round(played[1].matrix_util, 3), "bound": played[1].bound,
-            "largest difference": max(done["error"] for done in runs), "registers": runs[0]["seen"]["registers"],
+            "largest difference": max(done["error"] for runs in variants for done in runs),
+            "registers": variants[best][0]["seen"]["registers"],
             "other_code": peer.other_code,
         })  # fmt: skip
     return rows
@@ -123,6 +131,7 @@ def main() -> None:
     parser.add_argument("--checkouts", type=Path, required=True)
     parser.add_argument("--objects", type=Path, required=True)
     parser.add_argument("--compiler", default="hipcc", help="with options that every source needs")
+    parser.add_argument("--triton", default=sys.executable, help="an interpreter that has Triton, for its kernel")
     parser.add_argument("--only", default="", help="a part of the kernels' names")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
