@@ -20,6 +20,9 @@ END_WAVE_1 = f"{WAVE} s_cmp_eq_u32 s10, 1\n s_cbranch_scc1 END_NAME\n"
 # Both waves have their lane's address in v24; wave 0 writes there.
 WAVE_0_WRITES = f"v_and_b32 v24, 63, v0\n v_lshlrev_b32 v24, 2, v24\n {WAVE} s_cmp_eq_u32 s10, 1\n s_cbranch_scc1 SKIP_NAME\n ds_write_b32 v24, v8\n SKIP_NAME:\n"
 DONE = "\n s_waitcnt vmcnt(0) lgkmcnt(0)"
+# Each wave loads 256 bytes to LDS twice, then reads what the other one loaded first.
+LOADS_TO_LDS = f"{WAVE} s_lshl_b32 s10, s10, 8\n s_mov_b32 m0, s10\n s_nop 0\n global_load_lds_dword v1, s[4:5]\n s_add_u32 m0, s10, 0x200\n s_nop 0\n global_load_lds_dword v1, s[4:5]\n"
+READS_OTHERS = f"v_lshlrev_b32 v24, 2, v0\n v_xor_b32 v24, 0x100, v24\n ds_read_b32 v16, v24{DONE}"
 
 # name: (wrong snippet, words of the report, right snippet or None, waves)
 FAULTS = {
@@ -84,6 +87,11 @@ FAULTS = {
                          "v_add_u32 v24, v8, v9\n s_nop 1\n v_mov_b32_dpp v16, v24 row_shr:1 row_mask:0xf bank_mask:0xf", 1),
     "address_after_vector": ("v_readfirstlane_b32 s10, v8\n v_readfirstlane_b32 s10, v0\n s_mov_b32 s12, s4\n s_mov_b32 s13, s5\n s_movk_i32 s14, 0x800\n s_mov_b32 s15, 0x20000\n"
                              " buffer_load_dword v16, v1, s[12:15], s10 offen" + DONE, ["s10 is read too early"], None, 1),
+    "load_to_lds_over_barrier": (f"{LOADS_TO_LDS} s_barrier\n {READS_OTHERS}", ["race: LDS byte", "no completed write and barrier between"],
+                                 f"{LOADS_TO_LDS} s_waitcnt vmcnt(1)\n s_barrier\n {READS_OTHERS}", 2),
+    "load_to_lds_waited_for_too_late": (f"{LOADS_TO_LDS} s_barrier\n s_waitcnt vmcnt(0)\n {READS_OTHERS}", ["race: LDS byte"],
+                                        f"{LOADS_TO_LDS} s_waitcnt vmcnt(0)\n s_barrier\n {READS_OTHERS}", 2),
+    "load_to_lds_waited_for_in_part": (f"{LOADS_TO_LDS} s_waitcnt vmcnt(2)\n s_barrier\n {READS_OTHERS}", ["race: LDS byte"], None, 2),
     "m0_before_load_to_lds": ("s_mov_b32 m0, 0\n global_load_lds_dword v1, s[4:5]", ["one wait state is needed between writing M0"], None, 1),
     "unknown_instruction": ("s_cbranch_join s4", ["instruction not known to the emulator", "s_cbranch_join"], None, 1),
     "not_an_instruction": (".long 0xffffffff", ["instruction not known to the emulator", "0xffffffff"], None, 1),

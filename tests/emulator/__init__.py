@@ -75,6 +75,11 @@ class Gpu:
         """Whether accesses outside the allowed ranges are errors; they are unless this turns it off."""
         self.runtime.emulator_check_ranges(int(on))
 
+    def strict(self, on: bool) -> None:
+        """Whether too few wait states, races in LDS and vector registers beyond AccumOffset are errors; they are unless
+        this turns it off, for hand-written code of others that runs on hardware all the same."""
+        self.runtime.emulator_strict(int(on))
+
     def launch(self, code_object: bytes, kernel: str, grid, block, arguments: bytes = b"", lds_bytes: int = 0) -> None:
         """Runs a kernel of a bare code object; arguments as the kernel lays them out. Raises KernelFault."""
         sizes = [(ctypes.c_uint32 * 3)(*[*size, 1, 1, 1][:3]) for size in (grid, block)]
@@ -113,6 +118,7 @@ def session(arch: str, threads: int = 1, instruction_limit: int = 2_000_000_000)
         yield gpu
     finally:
         gpu.check_addresses(True)
+        gpu.strict(True)
         gpu.forbid_all()
         runtime.hipGetLastError()
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 
+#include "timing_tables.h"
 #include "wave.h"
 
 using namespace emulator;
@@ -22,7 +23,7 @@ enum { success = 0, invalid_value = 1, not_supported = 801, invalid_device_funct
 
 struct FatBinary {
     const uint8_t *data;
-    std::map<Arch, std::unique_ptr<CodeObject>> objects;
+    std::map<Arch, std::shared_ptr<CodeObject>> objects;   // recordings outlive a bare one
 };
 
 struct FunctionEntry {
@@ -43,7 +44,7 @@ struct State {
     std::mutex mutex;
     Arch arch = Arch::gfx942;
     int threads = 1, last_error = success;
-    bool check_ranges = true;
+    bool check_ranges = true, strict = true;
     uint64_t instruction_limit = 2000000000;
     std::string report = "no error";
     std::vector<MemoryRange> ranges;
@@ -51,6 +52,9 @@ struct State {
     std::map<const void *, FunctionEntry> functions;
     std::map<std::string, KernelRecord> records;
     std::string statistics;
+    std::vector<uint64_t> traced;                             // workgroups to record of each launch
+    std::map<std::string, Recording> recordings;              // of the last launch of each kernel
+    std::string replayed;
 };
 
 State &state() {
@@ -113,7 +117,7 @@ int launch_kernel(const void *function, Dim3 grid, Dim3 block, void **arguments,
         auto &code = binary.objects[s.arch];
         if (!code) {
             auto [data, size] = find_code_object(binary.data, s.arch);
-            code = std::make_unique<CodeObject>(s.arch, data, size);
+            code = std::make_shared<CodeObject>(s.arch, data, size);
         }
         auto found = code->kernels.find(entry->second.name);
         if (found == code->kernels.end())
@@ -127,6 +131,7 @@ int launch_kernel(const void *function, Dim3 grid, Dim3 block, void **arguments,
         launch.scratch_bytes = kernel.scratch_bytes;
         launch.ranges = s.ranges;
         launch.check_ranges = s.check_ranges;
+        launch.strict = s.strict;
         launch.instruction_limit = s.instruction_limit;
         const uint32_t sizes[2][3] = {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}};
         memcpy(launch.grid, sizes[0], sizeof launch.grid);
@@ -148,7 +153,13 @@ int launch_kernel(const void *function, Dim3 grid, Dim3 block, void **arguments,
         record.waves += groups * ((threads + lanes - 1) / lanes);
         record.lds_bytes = launch.lds_bytes;
         record.block = uint32_t(threads);
+        for (uint64_t group : s.traced) {
+            launch.traces.push_back(std::make_unique<GroupTrace>());
+            launch.traces.back()->number = group;
+        }
         run(launch, record.costs, s.threads);
+        if (!s.traced.empty())
+            s.recordings[kernel.name] = {code, &kernel, launch.lds_bytes, uint32_t(threads), std::move(launch.traces)};
     } catch (const std::exception &error) {
         return failed(launch_failure, error.what());
     }
@@ -278,6 +289,7 @@ int emulator_begin(const char *arch, int threads, uint64_t instruction_limit) {
 const char *emulator_statistics();
 
 void emulator_check_ranges(int on) { state().check_ranges = on; }
+void emulator_strict(int on) { state().strict = on; }
 
 void emulator_allow(const void *address, uint64_t bytes, int writable) {
     std::lock_guard<std::mutex> lock(state().mutex);
@@ -304,7 +316,7 @@ int emulator_launch(const uint8_t *code_object, const char *kernel, const uint32
     const Dim3 g{grid[0], grid[1], grid[2]}, b{block[0], block[1], block[2]};
     std::vector<void *> pointers;
     try {
-        auto &code = binary.objects[state().arch] = std::make_unique<CodeObject>(state().arch, code_object, 0);
+        auto &code = binary.objects[state().arch] = std::make_shared<CodeObject>(state().arch, code_object, 0);
         auto found = code->kernels.find(kernel);
         if (found == code->kernels.end()) return failed(invalid_device_function, std::string("no kernel ") + kernel);
         for (const Argument &a : found->second.arguments)
@@ -351,6 +363,46 @@ const char *emulator_statistics() {
         }
     }
     return s.statistics.c_str();
+}
+
+// --- the timing model ------------------------------------------------------------------------------------------------
+
+// Records these workgroups of the launches that follow, which run no others; none: launches run whole again.
+void emulator_trace(const uint64_t *groups, int count) {
+    std::lock_guard<std::mutex> lock(state().mutex);
+    state().traced.assign(groups, groups + count);
+    if (count) state().recordings.clear();
+}
+
+// Plays what was recorded of a kernel; an empty text where nothing was.
+const char *emulator_replay(const char *kernel, int resident, int groups, double clock_mhz, double sharers, uint32_t marker,
+                            uint64_t from, uint64_t to, int events) {
+    State &s = state();
+    std::lock_guard<std::mutex> lock(s.mutex);
+    auto found = s.recordings.find(kernel);
+    s.replayed.clear();
+    if (found != s.recordings.end())
+        s.replayed = replay(found->second, {resident, groups, clock_mhz, sharers, marker, from, to, events != 0});
+    return s.replayed.c_str();
+}
+
+double emulator_timing_get(const char *arch, const char *name) {
+    Arch a;
+    return parse_arch(arch, a) ? timing_parameter(a, name) : 0;
+}
+
+int emulator_timing_set(const char *arch, const char *name, double value) {
+    Arch a;
+    return parse_arch(arch, a) && set_timing_parameter(a, name, value);
+}
+
+// "name value source" lines, tabs between.
+const char *emulator_timing_parameters(const char *arch) {
+    static thread_local std::string text;
+    text.clear();
+    for (const TimingParameter &p : timing_parameters)
+        text += std::string(p.name) + "\t" + std::to_string(emulator_timing_get(arch, p.name)) + "\t" + p.source + "\n";
+    return text.c_str();
 }
 
 // The decoder's view, for tests: the text of the instruction at words, its size in *size.

@@ -29,6 +29,12 @@ enum class Reader : uint8_t { vector, transcendental, dot, dpp, lane, row_swap, 
 using Operand = uint16_t;
 constexpr Operand vcc = 106, m0 = 124, exec_mask = 126, literal = 255, first_vgpr = 256, first_agpr = 512;
 
+// Registers of a lane that a matrix instruction takes, and whether vector instructions may run beside it.
+struct MatrixOperands {
+    uint8_t a_words = 0, b_words = 0, accumulators = 0;
+    bool beside_vector = true;
+};
+
 // What the assembler calls one opcode, and what executes it (null: unknown to the emulator).
 struct Operation {
     const char *name = "";
@@ -39,6 +45,7 @@ struct Operation {
     bool transcendental = false;
     bool writes_high_half_kept = false;  // 16-bit results keep the other half of the register
     bool destination_is_source = false;  // multiply-accumulate: the destination is the third source
+    MatrixOperands matrix;
     uint16_t words = 0;      // vector: see Words in lanes.h
     uint16_t detail = 0;    // for the handler: bytes, flags or the index of a table
 };

@@ -32,8 +32,8 @@ bool touch_lds(Wave &w, uint32_t address, uint32_t bytes, Access access, uint32_
         const uint8_t mask = uint8_t(((1u << count) - 1) << offset);
         LdsWord &word = group.lds_words[at / 4];
         at += count;
-        const bool both_atomic = access == Access::atomic && word.atomic;
-        if (word.writer >= 0 && (word.written_bytes & mask) && !both_atomic) {
+        const bool no_race = w.hazards.unchecked || (access == Access::atomic && word.atomic);
+        if (word.writer >= 0 && (word.written_bytes & mask) && !no_race) {
             const Wave &writer = *group.waves[word.writer];
             if (word.writer != w.number) {
                 const uint32_t released = word.by_memory ? writer.vm_released : writer.lds_released;
@@ -55,7 +55,7 @@ bool touch_lds(Wave &w, uint32_t address, uint32_t bytes, Access access, uint32_
             word.readers |= 1u << w.number;
             all_defined &= (word.defined & mask) == mask;
         } else {
-            if (word.read_epoch == group.epoch && (word.readers & ~(1u << w.number)) && !both_atomic)
+            if (word.read_epoch == group.epoch && (word.readers & ~(1u << w.number)) && !no_race)
                 w.fail("race: LDS byte " + std::to_string(at - count) + " is written while wave " +
                            std::to_string(__builtin_ctz(word.readers & ~(1u << w.number))) +
                            " reads it: there is no barrier between", lane);

@@ -49,6 +49,7 @@ void initialise(Wave &w, Workgroup &group, int number) {
     w.pc = kernel.entry;
     w.mode = kernel.float_mode;
     w.hazards.arch = launch.arch;
+    w.hazards.unchecked = !launch.strict;
     w.hazards.slot = 1000;                                    // far from 0, which stands for never
     unsigned next = 0;
     auto give = [&](uint32_t value) { w.s[next] = value; w.s_defined[next] = ~0u; ++next; };
@@ -96,12 +97,12 @@ void initialise(Wave &w, Workgroup &group, int number) {
     w.write_exec(exec, all_lanes);
 }
 
-void run_wave(Wave &w, uint64_t &budget) {
+void run_wave(Wave &w, uint64_t &budget, uint64_t most) {
     const CodeObject &code = *w.group->launch->code;
     const Instruction *instructions = code.instructions.data();
     const size_t count = code.instructions.size();
     Cost *costs = w.group->costs->data();
-    while (w.state == WaveState::running) {
+    while (w.state == WaveState::running && most--) {
         if (w.pc >= count) w.fail("the program ran past the end of the code");
         const Instruction &in = instructions[w.pc];
         w.current = &in;
@@ -111,7 +112,15 @@ void run_wave(Wave &w, uint64_t &budget) {
         Cost &cost = costs[w.pc];
         ++cost.count;
         cost.active_lanes += __builtin_popcountll(w.exec());
-        in.execute(w, in);
+        if (w.trace) {
+            const uint64_t lds_before = cost.lds_cycles;
+            const size_t lines_before = w.trace->lines.size();
+            in.execute(w, in);
+            w.trace->events.push_back({w.pc, uint32_t(lines_before), uint16_t(w.trace->lines.size() - lines_before),
+                                       uint16_t(cost.lds_cycles - lds_before)});
+        } else {
+            in.execute(w, in);
+        }
         w.pc = w.next_pc;
     }
 }
@@ -121,19 +130,30 @@ void run_workgroup(Workgroup &group, std::vector<std::unique_ptr<Wave>> &storage
     const uint32_t threads = launch.block[0] * launch.block[1] * launch.block[2], count = (threads + lanes - 1) / lanes;
     while (storage.size() < count) storage.push_back(std::make_unique<Wave>());
     group.waves.clear();
+    if (group.trace) group.trace->waves.resize(count);
     for (uint32_t i = 0; i < count; ++i) {
         initialise(*storage[i], group, int(i));
+        if (group.trace) storage[i]->trace = &group.trace->waves[i];
         group.waves.push_back(storage[i].get());
     }
     group.lds.assign(launch.lds_bytes, 0xcd);
     group.lds_words.assign((launch.lds_bytes + 3) / 4, LdsWord());
     group.scratch.assign(count, std::vector<uint8_t>(uint64_t(launch.scratch_bytes) * lanes, 0xcd));
+    group.pending_loads.assign(count, {});
     group.epoch = 1;
     uint64_t budget = launch.instruction_limit;
     for (;;) {
+        // Code that is held to the rules may run wave by wave; other code may rely on waves going side by side.
+        const uint64_t most = launch.strict ? ~uint64_t{0} : 1;
+        for (bool running = true; running;) {
+            running = false;
+            for (Wave *w : group.waves) {
+                run_wave(*w, budget, most);
+                running |= w->state == WaveState::running;
+            }
+        }
         const Wave *waiting = nullptr, *ended = nullptr;
         for (Wave *w : group.waves) {
-            run_wave(*w, budget);
             (w->state == WaveState::ended ? ended : waiting) = w;
         }
         if (!waiting) return;
@@ -155,7 +175,8 @@ void run_workgroup(Workgroup &group, std::vector<std::unique_ptr<Wave>> &storage
 void run(Launch &launch, std::vector<Cost> &costs, int threads) {
     std::sort(launch.ranges.begin(), launch.ranges.end(),
               [](const MemoryRange &a, const MemoryRange &b) { return a.begin < b.begin; });
-    const uint64_t total = uint64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2];
+    const uint64_t all = uint64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2];
+    const uint64_t total = launch.traces.empty() ? all : launch.traces.size();
     std::atomic<uint64_t> next{0};
     std::mutex mutex;
     std::exception_ptr fault;
@@ -167,9 +188,11 @@ void run(Launch &launch, std::vector<Cost> &costs, int threads) {
         group.launch = &launch;
         group.costs = &mine;
         for (uint64_t i; (i = next++) < total;) {
-            group.id[0] = uint32_t(i % launch.grid[0]);
-            group.id[1] = uint32_t(i / launch.grid[0] % launch.grid[1]);
-            group.id[2] = uint32_t(i / launch.grid[0] / launch.grid[1]);
+            group.trace = launch.traces.empty() ? nullptr : launch.traces[i].get();
+            const uint64_t number = group.trace ? group.trace->number % all : i;
+            group.id[0] = uint32_t(number % launch.grid[0]);
+            group.id[1] = uint32_t(number / launch.grid[0] % launch.grid[1]);
+            group.id[2] = uint32_t(number / launch.grid[0] / launch.grid[1]);
             try {
                 run_workgroup(group, storage);
             } catch (...) {

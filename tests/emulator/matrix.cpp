@@ -222,6 +222,9 @@ bool define_matrix(const std::string &name, Operation &operation, Arch arch) {
     operation.pipe = Pipe::matrix;
     operation.passes = uint8_t(passes_of(shape, arch == Arch::gfx950, arch == Arch::gfx90a));
     operation.cycles = operation.passes * 4;
+    const int per_word = shape.element == Element::f32 ? 1 : shape.element == Element::i8 ? 4 : 2;
+    const uint8_t words = uint8_t(shape.values / per_word);
+    operation.matrix = {words, words, uint8_t(shape.accumulators), shape.element != Element::f32};
     operation.detail = uint16_t(shapes().size());
     shapes().push_back(shape);
     return true;

@@ -110,8 +110,11 @@ void buffer_addresses(Wave &w, const Instruction &in, Access &a, uint32_t bytes)
     uint32_t resource[4];
     for (int i = 0; i < 4; ++i) resource[i] = w.read_address(in.scalar_address + i, "the buffer resource");
     const uint64_t base = resource[0] | uint64_t(resource[1] & 0xffff) << 32;
-    const uint32_t stride = resource[1] >> 16 & 0x3fff, records = resource[2];
-    const bool swizzled = resource[1] >> 31, adds_lane = resource[3] >> 23 & 1;
+    const bool adds_lane = resource[3] >> 23 & 1;
+    // HipKittens' resources ask for swizzling, and are used without an index, as if they did not.
+    const bool plain = w.hazards.unchecked && !in.index_enabled && !adds_lane;
+    const uint32_t stride = plain ? 0 : resource[1] >> 16 & 0x3fff, records = resource[2];
+    const bool swizzled = !plain && resource[1] >> 31;
     const uint32_t scalar = w.read_address(in.scalar_offset, "the buffer offset");
     unsigned r = 0;
     if (in.index_enabled || in.offset_enabled)
@@ -148,6 +151,15 @@ void count_lines(Wave &w, const Instruction &in, const Access &a, uint32_t bytes
             if (!count || lines[count - 1] != line) lines[count++] = line;
     }
     std::sort(lines, lines + count);
+    if (w.trace) {
+        uint64_t parts[4 * lanes];
+        int n = 0;
+        for (int lane = 0; lane < lanes; ++lane)
+            for (uint64_t part = a.address[lane] / 64; mask >> lane & 1 && part <= (a.address[lane] + bytes - 1) / 64; ++part)
+                if (!n || parts[n - 1] != part) parts[n++] = part;
+        std::sort(parts, parts + n);
+        w.trace->lines.insert(w.trace->lines.end(), parts, std::unique(parts, parts + n));
+    }
     Cost &cost = w.group->cost(in);
     cost.lines += std::unique(lines, lines + count) - lines;
     uint64_t total = uint64_t(__builtin_popcountll(mask)) * bytes;
@@ -222,20 +234,25 @@ void issue(Wave &w, const Instruction &in) {
 
 // A load whose data goes to LDS: lane l writes at M0 + offset + l * bytes.
 void load_to_lds(Wave &w, const Instruction &in, const Access &a, const MemoryOp &op) {
-    if (w.hazards.m0 && w.hazards.slot < w.hazards.m0 + 2)
+    if (w.hazards.m0 && !w.hazards.unchecked && w.hazards.slot < w.hazards.m0 + 2)
         w.fail("one wait state is needed between writing M0 and a load to LDS");
     const uint32_t base = (w.read_address(m0, "M0") & 0x3ffff) + uint32_t(in.offset);
     const uint32_t each = std::max<uint32_t>(op.bytes, 4);
     const uint32_t number = w.vm_issued + 1;
     issue(w, in);
+    PendingLoad &pending = w.group->pending_loads[w.number].emplace_back();
+    pending.number = number;
+    pending.each = each;
+    pending.base = base;
+    pending.mask = a.mask;
     for (int lane = 0; lane < lanes; ++lane) {
         if (!(a.mask >> lane & 1)) continue;
-        uint32_t data[4] = {};
+        uint32_t (&data)[4] = pending.data[lane];
+        memset(data, 0, sizeof data);
         if (a.in_range >> lane & 1) memcpy(data, host_address(w, a, lane), op.bytes);
         if (op.into != Into::words) data[0] = part_of(op, data[0], 0);
         const uint32_t to = base + lane * each;
         touch_lds(w, to, each, emulator::Access::write, number, true, true, lane);
-        memcpy(&w.group->lds[to], data, each);
     }
 }
 

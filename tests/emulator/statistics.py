@@ -40,7 +40,8 @@ def summarize(text: str) -> dict[str, dict]:
     registers, agprs, sgprs, lds_bytes, scratch_bytes, block, waves_per_simd: what it occupies;
     launches, workgroups, waves: how often it ran;
     total, main_loop: dicts of costs. The main loop is the innermost loop that executes most of the matrix instructions
-    (without any, of the instructions); its costs are for one iteration of one wave. main_loop is None without a loop.
+    (without any, of the instructions); its costs are for one iteration of one wave, `begin` is its first instruction.
+    main_loop is None without a loop.
 
     Costs: instructions (by mnemonic), cycles (by pipe: matrix, vector, scalar, lds), lds_conflicts (share of LDS cycles
     that conflicts cost), lines and lines_least (128-byte cache lines of global memory touched, and the fewest that hold
@@ -64,7 +65,7 @@ def _kernel(fields: list[str], rows: list[_Row]) -> dict:
     numbers = map(int, fields[1:])
     launches, workgroups, waves, registers, accumulation_offset, sgprs, lds_bytes, scratch_bytes, block, entry = numbers
     waves_of_group = max(1, -(-block // 64))
-    by_registers = _SIMD_REGISTERS // max(registers, 1)
+    by_registers = _SIMD_REGISTERS // max(-(-registers // 8) * 8, 8)
     groups_by_lds = _LDS_OF_CU[arch] // lds_bytes if lds_bytes else 10**6
     by_lds = groups_by_lds * waves_of_group / _SIMDS
     loop = _main_loop(rows)
@@ -74,7 +75,7 @@ def _kernel(fields: list[str], rows: list[_Row]) -> dict:
         "lds_bytes": lds_bytes, "scratch_bytes": scratch_bytes, "block": block,
         "waves_per_simd": min(_MOST_WAVES_OF_SIMD, by_registers, by_lds),
         "total": _costs(rows, 1),
-        "main_loop": loop and _costs(loop[0], loop[1]) | {"iterations": loop[1]},
+        "main_loop": loop and _costs(*loop) | {"iterations": loop[1], "begin": loop[0][0].index},
         "listing": [(row.index - entry, row.count, row.text) for row in rows],
     }  # fmt: skip
 

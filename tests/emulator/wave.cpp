@@ -148,6 +148,11 @@ void Wave::write_exec(uint64_t value, uint64_t defined_bits) { write_scalar64(ex
 unsigned Wave::register_number(Operand operand, unsigned count) const {
     const Kernel &kernel = *group->launch->kernel;
     unsigned r = operand - first_vgpr;
+    if (hazards.unchecked && operand >= first_vgpr) {         // one file: v[AccumOffset + n] is a[n]
+        if (r >= 256) r += kernel.accumulation_offset - 256;
+        if (r + count <= kernel.registers) return r;
+        fail("v" + std::to_string(r) + " is past the kernel's registers");
+    }
     unsigned limit = r < 256 ? kernel.accumulation_offset : 256 + kernel.registers - kernel.accumulation_offset;
     if (operand < first_vgpr || r + count > limit)
         fail(operand < first_vgpr ? "a vector register is needed here"
@@ -177,6 +182,16 @@ void Wave::write_lanes(unsigned r, const uint32_t *values, uint64_t mask, uint64
     uint32_t *to = v[r];
     for (int lane = 0; lane < lanes; ++lane) to[lane] = mask >> lane & 1 ? values[lane] : to[lane];
     defined[r] = (defined[r] & ~mask) | (defined_lanes & mask);
+}
+
+void Wave::wait_vm(unsigned most) {
+    if (vm_issued > most && vm_issued - most > vm_done) vm_done = vm_issued - most;
+    auto &pending = group->pending_loads[number];
+    for (; !pending.empty() && pending.front().number <= vm_done; pending.pop_front()) {
+        const PendingLoad &load = pending.front();
+        for (int lane = 0; lane < lanes; ++lane)
+            if (load.mask >> lane & 1) memcpy(&group->lds[load.base + lane * load.each], load.data[lane], load.each);
+    }
 }
 
 void Wave::wait_lgkm(unsigned most) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "code_object.h"
 #include "hazards.h"
 #include "instruction.h"
+#include "timing.h"
 
 namespace emulator {
 
@@ -71,6 +73,7 @@ struct Wave {
     int number;                           // in its workgroup
     Workgroup *group;
     const Instruction *current;
+    WaveTrace *trace;                     // what it issues, for the timing model; null: nobody asked
 
     // Operations under way. Vector memory and LDS return in order, so a counter each is enough: operation n has
     // returned when n <= done. Scalar loads return in any order: only lgkmcnt(0) tells.
@@ -129,8 +132,17 @@ struct Wave {
     [[noreturn]] void fail_hazard(unsigned r, unsigned missing, const char *what) const;
     void write_lanes(unsigned r, const uint32_t *values, uint64_t mask, uint64_t defined_lanes);
 
-    void wait_vm(unsigned most) { if (vm_issued - most > vm_done && vm_issued > most) vm_done = vm_issued - most; }
+    void wait_vm(unsigned most);
     void wait_lgkm(unsigned most);
+};
+
+// A load from global memory to LDS that its wave has not waited for. It lands when the wait says so and no earlier: what
+// reads LDS before finds the old bytes, as it may on hardware.
+struct PendingLoad {
+    uint32_t number, each;               // which operation of the wave; bytes of a lane
+    uint32_t base;
+    uint64_t mask;
+    uint32_t data[lanes][4];
 };
 
 struct Workgroup {
@@ -139,9 +151,11 @@ struct Workgroup {
     std::vector<Wave *> waves;
     std::vector<uint8_t> lds;
     std::vector<LdsWord> lds_words;
+    std::vector<std::deque<PendingLoad>> pending_loads;   // of each wave
     uint32_t epoch;
     std::vector<std::vector<uint8_t>> scratch;   // for each wave: 64 x bytes
     std::vector<Cost> *costs;
+    GroupTrace *trace;
 
     Cost &cost(const Instruction &instruction) { return (*costs)[instruction.index]; }
 };
@@ -155,8 +169,10 @@ struct Launch {
     std::vector<uint8_t> kernarg;
     std::vector<uint8_t> dispatch_packet;
     std::vector<MemoryRange> ranges;             // sorted
-    bool check_ranges = true;
+    bool check_ranges = true, strict = true;
     uint64_t instruction_limit;
+    // Workgroups to record for the timing model; where there are any, no others run.
+    std::vector<std::unique_ptr<GroupTrace>> traces;
 };
 
 // Reads or writes of global memory by one lane or by the scalar unit must lie in one range.
