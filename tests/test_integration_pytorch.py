@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aiter
 from aiter import plan
+from aiter.dropout import draw_rng_state, keep_mask, scale
 from aiter.integrations import pytorch
 from aiter.integrations.pytorch import activated
 
@@ -170,7 +171,7 @@ def test_without_gradients(mode, launches):
 
 REFUSED = {
     "attn_mask": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril()}, "attn_mask is given"),
-    "dropout": (qkv, {"dropout_p": 1.0}, "dropout_p is 1.0"),
+    "dropout of all": (qkv, {"dropout_p": 1.0}, "dropout_p is 1.0"),
     "float64": (lambda: qkv(dtype=torch.float64), {}, "float64"),
     "head_dim": (lambda: qkv(dim=520), {}, "head_dim is 520"),
 }
@@ -186,6 +187,37 @@ def test_what_is_not_ours_goes_to_pytorch_and_says_so_once(case, launches):
             got = with_gradients(scaled_dot_product_attention, tensors, keywords)
     assert launches == [] and len(said) == 1 and reason in str(said[0].message)
     torch.testing.assert_close(got, own, rtol=0, atol=0)
+
+
+def test_dropout(launches):
+    """By our own mask, from PyTorch's generator; compiled, it is another draw."""
+    tensors = qkv(dim=24)
+    torch.manual_seed(11)
+    state = draw_rng_state("cpu")
+    kept = keep_mask(state, 0.3, 2, 4, 19, 19)
+    with activated():
+        torch.manual_seed(11)
+        got = with_gradients(scaled_dot_product_attention, tensors, {"dropout_p": 0.3, "is_causal": True})
+        torch._dynamo.reset()
+        compiled = torch.compile(scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+        drawn = [compiled(*(tensor.detach() for tensor in tensors), dropout_p=0.3, is_causal=True) for _ in range(2)]
+    assert launches == ["forward", "backward", "forward", "forward"] and not torch.equal(*drawn)
+
+    def written_out(query, key, value):
+        scores = (query @ key.transpose(2, 3) / 24**0.5).masked_fill(torch.ones(19, 19).triu(1).bool(), -torch.inf)
+        return (scores.softmax(-1) * kept * scale(0.3)) @ value
+
+    for ours, right in zip(got, with_gradients(written_out, tensors, {}), strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
+
+
+@needs_registry
+def test_dropout_of_pytorchs_operators_is_theirs(launches):
+    query = torch.randn(1, 2, 9, 16)
+    said = []
+    pytorch._gpu_forward(said.append, query, query, query, 0.1)
+    pytorch._gpu_backward(said.append, *[query] * 6, None, None, 9, 9, 0.1, False)
+    assert len(said) == 2 and all("dropout_p is 0.1" in reason for reason in said) and not launches
 
 
 def test_pytorchs_own_errors_and_choices_stay(launches):
@@ -335,6 +367,16 @@ def test_flops_of_lengths():
             packed, cache, cache, lengths, 9, seqlens_k=keys, page_table=table, block_size=8
         ),
         2 * 6 * 16: lambda: aiter.flash_attn_with_kvcache(packed.view(2, 6, 4, 16), cache, table, 8),
+        6 * (8 + 3) + 6 * 5: lambda: aiter.flash_attn_with_kvcache(
+            packed.view(2, 6, 4, 16),
+            cache,
+            None,
+            8,
+            page_indptr=torch.tensor([0, 2, 3], dtype=torch.int32),
+            page_indices=torch.tensor([3, 1, 0], dtype=torch.int32),
+            last_page_len=torch.tensor([3, 5], dtype=torch.int32),
+            max_seqlen_k=16,
+        ),
     }
     for pairs, call in calls.items():
         with FlopCounterMode(display=False) as counter:

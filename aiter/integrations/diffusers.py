@@ -43,11 +43,10 @@ def _attention(
     attn_mask: bool (batch, seq_k) or (batch, 1, 1, seq_k), which keys are tokens. Fewer heads of keys are taken with or
     without enable_gqa. The log-sum-exp is (batch, heads_q, seq_q).
     """
-    if dropout_p:
-        raise ValueError(f"attention backend {NAME!r} has no dropout, but dropout_p is {dropout_p}: {_USE_OTHERS}")
     if _parallel_config is not None:
-        if attn_mask is not None:
-            raise ValueError(f"attention backend {NAME!r} takes no attn_mask in context parallelism: {_USE_OTHERS}")
+        for name, given in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p)):
+            if given:
+                raise ValueError(f"attention backend {NAME!r} takes no {name} in context parallelism: {_USE_OTHERS}")
         return attention_dispatch._templated_context_parallel_attention(
             *(query, key, value, None, dropout_p, is_causal, scale, enable_gqa, return_lse),
             forward_op=_forward,
@@ -62,6 +61,8 @@ def _attention(
         key, value = (tensor.gather(1, order.expand_as(tensor)) for tensor in (key, value))
     elif is_causal and query.shape[1] != key.shape[1]:  # as PyTorch has it, the first query stands at the first key
         options["query_offsets"] = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
+    if dropout_p:
+        options["dropout_p"] = dropout_p
     return flash_attn_func(query, key, value, is_causal, scale, return_lse=return_lse, **options)
 
 

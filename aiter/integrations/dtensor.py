@@ -34,11 +34,16 @@ def _ways(operator: Any, arguments: tuple, outputs: list[str]) -> list[_Placemen
     given = _by_name(operator, arguments)
     query, key = given["query"], given["key"]
     packed, paged = query.ndim == 3, given.get("page_table") is not None
+    if given.get("rng_state") is not None:
+        raise NotImplementedError(
+            "dropout_p with DTensors: parts of a mesh would draw the same mask for different rows"
+        )
     # Of each tensor, the dimension of sequences and of heads; None: it is whole.
     heads = 1 if packed else 2
     rows: dict[str, tuple[int | None, int | None]] = {name: (0, heads) for name in ("query", "output", "grad_output")}
     rows |= dict.fromkeys(("lse", "grad_lse"), (0, 0 if packed else 1))
     rows |= dict.fromkeys(("key", "value"), (None, 1) if paged else (0, heads))
+    rows |= dict.fromkeys(("page_indptr", "last_page_len"), (None, None))
     rows |= dict.fromkeys(("seqlens_q", "seqlens_k", "page_table", "query_offsets", "starts_q", "starts_k"), (0, None))
     slopes = given.get("alibi_slopes")
     rows |= {"alibi_slopes": (0, 1) if slopes is not None and slopes.ndim == 2 else (None, 0), "sinks": (None, 0)}
@@ -55,7 +60,7 @@ def _ways(operator: Any, arguments: tuple, outputs: list[str]) -> list[_Placemen
         return [place(output) for output in outputs], inputs
 
     ways = [placed(None)]
-    if not packed:  # packed sequences are of different lengths
+    if not packed and given.get("page_indptr") is None:  # packed sequences, and lists, are of different lengths
         ways.append(placed(0))
     if _divide(key.mesh.shape, key.shape[1] if paged else key.shape[heads]):
         ways.append(placed(1))

@@ -145,7 +145,7 @@ def _unlike_ours(dtype: torch.dtype, device: torch.device, *dims: int, dropout_p
     if any(dim > checks.HEAD_DIM_MAX for dim in dims):
         return f"head_dim is {max(dims)}, and at most {checks.HEAD_DIM_MAX} for aiter"
     if dropout_p:
-        return f"dropout_p is {dropout_p}"
+        return f"dropout_p is {dropout_p}, and PyTorch's operators keep its mask in a form of their own"
     return None
 
 
@@ -166,7 +166,9 @@ def _choose(
     """In the place of `aten::scaled_dot_product_attention`, which is made of other operators, with their gradients."""
     plain = _is_a_call_of_flash_attention(query, key, value, enable_gqa)
     reason = "attn_mask is given" if attn_mask is not None else None
-    reason = reason or _unlike_ours(query.dtype, query.device, query.shape[-1], value.shape[-1], dropout_p=dropout_p)
+    if dropout_p >= 1:
+        reason = reason or f"dropout_p is {dropout_p}"
+    reason = reason or _unlike_ours(query.dtype, query.device, query.shape[-1], value.shape[-1])
     if reason or not plain:
         if reason and plain:
             _say(reason)
@@ -175,13 +177,14 @@ def _choose(
         )
     if query.dim() == 3:
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
-        return _choose(query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa).squeeze(0)
+        return _choose(query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa).squeeze(0)
 
     value_dim = value.shape[-1]
     scale = _scale(scale, query)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     square = not is_causal or query.shape[2] == key.shape[2]
-    if _REPLACES_KERNELS and query.shape[-1] == value.shape[-1] and (square or query.is_cpu):
+    as_pytorchs = _REPLACES_KERNELS and not dropout_p and query.shape[-1] == value.shape[-1]
+    if as_pytorchs and (square or query.is_cpu):
         if query.is_cpu:
             run = _aten._scaled_dot_product_flash_attention_for_cpu
         else:
@@ -190,6 +193,8 @@ def _choose(
     else:
         query, key, value = _swap(query, key, value)
         options: OptionKeywords = {} if square else {"query_offsets": _first_at_first(query)}
+        if dropout_p:
+            options["dropout_p"] = dropout_p
         output = flash_attn_func(query, key, value, is_causal, scale, **options).transpose(1, 2)
     return output if output.shape[-1] == value_dim else output[..., :value_dim]
 

@@ -176,11 +176,22 @@ def test_grouped_heads_and_log_sum_exps():
 
 
 REFUSED = {
-    "dropout_p is 0.1": {"dropout_p": 0.1},
     r"torch.float32 \(2, 13\)": {"attn_mask": torch.zeros(2, 13)},
     r"torch.bool \(9, 13\)": {"attn_mask": torch.ones(9, 13, dtype=torch.bool)},
     "not both": {"attn_mask": torch.ones(2, 13, dtype=torch.bool), "is_causal": True},
 }
+
+
+def test_dropout():
+    """The seed decides, and means are those without."""
+    query, key, value = qkv()
+    results = []
+    for seed in (3, 3, *range(200)):
+        torch.manual_seed(seed)
+        results.append(dispatch_attention_fn(query, key, value, dropout_p=0.2, backend="aiter"))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[1], results[2])
+    whole = dispatch_attention_fn(query, key, value, backend="aiter")
+    torch.testing.assert_close(torch.stack(results[2:]).mean(0), whole, rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize("words, options", REFUSED.items(), ids=REFUSED)
