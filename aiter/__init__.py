@@ -36,7 +36,7 @@ __all__ = [
 
 
 def _load() -> None:
-    from aiter import operations, parts
+    from aiter import flops, operations, parts  # noqa: F401 - the first tells PyTorch how to count
     from aiter.integrations.rocm.attention import either_flash_attn_func
 
     for module in (operations, parts):

@@ -9,7 +9,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CLIENTS = {"vllm": "tests/clients/vllm"}  # pages for programs that not every environment has
+CLIENTS = ("transformers", "diffusers", "sglang", "vllm")  # where one is missing, its page is skipped
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -21,12 +21,16 @@ def name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _BLOCK.search(page.read_text())], ids=name)
 def test_python_runs(page):
+    code = "".join(_BLOCK.findall(page.read_text()))
+    for client in CLIENTS:
+        if re.search(rf"^(import|from) (aiter\.)?{client}\b", code, re.MULTILINE):
+            pytest.importorskip(client)
+    run_page(page)
+
+
+def run_page(page: Path) -> None:
     """All blocks of a page, in order, as one program on the CPU; an error names the page and the line."""
     text = page.read_text()
-    if page.stem in CLIENTS:
-        pytest.skip(f"{CLIENTS[page.stem]} runs it, in an environment of its own")
-    if any("transformers" in block for block in _BLOCK.findall(text)):
-        pytest.importorskip("transformers")
     torch._dynamo.reset()
     names = {"__name__": "__main__"}
     for block in _BLOCK.finditer(text):

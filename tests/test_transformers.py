@@ -8,6 +8,7 @@ transformers = pytest.importorskip("transformers", reason="Hugging Face transfor
 import aiter.plan  # noqa: E402
 import aiter.transformers  # noqa: E402
 from aiter.cli.model_config import read_model  # noqa: E402
+from aiter.integrations.transformers import layers  # noqa: E402
 
 
 def llama(implementation, **changes):
@@ -498,13 +499,13 @@ def test_dims_are_padded(head_dim, value_dim, mask):
 
 def test_dims_that_differ_are_not_padded(monkeypatch):
     called = []
-    flash_attn_func = aiter.transformers.flash_attn_func
+    flash_attn_func = layers.flash_attn_func
 
     def remember(*tensors, **options):
         called.append([tensor.shape[-1] for tensor in tensors[:3]])
         return flash_attn_func(*tensors, **options)
 
-    monkeypatch.setattr(aiter.transformers, "flash_attn_func", remember)
+    monkeypatch.setattr(layers, "flash_attn_func", remember)
     call(head_dim=24, value_dim=16)
     assert called == [[24, 24, 16]]
 

@@ -1,0 +1,117 @@
+"""Continuous batching: `model.generate_batch` on our kernels, under the name "aiter_flash2".
+
+transformers batches requests of any lengths into one row, over a paged cache of its own, and lets only implementations
+do it whose name has "flash" in it; with a 2 or 3 after it, on a GPU, they are given the pages themselves for decoding.
+Such a name it takes for a package to be fetched, though: `admit` tells it that this one is here.
+
+    first tokens, mixed steps ── keys and values gathered into a row ──> flash_attn_varlen_func
+    decoding on a GPU         ── pages, and the tokens to append ──────> flash_attn_with_kvcache
+    everything else           ────────────────────────────────────────> layers.attention, as for "aiter"
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
+
+from aiter import flash_attn
+from aiter.integrations.transformers.layers import attention, refuse_others
+from aiter.integrations.transformers.masks import padding_mask
+
+FLASH_NAME = "aiter_flash2"
+
+
+def batched_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    read_index: Any = None,
+    write_index: Any = None,
+    block_table: torch.Tensor | None = None,
+    k_cache: torch.Tensor | None = None,
+    v_cache: torch.Tensor | None = None,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """`layers.attention`; for a batch that transformers schedules (it has a read_index), what its flash functions do.
+
+    Then query is (1, heads_q, tokens, head_dim), and cu_seq_lens_q int32 (requests + 1,). key and value are
+    (1, heads_kv, tokens_k, head_dim), cached ones included, and cu_seq_lens_k says whose; or, with block_table int32
+    (requests, pages), they are one new token of each request, which goes into k_cache and v_cache (pages, page_size,
+    heads_kv, head_dim) behind its earlier ones.
+    """
+    if read_index is None:
+        return attention(
+            *(module, query, key, value, attention_mask, scaling, dropout, is_causal, cu_seq_lens_q, cu_seq_lens_k),
+            *(max_length_q, max_length_k, position_ids, sliding_window, softcap, s_aux),
+            **others,
+        )
+    refuse_others(dropout=dropout or None, attention_mask=attention_mask, **others)
+    assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    assert max_length_q is not None and max_length_k is not None
+    options: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "causal": True,
+        "window_size": (-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+    }
+    query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    if block_table is None:
+        output = flash_attn.flash_attn_varlen_func(
+            query, key, value, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, **options
+        )
+    else:
+        assert k_cache is not None and v_cache is not None
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        requests = query.shape[0]
+        cached = cu_seq_lens_k[: requests + 1].diff() - 1
+        output = flash_attn.flash_attn_with_kvcache(
+            query, k_cache, v_cache, key, value, cache_seqlens=cached, block_table=block_table[:requests], **options
+        ).squeeze(1)
+    return output.unsqueeze(0), None
+
+
+def admit() -> None:
+    """Registers the name, and sees to it that transformers looks for no package of it."""
+    AttentionInterface.register(FLASH_NAME, batched_attention)
+    AttentionMaskInterface.register(FLASH_NAME, padding_mask)
+    check = PreTrainedModel._check_and_adjust_attn_implementation
+    if hasattr(check, "before_aiter"):
+        return
+
+    def adjust(self, attn_implementation, *arguments, **keywords):
+        # Some models list the packages that know their sinks; these kernels do, and are in no such list.
+        if attn_implementation == FLASH_NAME:
+            return FLASH_NAME
+        return check(self, attn_implementation, *arguments, **keywords)
+
+    imports = modeling_flash_attention_utils._lazy_imports
+
+    def lazy_imports(implementation, *arguments, **keywords):
+        if implementation == FLASH_NAME:
+            functions = (
+                flash_attn.flash_attn_func,
+                flash_attn.flash_attn_varlen_func,
+                flash_attn.flash_attn_with_kvcache,
+            )
+            return *functions, modeling_flash_attention_utils._pad_input, modeling_flash_attention_utils._unpad_input
+        return imports(implementation, *arguments, **keywords)
+
+    adjust.before_aiter = check  # type: ignore[attr-defined]
+    PreTrainedModel._check_and_adjust_attn_implementation = adjust
+    modeling_flash_attention_utils._lazy_imports = lazy_imports

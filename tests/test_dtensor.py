@@ -1,0 +1,67 @@
+"""Attention of DTensors over two processes: what one process gives, split as its tensors are."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing
+
+pytest.importorskip("torch.distributed.tensor.experimental", reason="this PyTorch has no DTensor")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("PyTorch was built without gloo", allow_module_level=True)
+
+import aiter
+from aiter.integrations.dtensor import _divide
+
+
+def _grouped(query, key, value, sinks, lengths):
+    return aiter.flash_attn_func(query, key, value, causal=True, sinks=sinks)
+
+
+def _lengths(query, key, value, sinks, lengths):
+    return aiter.flash_attn_func(query, key, value, causal=True, seqlens_k=lengths, window_size=(4, 0))
+
+
+def _run(call, tensors):
+    output = call(*tensors)
+    output.square().sum().backward()
+    return [output.detach(), *(t.grad for t in tensors if t.grad is not None)]
+
+
+def _process(rank, port):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(20)
+    tensors = [torch.randn(4, 9, heads, 16) for heads in (4, 2, 2)]
+    tensors += [torch.randn(4), torch.tensor([9, 1, 5, 7], dtype=torch.int32)]
+    whole, ways = Replicate(), {}
+    ways["batch"] = [Shard(0)] * 3 + [whole, Shard(0)], Shard(0)
+    ways["heads"] = [Shard(2)] * 3 + [Shard(0), whole], Shard(2)
+    ways["whole"] = [whole] * 5, whole
+    ways["sequence"] = [Shard(1)] * 3 + [whole, whole], None  # gathered: how it is split then is DTensor's choice
+    for call in (_grouped, _lengths):
+        expected = _run(call, [t.clone().requires_grad_(t.is_floating_point()) for t in tensors])
+        for name, (placements, outputs) in ways.items():
+            split = [distribute_tensor(t, mesh, [p]) for t, p in zip(tensors, placements, strict=True)]
+            got = _run(call, [t.detach().requires_grad_(t.is_floating_point()) for t in split])
+            assert isinstance(got[0], DTensor), name
+            assert outputs is None or got[0].placements == (outputs,), (name, got[0].placements)
+            assert len(got) == len(expected)
+            for ours, right in zip(got, expected, strict=True):
+                torch.testing.assert_close(ours.full_tensor(), right, rtol=1e-5, atol=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_process, (port,), nprocs=2)
+
+
+def test_heads_are_split_in_whole_groups():
+    assert _divide((2,), 4) and _divide((2, 2), 2) and _divide((2, 3), 6) and _divide((4,), 2)
+    assert not _divide((2,), 3) and not _divide((2, 2), 6)
