@@ -1,13 +1,13 @@
 """The five public operations: scaled dot product attention, softmax(scale * query @ key^T) @ value.
 
 Common to all. Tensors are (batch, seq, heads, head_dim) in float16, bfloat16 or (on CPUs) float32; query, key and value
-share dtype and device. head_dim is a multiple of 8 up to 512. Any strides are taken; tensors whose last dimension is
-adjacent are used in place. Query head h reads KV head h // (heads_q / heads_kv). `causal` aligns the last query with
-the last key: query i sees key j where j <= i + seq_k - seq_q. A row that sees no key gives zeros (log-sum-exp -inf).
-`softmax_scale` defaults to 1/sqrt(head_dim). value may have a head_dim of its own. The result is a new contiguous
-tensor of the shape of query, with value's head_dim; with `return_lse=True` it is a pair with the log-sum-exp of the
-scores,
-float32 (batch, heads, seq). Further keywords, the same for all: windows, soft caps, ALiBi, sinks, positions
+share dtype and device; or key and value are torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2, where no gradient is
+needed. head_dim is a multiple of 8 up to 512. Any strides are taken; tensors whose last dimension is adjacent are used
+in place. Query head h reads KV head h // (heads_q / heads_kv). `causal` aligns the last query with the last key: query
+i sees key j where j <= i + seq_k - seq_q. A row that sees no key gives zeros (log-sum-exp -inf). `softmax_scale`
+defaults to 1/sqrt(head_dim). value may have a head_dim of its own. The result is a new contiguous tensor of the shape
+of query, with value's head_dim; with `return_lse=True` it is a pair with the log-sum-exp of the scores, float32 (batch,
+heads, seq). Further keywords, the same for all: windows, soft caps, ALiBi, sinks, positions, descales
 (`aiter.options.OptionKeywords`).
 
 The algorithm is FlashAttention's (Dao et al., 2022, https://arxiv.org/abs/2205.14135): scores are never stored.

@@ -186,7 +186,7 @@ def _request(
     query, key, value = library.autocast(query, key, value)
     if sizes_of(query, key, value, NO_INDICES, 0, 0) is None:
         check_common(query, key, value, NO_INDICES)
-    options.check(query, query.shape[0])
+    options.check(query, key)
     runs = None
     if isinstance(layout, torch.Tensor):
         if layout.shape != (query.shape[1],) or layout.dtype not in checks.INDEX_DTYPES:
