@@ -32,6 +32,8 @@ class AttentionProblem(ctypes.Structure):
         ("value_strides", ctypes.c_int64 * 3),
         ("output_strides", ctypes.c_int64 * 3),
         ("lse_strides", ctypes.c_int64 * 2),
+        ("key_descale_strides", ctypes.c_int64 * 2),
+        ("value_descale_strides", ctypes.c_int64 * 2),
         ("alibi_stride", ctypes.c_int64),
         ("softmax_scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -54,7 +56,7 @@ class AttentionTensors(ctypes.Structure):
         for name in (
             *("query", "key", "value", "output", "lse", "seqlens_q", "seqlens_k", "starts_q", "starts_k"),
             *("query_offsets", "page_table", "page_indptr", "last_page_len", "alibi_slopes", "sinks", "rng_state"),
-            "workspace",
+            *("key_descale", "value_descale", "workspace"),
         )
     )
 
@@ -114,7 +116,8 @@ class CacheWriteProblem(ctypes.Structure):
             (f"{name}_strides", ctypes.c_int64 * 4)
             for name in ("query", "rotated", "key", "value", "key_cache", "value_cache")
         ),
-        *((f"{name}_stride", ctypes.c_int64) for name in ("cos", "sin", "key_scale", "value_scale")),
+        *((f"{name}_stride", ctypes.c_int64) for name in ("cos", "sin")),
+        *((f"{name}_strides", ctypes.c_int64 * 2) for name in ("key_scale", "value_scale")),
     )
 
 

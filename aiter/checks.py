@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 
-from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
+from aiter.kernels import CACHE_DTYPES, HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
 
 if TYPE_CHECKING:
     from aiter.layout import Indices, Sizes
@@ -23,6 +23,8 @@ VALUE_DIMS = frozenset(range(HEAD_DIM_STEP, HEAD_DIM_MAX + 1, HEAD_DIM_STEP))
 HEAD_DIMS = VALUE_DIMS | {LATENT_HEAD_DIM}
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+# 8-bit floats that keys and values may be kept in, by their names in specs.
+FP8_NAMES = {getattr(torch, f"float8_{name}"): name for name in CACHE_DTYPES}
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
 
 # Layouts, for messages.
@@ -55,6 +57,18 @@ def same_kind(**tensors: torch.Tensor) -> None:
         if other.dtype != first.dtype:
             raise TypeError(f"{name} has dtype {other.dtype}; it must be that of {first_name}, {first.dtype}")
         same_device(name, other, first_name, first)
+
+
+def attention_kind(**tensors: torch.Tensor) -> None:
+    """`same_kind` of query, key and value; key and value may both be 8-bit floats instead."""
+    (query_name, query), (key_name, key), (value_name, value) = tensors.items()
+    if key.dtype not in FP8_NAMES:
+        return same_kind(**tensors)
+    same_kind(**{query_name: query})
+    if value.dtype != key.dtype:
+        raise TypeError(f"{value_name} has dtype {value.dtype}; it must be that of {key_name}, {key.dtype}")
+    same_device(key_name, key, query_name, query)
+    same_device(value_name, value, query_name, query)
 
 
 def same_device(name: str, value: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
@@ -152,6 +166,27 @@ def softmax_scale(value: object, size: int) -> float:
     if not math.isfinite(value):
         raise ValueError(f"softmax_scale is {value}; it must be finite")
     return float(value)
+
+
+def per_kv_head(name: str, scale: object, cache: torch.Tensor, batch: int | None, heads_kv: int | None) -> torch.Tensor:
+    """Returns `scale` if it can be what the 8-bit floats of a cache are to be multiplied by, or were divided by. Sizes
+    that are None are not known."""
+    layout = "float32 (1,), (heads_kv,) or (batch, heads_kv)"
+    scale = tensor(name, scale, (0, 1, 2), layout)
+    if cache.dtype not in FP8_NAMES:
+        raise ValueError(f"{name} is given, but the cache has dtype {cache.dtype}, which is not scaled: leave it out")
+    same_device(name, scale, "the cache", cache)
+    if scale.dtype != torch.float32:
+        raise TypeError(f"{name} has dtype {scale.dtype}; it must be torch.float32")
+    if torch.is_grad_enabled() and scale.requires_grad:
+        raise ValueError(f"{name} takes no gradient: detach it, or use torch.no_grad()")
+    for got, expected in zip(reversed(scale.shape), (heads_kv, batch), strict=False):
+        if scale.numel() != 1 and expected is not None and got != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(scale.shape)}; it must be {layout}: there are {heads_kv} heads"
+                + ("" if batch is None else f", the batch size is {batch}")
+            )
+    return scale
 
 
 def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str, first: torch.Tensor) -> None:

@@ -78,7 +78,7 @@ def attend(
     options, sinks = NO_OPTIONS, None
     if keywords:
         causal, options = read_options(causal, keywords)
-        options.check(query, sizes.batch)
+        options.check(query, key, sizes)
         sinks, options = options.sinks, options.drawn(query).readable()
     if out is not None:
         checks.output(out, query, value)
@@ -90,6 +90,8 @@ def attend(
     ):
         if out is not None:
             raise ValueError(_OUT_TAKES_NO_GRADIENT)
+        if key.dtype is not query.dtype:
+            raise NotImplementedError(library.NO_FP8_GRADIENT)
         output, lse = library.Attention.apply(query, key, value, sinks, call)
     else:
         output, lse = plan.forward(call, query, key, value, return_lse, out)
@@ -116,7 +118,10 @@ def _through_dispatcher(
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(causal, keywords)
-    options.check(query, None if query.dim() == 3 else query.shape[0])
+    options.check(query, key)
+    wants_gradient = torch_state.wants_gradient(query, key, value, *([] if options.sinks is None else [options.sinks]))
+    if wants_gradient and key.dtype in checks.FP8_NAMES:
+        raise NotImplementedError(library.NO_FP8_GRADIENT)
     options = options.drawn(query)
     inputs = (
         *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
@@ -124,7 +129,7 @@ def _through_dispatcher(
     )
     if out is None:
         return library.operator()(*inputs)
-    if torch_state.wants_gradient(query, key, value, *([] if options.sinks is None else [options.sinks])):
+    if wants_gradient:
         raise ValueError(_OUT_TAKES_NO_GRADIENT)
     return out, torch.ops.aiter.attention_out(out, *inputs)
 

@@ -7,6 +7,10 @@ keywords are those of FlashAttention 2, 3 and ROCm's library where their meaning
 NotImplementedError by name; hints for speed (num_splits, pack_gqa, sm_margin, deterministic, ...) are taken and change
 nothing: results are deterministic always. head_dim may be anything up to 512: it is padded to a multiple of 8.
 
+Keys and values may be float8_e4m3fn, float8_e4m3fnuz or float8_e5m2 where no gradient is needed: k_descale and
+v_descale, float32 of one element, (heads_kv,) or (batch, heads_kv), are what they are multiplied by. What is appended
+to such a cache is divided by them.
+
 Tensors are (batch, seq, heads, head_dim), packed ones (total_tokens, heads, head_dim). window_size is (left, right), -1
 for no limit; query i stands at key i + seq_k - seq_q. softmax_lse is float32 (batch, heads, seq), packed (heads,
 total_tokens), natural logarithm, of the keys alone (a sink is not in it). Rows without a key are zeros, lse -inf.
@@ -53,8 +57,6 @@ _HINTS = frozenset(
 # Not offered, and the value of each that asks for nothing.
 _NOT_OFFERED: dict[str, Any] = {
     "q_descale": None,
-    "k_descale": None,
-    "v_descale": None,
     "bias": None,
     "cu_seqlens_q_padded": None,
     "cu_seqlens_k_padded": None,
@@ -103,7 +105,7 @@ def flash_attn_func(
     attention_chunk, a keyword: a query sees only keys of its own chunk of so many places. sinks: (heads_q,), one logit
     a head that joins the softmax. out: where the output goes.
     """
-    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others)
+    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if qv is not None:
         q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
     return _attend(
@@ -174,7 +176,7 @@ def flash_attn_varlen_func(
     sequence give zeros, or are left alone in `out`. qv: packed as q. S_dmask has a row and a column for each place that
     max_seqlen_q and max_seqlen_k leave room for.
     """
-    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others)
+    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
     starts_k = _index("cu_seqlens_k", cu_seqlens_k, 1, "int32 (batch + 1,)", q)
     used_q = _index("seqused_q", seqused_q, 1, "int32 (batch,)", q)
@@ -289,7 +291,8 @@ def flash_attn_with_kvcache(
     Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. On the CPU raises ValueError,
     and writes nothing, where new tokens do not fit; on a GPU those are not written.
     """
-    options = _options(0.0, causal, window_size, softcap, alibi_slopes, sinks, {"num_splits": num_splits, **others})
+    others = {"num_splits": num_splits, **others}
+    options = _options(0.0, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if page_table is not None:
         if block_table is not None:
             raise ValueError("block_table and page_table are one argument; give one of them")
@@ -298,7 +301,7 @@ def flash_attn_with_kvcache(
         checks.tensor(name, given, 4, "(batch or num_blocks, seq or block_size, heads_kv, head_dim)")
     starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
     checks.tensor("q", q, 4 if starts_q is None else 3, checks.BSHD if starts_q is None else checks.PACKED)
-    checks.same_kind(q=q, k_cache=k_cache, v_cache=v_cache)
+    checks.attention_kind(q=q, k_cache=k_cache, v_cache=v_cache)
     checks.equal_size("k_cache", k_cache.shape[-1], "head_dim", "q", q.shape[-1])
     checks.heads(q.shape[-2], k_cache.shape[2], "k_cache")
     if starts_q is not None and max_seqlen_q is None:
@@ -335,7 +338,10 @@ def flash_attn_with_kvcache(
             raise ValueError("k and v are given together, with cache_seqlens")
         starts_new = _index("cu_seqlens_k_new", cu_seqlens_k_new, 1, "int32 (batch + 1,)", q)
         checks.same_kind(q=q, k=k, v=v)
-        rotated = kv_cache.append(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q)
+        scales = options.get("k_descale"), options.get("v_descale")
+        rotated = kv_cache.append(
+            *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales)
+        )
         q = q if rotated is None else rotated
         lengths = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
     elif cu_seqlens_k_new is not None:
@@ -605,6 +611,7 @@ def _options(
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
     others: dict[str, Any],
+    qv: torch.Tensor | None,
 ) -> OptionKeywords:
     """What is asked for beyond tensors, in this package's words. Raises for what is not offered or not known."""
     checks.flag("causal", causal)
@@ -618,11 +625,17 @@ def _options(
         if window_size[2]:
             raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")
         window_size = window_size[:2]
+    options: OptionKeywords = {"dropout_p": dropout_p} if dropout_p else {}
     for name, value in others.items():
         if name in ("sink_ptr", "s_aux") and name in others:
             if sinks is not None and value is not None:
                 raise ValueError(f"sinks and {name} are one argument; give one of them")
             sinks = value if value is not None else sinks
+        elif name in ("k_descale", "v_descale"):
+            if value is not None and qv is not None:
+                raise NotImplementedError(f"{name} is not offered with qv, whose keys are k and v of one scale")
+            if value is not None:
+                options[name] = value  # type: ignore[literal-required]
         elif name in _NOT_OFFERED:
             neutral = _NOT_OFFERED[name]
             if isinstance(value, torch.Tensor) or (value is not None and value != neutral):
@@ -630,7 +643,6 @@ def _options(
                 raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give {neutral!r}")
         elif name not in _HINTS and name not in ("rng_state", "attention_chunk"):
             raise TypeError(f"there is no argument {name!r}")
-    options: OptionKeywords = {"dropout_p": dropout_p} if dropout_p else {}
     for name in ("rng_state", "attention_chunk"):
         if others.get(name) is not None:
             options[name] = others[name]  # type: ignore[literal-required]

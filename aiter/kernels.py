@@ -20,6 +20,9 @@ HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
 
+# 8-bit floats that caches of keys and values may hold, as specs name them: kernels_src/include/fp8.h.
+CACHE_DTYPES = ("e4m3fn", "e4m3fnuz", "e5m2")
+
 # What a spec says where one kernel serves all.
 ANY_HEAD_DIM = 0
 
@@ -50,7 +53,8 @@ def kernel_spec(
     value_dim: int | None = None,
     options: tuple[str, ...] = (),
 ) -> Spec:
-    """options: which of the call's options select code (Options.that_select_code)."""
+    """options: which of the call's options select code (Options.that_select_code), and which of CACHE_DTYPES keys and
+    values have, if any."""
     if is_gpu(arch) and kernel == "attention_backward" and head_dim > HEAD_DIM_MAX:
         raise UnsupportedError(
             f"head_dim {head_dim} has no backward pass on {arch}: its tiles do not fit; up to {HEAD_DIM_MAX} they do"
@@ -86,22 +90,27 @@ def specs_for(
     backward: bool = False,
     value_dim: int | None = None,
     options: tuple[str, ...] = (),
+    cache_dtype: str | None = None,
 ) -> list[Spec]:
     """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it.
 
     options: "alibi", "chunk", "dropout", "softcap", "window" where the calls have them. A window says what is causal
-    itself, and chunks are built with one.
+    itself, and chunks are built with one. cache_dtype: one of CACHE_DTYPES, or None: keys and values have the dtype of
+    queries.
     """
+    kept = () if cache_dtype is None else (cache_dtype,)
     if operation == "reshape_and_cache":
-        return [kernel_spec("cache_write", dtype, ANY_HEAD_DIM, False, arch)]
+        return [kernel_spec("cache_write", dtype, ANY_HEAD_DIM, False, arch, options=kept)]
     causal = causal and "window" not in options
     fits = head_dim <= HEAD_DIM_MAX or not is_gpu(arch)
     kernels = ["attention_forward"] if fits else []
     kernels += ["attention_decode"] if is_gpu(arch) and "dropout" not in options else []
     shape = dtype, head_dim, causal, arch
     specs = [
-        kernel_spec(kernel, *shape, paged, value_dim, options) for paged in OPERATIONS[operation] for kernel in kernels
+        kernel_spec(kernel, *shape, paged, value_dim, (*options, *kept))
+        for paged in OPERATIONS[operation]
+        for kernel in kernels
     ]
-    if backward and fits and False in OPERATIONS[operation]:
+    if backward and fits and not kept and False in OPERATIONS[operation]:
         specs.append(kernel_spec("attention_backward", *shape, False, value_dim, options))
     return list(dict.fromkeys(specs))

@@ -18,18 +18,12 @@ import torch
 from aiter import checks, plan, torch_state
 from aiter.abi import pack_cache_write
 from aiter.kernels import ANY_HEAD_DIM
-from aiter.options import readable_index
+from aiter.options import readable_index, strides_per_kv_head
 from aiter.plan import untraced
 from aiter.plan_cache import plans
 
 __all__ = ["reshape_and_cache"]
 
-# 8-bit floats that a cache may hold: what the kernels' option is called.
-FP8_NAMES = {
-    torch.float8_e4m3fn: "e4m3fn",
-    torch.float8_e4m3fnuz: "e4m3fnuz",
-    torch.float8_e5m2: "e5m2",
-}
 DIM_MAX = 1024
 _TOKENS = "(tokens, heads_kv, head_dim)"
 _CACHE = "(pages, page_size, heads_kv, head_dim)"
@@ -87,18 +81,21 @@ def append(
     rotary: Rotary | None = None,
     query: torch.Tensor | None = None,
     starts_q: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Writes new tokens behind those that each sequence has in its cache, in place; with `rotary`, keys are rotated on
     their way, and query, rotated, is returned.
 
     key, value: (batch, seq_new, heads_kv, dim), or packed (total_new, heads_kv, dim) by starts_new int32 (batch + 1,).
-    Caches as in `reshape_and_cache`, not scaled; page_table: int32 (batch, max_pages), or None: sequence b has page b.
+    Caches as in `reshape_and_cache`; page_table: int32 (batch, max_pages), or None: sequence b has page b. k_scale,
+    v_scale: as there, or (batch, heads_kv).
     cache_seqlens: int32 (batch,) before the new tokens. query: (batch, seq_q, heads_q, head_dim), or packed by
     starts_q.
     """
     tensors = key, value, key_cache, value_cache, cache_seqlens, page_table, starts_new
     cos, sin, positions, interleaved, query_moves = rotary or (None, None, None, False, False)
-    rest = query if rotary else None, starts_q, cos, sin, positions, interleaved, query_moves
+    rest = query if rotary else None, starts_q, cos, sin, positions, interleaved, query_moves, k_scale, v_scale
     if _is_plain(key, value, key_cache, value_cache) and (query is None or torch_state.is_plain(query, key, value)):
         rotated = _append(*tensors, *rest)
     else:
@@ -118,7 +115,8 @@ _library.define(
 _library.define(
     "append_to_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
     "Tensor? page_table, Tensor? starts_new, Tensor? query, Tensor? starts_q, Tensor? rotary_cos, Tensor? rotary_sin, "
-    "Tensor? rotary_positions, bool interleaved, bool query_moves) -> Tensor",
+    "Tensor? rotary_positions, bool interleaved, bool query_moves, Tensor? k_scale=None, Tensor? v_scale=None) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -160,8 +158,8 @@ def _check_tokens(key: object, value: object, key_cache: object, value_cache: ob
     checks.same_shape("value", value, "key", key, but_last=True)
     for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
         cache = checks.tensor(f"{name}_cache", cache, 4, _CACHE)
-        if cache.dtype != key.dtype and cache.dtype not in FP8_NAMES:
-            known = ", ".join(str(dtype) for dtype in (key.dtype, *FP8_NAMES))
+        if cache.dtype != key.dtype and cache.dtype not in checks.FP8_NAMES:
+            known = ", ".join(str(dtype) for dtype in (key.dtype, *checks.FP8_NAMES))
             raise TypeError(f"{name}_cache has dtype {cache.dtype}; it must be one of {known}")
         checks.same_device(f"{name}_cache", cache, "key", key)
         if cache.shape[2:] != new.shape[-2:] or not 0 < new.shape[-1] <= DIM_MAX:
@@ -177,19 +175,13 @@ def _check_tokens(key: object, value: object, key_cache: object, value_cache: ob
         raise TypeError(f"value_cache has dtype {value_cache.dtype}; it must be that of key_cache, {key_cache.dtype}")
 
 
-def _scale(name: str, scale: torch.Tensor | None, key: torch.Tensor, cache: torch.Tensor) -> int:
-    """Its stride from head to head."""
-    if scale is None:
-        return 0
-    scale = checks.tensor(name, scale, (0, 1), "float32 (1,) or (heads_kv,)")
-    checks.same_device(name, scale, "key", key)
-    if cache.dtype not in FP8_NAMES:
-        raise ValueError(f"{name} is given, but the cache has dtype {cache.dtype}, which is not scaled: leave it out")
-    if scale.dtype != torch.float32:
-        raise TypeError(f"{name} has dtype {scale.dtype}; it must be torch.float32")
-    if scale.numel() not in (1, key.shape[-2]):
-        raise ValueError(f"{name} has shape {tuple(scale.shape)}; it must be (1,) or (heads_kv,), ({key.shape[-2]},)")
-    return 0 if scale.numel() == 1 else scale.stride(0)
+def _scale_strides(
+    cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, batch: int, heads: int
+) -> tuple[int, ...]:
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            checks.per_kv_head(name, scale, cache, batch, heads)
+    return (*strides_per_kv_head(k_scale), *strides_per_kv_head(v_scale))
 
 
 def _check_rotary(query: torch.Tensor | None, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -230,9 +222,9 @@ def _reshape_and_cache(
     count = slots.shape[0]
     if count > key.shape[0]:
         raise ValueError(f"slot_mapping has {count} slots; key has {key.shape[0]} tokens, and needs as many or more")
-    scales = _scale("k_scale", k_scale, key, key_cache), _scale("v_scale", v_scale, key, value_cache)
     slots = slots.contiguous()
     pages, page_size, heads, _ = key_cache.shape
+    scales = _scale_strides(key_cache, k_scale, v_scale, 1, heads)
     if 0 in (count, heads, pages):
         return
     refused = _launch(
@@ -267,6 +259,8 @@ def _append(
     rotary_positions: torch.Tensor | None,
     interleaved: bool,
     query_moves: bool,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Query rotated, or an empty tensor."""
     _check_tokens(key, value, key_cache, value_cache, 4 if starts_new is None else 3)
@@ -287,6 +281,7 @@ def _append(
     if starts_new is None:
         checks.equal_size("key", key.shape[0], "batch size", "cache_seqlens", batch)
     pages, page_size, heads, _ = key_cache.shape
+    scales = _scale_strides(key_cache, k_scale, v_scale, batch, heads)
     if table is None and pages < batch:
         shape = tuple(key_cache.shape)
         raise ValueError(
@@ -317,10 +312,11 @@ def _append(
         *(batch, heads_q, heads, seqlen_q, seqlen_new, key.shape[-1], value.shape[-1], page_size),
         *(0 if table is None else table.shape[1], *angles, interleaved, query_moves, 0),
         *(pages, 0 if table is None else table.stride(0), total_q, total_new, *query_strides, *rotated_strides),
-        *(*_four(key), *_four(value), *key_cache.stride(), *value_cache.stride(), *cos_strides, 0, 0),
+        *(*_four(key), *_four(value), *key_cache.stride(), *value_cache.stride(), *cos_strides, *scales),
         *(_address(query), rotated.data_ptr() if query is not None else 0, key.data_ptr(), value.data_ptr()),
         *(key_cache.data_ptr(), value_cache.data_ptr(), 0, _address(seqlens), _address(table), _address(first_q)),
-        *(_address(first_new), _address(rotary_cos), _address(rotary_sin), _address(positions), 0, 0),
+        *(_address(first_new), _address(rotary_cos), _address(rotary_sin), _address(positions)),
+        *(_address(k_scale), _address(v_scale)),
     )
     if refused:
         room = page_size * (1 if table is None else table.shape[1])
@@ -351,7 +347,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 def _launch(like: torch.Tensor, cache: torch.Tensor, *fields: int) -> int:
     """0, or BAD_VALUES."""
-    options = () if cache.dtype is like.dtype else (FP8_NAMES[cache.dtype],)
+    options = () if cache.dtype is like.dtype else (checks.FP8_NAMES[cache.dtype],)
     key: plan.Key = ("cache_write", like.get_device(), like.dtype, ANY_HEAD_DIM, ANY_HEAD_DIM, False, False, options)
     found = plans.get(key)
     if found is None:

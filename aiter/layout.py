@@ -69,10 +69,10 @@ def sizes_of(
     is no bound.
     """
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    dtype, head_dim = query.dtype, query_shape[-1]
+    dtype, kept_dtype, head_dim = query.dtype, key.dtype, query_shape[-1]
     if not (
-        key.dtype is dtype
-        and value.dtype is dtype
+        (kept_dtype is dtype or kept_dtype in checks.FP8_NAMES)
+        and value.dtype is kept_dtype
         and (query.is_cpu or query.get_device() == key.get_device() == value.get_device())
         and query.is_cpu is key.is_cpu is value.is_cpu
         and dtype in checks.DTYPE_NAMES
@@ -181,7 +181,7 @@ def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in
     layout = checks.CACHE if paged else f"{checks.BSHD}, or packed {checks.PACKED}"
     for name, tensor in (("key", key), ("value", value)):
         checks.tensor(name, tensor, 4 if paged else (3, 4), layout)
-    checks.same_kind(query=query, key=key, value=value)
+    checks.attention_kind(query=query, key=key, value=value)
     checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
     checks.head_dim(value, "value")
     checks.same_shape("value", value, "key", key, but_last=True)

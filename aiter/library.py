@@ -26,7 +26,7 @@ _OPTIONS = (
     "SymInt max_seqlen_k=0, Tensor? starts_q=None, Tensor? starts_k=None, SymInt window_left=-1, "
     "SymInt window_right=-1, Scalar softcap=0.0, Tensor? alibi_slopes=None, Tensor? sinks=None, "
     "Tensor? query_offsets=None, bool batch_invariant=False, Scalar dropout_p=0.0, Tensor? rng_state=None, "
-    "SymInt attention_chunk=0"
+    "SymInt attention_chunk=0, Tensor? k_descale=None, Tensor? v_descale=None"
 )
 # Of calls with lists of pages, which page_table then is: those take no gradient.
 _LISTS = "Tensor? page_indptr=None, Tensor? last_page_len=None"
@@ -48,7 +48,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # Their defaults: PyTorch leaves out inputs that are equal to these at the end.
-_DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False, 0.0, None, 0)
+_DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False, 0.0, None, 0, None, None)
 _FIRST_OPTION, _SINKS = 9, 16  # where attention's inputs have the first of them, and the sinks
 _RNG_STATE = {3: 20, 7: 23}  # where attention's inputs have it, and the gradient's: by how many tensors come first
 
@@ -76,6 +76,8 @@ def read_call(
     dropout_p: float = 0.0,
     rng_state: torch.Tensor | None = None,
     attention_chunk: int = 0,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
     page_indptr: torch.Tensor | None = None,
     last_page_len: torch.Tensor | None = None,
 ) -> Call:
@@ -97,8 +99,9 @@ def read_call(
     chunk, dropout_p = chunk_in_range(attention_chunk), dropout_in_range(dropout_p)
     causal, left, right = one_mask(causal, window_left, window_right, chunk)
     tensors = alibi_slopes, sinks, query_offsets
-    chosen = Options(left, right, softcap_in_range(softcap), *tensors, batch_invariant, dropout_p, rng_state, chunk)
-    chosen.check(query, sizes.batch)
+    drawn = dropout_p, rng_state, chunk
+    chosen = Options(left, right, softcap_in_range(softcap), *tensors, batch_invariant, *drawn, k_descale, v_descale)
+    chosen.check(query, key, sizes)
     if chosen.dropout_p and chosen.rng_state is None:
         raise ValueError("dropout_p needs a rng_state, int64 (2,), that both passes draw their mask from")
     return Call(sizes, indices, chosen.readable(), causal, scale, checks.Names())
@@ -129,6 +132,8 @@ for _device in ("CPU", "CUDA"):
 
 def _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_is_given=False):
     """Of query, key and value. With sinks, weights are divided by what includes them."""
+    if key.dtype in checks.FP8_NAMES:
+        raise NotImplementedError(NO_FP8_GRADIENT)
     sinks = call.options.sinks
     if sinks is None:
         return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, lse_is_given)
@@ -165,6 +170,10 @@ def sink_gradient(
 _NO_FORWARD_MODE = "attention has no forward-mode derivative here; use reverse mode (torch.func.vjp, backward())"
 _NO_PAGED_GRADIENT = (
     "a paged cache takes no gradient: use contiguous key and value where one is needed, or torch.no_grad()"
+)
+NO_FP8_GRADIENT = (
+    "float8 keys and values take no gradient, nor does what is computed from them: use key and value of query's dtype "
+    "where one is needed, or torch.no_grad()"
 )
 _NO_SECOND_DERIVATIVE = "attention has no second derivative here: the backward pass is not differentiable"
 
@@ -228,9 +237,11 @@ class Attention(torch.autograd.Function):
 
 def _save_for_backward(ctx, inputs, output):
     query, key, value, seqlens_q, seqlens_k, page_table, *numbers = inputs
+    if key.dtype in checks.FP8_NAMES:
+        raise NotImplementedError(NO_FP8_GRADIENT)
     options = (*inputs[_FIRST_OPTION:], *_DEFAULTS[len(inputs) - _FIRST_OPTION :])[: len(_DEFAULTS)]
     max_seqlen_k, starts_q, starts_k, left, right, softcap, alibi_slopes, sinks, query_offsets, *rest = options
-    invariant, dropout_p, rng_state, chunk = rest
+    invariant, dropout_p, rng_state, chunk, *_ = rest
     ctx.set_materialize_grads(False)
     ctx.paged, ctx.count = page_table is not None, len(inputs)
     ctx.numbers = *numbers[:3], max_seqlen_k, left, right, softcap, invariant, dropout_p, chunk
@@ -310,7 +321,7 @@ def _fold(operator, count, info, in_dims, *inputs):
     for other, dim in zip(rest, in_dims[count:], strict=False):
         if not isinstance(other, torch.Tensor) or (other is rng_state and dim is None):
             continue
-        if dim is not None or other.dim() != 1 or not other.is_floating_point():
+        if dim is not None or other.dim() > 1 or not other.is_floating_point():
             raise NotImplementedError("torch.vmap over variable-length or paged attention is not offered; loop over it")
     folded = [
         tensor

@@ -1,13 +1,13 @@
 """The five public operations: scaled dot product attention, softmax(scale * query @ key^T) @ value.
 
 Common to all. Tensors are (batch, seq, heads, head_dim) in float16, bfloat16 or (on CPUs) float32; query, key and value
-share dtype and device. head_dim is a multiple of 8 up to 512. Any strides are taken; tensors whose last dimension is
-adjacent are used in place. Query head h reads KV head h // (heads_q / heads_kv). `causal` aligns the last query with
-the last key: query i sees key j where j <= i + seq_k - seq_q. A row that sees no key gives zeros (log-sum-exp -inf).
-`softmax_scale` defaults to 1/sqrt(head_dim). value may have a head_dim of its own. The result is a new contiguous
-tensor of the shape of query, with value's head_dim; with `return_lse=True` it is a pair with the log-sum-exp of the
-scores,
-float32 (batch, heads, seq). Further keywords, the same for all: windows, soft caps, ALiBi, sinks, positions
+share dtype and device; or key and value are torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2, where no gradient is
+needed. head_dim is a multiple of 8 up to 512. Any strides are taken; tensors whose last dimension is adjacent are used
+in place. Query head h reads KV head h // (heads_q / heads_kv). `causal` aligns the last query with the last key: query
+i sees key j where j <= i + seq_k - seq_q. A row that sees no key gives zeros (log-sum-exp -inf). `softmax_scale`
+defaults to 1/sqrt(head_dim). value may have a head_dim of its own. The result is a new contiguous tensor of the shape
+of query, with value's head_dim; with `return_lse=True` it is a pair with the log-sum-exp of the scores, float32 (batch,
+heads, seq). Further keywords, the same for all: windows, soft caps, ALiBi, sinks, positions, descales
 (`aiter.options.OptionKeywords`).
 
 The algorithm is FlashAttention's (Dao et al., 2022, https://arxiv.org/abs/2205.14135): scores are never stored.
@@ -476,7 +476,7 @@ def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: tor
 def _check_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, 4, BSHD)
-    checks.same_kind(query=query, key=key, value=value)
+    checks.attention_kind(query=query, key=key, value=value)
     checks.equal_size("key", key.shape[3], "head_dim", "query", checks.head_dim(query))
     checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
     checks.same_shape("value", value, "key", key, but_last=True)
@@ -518,7 +518,7 @@ def _split_cache(kv_cache: object) -> tuple[torch.Tensor, torch.Tensor]:
 def _check_cache(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block_size: int, name: str) -> None:
     for part, tensor in ((f"{name}key", key), (f"{name}value", value)):
         checks.tensor(part, tensor, 4, CACHE)
-    checks.same_kind(query=query, **{f"{name}key": key, f"{name}value": value})
+    checks.attention_kind(query=query, **{f"{name}key": key, f"{name}value": value})
     checks.same_shape(f"{name}value", value, f"{name}key", key, but_last=True)
     checks.head_dim(value, f"{name}value")
     checks.equal_size(f"{name}key", key.shape[3], "head_dim", "query", checks.head_dim(query))
@@ -537,7 +537,7 @@ def _check_variable_length(
     """alike: keys have the lengths of the queries."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.tensor(name, tensor, (3, 4), f"{BSHD}, or packed {PACKED}")
-    checks.same_kind(query=query, key=key, value=value)
+    checks.attention_kind(query=query, key=key, value=value)
     checks.equal_size("key", key.dim(), "number of dimensions", "query", query.dim())
     checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
     checks.same_shape("value", value, "key", key, but_last=True)

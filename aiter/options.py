@@ -7,13 +7,16 @@ on whatever keywords they get.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
 from aiter import checks
 from aiter.dropout import draw_rng_state
 from aiter.jit import settings
+
+if TYPE_CHECKING:
+    from aiter.layout import Sizes
 
 NO_LIMIT = -1
 
@@ -38,6 +41,8 @@ class OptionKeywords(TypedDict, total=False):
         i - i % c on; causal and window_size hold besides.
     batch_invariant: no bit of a sequence's result depends on the rest of the batch, nor on how a prompt was cut into
         calls. Default: AITER_BATCH_INVARIANT.
+    k_descale, v_descale: float32, one element, (heads_kv,) or (batch, heads_kv), on the device of key: what the 8-bit
+        floats of key and value are to be multiplied by; None is 1. For float8 keys and values alone. Take no gradient.
     """
 
     window_size: tuple[int, int]
@@ -49,6 +54,8 @@ class OptionKeywords(TypedDict, total=False):
     rng_state: torch.Tensor | None
     attention_chunk: int
     batch_invariant: bool | None
+    k_descale: torch.Tensor | None
+    v_descale: torch.Tensor | None
 
 
 class Options(NamedTuple):
@@ -64,6 +71,8 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     rng_state: torch.Tensor | None = None
     attention_chunk: int = 0
+    k_descale: torch.Tensor | None = None
+    v_descale: torch.Tensor | None = None
 
     @property
     def that_select_code(self) -> tuple[str, ...]:
@@ -79,8 +88,12 @@ class Options(NamedTuple):
     def has_window(self) -> bool:
         return self.window_left != NO_LIMIT or self.window_right != NO_LIMIT
 
-    def check(self, query: torch.Tensor, batch: int | None = None) -> None:
-        """Raises for tensors that do not fit query, and, where it is known, the batch size."""
+    def check(self, query: torch.Tensor, key: torch.Tensor, sizes: Sizes | None = None) -> None:
+        """Raises for tensors that do not fit query and key, and, where they are known, the sizes."""
+        batch = sizes.batch if sizes is not None else query.shape[0] if query.dim() == 4 else None
+        for name, descale in (("k_descale", self.k_descale), ("v_descale", self.v_descale)):
+            if descale is not None:
+                checks.per_kv_head(name, descale, key, batch, None if sizes is None else sizes.heads_kv)
         if self.alibi_slopes is not None:
             if torch.is_grad_enabled() and self.alibi_slopes.requires_grad:
                 raise ValueError("alibi_slopes takes no gradient: detach it, or use torch.no_grad()")
@@ -127,6 +140,13 @@ def readable_index(index: torch.Tensor, least: int = -1) -> torch.Tensor:
     return index if index.stride(-1) == 1 else index.contiguous()
 
 
+def strides_per_kv_head(scale: torch.Tensor | None) -> tuple[int, int]:
+    """From sequence to sequence and from head to head, of what `checks.per_kv_head` takes."""
+    if scale is None or scale.numel() == 1:
+        return 0, 0
+    return (0, scale.stride(0)) if scale.dim() == 1 else (scale.stride(0), scale.stride(1))
+
+
 def one_mask(causal: bool, left: int, right: int, chunk: int = 0) -> tuple[bool, int, int]:
     """causal and window as kernels know them, one or the other: a window that limits nothing before a row's own key and
     everything after it is the causal mask, for which there is code already."""
@@ -163,6 +183,8 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
         dropout_p,
         keywords.get("rng_state") if dropout_p else None,
         chunk,
+        keywords.get("k_descale"),
+        keywords.get("v_descale"),
     )
 
 

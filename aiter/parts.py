@@ -123,7 +123,7 @@ def attention_backward(
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, chosen = read_options(causal, options)
-    chosen.check(query, None if query.dim() == 3 else query.shape[0])
+    chosen.check(query, key)
     if chosen.dropout_p and chosen.rng_state is None:
         raise ValueError("dropout_p needs the rng_state that the forward pass had: give both calls one")
     bounds = (max_seqlen_q or query.shape[0], max_seqlen_k or key.shape[0]) if query.dim() == 3 else (0, 0)

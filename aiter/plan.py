@@ -21,18 +21,18 @@ from aiter.abi import NO_WORKSPACE, pack_call, pack_grad_call, pack_workspace
 from aiter.jit.arch import arch_of
 from aiter.launch import SCRATCH_BYTES, cpu_queue, launcher
 from aiter.layout import NO_INDICES, Indices, Sizes
-from aiter.options import NO_LIMIT, NO_OPTIONS, Options
+from aiter.options import NO_LIMIT, NO_OPTIONS, Options, strides_per_kv_head
 from aiter.plan_cache import plans
 
-# GPU kernels read rows in pieces of 16 bytes; a tensor that is not aligned to that is copied first.
-GPU_ALIGNMENT = 16
+# GPU kernels read rows in pieces of 8 elements; a tensor that is not aligned to that is copied first.
+GPU_PIECE = 8
 
-_READABLE = "the last dimension adjacent and, on a GPU, every row at a multiple of 16 bytes"
+_READABLE = f"the last dimension adjacent and, on a GPU, every row at a multiple of {GPU_PIECE} elements"
 
 # Bound once, as they are used at every call.
 _empty, _empty_like, _contiguous_format = torch.empty, torch.empty_like, torch.contiguous_format
 
-# kernel, device index (-1: CPU), dtype, head_dim of key and of value, causal, paged, options that select code
+# kernel, device index (-1: CPU), dtype, head_dim of key and of value, causal, paged, what else selects code (sorted)
 Key: TypeAlias = tuple[str, int, torch.dtype, int, int, bool, bool, tuple[str, ...]]
 
 
@@ -136,7 +136,7 @@ def forward(
         value_dim,
         causal,
         indices.page_table is not None,
-        () if options is NO_OPTIONS else options.that_select_code,
+        _code_options(options, query, key),
     )
     plan = plans.get(plan_key)
     if plan is None:
@@ -147,7 +147,7 @@ def forward(
             *sizes,
             *_strides(sizes, *strides, output.stride()),
             *((0, 0) if lse is None else _lse_strides(lse)),
-            *(_scalars(call, gpu, not given) if keywords else (0, softmax_scale, *_NO_SCALARS)),
+            *(_scalars(call, gpu, not given) if keywords else (*_NO_STRIDES, softmax_scale, *_NO_SCALARS)),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
@@ -192,10 +192,10 @@ def backward(
         lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     plan_key: Key = (
         *("attention_backward", query.get_device(), query.dtype, query.shape[-1], value.shape[-1]),
-        *(call.causal, False, call.options.that_select_code),
+        *(call.causal, False, _code_options(call.options, query, key)),
     )
     plan = plans.get(plan_key) or _make_plan(plan_key, call, query)
-    *addresses, _, _, _, alibi_slopes, _, rng_state = _addresses(call)
+    *addresses, _, _, _, alibi_slopes, _, rng_state, _, _ = _addresses(call)
     grad_strides = _strides(sizes, *(tensor.stride() for tensor in (grad_output, grads[1], grads[2], grads[0])))
     packed = pack_grad_call(
         *sizes,
@@ -214,6 +214,11 @@ def backward(
     )
     plan.run(packed, query)
     return grads
+
+
+def _code_options(options: Options, query: torch.Tensor, key: torch.Tensor) -> tuple[str, ...]:
+    chosen = () if options is NO_OPTIONS else options.that_select_code
+    return chosen if key.dtype is query.dtype else tuple(sorted((*chosen, checks.FP8_NAMES[key.dtype])))
 
 
 def _has_no_rows(sizes: Sizes) -> bool:
@@ -286,8 +291,10 @@ def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
 
 def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
     """The last fields of the problem struct."""
-    window_left, window_right, softcap, slopes, _, _, batch_invariant, dropout_p, _, chunk = call.options
+    window_left, window_right, softcap, slopes, _, _, batch_invariant, dropout_p, _, chunk, *descales = call.options
     return (
+        *strides_per_kv_head(descales[0]),
+        *strides_per_kv_head(descales[1]),
         0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         call.softmax_scale,
         softcap,
@@ -302,15 +309,16 @@ def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
     )
 
 
-# What _scalars, after the scale, and _addresses are for a call without indices, options and a given output.
+# What _scalars, before and after the scale, and _addresses are for a call without indices, options and a given output.
+_NO_STRIDES = (0,) * 5
 _NO_SCALARS = (0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0, 0, 0)
-_NO_ADDRESSES = (0,) * 11
+_NO_ADDRESSES = (0,) * 13
 
 
 def _addresses(call: Call) -> tuple[int, ...]:
     """Of what a call has beside the large tensors, in the order of the tensors struct."""
     seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = call.indices
-    _, _, _, alibi_slopes, sinks, query_offsets, _, _, rng_state, _ = call.options
+    _, _, _, alibi_slopes, sinks, query_offsets, _, _, rng_state, _, k_descale, v_descale = call.options
     return (
         0 if seqlens_q is None else seqlens_q.data_ptr(),
         0 if seqlens_k is None else seqlens_k.data_ptr(),
@@ -323,6 +331,8 @@ def _addresses(call: Call) -> tuple[int, ...]:
         0 if alibi_slopes is None else alibi_slopes.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
         0 if rng_state is None else rng_state.data_ptr(),
+        0 if k_descale is None else k_descale.data_ptr(),
+        0 if v_descale is None else v_descale.data_ptr(),
     )
 
 
@@ -333,12 +343,13 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
         if not on_gpu(tensor):
             return tensor
         address, size = tensor.data_ptr(), tensor.element_size()
+        alignment = GPU_PIECE * size
         together = 0
         for stride in strides[:-1]:
             together |= stride
-        if not (address | together * size) % GPU_ALIGNMENT:
+        if not (address | together * size) % alignment:
             return tensor
         used = [stride for count, stride in zip(tensor.shape[:-1], strides, strict=False) if count > 1]
-        if not (address % GPU_ALIGNMENT or any(stride * size % GPU_ALIGNMENT for stride in used)):
+        if not (address % alignment or any(stride % GPU_PIECE for stride in used)):
             return tensor
     return tensor.clone(memory_format=_contiguous_format)

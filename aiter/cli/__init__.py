@@ -106,6 +106,8 @@ def _add_prewarm(commands) -> None:
         "has none; cpu: its CPU. Default: native")  # fmt: skip
     add("--ops", metavar="LIST", help="operations; default: all")
     add("--dtypes", metavar="LIST", help="fp16,bf16,fp32; default: all that the arch has")
+    add("--cache-dtypes", metavar="LIST", help="what keys and values are kept in: e4m3fn,e4m3fnuz,e5m2, or same, as "
+        "queries, the default")  # fmt: skip
     add("--head-dims", metavar="LIST", help="default: 64,128")
     add("--value-dims", metavar="LIST", help="head_dims of values where they differ; default: those of --head-dims")
     flags = ("yes", "no", "both")

@@ -26,7 +26,7 @@ from aiter.jit.prewarm import BUILT, FAILED, MISSING, PRESENT, Outcome, prewarm
 from aiter.jit.record import read_record
 from aiter.jit.spec import DTYPES, Spec
 from aiter.jit.trust import check_chain
-from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM, OPERATIONS, specs_for
+from aiter.kernels import CACHE_DTYPES, HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM, OPERATIONS, specs_for
 
 STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAILED: "failed"}
 
@@ -36,6 +36,8 @@ COMMON = tuple(Variant(head_dim, causal, head_dim) for head_dim in (64, 128) for
 
 # Options of calls that select code, sorted; each is an option of this command.
 CODE_OPTIONS = ("alibi", "chunk", "dropout", "softcap", "window")
+# What keys and values may be kept in: `same` is the dtype of queries.
+SAME = "same"
 FLAGS = {"yes": (True,), "no": (False,), "both": (False, True)}
 
 
@@ -75,8 +77,8 @@ def run(options: argparse.Namespace) -> int:
 def choose(options: argparse.Namespace) -> list[Spec]:
     """The specs that the options ask for, sorted out by kind of call."""
     if options.replay:
-        others = ("arch", "ops", "dtypes", "head_dims", "value_dims", "causal", *CODE_OPTIONS, "model", "backward")
-        if any(getattr(options, name) for name in others):
+        shapes = ("arch", "ops", "dtypes", "cache_dtypes", "head_dims", "value_dims", "causal")
+        if any(getattr(options, name) for name in (*shapes, *CODE_OPTIONS, "model", "backward")):
             raise UsageError("--replay builds exactly what was recorded: it takes no --arch, --ops, --dtypes, …")
         try:
             return read_record(options.replay)
@@ -88,6 +90,8 @@ def choose(options: argparse.Namespace) -> list[Spec]:
         print(f"--model {options.model}: {note}", file=sys.stderr)
     operations = _list(options.ops, OPERATIONS, "operation") or list(OPERATIONS)
     dtypes = _list(options.dtypes, DTYPES, "dtype") or model.dtypes
+    cache_dtypes = _list(options.cache_dtypes, (SAME, *CACHE_DTYPES), "cache dtype") or [SAME]
+    kept = [None if name == SAME else name for name in cache_dtypes]
     kernels = _narrowed(model.kernels, options)
     specs: dict[Spec, None] = {}
     for name in _archs(options.arch or "native"):
@@ -97,8 +101,8 @@ def choose(options: argparse.Namespace) -> list[Spec]:
             raise UsageError(f"{name} has no kernels for {', '.join(dtypes)}; it has: {', '.join(supported)}")
         for operation in operations:
             for dtype in chosen:
-                for head_dim, causal, value_dim, chosen_options in kernels:
-                    rest = options.backward, value_dim, chosen_options
+                for (head_dim, causal, value_dim, chosen_options), cache_dtype in itertools.product(kernels, kept):
+                    rest = options.backward, value_dim, chosen_options, cache_dtype
                     for spec in specs_for(operation, dtype, head_dim, causal, name, *rest):
                         specs[spec] = None
     return list(specs)

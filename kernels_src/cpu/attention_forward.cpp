@@ -66,6 +66,15 @@ struct Forward {
             });
     }
 
+#if AITER_FP8_CACHE
+    Score score_of(int64_t b, int64_t head) const {
+        return Score(problem, tensors.alibi_slopes,
+                     descale_of(tensors.key_descale, problem.key_descale_strides, b, head));
+    }
+#else
+    const Score &score_of(int64_t, int64_t) const { return score; }
+#endif
+
     /* Takes units until none is left: what each thread does. */
     void work() {
         const Scratch scratch(schedule);
@@ -172,7 +181,7 @@ struct Forward {
             const QueryRows queries(problem, tensors, seq, b, head);
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t i = (head - first_head) * rows + r;
-                load_query(scratch.row_queries[i], queries.query_row(r), score.sign);
+                load_query(scratch.row_queries[i], queries.query_row(r), score_of(b, head).sign);
                 scratch.row_states[i].clear();
             }
         }
@@ -205,8 +214,8 @@ struct Forward {
                     scopes[r].key = static_cast<int32_t>(j);
                 }
             }
-            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, scopes, score, dropout,
-                        scratch.row_states + i);
+            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, scopes,
+                        score_of(b, first_head + step % heads), dropout, scratch.row_states + i);
         }
         for (int64_t head = first_head; head < end_head; head++) {
             const QueryRows queries(problem, tensors, seq, b, head);
@@ -239,12 +248,12 @@ struct Forward {
             return NarrowBlock(rows_of(step % heads), j, static_cast<int>(minimum(BLOCK_KEYS, part.high - j)),
                                first_seen);
         };
-        NarrowWorker worker(scratch.scores, scratch.weights, score, dropout);
         NarrowBlock now, next;
         if (steps > 0) next = locate(0);
         for (int64_t step = 0; step < steps; step++) {
             now = next;
             if (step + 1 < steps) next = locate(step + 1);
+            NarrowWorker worker(scratch.scores, scratch.weights, score_of(b, first_head + step % heads), dropout);
             worker.attend(scratch.strips[step % heads], static_cast<int>(rows), now, next);
         }
         for (int64_t i = 0; i < heads; i++) {
@@ -277,7 +286,7 @@ struct Forward {
             strips[i] = strip_at(scratch, i, scratch.outputs + i * STRIP_ROWS * VALUE_WIDTH, 0);
             open_strip(strips[i], queries, seq, b, head, first_row(i), first_row(i + 1), part.high);
         }
-        StripWorker worker(scratch.scores, scratch.weights, score, dropout);
+        StripWorker worker(scratch.scores, scratch.weights, score_of(b, head), dropout);
         for (int64_t j = part.low; j < part.high; j += BLOCK_KEYS) {
             const int block = static_cast<int>(minimum(BLOCK_KEYS, part.high - j));
             Step *packed = scratch.packed + (j - part.low) / BLOCK_KEYS % StripWorker::PACKED_BLOCKS * PACKED_BLOCK;
@@ -337,7 +346,7 @@ struct Forward {
                 strip.maximum[v * LANES + i] = -INFINITE;
                 strip.sum[v * LANES + i] = 0.0f;
             }
-            pack_lanes<HEAD_DIM>(strip.queries, v, rows, score.sign);
+            pack_lanes<HEAD_DIM>(strip.queries, v, rows, score_of(b, head).sign);
         }
     }
 
@@ -386,11 +395,12 @@ struct Forward {
         if (any(nan)) {
             const ScoredRow scored{queries.query_row(row), place_of(seq, token), score.slope(b, query_head),
                                    static_cast<int32_t>(token), head_of(b, query_head)};
-            attend_exactly(scored, keys, seen, score, dropout, state);
+            attend_exactly(scored, keys, seen, score_of(b, head), dropout, state);
         }
         float sum = state.sum;
         if (tensors.sinks) sum += exp2f(static_cast<float>(tensors.sinks[query_head] * LOG2_E) - state.maximum);
-        const float factor = dropout.scale / sum; /* all scores -inf: 0 * inf, NaN as it should be */
+        const float descale = descale_of(tensors.value_descale, problem.value_descale_strides, b, head);
+        const float factor = dropout.scale * descale / sum; /* all scores -inf: 0 * inf, NaN as it should be */
         for (int d = 0; d < VALUE_DIM; d += LANES)
             store_elements(output + d, load(state.output + d) * factor, VALUE_DIM - d);
         if (!queries.lse) return;

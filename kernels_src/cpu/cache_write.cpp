@@ -19,7 +19,7 @@ constexpr int MAX_DIM = 1024;
 constexpr int64_t UNITS_AT_ONCE = 16;
 constexpr double SERIAL_ELEMENTS = 65536.0; /* fewer are written before a second thread is awake */
 #if AITER_FP8_CACHE
-typedef uint8_t CacheElement;
+typedef Fp8 CacheElement;
 #else
 typedef Element CacheElement;
 #endif
@@ -113,8 +113,8 @@ struct Write {
     }
 
 #if AITER_FP8_CACHE
-    static void write(uint8_t *to, int64_t step, const float *row, int32_t count, float scale) {
-        for (int32_t d = 0; d < count; d++) to[d * step] = to_cache(row[d] / scale);
+    static void write(Fp8 *to, int64_t step, const float *row, int32_t count, float scale) {
+        for (int32_t d = 0; d < count; d++) to[d * step] = to_fp8(row[d] / scale);
     }
 #endif
 

@@ -87,8 +87,8 @@ struct Visibility {
 
 /* Addresses of the rows of tokens [first, first + count). Those before `seen` are seen by nobody and need not be there:
  * `seen`, the first token that somebody sees, stands in for them. */
-AITER_INLINE void find_seen(const KeyRows &rows, int64_t first, int count, int64_t seen, const Element **keys,
-                            const Element **values) {
+AITER_INLINE void find_seen(const KeyRows &rows, int64_t first, int count, int64_t seen, const Cached **keys,
+                            const Cached **values) {
     const int skipped = WINDOW ? static_cast<int>(clamp(seen - first, 0, count)) : 0;
     for (int i = 0; i < skipped; i++) {
         if (i == 0) rows.find(seen, 1, keys, values);

@@ -76,7 +76,7 @@ class NarrowWorker {
 
     /* Scores of LANES keys from `key` on, [key][row]. */
     template <int ROWS>
-    void multiply(const Strip &strip, int rows, const Element *const *keys, const Element *const *next, int key) {
+    void multiply(const Strip &strip, int rows, const Cached *const *keys, const Cached *const *next, int key) {
         constexpr int REST = DIM_STEPS % LANES, WHOLE = DIM_STEPS - REST;
         Vec sums[ROWS], part[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = part[r] = Vec{};
@@ -99,8 +99,8 @@ class NarrowWorker {
 
     /* Products along SIDE steps from `first` on; what will be multiplied next is fetched. */
     template <int ROWS, int SIDE>
-    static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Element *const *keys,
-                                                    const Element *const *next, int first) {
+    static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Cached *const *keys,
+                                                    const Cached *const *next, int first) {
         Vec square[LANES];
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) {

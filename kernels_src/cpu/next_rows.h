@@ -7,7 +7,7 @@
 /* The rows of keys and values that will be packed next. They are brought into L2 while others are worked on, a few at a
  * time, as the CPU can queue no more; by itself it does not see rows coming that lie far apart. */
 class NextRows {
-    const Element *rows[2 * BLOCK_KEYS];
+    const Cached *rows[2 * BLOCK_KEYS];
     int expected = 0, fetched = 0, share = 0;
 
   public:

@@ -188,7 +188,7 @@ AITER_INLINE void store_weights(Step *weights, int key, int v, Vec low, Vec high
 }
 
 /* In the place of a row that takes no part, whose zero weights must not meet what is not finite. */
-alignas(ALIGNMENT) static const Element NO_ROW[HEAD_DIM + VALUE_DIM] = {};
+alignas(ALIGNMENT) static const Cached NO_ROW[HEAD_DIM + VALUE_DIM] = {};
 
 /* Steps [first, first + LANES) of a row of N elements, zeros past its end. */
 template <int N> AITER_INLINE StepVec row_steps(const Element *row, int first) {
@@ -203,6 +203,21 @@ template <int N> AITER_INLINE StepVec row_steps(const Element *row, int first) {
 #endif
 }
 
+#if AITER_FP8_CACHE
+template <int N> AITER_INLINE StepVec row_steps(const Fp8 *row, int first) {
+#if AITER_PAIRS
+    return element_pairs(row + first * 2, N - first * 2);
+#else
+    return to_floats(row + first, N - first);
+#endif
+}
+#if AITER_PAIRS
+AITER_INLINE StepVec interleave(const Fp8 *low, const Fp8 *high, int count) {
+    return to_pairs(to_floats(low, count), high ? to_floats(high, count) : Vec{});
+}
+#endif
+#endif
+
 /* [step][lane] of LANES rows, vector v of a strip, times `sign`; a null row is zeros. For Q^T, and in the backward pass
  * K^T and V^T. */
 template <int N> static AITER_OUTLINE void pack_lanes(Step *lanes, int v, const Element *const *rows, float sign) {
@@ -216,8 +231,8 @@ template <int N> static AITER_OUTLINE void pack_lanes(Step *lanes, int v, const 
     }
 }
 
-/* [row][step], for K, and in the backward pass Q and dO. */
-template <int N> static void pack_row_steps(Step *packed, const Element *const *rows, int count) {
+/* [row][step], for K, and in the backward pass, where all rows are of Element, Q and dO. */
+template <int N> static void pack_row_steps(Step *packed, const Cached *const *rows, int count) {
     for (int i = 0; i < round_up(count, KEY_MULTIPLE); i++)
         for (int s = 0; s < STEPS<N>; s += LANES)
             store_steps(packed + RowSteps<N>::at(i, s / LANES), i < count ? row_steps<N>(rows[i], s) : StepVec{},
@@ -226,7 +241,7 @@ template <int N> static void pack_row_steps(Step *packed, const Element *const *
 
 #if AITER_TILES
 /* [d][row step], through squares of LANES steps by LANES values of d. */
-template <int N> static void pack_step_rows(Step *packed, const Element *const *rows, int count) {
+template <int N> static void pack_step_rows(Step *packed, const Cached *const *rows, int count) {
     for (int first = 0; first < count; first += LANES * STEP_ELEMENTS)
         for (int d = 0; d < PADDED<N>; d += LANES) {
             Vec square[LANES];
@@ -244,7 +259,7 @@ template <int N> static void pack_step_rows(Step *packed, const Element *const *
 }
 #elif AITER_PAIRS
 /* [row step][d], for V, and in the backward pass Q and dO. */
-template <int N> static void pack_step_rows(Step *packed, const Element *const *rows, int count) {
+template <int N> static void pack_step_rows(Step *packed, const Cached *const *rows, int count) {
     for (int i = 0; i < round_up(count, KEY_MULTIPLE); i += STEP_ELEMENTS, packed += PADDED<N>)
         for (int d = 0; d < PADDED<N>; d += LANES) {
             StepVec steps = StepVec{};
@@ -253,14 +268,14 @@ template <int N> static void pack_step_rows(Step *packed, const Element *const *
         }
 }
 #else
-template <int N> static void pack_step_rows(Step *packed, const Element *const *rows, int count) {
+template <int N> static void pack_step_rows(Step *packed, const Cached *const *rows, int count) {
     pack_row_steps<N>(packed, rows, count);
 }
 #endif
 
 /* Keys [first, first + count) and their values. Those before `seen`, which nobody sees, are not read. */
 static inline AITER_OUTLINE void pack_block(Step *packed, const KeyRows &rows, int64_t first, int count, int64_t seen) {
-    const Element *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
+    const Cached *keys[BLOCK_KEYS], *values[BLOCK_KEYS];
     find_seen(rows, first, count, seen, keys, values);
     pack_row_steps<HEAD_DIM>(packed, keys, count);
     pack_step_rows<VALUE_DIM>(packed + PACKED_VALUES, values, count);

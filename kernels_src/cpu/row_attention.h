@@ -34,7 +34,7 @@ typedef Weight RowWeights[ROW_KEYS / PAIR];
 
 /* Where the keys and values of one step lie; places past the last key repeat it, those before `seen` repeat that. */
 struct RowStep {
-    const Element *keys[ROW_KEYS], *values[ROW_KEYS];
+    const Cached *keys[ROW_KEYS], *values[ROW_KEYS];
 
     RowStep() {}
     RowStep(const KeyRows &rows, int64_t first, int count, int64_t seen) {
@@ -58,7 +58,7 @@ struct ScoredRow {
     int32_t row, head; /* as dropout counts them */
 
     /* The score of one key, by sums in float32 whatever the dtype. */
-    float score(const Score &score, const Element *key, int64_t index) const {
+    float score(const Score &score, const Cached *key, int64_t index) const {
         Vec total = Vec{};
         for (int d = 0; d < HEAD_DIM; d += LANES)
             total += times_sign(to_floats(query + d, HEAD_DIM - d), score.sign) * to_floats(key + d, HEAD_DIM - d);
@@ -71,7 +71,7 @@ struct ScoredRow {
  * the true maximum in `state`. */
 static AITER_OUTLINE void attend_exactly(const ScoredRow &row, const KeyRows &rows, KeyRange keys, const Score &scoring,
                                          const Dropout &dropout, RowState &state) {
-    const Element *key, *value;
+    const Cached *key, *value;
     bool nan = false;
     state.clear();
     for (int64_t j = keys.low; j < keys.high; j++) {

@@ -26,13 +26,15 @@ typedef StepVec RowVec;
 typedef Step Weight; /* of two keys */
 constexpr int PAIR = 2;
 
-AITER_INLINE RowVec key_vector(const Element *row, int v) { return row_steps<HEAD_DIM>(row, v * LANES); }
+template <class Row> AITER_INLINE RowVec key_vector(const Row *row, int v) {
+    return row_steps<HEAD_DIM>(row, v * LANES);
+}
 
 /* Elements 8 i to 8 i + 3 of 2 LANES are in the even vector, the others in the odd one: one instruction each. */
 #define AITER_ZIP_4(first) first, first + 32, first + 1, first + 33, first + 2, first + 34, first + 3, first + 35
 #define AITER_ZIP_QUARTERS(first)                                                                                      \
     AITER_ZIP_4(first), AITER_ZIP_4(first + 8), AITER_ZIP_4(first + 16), AITER_ZIP_4(first + 24)
-AITER_INLINE RowVec value_vector(const Element *const *values, int v) {
+AITER_INLINE RowVec value_vector(const Cached *const *values, int v) {
     typedef uint16_t Elements __attribute__((vector_size(sizeof(RowVec))));
     const Elements first = (Elements)row_steps<VALUE_DIM>(values[0], v / 2 * LANES),
                    second = (Elements)row_steps<VALUE_DIM>(values[1], v / 2 * LANES);
@@ -78,6 +80,14 @@ template <int N> AITER_INLINE RowVec row_vector(const Element *row, int v) {
     return (Vec)(v % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
 }
 
+#if AITER_FP8_CACHE
+template <int N> AITER_INLINE RowVec row_vector(const Fp8 *row, int v) {
+    const int first = v / 2 * 2 * LANES;
+    const IntVec pairs = element_pairs(row + first, N - first);
+    return (Vec)(v % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+}
+#endif
+
 static void restore_order(float *row) {
     for (int first = 0; first < OUTPUT_DIM; first += 2 * LANES) {
         const Vec even = load(row + first), odd = load(row + first + LANES);
@@ -88,15 +98,15 @@ static void restore_order(float *row) {
 
 #else
 
-template <int N> AITER_INLINE RowVec row_vector(const Element *row, int v) {
+template <int N, class Row> AITER_INLINE RowVec row_vector(const Row *row, int v) {
     return to_floats(row + v * LANES, N - v * LANES);
 }
 static void restore_order(float *) {}
 
 #endif
 
-AITER_INLINE RowVec key_vector(const Element *row, int v) { return row_vector<HEAD_DIM>(row, v); }
-AITER_INLINE RowVec value_vector(const Element *const *values, int v) { return row_vector<VALUE_DIM>(values[0], v); }
+template <class Row> AITER_INLINE RowVec key_vector(const Row *row, int v) { return row_vector<HEAD_DIM>(row, v); }
+AITER_INLINE RowVec value_vector(const Cached *const *values, int v) { return row_vector<VALUE_DIM>(values[0], v); }
 
 #endif
 

@@ -33,12 +33,11 @@ struct Score {
 
     /* Scaling by a negative number is scaling by its magnitude with the query negated, and by zero, with a query of
      * zeros: no product that has overflown can be left then, and a hidden score, -inf, stays what it is. */
-    Score(const aiter_attention_problem &p, const float *alibi_slopes)
-        : sign(p.softmax_scale < 0.0f    ? -1.0f
-               : p.softmax_scale == 0.0f ? 0.0f
-                                         : 1.0f),
-          cap(0.0f), slopes(alibi_slopes), slopes_stride(p.alibi_stride) {
-        const double scale = sign == 0.0f ? 1.0 : static_cast<double>(p.softmax_scale) * sign;
+    Score(const aiter_attention_problem &p, const float *alibi_slopes, float key_descale = 1.0f)
+        : cap(0.0f), slopes(alibi_slopes), slopes_stride(p.alibi_stride) {
+        const double factor = static_cast<double>(p.softmax_scale) * key_descale;
+        sign = factor < 0.0 ? -1.0f : factor == 0.0 ? 0.0f : 1.0f;
+        const double scale = sign == 0.0f ? 1.0 : factor * sign;
         product_scale = static_cast<float>(scale * LOG2_E * (SOFTCAP ? 2.0 / p.softcap : 1.0));
         if (SOFTCAP) cap = static_cast<float>(p.softcap * LOG2_E);
     }

@@ -8,6 +8,7 @@
 #define AITER_CPU_SEQUENCE_H
 
 #include "aiter_abi.h"
+#include "read_fp8.h"
 #include "simd.h"
 
 constexpr int HEAD_DIM = AITER_HEAD_DIM; /* of queries and keys */
@@ -140,22 +141,22 @@ class Sequences {
 };
 
 /* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
-template <int ELEMENTS> AITER_INLINE void prefetch_row(const Element *row) {
-    constexpr int LINE_ELEMENTS = 64 / sizeof(Element);
+template <int ELEMENTS> AITER_INLINE void prefetch_row(const Cached *row) {
+    constexpr int LINE_ELEMENTS = 64 / sizeof(Cached);
     for (int d = 0; d < ELEMENTS; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
 }
 
 /* The rows of one KV head's keys and values. */
 struct KeyRows {
-    const Element *key, *value; /* token 0; page 0 when paged */
+    const Cached *key, *value; /* token 0; page 0 when paged */
     int64_t key_stride, value_stride;
     const int32_t *pages; /* null when not paged */
     int64_t page_size, num_pages, key_page_stride, value_page_stride;
 
     KeyRows(const aiter_attention_problem &p, const aiter_attention_tensors &t, const Sequence &sequence, int64_t b,
             int64_t head)
-        : key(static_cast<const Element *>(t.key) + head * p.key_strides[2]),
-          value(static_cast<const Element *>(t.value) + head * p.value_strides[2]), key_stride(p.key_strides[1]),
+        : key(static_cast<const Cached *>(t.key) + head * p.key_strides[2]),
+          value(static_cast<const Cached *>(t.value) + head * p.value_strides[2]), key_stride(p.key_strides[1]),
           value_stride(p.value_strides[1]), pages(nullptr), page_size(p.page_size), num_pages(p.num_pages),
           key_page_stride(p.key_strides[0]), value_page_stride(p.value_strides[0]) {
         if (page_size > 0) {
@@ -167,7 +168,7 @@ struct KeyRows {
     }
 
     /* Addresses of the rows of tokens [first, first + count). */
-    void find(int64_t first, int count, const Element **keys, const Element **values) const {
+    void find(int64_t first, int count, const Cached **keys, const Cached **values) const {
         if (!pages) {
             for (int i = 0; i < count; i++) {
                 keys[i] = key + (first + i) * key_stride;
@@ -178,7 +179,7 @@ struct KeyRows {
         int64_t entry = first / page_size, position = first % page_size;
         for (int i = 0; i < count; entry++, position = 0) {
             const int64_t page = clamp(pages[entry], 0, num_pages - 1);
-            const Element *k = key + page * key_page_stride, *v = value + page * value_page_stride;
+            const Cached *k = key + page * key_page_stride, *v = value + page * value_page_stride;
             for (; i < count && position < page_size; i++, position++) {
                 keys[i] = k + position * key_stride;
                 values[i] = v + position * value_stride;
@@ -186,6 +187,11 @@ struct KeyRows {
         }
     }
 };
+
+/* What a KV head's keys or values are to be multiplied by. */
+AITER_INLINE float descale_of(const float *descale, const int64_t *strides, int64_t b, int64_t head) {
+    return AITER_FP8_CACHE && descale ? descale[b * strides[0] + head * strides[1]] : 1.0f;
+}
 
 /* The rows of the query heads that share one KV head, and what is written for them. */
 struct QueryRows {

@@ -70,6 +70,7 @@
 #ifndef AITER_GPU_ARCH_H
 #define AITER_GPU_ARCH_H
 
+#include "gpu/read_fp8.h"
 #include "gpu/runtime.h"
 #include "gpu/target.h"
 

@@ -235,11 +235,12 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const 
         if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
 
         if (again) barrier(); /* the last unit's use of shared memory is over */
-        Softmax softmax(score.unit);
+        const auto &scored = unit.sequence.scaled(score);
+        Softmax softmax(scored.unit);
         Output o;
         o.clear();
         if (first_key < end_key)
-            attend(unit, shared_address(shared), first_key, end_key, wave_row, group, groups, score, softmax, o);
+            attend(unit, shared_address(shared), first_key, end_key, wave_row, group, groups, scored, softmax, o);
         add_up(shared, group, groups, row_tiles, softmax, o);
         /* The unit once more, so that what only writing needs is not kept through the loop. */
         const Unit written(reread(arguments), opaque_scalar(place.batch), opaque_scalar(index), schedule.parts);

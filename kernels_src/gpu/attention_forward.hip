@@ -28,9 +28,10 @@
 namespace aiter {
 
 /* wgmma's loop knows windows, caps, slopes and values of another length too, but has not run with them on a GPU yet;
- * it knows no dropout, and its registers hold no output of more than 256 columns. */
+ * it knows no dropout, its registers hold no output of more than 256 columns, and its copies do not convert 8-bit keys
+ * and values. */
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM == AITER_HEAD_DIM && !AITER_WINDOW &&             \
-    !AITER_SOFTCAP && !AITER_ALIBI && !AITER_DROPOUT
+    !AITER_SOFTCAP && !AITER_ALIBI && !AITER_DROPOUT && !AITER_FP8_CACHE
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
@@ -84,6 +85,7 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
         const int row = wave_row + Output::row(slot);
         const bool sees_keys = row < sequence.rows && !sequence.mask.keys_of(row).empty();
         share[slot] = share_of_keys(arguments.tensors.sinks, tile.head, log_sum[slot]);
+        if (FP8) share[slot] *= sequence.value_descale();
         if (DROPOUT) share[slot] *= dropout.scale;
         const float inverse = reciprocal(softmax.sum[slot]) * share[slot];
         float row_total = 0.0f;

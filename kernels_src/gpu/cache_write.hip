@@ -112,11 +112,11 @@ __device__ __forceinline__ void store_run(Element *to, int64_t step, const Run &
 }
 
 #if AITER_FP8_CACHE
-__device__ __forceinline__ void store_fp8(uint8_t *to, int64_t step, const float (&x)[RUN], float scale, int count,
+__device__ __forceinline__ void store_fp8(Fp8 *to, int64_t step, const float (&x)[RUN], float scale, int count,
                                           bool aligned) {
-    uint8_t run[RUN];
+    Fp8 run[RUN];
 #pragma unroll
-    for (int j = 0; j < RUN; ++j) run[j] = to_cache(x[j] / scale);
+    for (int j = 0; j < RUN; ++j) run[j] = to_fp8(x[j] / scale);
     if (aligned && count == RUN) {
         Bytes8 bytes;
         memcpy(&bytes, run, sizeof bytes);
@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_fp8(uint8_t *to, int64_t step, const float
     } else {
 #pragma unroll
         for (int j = 0; j < RUN; ++j)
-            if (j < count) global_store(to + j * step, run[j]);
+            if (j < count) global_store(&to[j * step].bits, run[j].bits);
     }
 }
 #endif
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(THREADS) cache_write(const aiter_cache_write_c
 #if AITER_FP8_CACHE
         if (quantised) {
             const float scale = token.scale ? global_load<float>(token.scale + head * token.scale_stride) : 1.0f;
-            store_fp8(static_cast<uint8_t *>(token.to) + target, token.to_element, x, scale, count, aligned);
+            store_fp8(static_cast<Fp8 *>(token.to) + target, token.to_element, x, scale, count, aligned);
             continue;
         }
 #endif

@@ -198,8 +198,10 @@ struct Unit {
     __device__ __forceinline__ float slope(int row) const {
         return alibi_slope(arguments.problem, arguments.tensors, batch, first_head + (row < rows ? head(row) : 0));
     }
+    /* What a row is multiplied by beside the inverse of its sum. */
     __device__ __forceinline__ float share(int row, float log_sum) const {
-        return share_of_keys(arguments.tensors.sinks, first_head + (row < rows ? head(row) : 0), log_sum);
+        const float share = share_of_keys(arguments.tensors.sinks, first_head + (row < rows ? head(row) : 0), log_sum);
+        return FP8 ? share * sequence.value_descale() : share;
     }
     __device__ __forceinline__ const Element *query(int row) const {
         return sequence.query + token(row) * sequence.query_stride + head(row) * arguments.problem.query_strides[2];

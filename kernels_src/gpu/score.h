@@ -42,6 +42,18 @@ struct Score {
     }
     __device__ __forceinline__ Score(const aiter_attention_problem &p, float inner)
         : query_bits{~0u, 0u}, inner(inner), outer(SOFTCAP ? p.softcap * LOG2_E : inner), unit(ALIBI ? 1.0f : outer) {}
+    /* With keys that are to be multiplied by `descale`. */
+    __device__ __forceinline__ Score times(float descale) const {
+        Score score = *this;
+        const float scale = __builtin_fabsf(descale) * inner;
+        const bool zero = scale < SMALLEST_SCALE;
+        if (zero) score.query_bits.keep = 0;
+        if (descale < 0) score.query_bits.flip ^= 0x80008000u;
+        score.inner = zero ? 1.0f : scale > LARGEST_SCALE ? LARGEST_SCALE : scale;
+        if (!SOFTCAP) score.outer = score.inner;
+        score.unit = ALIBI ? 1.0f : score.outer;
+        return score;
+    }
     /* One score; `distance` is that of the positions. */
     __device__ __forceinline__ float finish(float raw, float slope, float distance) const {
         if (SOFTCAP) raw = capped(raw);

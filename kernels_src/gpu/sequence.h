@@ -119,12 +119,12 @@ template <> struct KeyValueRows<false> {
         const aiter_attention_problem &p = arguments.problem;
         const auto row_0 = [&](const void *tensor, const int64_t(&strides)[3]) {
             return static_cast<const char *>(tensor) +
-                   (head * strides[2] + (p.packed_k ? extent.begin * strides[1] : batch * strides[0])) * 2;
+                   (head * strides[2] + (p.packed_k ? extent.begin * strides[1] : batch * strides[0])) * CACHED_BYTES;
         };
         key = row_0(arguments.tensors.key, p.key_strides);
         value = row_0(arguments.tensors.value, p.value_strides);
-        key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
-        value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
+        key_stride = static_cast<uint32_t>(p.key_strides[1] * CACHED_BYTES);
+        value_stride = static_cast<uint32_t>(p.value_strides[1] * CACHED_BYTES);
     }
 
     const char *key, *value;           /* token 0 */
@@ -171,11 +171,11 @@ template <> struct KeyValueRows<true> {
         : begin(0), count(arguments.problem.num_pages == 0 ? 0 : extent.count) {
         const aiter_attention_problem &p = arguments.problem;
         const aiter_attention_tensors &t = arguments.tensors;
-        key = static_cast<const char *>(t.key) + head * p.key_strides[2] * 2;
-        value = static_cast<const char *>(t.value) + head * p.value_strides[2] * 2;
-        key_page_stride = p.key_strides[0] * 2, value_page_stride = p.value_strides[0] * 2;
-        key_stride = static_cast<uint32_t>(p.key_strides[1] * 2);
-        value_stride = static_cast<uint32_t>(p.value_strides[1] * 2);
+        key = static_cast<const char *>(t.key) + head * p.key_strides[2] * CACHED_BYTES;
+        value = static_cast<const char *>(t.value) + head * p.value_strides[2] * CACHED_BYTES;
+        key_page_stride = p.key_strides[0] * CACHED_BYTES, value_page_stride = p.value_strides[0] * CACHED_BYTES;
+        key_stride = static_cast<uint32_t>(p.key_strides[1] * CACHED_BYTES);
+        value_stride = static_cast<uint32_t>(p.value_strides[1] * CACHED_BYTES);
         pages = t.page_table + (t.page_indptr == nullptr ? batch * p.page_table_stride : extent.begin);
         page_size = p.page_size;
         last_page = static_cast<int>(p.num_pages - 1);
@@ -215,8 +215,31 @@ template <> struct KeyValueRows<true> {
     __device__ __forceinline__ Tile tile(int first) const { return {*this, first}; }
 };
 
+/* What 8-bit keys and values are to be multiplied by: those of one sequence that a query head reads. */
+template <bool FP8> struct Descales {
+    Descales() = default;
+    __device__ __forceinline__ Descales(const Arguments &, int, int) {}
+    __device__ __forceinline__ const Score &scaled(const Score &score) const { return score; }
+    __device__ __forceinline__ float value_descale() const { return 1.0f; }
+};
+template <> struct Descales<true> {
+    float of_keys, of_values;
+    Descales() = default;
+    __device__ __forceinline__ Descales(const Arguments &arguments, int batch, int head) {
+        const aiter_attention_problem &p = arguments.problem;
+        const int kv_head = head / (p.heads_q / p.heads_kv);
+        const auto read = [&](const float *descale, const int64_t(&strides)[2]) {
+            return descale == nullptr ? 1.0f : descale[batch * strides[0] + kv_head * strides[1]];
+        };
+        of_keys = read(arguments.tensors.key_descale, p.key_descale_strides);
+        of_values = read(arguments.tensors.value_descale, p.value_descale_strides);
+    }
+    __device__ __forceinline__ Score scaled(const Score &score) const { return score.times(of_keys); }
+    __device__ __forceinline__ float value_descale() const { return of_values; }
+};
+
 /* One query head of one sequence. */
-struct Sequence {
+struct Sequence : Descales<FP8> {
     const Element *query;
     Element *output;
     float *lse;                          /* null when not wanted */
@@ -232,7 +255,8 @@ struct Sequence {
     int drawn_head; /* as dropout counts them */
 #endif
 
-    __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head) {
+    __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head)
+        : Descales(arguments, batch, head) {
         const aiter_attention_problem &p = arguments.problem;
         const aiter_attention_tensors &t = arguments.tensors;
         const Extent q = extent(query_side(p, t), batch), k = extent(key_side(p, t), batch);

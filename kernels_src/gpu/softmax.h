@@ -86,24 +86,26 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, con
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
     constexpr int VALUE_DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE;
     float q[DIMENSIONS], result[VALUE_DIMENSIONS] = {};
+    const auto &scored = sequence.scaled(score);
 #pragma unroll
     for (int i = 0; i < DIMENSIONS; ++i) {
         const int d = lane() + i * WAVE;
-        q[i] = d < HEAD_DIM ? to_float(sequence.query[row * sequence.query_stride + d]) * score.query_bits.factor() : 0;
+        q[i] =
+            d < HEAD_DIM ? to_float(sequence.query[row * sequence.query_stride + d]) * scored.query_bits.factor() : 0;
     }
     const Range sees = sequence.mask.keys_of(row);
 #pragma unroll 1
     for (int key = sees.low; key < sees.high; ++key) {
         const auto tile = sequence.keys.tile(key);
         const auto place = tile.place(0, 0);
-        const Element *k = reinterpret_cast<const Element *>(tile.key(place, 0));
-        const Element *v = reinterpret_cast<const Element *>(tile.value(place, 0));
+        const Cached *k = reinterpret_cast<const Cached *>(tile.key(place, 0));
+        const Cached *v = reinterpret_cast<const Cached *>(tile.value(place, 0));
         float dot = 0.0f;
 #pragma unroll
         for (int i = 0; i < DIMENSIONS; ++i)
             if (lane() + i * WAVE < HEAD_DIM) dot += q[i] * to_float(k[lane() + i * WAVE]);
         const float distance = __builtin_fabsf(static_cast<float>(row + sequence.mask.diagonal - key));
-        float p = exp2(score.finish(wave_sum(dot), sequence.slope, distance) * score.unit - log_sum) * share;
+        float p = exp2(scored.finish(wave_sum(dot), sequence.slope, distance) * scored.unit - log_sum) * share;
 #if AITER_DROPOUT
         p = dropout.keeps(sequence.drawn_head, row, key) ? p : 0.0f;
 #endif
@@ -123,7 +125,7 @@ __device__ __forceinline__ bool values_not_finite(const Sequence &sequence, int 
 #pragma unroll 1
     for (int key = begin; key < end; ++key) {
         const auto tile = sequence.keys.tile(key);
-        const Element *v = reinterpret_cast<const Element *>(tile.value(tile.place(0, 0), 0));
+        const Cached *v = reinterpret_cast<const Cached *>(tile.value(tile.place(0, 0), 0));
         for (int d = lane(); d < VALUE_DIM; d += WAVE) found |= !(__builtin_fabsf(to_float(v[d])) < INFINITE);
     }
     return wave_any(found);

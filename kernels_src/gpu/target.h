@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "fp8.h"
+
 /* ---- the arch ---- */
 
 #if defined(__HIP__)
@@ -90,6 +92,13 @@ static_assert(!(CAUSAL && WINDOW), "a window has its own right edge: it replaces
 static_assert(WINDOW || !CHUNK, "chunks go with a window, whose sides may be without limits");
 
 typedef uint16_t Element; /* bits of an fp16 or bf16 */
+#if AITER_FP8_CACHE
+typedef Fp8 Cached; /* an element of keys and values in memory */
+#else
+typedef Element Cached;
+#endif
+constexpr bool FP8 = AITER_FP8_CACHE;
+constexpr int CACHED_BYTES = sizeof(Cached);
 
 __host__ __device__ constexpr int round_up(int value, int multiple) {
     return (value + multiple - 1) / multiple * multiple;

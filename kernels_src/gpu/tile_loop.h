@@ -80,9 +80,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
                                                Finish finish) {
         const RowTile tile(launch, block());
         if (tile.exists()) {
-            Softmax softmax(score.unit);
+            const auto &scored = tile.sequence.scaled(score);
+            Softmax softmax(scored.unit);
             Output o;
-            attend(tile.sequence, shared, tile.first_row, tile.keys, score, Dropout(launch.problem, launch.tensors),
+            attend(tile.sequence, shared, tile.first_row, tile.keys, scored, Dropout(launch.problem, launch.tensors),
                    softmax, o);
             finish(tile, softmax, o);
         }

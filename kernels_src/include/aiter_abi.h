@@ -36,6 +36,10 @@
  * i + offset - window_left <= j <= i + offset + window_right; -1 is no limit on that side. Only keys from 0 to
  * seqlen_k - 1 exist. A row that sees none is zeros, log-sum-exp -inf. Pages that no row of a tile sees are not read.
  *
+ * 8-bit keys and values. AITER_E4M3FN, AITER_E4M3FNUZ, AITER_E5M2: elements of key and value are floats of 8 bits, and
+ * stand for themselves times their descale (null: 1). Each is a number of the query's type too, so that all is as if
+ * they had been converted; key_descale multiplies softmax_scale, value_descale the finished row. Forward only.
+ *
  * Scores. s = softmax_scale * q.k; then AITER_SOFTCAP: s = softcap * tanh(s / softcap); then AITER_ALIBI:
  * s = s - slope * |i + offset - j|, the slope of query head h being alibi_slopes[b * alibi_stride + h].
  *
@@ -85,8 +89,10 @@ typedef struct aiter_attention_problem {
     int64_t key_strides[3];    /* batch, token, head; paged: page, position, head */
     int64_t value_strides[3];
     int64_t output_strides[3];
-    int64_t lse_strides[2]; /* batch, head; consecutive tokens are adjacent */
-    int64_t alibi_stride;   /* from one sequence's slopes to the next one's; 0 where all have the same */
+    int64_t lse_strides[2];         /* batch, head; consecutive tokens are adjacent */
+    int64_t key_descale_strides[2]; /* batch, KV head; 0 where all have the same */
+    int64_t value_descale_strides[2];
+    int64_t alibi_stride; /* from one sequence's slopes to the next one's; 0 where all have the same */
     float softmax_scale;
     float softcap;             /* positive where AITER_SOFTCAP */
     int32_t window_left;       /* where AITER_WINDOW: keys before a row's own that it sees, or -1: all */
@@ -117,7 +123,9 @@ typedef struct aiter_attention_tensors {
     const float *alibi_slopes;    /* (heads_q,) or (batch, heads_q); where AITER_ALIBI */
     const float *sinks;           /* (heads_q,) or null */
     const int64_t *rng_state;     /* (2,) seed and offset, of which the low 32 bits count; where AITER_DROPOUT */
-    void *workspace;              /* aiter_workspace_bytes(call) bytes, 256-byte aligned, or null when that is 0 */
+    const float *key_descale;     /* (1,), (heads_kv,) or (batch, heads_kv), or null; where keys are 8-bit floats */
+    const float *value_descale;
+    void *workspace; /* aiter_workspace_bytes(call) bytes, 256-byte aligned, or null when that is 0 */
 } aiter_attention_tensors;
 
 typedef struct aiter_attention_call {
@@ -225,8 +233,8 @@ typedef struct aiter_cache_write_problem {
     int64_t value_cache_strides[4];
     int64_t cos_stride; /* from one place's angles to the next one's */
     int64_t sin_stride;
-    int64_t key_scale_stride; /* from one head's scale to the next one's; 0 where all have the same */
-    int64_t value_scale_stride;
+    int64_t key_scale_strides[2]; /* sequence, head; 0 where all have the same */
+    int64_t value_scale_strides[2];
 } aiter_cache_write_problem;
 
 typedef struct aiter_cache_write_tensors {
@@ -244,7 +252,7 @@ typedef struct aiter_cache_write_tensors {
     const void *rotary_cos;    /* of the elements' type */
     const void *rotary_sin;
     const int32_t *rotary_positions; /* (batch,) or null */
-    const float *key_scale;          /* (1,) or (heads_kv,), or null */
+    const float *key_scale;          /* (1,), (heads_kv,) or (batch, heads_kv), or null */
     const float *value_scale;
     void *workspace; /* none is needed: null */
 } aiter_cache_write_tensors;

@@ -1,4 +1,4 @@
-/* Where a token goes in a cache, and how its elements become 8-bit floats: what the CPU's and the GPU's cache_write share.
+/* Where a token goes in a cache: what the CPU's and the GPU's cache_write share.
  *
  * The work is a list of tokens, each with all its heads: those of the query (where it is rotated), then those of the new
  * keys, then those of the new values. Every number that comes from device memory is held against the tensors' sizes
@@ -6,61 +6,8 @@
 #ifndef AITER_CACHE_ROWS_H
 #define AITER_CACHE_ROWS_H
 
-#include <stdint.h>
-#include <string.h>
-
 #include "aiter_abi.h"
-
-#if defined(__HIP__) || defined(__CUDACC__)
-#define AITER_MEMBER __host__ __device__ __forceinline__
-#define AITER_BOTH AITER_MEMBER
-#else
-#define AITER_MEMBER inline
-#define AITER_BOTH static inline
-#endif
-
-/* ---- 8-bit floats ---- */
-
-/* To nearest even; beyond LARGEST (the bits of a float) to that; NaN to NOT_A_NUMBER. SIGNED_ZERO: there is a negative zero,
- * and NaN has a sign. By bits, as half of the chips have no instruction for it. */
-template <int MANTISSA, int BIAS, uint32_t LARGEST, uint32_t NOT_A_NUMBER, bool SIGNED_ZERO>
-AITER_BOTH uint8_t to_fp8(float x) {
-    constexpr uint32_t SHIFT = 23 - MANTISSA;
-    uint32_t bits, result;
-    memcpy(&bits, &x, sizeof bits);
-    const uint32_t sign = bits >> 24 & 0x80;
-    uint32_t magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return static_cast<uint8_t>(SIGNED_ZERO ? NOT_A_NUMBER | sign : NOT_A_NUMBER);
-    if (magnitude > LARGEST) magnitude = LARGEST;
-    if (magnitude < (128u - BIAS) << 23) { /* subnormal: adding this makes the float round at the last place there is */
-        const uint32_t magic = (128u - BIAS + SHIFT) << 23;
-        float sum, step;
-        memcpy(&sum, &magnitude, sizeof sum);
-        memcpy(&step, &magic, sizeof step);
-        sum += step;
-        memcpy(&result, &sum, sizeof result);
-        result -= magic;
-    } else {
-        const uint32_t odd = magnitude >> SHIFT & 1;
-        result = ((magnitude + (1u << (SHIFT - 1)) - 1 + odd) >> SHIFT) - ((127u - BIAS) << MANTISSA);
-    }
-    return static_cast<uint8_t>(SIGNED_ZERO || result ? result | sign : 0);
-}
-
-#if defined(AITER_E4M3FN)
-#define AITER_FP8_CACHE 1
-AITER_BOTH uint8_t to_cache(float x) { return to_fp8<3, 7, 0x43e00000, 0x7f, true>(x); } /* to 448 */
-#elif defined(AITER_E4M3FNUZ)
-#define AITER_FP8_CACHE 1
-AITER_BOTH uint8_t to_cache(float x) { return to_fp8<3, 8, 0x43700000, 0x80, false>(x); } /* to 240 */
-#elif defined(AITER_E5M2)
-#define AITER_FP8_CACHE 1
-AITER_BOTH uint8_t to_cache(float x) { return to_fp8<2, 15, 0x47600000, 0x7f, true>(x); } /* to 57344 */
-#else
-#define AITER_FP8_CACHE 0
-#endif
-
-/* ---- tokens ---- */
+#include "fp8.h"
 
 enum TokenFate { TOKEN_IS_WRITTEN, TOKEN_IS_SKIPPED, TOKEN_HAS_NO_PLACE };
 
@@ -75,7 +22,7 @@ struct CacheToken {
     int32_t heads, dim;
     int32_t rotary_dim; /* 0: as it is */
     int64_t angles;     /* row of the angles */
-    const float *scale; /* null: 1 */
+    const float *scale; /* of the first head; null: 1 */
     int64_t scale_stride;
 };
 
@@ -159,8 +106,10 @@ AITER_BOTH CacheToken cache_token(const aiter_cache_write_call &call, int64_t un
     token.to_at = row.offset(to), token.to_head = to[2], token.to_element = to[3];
     token.heads = query ? p.heads_q : p.heads_kv;
     token.dim = query || key ? p.head_dim : p.value_dim;
+    const int64_t *scale_strides = key ? p.key_scale_strides : p.value_scale_strides;
     token.scale = query ? nullptr : key ? t.key_scale : t.value_scale;
-    token.scale_stride = key ? p.key_scale_stride : p.value_scale_stride;
+    if (token.scale) token.scale += row.b * scale_strides[0];
+    token.scale_stride = scale_strides[1];
     token.rotary_dim = query || key ? p.rotary_dim : 0;
     token.fate = !row.exists ? TOKEN_IS_SKIPPED
                  : query     ? TOKEN_IS_WRITTEN

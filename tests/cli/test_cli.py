@@ -234,6 +234,17 @@ def test_prewarm_takes_the_options_that_select_code(arguments, names, capsys):
     assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
 
 
+def test_prewarm_for_8_bit_caches(capsys):
+    """They have no backward pass; what writes them has a kernel for each."""
+    choice = ("--arch", "gfx942", "--dtypes", "bf16", "--head-dims", "64", "--causal", "yes", "--backward", "--dry-run")
+    choice = (*choice, "--ops", "flash_attn_func,reshape_and_cache", "--cache-dtypes")
+    _, report = run_json(capsys, "prewarm", *choice, "same,e4m3fnuz")
+    expected = {f"attention_{kernel}-bf16-d64-causal" for kernel in ("forward", "decode", "backward")}
+    expected |= {f"attention_{kernel}-bf16-d64-causal-e4m3fnuz" for kernel in ("forward", "decode")}
+    expected |= {"cache_write-bf16", "cache_write-bf16-e4m3fnuz"}
+    assert {Spec.from_json(kernel["spec"]).name.removesuffix("-gfx942") for kernel in report["kernels"]} == expected
+
+
 def test_prewarm_of_latent_attention(capsys):
     choice = ("--arch", "gfx942", "--dtypes", "bf16", "--head-dims", "576", "--causal", "yes", "--backward")
     _, report = run_json(capsys, "prewarm", *choice, "--ops", "variable_length_attention", "--dry-run")
@@ -248,6 +259,7 @@ def test_prewarm_of_latent_attention(capsys):
         (("--ops", "flash"), "flash_attn_func"),
         (("--dtypes", "fp8"), "fp16, bf16, fp32"),
         (("--arch", "gfx942", "--dtypes", "fp32"), "it has: fp16, bf16"),
+        (("--cache-dtypes", "fp8"), "same, e4m3fn, e4m3fnuz, e5m2"),
         (("--head-dims", "100"), "every multiple of 8 up to 512"),
         (("--value-dims", "576"), "value head_dim 576 is not supported"),
         (("--replay", "x", "--window", "yes"), "exactly what was recorded"),

@@ -22,9 +22,11 @@ import torch
 from emulator import hipcc
 
 from aiter import abi, dropout
+from aiter.checks import FP8_NAMES
 from aiter.jit import Kernel, get_kernel, settings
 from aiter.jit.arch import arch_of, cpu_arch, runs_here
 from aiter.jit.spec import Spec
+from aiter.options import strides_per_kv_head
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GPU_DTYPES = ("fp16", "bf16")
@@ -118,6 +120,8 @@ class Options:
     rng_state: torch.Tensor | None = None
     batch_invariant: bool = False
     clear_rest: bool = True
+    key_descale: torch.Tensor | None = None  # as `aiter.options` takes them
+    value_descale: torch.Tensor | None = None
 
     def problem(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, lse: torch.Tensor
@@ -144,6 +148,8 @@ class Options:
             value_strides=_strides(value),
             output_strides=_strides(output),
             lse_strides=(0, query.shape[0]) if packed_q else lse.stride()[:2],
+            key_descale_strides=strides_per_kv_head(self.key_descale),
+            value_descale_strides=strides_per_kv_head(self.value_descale),
             alibi_stride=0 if self.alibi_slopes is None or self.alibi_slopes.dim() == 1 else query.shape[-2],
             softmax_scale=1 / math.sqrt(query.shape[-1]) if self.scale is None else self.scale,
             softcap=self.softcap,
@@ -177,6 +183,8 @@ class Options:
             "window": self._ranges,
         }
         options = [(word, 1) for word, on in switched_on.items() if on]
+        if value.dtype in FP8_NAMES:
+            options.append((FP8_NAMES[value.dtype], 1))
         if value.shape[-1] != query.shape[-1]:
             options.append(("value_dim", value.shape[-1]))
         dtype = next(word for word, known in DTYPES.items() if known == query.dtype)
@@ -190,7 +198,7 @@ class Options:
 
 
 _LAYOUT = ("seqlens_q", "seqlens_k", "starts_q", "starts_k", "query_offsets", "alibi_slopes", "rng_state")
-_PAGES = ("page_table", "page_indptr", "last_page_len")
+_FORWARD_ALONE = ("page_table", "page_indptr", "last_page_len", "sinks", "key_descale", "value_descale")
 
 
 def attend(
@@ -213,7 +221,7 @@ def attend(
     packed, heads_q = query.dim() == 3, query.shape[-2]
     lse_shape = (heads_q, query.shape[0]) if packed else (query.shape[0], heads_q, query.shape[1])
     lse = torch.full(lse_shape, math.nan, device=query.device)
-    reads = {"query": query, "key": key, "value": value, **call.reads(*_LAYOUT, *_PAGES, "sinks")}
+    reads = {"query": query, "key": key, "value": value, **call.reads(*_LAYOUT, *_FORWARD_ALONE)}
     built = _kernel(target, call.spec(target, name, query, value))
     problem = call.problem(query, key, value, output, lse)
     _run(target, built, problem, reads, {"output": output, "lse": lse}, threads, parallel, stats)

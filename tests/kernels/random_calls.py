@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from driver import ints, randn, strided
+from driver import DTYPES, ints, randn
 from hypothesis import strategies as st
-from problems import STRIDES, Sequence, page_lists
+from problems import STRIDES, Sequence, page_lists, strided
 
 from aiter import dropout, reference
 
@@ -30,10 +30,20 @@ class Call:
 
 
 def draw_call(
-    data, dtype, dims, switched_on, layouts=LAYOUTS, fewest_keys=1, sinks=True, lengths_q=LENGTHS, lengths_k=LENGTHS
+    data,
+    dtype,
+    dims,
+    switched_on,
+    layouts=LAYOUTS,
+    fewest_keys=1,
+    sinks=True,
+    lengths_q=LENGTHS,
+    lengths_k=LENGTHS,
+    fp8=None,
 ) -> Call:
     """`dims` are the head_dims of keys and values; `switched_on` are the options that the kernel is compiled for. A
-    sequence has no keys, or at least `fewest_keys`: one that sees a single key has gradients that are all rounding."""
+    sequence has no keys, or at least `fewest_keys`: one that sees a single key has gradients that are all rounding.
+    fp8: the dtype that keys and values are kept in, with descales."""
     draw, pick = data.draw, lambda *values: data.draw(st.sampled_from(values))
     torch.manual_seed(draw(SEEDS))
     heads_kv, group = pick(1, 2), pick(1, 2, 3, 5)
@@ -84,6 +94,17 @@ def draw_call(
     ]
     for k, v, rows in zip(key, value, unseen, strict=True):
         k[rows], v[rows] = math.nan, math.inf
+    exact = key, value  # what the references see
+    if fp8 is not None:
+        key, value = ([part.to(fp8) for part in parts] for parts in (key, value))
+        exact = [list(parts) for parts in (key, value)]
+        for name, parts in (("key_descale", exact[0]), ("value_descale", exact[1])):
+            shape = pick(None, (1,), (heads_kv,), (batch, heads_kv))
+            if shape is not None:  # of so few bits that products are numbers of `dtype` too
+                options[name] = torch.tensor((0.375, 0.5, 1.5, 3.0))[torch.randint(4, shape)]
+            for b, part in enumerate(parts):
+                descale = options[name].expand(batch, heads_kv)[b].view(-1, 1) if shape else 1.0
+                parts[b] = (part.float() * descale).to(DTYPES[dtype])
 
     layout = pick(*layouts)
     packed_q, paged = layout.startswith("packed"), "page" in layout
@@ -94,12 +115,12 @@ def draw_call(
             tensors.append(parts)
             continue
         if layout == "dense" or (side == 0 and not packed_q):
-            tensor = strided((batch, most, *shape), dtype, how)
+            tensor = strided((batch, most, *shape), parts[0].dtype, how, torch.get_default_device())
             rows = [(b, slice(0, n)) for b, n in enumerate(lengths[side])]
         else:
             gaps = [3 * (b % 2) for b in range(batch + 1)] if options["batch_invariant"] else [0] * batch + [2]
             ends = [sum(lengths[side][:b]) + sum(gaps[: b + 1]) for b in range(batch + 1)]
-            tensor = strided((ends[-1], *shape), dtype, how)
+            tensor = strided((ends[-1], *shape), parts[0].dtype, how, torch.get_default_device())
             rows = [(slice(start, start + n),) for start, n in zip(ends, lengths[side], strict=False)]
             options["max_seqlen"] = (seq_q, seq_k)
             if any(gaps[:-1]):
@@ -122,7 +143,7 @@ def draw_call(
     for b, own in enumerate(each):
         rows = places[0][b]
         lse_rows = (slice(None), *rows) if packed_q else (b, slice(None), rows[1])
-        call.sequences.append(Sequence(query[b], key[b], value[b], rows, lse_rows, own))
+        call.sequences.append(Sequence(query[b], exact[0][b], exact[1][b], rows, lse_rows, own))
     return call
 
 

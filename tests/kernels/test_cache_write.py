@@ -98,7 +98,7 @@ def test_by_slots(target, dtype, fp8):
                     view[slot // 6, slot % 6] = quantised(new[token], fp8, scale.unsqueeze(1)) if fp8 else new[token]
         numbers = {"batch": 1, "heads_kv": HEADS, "seqlen_new": len(SLOTS), "head_dim": dims[0], "value_dim": dims[1]}
         numbers |= {"page_size": 6, "wide_slots": wide, "num_pages": 4}
-        numbers |= {"key_scale_stride": per_head, "value_scale_stride": per_head}
+        numbers |= {"key_scale_strides": (0, per_head), "value_scale_strides": (0, per_head)}
         reads = {"key": key, "value": value, "slots": torch.tensor(SLOTS, dtype=torch.int64 if wide else torch.int32)}
         if fp8:
             reads |= {"key_scale": scales[0], "value_scale": scales[1]}

@@ -27,6 +27,11 @@ TRAINED = (("alibi", 1), ("chunk", 1), ("dropout", 1), ("softcap", 1))
         Spec("attention_forward", "bf16", 192, False, "sm_86", (*TRAINED, ("value_dim", 128), ("window", 1))),
         Spec("attention_decode", "fp16", 512, False, "sm_86", (*ALL[:1], *PAGED, *ALL[1:], ("window", 1))),
         Spec("attention_backward", "bf16", 96, False, "sm_86", (*TRAINED, ("value_dim", 64), ("window", 1))),
+        # 8-bit keys and values: converted by an instruction and by bits
+        Spec("attention_decode", "bf16", 128, False, "sm_90a", (("e4m3fn", 1), *PAGED)),
+        Spec("attention_forward", "bf16", 128, True, "sm_90a", (("e4m3fn", 1), *PAGED)),
+        Spec("attention_decode", "fp16", 576, True, "sm_80", (("e4m3fnuz", 1), *PAGED, ("value_dim", 512))),
+        Spec("attention_forward", "bf16", 64, True, "sm_80", (("e5m2", 1),)),
         Spec("cache_write", "bf16", 0, False, "sm_80", (("e4m3fn", 1),)),
     ),
     ids=lambda spec: spec.name,

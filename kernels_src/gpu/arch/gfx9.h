@@ -3,6 +3,7 @@
 #ifndef AITER_GPU_ARCH_GFX9_H
 #define AITER_GPU_ARCH_GFX9_H
 
+#include "gpu/read_fp8.h"
 #include "gpu/runtime.h"
 #include "gpu/target.h"
 
@@ -146,6 +147,21 @@ template <int HEAD_DIM> struct RowLayout {
 };
 
 /* ---- elements ---- */
+
+/* Eight and four elements of keys and values as they lie in memory, and the elements that they are. */
+#if AITER_FP8_CACHE
+typedef u32x2 Eight;
+typedef uint32_t Four;
+__device__ __forceinline__ u32x4 elements_of(u32x2 eight) {
+    const u32x2 first = elements_of(eight.x), second = elements_of(eight.y);
+    return {first.x, first.y, second.x, second.y};
+}
+#else
+typedef u32x4 Eight;
+typedef u32x2 Four;
+__device__ __forceinline__ u32x2 elements_of(u32x2 four) { return four; }
+#endif
+__device__ __forceinline__ u32x4 elements_of(u32x4 eight) { return eight; }
 
 /* The low or the high halves of two words, that of `x` in the low one. */
 __device__ __forceinline__ uint32_t join_halves(uint32_t x, uint32_t y, bool high) {

@@ -150,9 +150,9 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
     int stride;          /* from one tile of this wave to its next, in tokens */
     int current, coming; /* first token of the tile in use, and of the one on its way */
     Place place, next;   /* of token `coming + lane % 32`, and of the one a tile further: looked up a tile ahead */
-    u32x4 key[2][STEPS];
-    u32x4 wide[WIDE + 1][2][4]; /* one more than there are: an array of none is not C++ */
-    u32x2 narrow[NARROW + 1][2][4];
+    Eight key[2][STEPS];
+    Eight wide[WIDE + 1][2][4]; /* one more than there are: an array of none is not C++ */
+    Four narrow[NARROW + 1][2][4];
 
     __device__ __forceinline__ KeyValueStream(SharedAddress, const Rows &rows, int first, int group, int groups)
         : rows(rows), stride(groups * KEYS), coming(first + group * KEYS) {
@@ -178,7 +178,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
                 const int chunk = lesser(4 * j + lane() / 16, HEAD_DIM / 8 - 1);
-                key[n][j] = *reinterpret_cast<const u32x4 *>(source.key(at, 16 * chunk));
+                key[n][j] = *reinterpret_cast<const Eight *>(source.key(at, 8 * CACHED_BYTES * chunk));
             }
         }
     }
@@ -186,7 +186,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
     template <int COUNT> static __device__ __forceinline__ int value_byte(int begin) {
         const int own = Shape::TEAM == 1 ? 0 : wave() % Shape::TEAM * Shape::COLUMNS;
         const int last = (VALUE_DIM - own - begin) / COUNT - 1; /* may be negative: the piece is nobody's */
-        return 2 * (own + begin) + 2 * COUNT * lesser(lane() % 16, last);
+        return CACHED_BYTES * (own + begin) + CACHED_BYTES * COUNT * lesser(lane() % 16, last);
     }
     __device__ __forceinline__ void issue_values() {
         const auto source = tile(coming);
@@ -197,9 +197,9 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
                 const auto at = source.place_of_lane(place, lane() / 16 * 4, 16 * n + i);
 #pragma unroll
                 for (int p = 0; p < WIDE; ++p)
-                    wide[p][n][i] = *reinterpret_cast<const u32x4 *>(source.value(at, value_byte<8>(128 * p)));
+                    wide[p][n][i] = *reinterpret_cast<const Eight *>(source.value(at, value_byte<8>(128 * p)));
                 if constexpr (NARROW != 0)
-                    narrow[0][n][i] = *reinterpret_cast<const u32x2 *>(source.value(at, value_byte<4>(128 * WIDE)));
+                    narrow[0][n][i] = *reinterpret_cast<const Four *>(source.value(at, value_byte<4>(128 * WIDE)));
             }
     }
 
@@ -211,7 +211,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
             s.half[n] = f32x4{0, 0, 0, 0};
 #pragma unroll
             for (int j = 0; j < STEPS; ++j) {
-                u32x4 k = key[n][j];
+                u32x4 k = elements_of(key[n][j]);
                 if (4 * j + 4 > HEAD_DIM / 8 && 4 * j + lane() / 16 >= HEAD_DIM / 8) k = u32x4{0, 0, 0, 0};
                 s.half[n] = multiply_add(k, queries.operand[j], s.half[n]);
             }
@@ -235,15 +235,25 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
                 for (int i = 0; i < 4; ++i)
                     if (!rows.exists(current + 16 * n + lane() / 16 * 4 + i)) {
 #pragma unroll
-                        for (int p = 0; p < WIDE; ++p) wide[p][n][i] = u32x4{0, 0, 0, 0};
-                        if constexpr (NARROW != 0) narrow[0][n][i] = u32x2{0, 0};
+                        for (int p = 0; p < WIDE; ++p) wide[p][n][i] = Eight{};
+                        if constexpr (NARROW != 0) narrow[0][n][i] = Four{};
                     }
         }
         const u32x4 p = round_operand(s, 0, 0);
+        u32x4 eights[WIDE + 1][2][4];
+        u32x2 fours[2][4];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+#pragma unroll
+                for (int piece = 0; piece < WIDE; ++piece) eights[piece][n][i] = elements_of(wide[piece][n][i]);
+                if constexpr (NARROW != 0) fours[n][i] = elements_of(narrow[0][n][i]);
+            }
 #pragma unroll
         for (int n = 0; n < Output::TILES; ++n) {
             const int e = n % 8;
-            const u32x4 v = n / 8 < WIDE ? transposed(wide[n / 8], e / 2, e % 2) : transposed(narrow[0], e / 2, e % 2);
+            const u32x4 v = n / 8 < WIDE ? transposed(eights[n / 8], e / 2, e % 2) : transposed(fours, e / 2, e % 2);
             o.tile[n] = multiply_add(v, p, o.tile[n]);
         }
         issue_values();

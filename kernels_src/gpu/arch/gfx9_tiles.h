@@ -189,14 +189,16 @@ template <int CHUNKS, int KEYS> struct CopyUnits {
 /* Four rows of 16 bytes, and where they go in shared memory: as they are, or transposed. Addresses in shared memory are
  * one register for each place of a thread; the rest of them are constants that are added or, in the bits that the
  * layouts permute, exclusive-ored. Opaque, for else the compiler keeps every sum. */
-template <int COLUMNS> __device__ __forceinline__ void store_rows(SharedAddress first_row, const u32x4 (&four)[4]) {
+template <int COLUMNS, class Rows>
+__device__ __forceinline__ void store_rows(SharedAddress first_row, const Rows (&four)[4]) {
     const SharedAddress to = opaque(first_row);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) shared_store(further(to, RowLayout<COLUMNS>::chunk(k, 0)), four[k]);
+    for (int k = 0; k < 4; ++k) shared_store(further(to, RowLayout<COLUMNS>::chunk(k, 0)), elements_of(four[k]));
 }
-template <int COLUMNS, int KEYS>
-__device__ __forceinline__ void store_transposed(SharedAddress first_column, const u32x4 (&four)[4]) {
+template <int COLUMNS, int KEYS, class Rows>
+__device__ __forceinline__ void store_transposed(SharedAddress first_column, const Rows (&rows)[4]) {
     const SharedAddress to = opaque(first_column);
+    const u32x4 four[4] = {elements_of(rows[0]), elements_of(rows[1]), elements_of(rows[2]), elements_of(rows[3])};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const u32x2 column = {join_halves(four[0][i / 2], four[1][i / 2], i % 2),
@@ -228,7 +230,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     SharedAddress key_tile, value_tile;
     int thread;
     int begin, end;                         /* tokens of the tile on its way that exist, in the tile */
-    u32x4 key[COPIES][4], value[COPIES][4]; /* on their way */
+    Eight key[COPIES][4], value[COPIES][4]; /* on their way */
 
     __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
         : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
@@ -248,17 +250,17 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
             const bool value_exists = (all_units(VALUE_DIM / 8) || chunk < VALUE_DIM / 8) && exists;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                key[copy][k] = value[copy][k] = u32x4{0, 0, 0, 0};
+                key[copy][k] = value[copy][k] = Eight{};
                 if (HEAD_DIM == VALUE_DIM) {
                     if (key_exists) {
                         const auto place = tile.place(Units::key(unit), k);
-                        key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
-                        value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
+                        key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
+                        value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
                     }
                 } else {
                     const auto place = tile.place(Units::key(unit), k);
-                    if (key_exists) key[copy][k] = global_load<u32x4>(tile.key(place, chunk * 16));
-                    if (value_exists) value[copy][k] = global_load<u32x4>(tile.value(place, chunk * 16));
+                    if (key_exists) key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
+                    if (value_exists) value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
                 }
             }
         }
@@ -273,7 +275,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     const int token = Units::key(thread + copy * THREADS) + k;
-                    if (token >= end || WINDOW && token < begin) value[copy][k] = u32x4{0, 0, 0, 0};
+                    if (token >= end || WINDOW && token < begin) value[copy][k] = Eight{};
                 }
         }
 #pragma unroll

@@ -13,6 +13,10 @@
  * ldmatrix.trans, both 16 x 16 elements at a time. With 32 rows a wave (two row tiles) each of those feeds four mma;
  * with 16 it would be two, and shared memory would be the bottleneck.
  *
+ * Keys and values of 8 bits arrive as they are, in a place beside the tile where each thread finds again what it has
+ * copied, and it takes them to the tile as elements: so products and their shared memory are the same. Of tiles there is
+ * one then, of 16 bits, and the next is on its way in half of its bytes.
+ *
  * How much shared memory a block can have differs: 99 KB on sm_86, sm_89 and sm_120, 163 on sm_80, 227 on sm_90. Shape
  * takes the largest tiles that fit. */
 #ifndef AITER_GPU_ARCH_SM80_H
@@ -120,6 +124,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], Share
 __device__ __forceinline__ void copy_async(SharedAddress to, const char *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+#if AITER_FP8_CACHE
+/* The same of eight bytes. */
+__device__ __forceinline__ void copy_eight_async(SharedAddress to, const char *from, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(valid ? 8 : 0) : "memory");
+}
+#endif
 __device__ __forceinline__ void copy_word_async(SharedAddress to, const float *from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
@@ -173,6 +183,15 @@ __device__ __forceinline__ uint32_t to_elements(float x, float y) {
 }
 #endif
 __device__ __forceinline__ Element to_element(float x) { return static_cast<Element>(to_elements(x, x)); }
+
+#if AITER_FP8_CACHE
+/* What lies at `raw`, eight elements as they are in memory, goes to the tile as elements. */
+__device__ __forceinline__ void convert_eight(SharedAddress to, SharedAddress raw) {
+    const uint2 eight = shared_load<uint2>(raw);
+    const TwoPairs first = elements_of(eight.x), second = elements_of(eight.y);
+    shared_store(to, uint4{first.x, first.y, second.x, second.y});
+}
+#endif
 
 /* ---- matrices ---- */
 
@@ -324,16 +343,16 @@ template <int COLUMNS, int KEYS, int THREADS> struct TileCopy {
     static constexpr int PASS_ROWS = THREADS / 8;
     static_assert(KEYS % PASS_ROWS == 0, "whole passes");
 
-    template <class Source>
-    static __device__ __forceinline__ void copy_row(SharedAddress to, int pass, int thread, bool exists,
-                                                    Source source) {
+    /* Calls visit(line, chunk, where it stands in the tile, does the row have it?) for a thread's chunks of one row. */
+    template <class Visit>
+    static __device__ __forceinline__ void for_chunks(SharedAddress to, int pass, int thread, Visit visit) {
 #pragma unroll
         for (int line = 0; line < LINES; ++line) {
             const int chunk = line * 8 + thread % 8;
             if (line * 8 + 8 > CHUNKS && chunk >= CHUNKS) continue; /* no product reads this chunk */
-            const bool valid = exists && (line * 8 + 8 <= COLUMNS / 8 || chunk < COLUMNS / 8);
-            copy_async((to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 + pass * PASS_ROWS * RowLayout<COLUMNS>::BYTES,
-                       source(chunk * 16), valid);
+            visit(line, chunk,
+                  (to ^ (pass * PASS_ROWS % 8 << 4)) + line * 128 + pass * PASS_ROWS * RowLayout<COLUMNS>::BYTES,
+                  line * 8 + 8 <= COLUMNS / 8 || chunk < COLUMNS / 8);
         }
     }
 };
@@ -345,14 +364,23 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     static constexpr int PASSES = KEYS / Keys::PASS_ROWS;
     static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
     static constexpr int STAGE_BYTES = KEY_BYTES + KEYS * RowLayout<VALUE_DIM>::BYTES;
-    static constexpr int SHARED_BYTES = 2 * STAGE_BYTES;
+    static constexpr int SHARED_BYTES = FP8 ? STAGE_BYTES + STAGE_BYTES / 2 : 2 * STAGE_BYTES;
     static_assert(KEYS % 16 == 0, "whole mma tiles");
 
     SharedAddress shared, current, coming;
     int thread;
 
     __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
-        : shared(shared), current(shared + STAGE_BYTES), coming(shared), thread(thread) {}
+        : shared(shared), current(FP8 ? shared : shared + STAGE_BYTES), coming(FP8 ? shared + STAGE_BYTES : shared),
+          thread(thread) {}
+
+    /* Where a thread's chunk of 8-bit elements is kept until it is converted. */
+    __device__ __forceinline__ SharedAddress raw_key(int pass, int line) const {
+        return coming + ((pass * Keys::LINES + line) * THREADS + thread) * 8;
+    }
+    __device__ __forceinline__ SharedAddress raw_value(int pass, int line) const {
+        return coming + KEY_BYTES / 2 + ((pass * Values::LINES + line) * THREADS + thread) * 8;
+    }
 
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
         const auto tile = rows.tile(first);
@@ -363,11 +391,41 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
         for (int pass = 0; pass < PASSES; ++pass) {
             const auto place = tile.place(row, pass * Keys::PASS_ROWS);
             const bool exists = rows.exists(first + row + pass * Keys::PASS_ROWS);
-            Keys::copy_row(keys, pass, thread, exists, [&](int byte) { return tile.key(place, byte); });
-            Values::copy_row(values, pass, thread, exists, [&](int byte) { return tile.value(place, byte); });
+            Keys::for_chunks(keys, pass, thread, [&](int line, int chunk, SharedAddress to, bool has) {
+#if AITER_FP8_CACHE
+                copy_eight_async(raw_key(pass, line), tile.key(place, chunk * 8), exists && has);
+#else
+                copy_async(to, tile.key(place, chunk * 16), exists && has);
+#endif
+            });
+            Values::for_chunks(values, pass, thread, [&](int line, int chunk, SharedAddress to, bool has) {
+#if AITER_FP8_CACHE
+                copy_eight_async(raw_value(pass, line), tile.value(place, chunk * 8), exists && has);
+#else
+                copy_async(to, tile.value(place, chunk * 16), exists && has);
+#endif
+            });
         }
     }
 
+#if AITER_FP8_CACHE
+    template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
+        wait_for_copies();
+        sync(); /* nobody uses the tile any more */
+        const int row = opaque(thread / 8);
+        const SharedAddress keys = current + RowLayout<HEAD_DIM>::chunk(row, thread % 8);
+        const SharedAddress values = current + KEY_BYTES + RowLayout<VALUE_DIM>::chunk(row, thread % 8);
+#pragma unroll
+        for (int pass = 0; pass < PASSES; ++pass) {
+            Keys::for_chunks(keys, pass, thread,
+                             [&](int line, int, SharedAddress to, bool) { convert_eight(to, raw_key(pass, line)); });
+            Values::for_chunks(values, pass, thread, [&](int line, int, SharedAddress to, bool) {
+                convert_eight(to, raw_value(pass, line));
+            });
+        }
+        sync();
+    }
+#else
     template <class Sync> __device__ __forceinline__ void publish(Sync sync) {
         wait_for_copies();
         sync();
@@ -375,6 +433,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
         current = coming;
         coming = free;
     }
+#endif
 
     template <int ROW_TILES, int TEAM>
     __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
@@ -439,7 +498,7 @@ struct ForwardShape {
 constexpr int forward_bytes(int head_dim, int value_dim, ForwardShape shape) {
     const int key_row = round_up(head_dim, 64) * 2, value_row = round_up(value_dim, 64) * 2;
     const int rows = shape.waves / team_of(value_dim) * shape.row_tiles * 16;
-    return rows * greater(key_row, value_row) + 2 * shape.keys * (key_row + value_row);
+    return rows * greater(key_row, value_row) + (FP8 ? 3 : 4) * shape.keys * (key_row + value_row) / 2;
 }
 /* 128 query rows, four waves of 32, or eight of 16 where the output of 32 would not fit into the registers; the more
  * keys the better. What is too large becomes smaller, keys first, as long as each wave copies whole rows. */

@@ -26,6 +26,7 @@ constexpr int LANES = 16;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfWords __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 inline void require(bool met, const char *what) {
     if (met) return;
@@ -59,6 +60,18 @@ inline __m512i vpmuludq(__mmask8 mask, __m512i a, __m512i b) {
     require(mask == 0xff, "masked lanes are not implemented");
     typedef uint64_t Longs __attribute__((vector_size(4 * LANES)));
     return (__m512i)(((Longs)a & 0xffffffffu) * ((Longs)b & 0xffffffffu));
+}
+
+inline __m512i vpmovzxbd(__mmask16 mask, __m128i a) {
+    require_all(mask);
+    return (__m512i)__builtin_convertvector((Bytes)a, Ints);
+}
+
+inline __m512i vpmovzxbw(__mmask32 mask, __m256i a) {
+    require(mask == ~__mmask32{}, "VPMOVZXBW is implemented without a mask only");
+    typedef uint8_t Both __attribute__((vector_size(2 * LANES)));
+    typedef uint16_t Wide __attribute__((vector_size(4 * LANES)));
+    return (__m512i)__builtin_convertvector((Both)a, Wide);
 }
 
 inline __m512 vmaxps(__mmask16 mask, Floats a, Floats b) { /* b where they are not comparable, or both zero */
@@ -175,6 +188,8 @@ inline __m512bh vcvtne2ps2bf16(Floats upper, Floats lower) {
 
 #define _mm512_maskz_cvtepu16_epi32 stand_in::vpmovzxwd
 #define _mm512_maskz_mul_epu32 stand_in::vpmuludq
+#define _mm512_maskz_cvtepu8_epi32 stand_in::vpmovzxbd
+#define _mm512_maskz_cvtepu8_epi16 stand_in::vpmovzxbw
 #define _mm512_maskz_max_ps stand_in::vmaxps
 #define _mm512_movepi32_mask stand_in::vpmovd2m
 #undef _mm512_maskz_reduce_ps
