@@ -1,6 +1,9 @@
 """SGLang's own registry, pools and layers with our backend, held against its torch_native backend."""
 
+import argparse
+import re
 import types
+from importlib.metadata import EntryPoint, EntryPoints
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from test_documents import ROOT
 
-import aiter.integrations.sglang
+import aiter
 from aiter.integrations.sglang.backend import AiterJitBackend
 
 LAYERS = 2
@@ -170,12 +174,26 @@ def test_what_a_graph_would_replay(window_pool):
     assert len(addresses) == 1 and backend.get_cuda_graph_seq_len_fill_value() == 1
 
 
-def test_registered_by_its_entry_point():
-    aiter.integrations.sglang.register()
-    aiter.integrations.sglang.register()
-    assert ATTENTION_BACKEND_CHOICES.count("aiter_jit") == 1
-    assert isinstance(ATTENTION_BACKENDS["aiter_jit"](runner_of()), AiterJitBackend)
-    assert ATTENTION_BACKENDS["aiter"] is not ATTENTION_BACKENDS["aiter_jit"]  # SGLang's own stays
+def test_loaded_by_its_entry_point(monkeypatch):
+    """As SGLang finds it in an installed package, and by the command line's choices."""
+    from sglang.srt import plugins
+    from sglang.srt.server_args import ServerArgs
+
+    group = plugins.GENERAL_PLUGINS_GROUP
+    name, value = re.search(
+        rf'entry-points."{group}"\]\n(\w+) = "(.*)"', (ROOT / "pyproject.toml").read_text()
+    ).groups()
+    entries = EntryPoints([EntryPoint(name, value, group)])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries.select(group=group))
+    for _ in range(2):
+        monkeypatch.setattr(plugins, "_plugins_loaded", False)
+        plugins.load_plugins()
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    chosen = parser.parse_args(["--model-path", "-", "--attention-backend", "aiter_jit"]).attention_backend
+    assert isinstance(ATTENTION_BACKENDS[chosen](runner_of()), AiterJitBackend)
+    assert ATTENTION_BACKEND_CHOICES.count(chosen) == 1
+    assert ATTENTION_BACKENDS["aiter"] is not ATTENTION_BACKENDS[chosen]  # SGLang's own stays
 
 
 def test_what_is_not_served_is_refused_by_name():
