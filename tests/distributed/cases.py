@@ -108,6 +108,9 @@ def attention(
     torch.autograd.backward(
         [output, lse][: 1 + with_lse], [part(grad, dim), part(grad_lse, grad_lse.dim() - 1)][: 1 + with_lse]
     )
+    if sinks:
+        of_sinks = options["sinks"].grad.clone()
+        dist.all_reduce(of_sinks)
     # A part is rounded once, and so is a result: by half a unit of values that are means of `value`. In float32 a few
     # sums count, too.
     units, own_lse = 8 if dtype == torch.float32 else 1.5, part(expected_lse.detach(), expected_lse.dim() - 1)
@@ -125,9 +128,7 @@ def attention(
             *(got.grad, part(whole_, dim), units, whole_.float().abs().max().clamp(min=1.0)),
         )
     if sinks:
-        total = options["sinks"].grad.clone()
-        dist.all_reduce(total)
-        torch.testing.assert_close(total, expected_options["sinks"].grad, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(of_sinks, expected_options["sinks"].grad, rtol=1e-4, atol=1e-4)
     return worst
 
 
