@@ -17,7 +17,16 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from aiter import checks, dropout, jit, kernels
-from aiter.abi import NO_WORKSPACE, pack_call, pack_grad_call, pack_workspace
+from aiter.abi import (
+    NO_WORKSPACE,
+    pack_addresses,
+    pack_call,
+    pack_grad_call,
+    pack_layout,
+    pack_more_strides,
+    pack_options,
+    pack_workspace,
+)
 from aiter.jit.arch import arch_of
 from aiter.launch import SCRATCH_BYTES, cpu_queue, launcher
 from aiter.layout import NO_INDICES, Indices, Sizes
@@ -144,16 +153,19 @@ def forward(
     keywords = given or indices is not NO_INDICES or options is not NO_OPTIONS
     try:
         packed = pack_call(
-            *sizes,
+            *sizes[:5],
+            _NO_LAYOUT if indices is NO_INDICES else pack_layout(*sizes[5:]),
             *_strides(sizes, *strides, output.stride()),
             *((0, 0) if lse is None else _lse_strides(lse)),
-            *(_scalars(call, gpu, not given) if keywords else (*_NO_STRIDES, softmax_scale, *_NO_SCALARS)),
+            _more_strides(options) if keywords else _NO_MORE_STRIDES,
+            softmax_scale,
+            _options(call, gpu, not given) if keywords else _NO_OPTIONS,
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             output.data_ptr(),
             0 if lse is None else lse.data_ptr(),
-            *(_addresses(call) if keywords else _NO_ADDRESSES),
+            pack_addresses(*_addresses(call)) if keywords else _NO_ADDRESSES,
         )
     except struct.error:
         checks.sizes(**sizes._asdict())
@@ -198,10 +210,13 @@ def backward(
     *addresses, _, _, _, alibi_slopes, _, rng_state, _, _ = _addresses(call)
     grad_strides = _strides(sizes, *(tensor.stride() for tensor in (grad_output, grads[1], grads[2], grads[0])))
     packed = pack_grad_call(
-        *sizes,
+        *sizes[:5],
+        pack_layout(*sizes[5:]),
         *_strides(sizes, query.stride(), key.stride(), value.stride(), output.stride()),
         *_lse_strides(lse),
-        *_scalars(call, gpu, True),
+        _more_strides(call.options),
+        call.softmax_scale,
+        _options(call, gpu, True),
         *(*grad_strides[:3], *grad_strides[9:], *grad_strides[3:9]),
         lse_is_given,
         0,
@@ -289,14 +304,19 @@ def _lse_strides(lse: torch.Tensor) -> tuple[int, int]:
     return (0, stride[0]) if len(stride) == 2 else (stride[0], stride[1])
 
 
-def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
-    """The last fields of the problem struct."""
-    window_left, window_right, softcap, slopes, _, _, batch_invariant, dropout_p, _, chunk, *descales = call.options
-    return (
-        *strides_per_kv_head(descales[0]),
-        *strides_per_kv_head(descales[1]),
+def _more_strides(options: Options) -> bytes:
+    slopes = options.alibi_slopes
+    return pack_more_strides(
+        *strides_per_kv_head(options.k_descale),
+        *strides_per_kv_head(options.v_descale),
         0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
-        call.softmax_scale,
+    )
+
+
+def _options(call: Call, gpu: bool, clear_rest: bool) -> bytes:
+    """The last fields of the problem struct."""
+    window_left, window_right, softcap, _, _, _, batch_invariant, dropout_p, _, chunk, *_ = call.options
+    return pack_options(
         softcap,
         window_left,
         window_right,
@@ -309,10 +329,11 @@ def _scalars(call: Call, gpu: bool, clear_rest: bool) -> tuple[float, ...]:
     )
 
 
-# What _scalars, before and after the scale, and _addresses are for a call without indices, options and a given output.
-_NO_STRIDES = (0,) * 5
-_NO_SCALARS = (0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0, 0, 0)
-_NO_ADDRESSES = (0,) * 13
+# The same, and the rest, of a call without indices, options and a given output.
+_NO_LAYOUT = pack_layout(*[0] * 8)
+_NO_MORE_STRIDES = pack_more_strides(*[0] * 5)
+_NO_OPTIONS = pack_options(0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0, 0, 0)
+_NO_ADDRESSES = pack_addresses(*[0] * 13)
 
 
 def _addresses(call: Call) -> tuple[int, ...]:

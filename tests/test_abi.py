@@ -49,13 +49,26 @@ def test_layouts(tmp_path):
     assert len(expected) > 30
 
 
+def _problem(values):
+    """The fields of a forward problem as `pack_call` takes them."""
+    return (
+        *values[:5],
+        abi.pack_layout(*values[5:13]),
+        *values[13:27],
+        abi.pack_more_strides(*values[27:32]),
+        values[32],
+        abi.pack_options(*values[33:42]),
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "pack"),
     [
-        (abi.AttentionCall, abi.pack_call),
-        (abi.AttentionGradCall, abi.pack_grad_call),
+        (abi.AttentionCall, lambda *v: abi.pack_call(*_problem(v), *v[42:47], abi.pack_addresses(*v[47:]))),
+        (abi.AttentionGradCall, lambda *v: abi.pack_grad_call(*_problem(v), *v[42:])),
         (abi.CacheWriteCall, abi.pack_cache_write),
     ],
+    ids=["forward", "backward", "cache write"],
 )
 def test_packing(call, pack):
     """Packed in two pieces, a call is what its struct says."""
