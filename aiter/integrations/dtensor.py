@@ -45,8 +45,10 @@ def _ways(operator: Any, arguments: tuple, outputs: list[str]) -> list[_Placemen
     rows |= dict.fromkeys(("key", "value"), (None, 1) if paged else (0, heads))
     rows |= dict.fromkeys(("page_indptr", "last_page_len"), (None, None))
     rows |= dict.fromkeys(("seqlens_q", "seqlens_k", "page_table", "query_offsets", "starts_q", "starts_k"), (0, None))
-    slopes = given.get("alibi_slopes")
-    rows |= {"alibi_slopes": (0, 1) if slopes is not None and slopes.ndim == 2 else (None, 0), "sinks": (None, 0)}
+    for name in ("sinks", "alibi_slopes", "k_descale", "v_descale"):  # a number, one for each head, or of each sequence
+        tensor = given.get(name)
+        if tensor is not None:
+            rows[name] = (0, 1) if tensor.ndim == 2 else (None, 0 if tensor.ndim == 1 and tensor.shape[0] > 1 else None)
 
     def placed(way: int | None) -> _Placements:
         def place(name: str) -> Any:
