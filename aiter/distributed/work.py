@@ -162,6 +162,8 @@ def _request(
         checks.tensor(name, tensor, (3, 4), packed)
         if hasattr(tensor, "to_local"):
             raise TypeError(f"{name} is a {type(tensor).__name__}; give this rank's part of it, {name}.to_local()")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be that of query, {query.dtype}")
     if query.dim() != key.dim() or query.shape[: query.dim() - 2] != key.shape[: key.dim() - 2]:
         raise ValueError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in rows; context parallelism is for "

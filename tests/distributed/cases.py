@@ -512,6 +512,8 @@ def bad_arguments():
         ((query, key, value), {"query_offsets": torch.zeros(1).int()}, ValueError, "query_offsets is not offered"),
         ((query, key, value), {"dropout_p": 0.1}, ValueError, "dropout_p is not offered"),
         ((query, key, value), {"attention_chunk": 4}, ValueError, "attention_chunk is not offered"),
+        ((query, key, value), {"k_descale": torch.ones(1, 2)}, ValueError, "k_descale is not offered"),
+        ((query, key, value), {"sinks": torch.ones(3)}, ValueError, "sinks has shape"),
         ((query, key, value), {"group": "all"}, TypeError, "group must be"),
         ((query, key, value), {"window": 3}, TypeError, "there is no option window"),
         ((query, key.double(), value), {}, TypeError, "key"),
