@@ -375,8 +375,8 @@ void emulator_trace(const uint64_t *groups, int count) {
 }
 
 // Plays what was recorded of a kernel; an empty text where nothing was.
-const char *emulator_replay(const char *kernel, int resident, int groups, double clock_mhz, double sharers, uint32_t marker,
-                            uint64_t from, uint64_t to, int events) {
+const char *emulator_replay(const char *kernel, int resident, int groups, double clock_mhz, double sharers,
+                            uint32_t marker, uint64_t from, uint64_t to, int events) {
     State &s = state();
     std::lock_guard<std::mutex> lock(s.mutex);
     auto found = s.recordings.find(kernel);

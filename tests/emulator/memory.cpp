@@ -154,9 +154,11 @@ void count_lines(Wave &w, const Instruction &in, const Access &a, uint32_t bytes
     if (w.trace) {
         uint64_t parts[4 * lanes];
         int n = 0;
-        for (int lane = 0; lane < lanes; ++lane)
-            for (uint64_t part = a.address[lane] / 64; mask >> lane & 1 && part <= (a.address[lane] + bytes - 1) / 64; ++part)
+        for (int lane = 0; lane < lanes; ++lane) {
+            if (!(mask >> lane & 1)) continue;
+            for (uint64_t part = a.address[lane] / 64; part <= (a.address[lane] + bytes - 1) / 64; ++part)
                 if (!n || parts[n - 1] != part) parts[n++] = part;
+        }
         std::sort(parts, parts + n);
         w.trace->lines.insert(w.trace->lines.end(), parts, std::unique(parts, parts + n));
     }

@@ -130,7 +130,8 @@ Needs needs_of(const Instruction &in) {
             vector_range(n.writes, in.destination, words);
             if (begins(name, "v_cmp")) n.scalar_write = {in.scalar_destination, 2};
             else if (begins(name, "v_read")) n.scalar_write = {in.destination, 1};
-            else if (in.format == Format::vop3 && in.scalar_destination != vcc) n.scalar_write = {in.scalar_destination, 2};
+            else if (in.format == Format::vop3 && in.scalar_destination != vcc)
+                n.scalar_write = {in.scalar_destination, 2};
             if (n.scalar_write.first >= 128) n.scalar_write = {0, 0};
             break;
         }
@@ -348,9 +349,9 @@ private:
             issue(simd, w, event, n, now);
             gone |= w.ended;
         }
-        if (gone)
-            simd.waves.erase(std::remove_if(simd.waves.begin(), simd.waves.end(), [](PlayedWave *w) { return w->ended; }),
-                             simd.waves.end());
+        if (!gone) return;
+        auto ended = [](PlayedWave *w) { return w->ended; };
+        simd.waves.erase(std::remove_if(simd.waves.begin(), simd.waves.end(), ended), simd.waves.end());
     }
 
     // Why the wave cannot issue its next instruction now, or `issued`.
