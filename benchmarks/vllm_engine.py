@@ -5,8 +5,9 @@
 A Llama with random weights, made here. Two loads: long prompts with short answers (prefill), short prompts with long
 answers (decode). Each backend's engine is a process of its own; they take turns, round by round, so that a busy machine
 is as unkind to both. Printed are tokens a second, by the median round, and the median over rounds of the two times'
-ratio: above 1.00 ours is faster. The last column is the same of the CPU time that the processes took, which others on
-the machine change less; it means something with one thread (OMP_NUM_THREADS=1). Needs vLLM (docs/vllm.md).
+ratio: above 1.00 ours is faster. Then the same of CPU time, which others on the machine change less: of the whole
+process, and of the engine's thread while it is in the backend, cache and metadata included. Both mean something with
+one thread (OMP_NUM_THREADS=1). Needs vLLM (docs/vllm.md).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 VOCABULARY = 2000
 BACKENDS = {"aiter": "1", "vLLM's own": "0"}
@@ -47,7 +50,7 @@ def make_model(folder: str, options: argparse.Namespace) -> None:
 
 
 def serve(folder: str, dtype: str) -> None:
-    """Reads loads, one a line, and answers each with the seconds it took, by the clock and of CPU time."""
+    """Reads loads, one a line, and answers each with the seconds it took: see `Seconds`."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -59,15 +62,49 @@ def serve(folder: str, dtype: str) -> None:
         max_model_len=2048,
         max_num_seqs=64,
     )
+    in_backend = watch(engine)
     print(_MARK + "ready", flush=True)
     for line in sys.stdin:
         seed, (count, length, answer) = json.loads(line)
         source = random.Random(seed)
         prompts = [{"prompt_token_ids": source.choices(range(VOCABULARY), k=length)} for _ in range(count)]
         sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
+        in_backend.clear()
         began = time.perf_counter(), time.process_time()
         engine.generate(prompts, sampling, use_tqdm=False)
-        print(_MARK + json.dumps((time.perf_counter() - began[0], time.process_time() - began[1])), flush=True)
+        taken = time.perf_counter() - began[0], time.process_time() - began[1], sum(in_backend)
+        print(_MARK + json.dumps(taken), flush=True)
+
+
+def watch(engine: Any) -> list[float]:
+    """Seconds of CPU time of each call of the backend from now on."""
+    seconds: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            began = time.thread_time()
+            result = function(*arguments, **keywords)
+            seconds.append(time.thread_time() - began)
+            return result
+
+        return call
+
+    runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    layer = next(layer for layer in runner.compilation_config.static_forward_context.values() if hasattr(layer, "impl"))
+    backend = layer.get_attn_backend()
+    for kind, names in (
+        (backend.get_impl_cls(), ("forward", "do_kv_cache_update")),
+        (backend.get_builder_cls(), ("build",)),
+    ):
+        for name in names:
+            setattr(kind, name, timed(getattr(kind, name)))
+    return seconds
+
+
+class Seconds(NamedTuple):
+    clock: float
+    cpu: float
+    backend: float
 
 
 class Engine:
@@ -95,17 +132,17 @@ class Engine:
                 return line.removeprefix(_MARK)
         raise SystemExit(f"an engine ended with code {self.process.wait()}; --serve FOLDER alone says why")
 
-    def time(self, seed: int, load: tuple[int, int, int]) -> tuple[float, float]:
+    def time(self, seed: int, load: tuple[int, int, int]) -> Seconds:
         print(json.dumps((seed, load)), file=self.process.stdin, flush=True)
-        return tuple(json.loads(self.answer()))
+        return Seconds(*json.loads(self.answer()))
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
 
-def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Seconds of each load, backend and round, by the clock and of CPU time."""
+def measure(engines: dict[str, Engine], rounds: int) -> dict[str, dict[str, list[Seconds]]]:
+    """Of each load, backend and round."""
     seconds = {load: {name: [] for name in engines} for load in LOADS}
     for number in range(rounds + 1):  # the first is not counted
         for load, what in LOADS.items():
@@ -137,14 +174,17 @@ def main() -> None:
         for engine in engines.values():
             engine.close()
     report = {}
-    print(f"{options.dtype}, tokens/s".ljust(20), *(name.rjust(12) for name in BACKENDS), "   ratio  CPU time")
+    print(f"{options.dtype}, tokens/s".ljust(20), *(name.rjust(12) for name in BACKENDS), "  ratio  CPU time  backend")
     for load, (count, length, answer) in LOADS.items():
         tokens = count * (length + answer)
-        speeds = {name: tokens / statistics.median(wall for wall, _ in seconds[load][name]) for name in BACKENDS}
-        ours, theirs = (seconds[load][name] for name in BACKENDS)
-        ratios = [statistics.median(t[i] / o[i] for o, t in zip(ours, theirs, strict=True)) for i in (0, 1)]
-        report[load] = {"tokens_per_second": speeds, "ratios": ratios, "seconds": seconds[load]}
-        print(load.ljust(20), *(f"{speed:12.0f}" for speed in speeds.values()), f"{ratios[0]:8.2f}  {ratios[1]:8.2f}")
+        speeds = {name: tokens / statistics.median(one.clock for one in seconds[load][name]) for name in BACKENDS}
+        both = [seconds[load][name] for name in BACKENDS]
+        ratios = Seconds(
+            *(statistics.median(theirs[i] / ours[i] for ours, theirs in zip(*both, strict=True)) for i in range(3))
+        )
+        report[load] = {"tokens_per_second": speeds, "ratios": ratios._asdict(), "seconds": seconds[load]}
+        columns = f"{ratios.clock:8.2f} {ratios.cpu:9.2f} {ratios.backend:8.2f}"
+        print(load.ljust(20), *(f"{speed:12.0f}" for speed in speeds.values()), columns)
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"options": vars(options), "loads": report}, file, indent=1)

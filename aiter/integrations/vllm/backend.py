@@ -41,15 +41,20 @@ from aiter.options import BATCH_INVARIANT, OptionKeywords, Options, read_options
 logger = init_logger("vllm.aiter")
 _NAMES = checks.Names("query_lens", "seq_lens", "max_query_len", "max_seq_len", starts_q="query_start_loc")
 _ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
-# What a cache's dtype is called where it holds numbers as they are.
+# What a cache's dtype is called where it holds numbers as they are, and where it holds them divided by scales.
 _CACHE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_SCALED = {
+    "fp8": current_platform.fp8_dtype(),
+    "fp8_e4m3": current_platform.fp8_dtype(),
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class Backend(AttentionBackend):
     """What the kernels do, in vLLM's questions."""
 
     forward_includes_kv_cache_update = False
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *_CACHE_DTYPES]  # 8-bit floats: not yet
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", *_CACHE_DTYPES, *_SCALED]
 
     @staticmethod
     def get_impl_cls() -> type[Attention]:
@@ -190,6 +195,7 @@ class Attention(AttentionImpl[Metadata]):
         self.softcap = float(logits_soft_cap or 0.0)
         self.attn_type = attn_type
         self.kv_cache_dtype = kv_cache_dtype
+        self.scaled = None if attn_type in _ENCODERS else _SCALED.get(kv_cache_dtype)
         self.sliding_window = sliding_window
         self.alibi_slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32)
         self.sinks = sinks
@@ -252,12 +258,13 @@ class Attention(AttentionImpl[Metadata]):
                 arch_of(device),
                 value_dim=layer.head_size_v,
                 options=options.that_select_code,
+                cache_dtype=None if self.scaled is None else checks.FP8_NAMES[self.scaled],
             ):
                 jit.get_kernel(spec)
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -267,11 +274,12 @@ class Attention(AttentionImpl[Metadata]):
             return  # has no cache
         if kv_cache is not self.cache:
             self._view(kv_cache)
-        reshape_and_cache(key, value, self.key_cache, self.value_cache, slot_mapping)
+        scales = (None, None) if self.scaled is None else (layer._k_scale, layer._v_scale)
+        reshape_and_cache(key, value, self.key_cache, self.value_cache, slot_mapping, *scales)
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -300,13 +308,16 @@ class Attention(AttentionImpl[Metadata]):
         causal, options = self.masks[attn_metadata.causal]
         if self.sinks is not None:  # as kernels read them; not kept, as a model's weights may be loaded anew
             options = options.readable()
+        if self.scaled is not None:
+            options = options._replace(k_descale=layer._k_scale, v_descale=layer._v_scale)
         call = plan.Call(sizes, indices, options, causal, self.scale, _NAMES)
         plan.forward(call, query, key, value, False, output)
         return output
 
     def _view(self, kv_cache: torch.Tensor) -> None:
         """Keys and values of a cache, kept for as long as it is the layer's."""
-        self.pages_of_keys, self.pages_of_values = pages = kv_cache.split_with_sizes(
+        numbers = kv_cache if self.scaled is None else kv_cache.view(self.scaled)
+        self.pages_of_keys, self.pages_of_values = pages = numbers.split_with_sizes(
             (self.head_size, kv_cache.shape[-1] - self.head_size), -1
         )
         self.key_cache, self.value_cache = (cache.transpose(1, 2) for cache in pages)

@@ -19,16 +19,15 @@ sys.path.insert(0, str(HERE))
 
 @dataclass
 class Installed:
-    """A folder with our package, installed: vLLM finds the plugin by the distribution's entry points."""
+    """A folder with our package, installed: vLLM finds the plugin by the distribution's entry points. Kernels are kept
+    where those of all tests are, tests/conftest.py."""
 
     folder: Path
-    kernels: str
 
     def environment(self, **more: str) -> dict[str, str]:
         return {
             **os.environ,
             "PYTHONPATH": str(self.folder),
-            "AITER_CACHE_DIR": self.kernels,
             "HF_HUB_OFFLINE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -47,7 +46,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     about = base / "site" / f"vllm-{version}+cpu.dist-info" / "METADATA"
     about.parent.mkdir()
     about.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
-    return Installed(base / "site", os.environ.get("AITER_TEST_CACHE_DIR") or str(base / "kernels"))
+    return Installed(base / "site")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,10 @@ import models
 import numpy
 import pytest
 import torch
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 LENGTHS = (1, 7, 40, 130, 300)
 NEW_TOKENS = 16
@@ -26,6 +30,7 @@ OURS, THEIRS = (
 _ENGINE = {"enforce_eager": True, "dtype": "float32", "max_model_len": 512}
 _GENERATE = {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 8}
 PREEMPTED, COMPILED, BF16, WHISPER = "llama-preempted", "llama-compiled", "gemma2-bf16", "whisper"
+FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}  # what the cache is called, and holds
 
 
 def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -67,6 +72,8 @@ def jobs(references, whisper):
     found[COMPILED] = {**llama, "engine": {**llama["engine"], "enforce_eager": False}, "rounds": [prompts]}
     bf16 = found["gemma2"]
     found[BF16] = {**bf16, "engine": {**bf16["engine"], "dtype": "bfloat16"}}
+    for dtype in FP8:
+        found[dtype] = {**llama, "engine": {**llama["engine"], "kv_cache_dtype": dtype}}
     for name in models.LATENT:  # blocks are of 16, and vLLM's own backend reads prompts in one piece
         engine = {**_ENGINE, "model": str(references[name][1])}
         found[name] = {"engine": engine, "rounds": [prompts], "sampling": {"max_tokens": NEW_TOKENS}}
@@ -88,7 +95,6 @@ def jobs(references, whisper):
 
 # What our backend does not do: what the engine is given, and what it says.
 REFUSED = {
-    "8-bit cache": ({"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype not supported"),
     "another dtype": ({"kv_cache_dtype": "bfloat16"}, {}, "a cache of bfloat16 for a model of torch.float32"),
     "head size": ({}, {"head_dim": 36}, "head_size not supported"),
     "block size": ({"block_size": 24}, {}, "block_size not supported"),
@@ -159,6 +165,31 @@ def test_bfloat16(jobs, ours, theirs, references, tmp_path):
             transformers_regrets.append(regret(logits, in_bfloat16.argmax(-1).tolist()))
             assert (regrets[-1] <= 2 * rounding).all(), f"a prompt of {len(prompt)} tokens"
     assert torch.cat(regrets).mean() <= 2 * torch.cat(transformers_regrets).mean()
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_cache_of_8_bits(name, jobs, ours, references):
+    """Beside transformers, with keys and values rounded as the cache rounds them. A number that stands between two
+    neighbours may be rounded to either, which is more than float32's own rounding."""
+    mine = ours[name]
+    assert "error" not in mine, mine["error"]
+
+    def attention(module, query, key, value, *arguments, **keywords):
+        key, value = (tensor.to(FP8[name]).to(tensor.dtype) for tensor in (key, value))
+        return eager_attention_forward(module, query, key, value, *arguments, **keywords)
+
+    ALL_ATTENTION_FUNCTIONS.register(f"rounded-{name}", attention)
+    AttentionMaskInterface.register(f"rounded-{name}", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    plain, folder = references["llama"]
+    rounded = type(plain).from_pretrained(folder, attn_implementation=f"rounded-{name}", dtype=torch.float32).eval()
+    rounding_matters = False
+    for prompts, tokens_of_round in zip(jobs[name]["rounds"], mine["tokens"], strict=True):
+        for prompt, tokens in zip(prompts, tokens_of_round, strict=True):
+            logits = scores(rounded, prompt, tokens)
+            close = 0.01 * logits.std()
+            assert (regret(logits, tokens) < close).all(), f"a prompt of {len(prompt)} tokens"
+            rounding_matters |= bool((regret(scores(plain, prompt, tokens), tokens) > close).any())
+    assert rounding_matters, "a cache of the model's dtype would have passed"
 
 
 @pytest.mark.parametrize("name", models.LATENT)
