@@ -414,3 +414,43 @@ IMPORTS = (
 @pytest.mark.parametrize("code", IMPORTS)
 def test_what_programs_import(code):
     exec(code)
+
+
+@pytest.mark.parametrize("stored", ("fp8", "fp8_e5m2"))
+def test_8_bit_caches(stored):
+    """Bytes, as vLLM keeps them, with scales on the device."""
+    dtype = {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[stored]
+    case = Paged(16, queries=(1, 1, 1))
+    case.query = case.query.bfloat16()
+    scale = torch.full((1,), 0.25, device=DEVICE)
+    caches = [(cache.float() / 0.25).to(dtype) for cache in (case.key, case.value)]
+    case.key, case.value = (cache.float() * 0.25 for cache in caches)
+    out = torch.empty_like(case.query)
+    starts_, ends = case.starts, ("NHD", 0.0, scale, scale)
+    aiter.paged_attention_v1(
+        *(
+            out,
+            None,
+            case.query,
+            *(cache.view(torch.uint8) for cache in caches),
+            0.2,
+            case.table,
+            None,
+            case.lengths,
+            64,
+        ),
+        *(None, stored, *ends),
+    )
+    again = aiter.mha_batch_prefill_func(
+        *(case.query, *caches, starts_, case.indptr, case.indices, 1, 64),
+        softmax_scale=0.2,
+        causal=True,
+        kv_last_page_lens=case.last,
+        k_descale=scale,
+        v_descale=scale,
+    )
+    assert torch.equal(out, again)
+    for b, (row, length) in enumerate(zip(case.table, LENGTHS, strict=True)):
+        key, value = (reference.gather_pages(cache.transpose(1, 2), row, length) for cache in (case.key, case.value))
+        expected = reference.attend_one(case.query[b : b + 1], key, value, True, 0.2)[0]
+        torch.testing.assert_close(out[b : b + 1].double(), expected, rtol=2e-2, atol=2e-2)
