@@ -9,7 +9,8 @@ nothing: results are deterministic always. head_dim may be anything up to 512: i
 
 Keys and values may be float8_e4m3fn, float8_e4m3fnuz or float8_e5m2 where no gradient is needed: k_descale and
 v_descale, float32 of one element, (heads_kv,) or (batch, heads_kv), are what they are multiplied by. What is appended
-to such a cache is divided by them.
+to such a cache is divided by them, but for 8-bit floats of the cache's own type. Queries may be 8-bit floats too, with
+q_descale: they are made bfloat16 first, which the result then is, and no gradient is taken.
 
 Tensors are (batch, seq, heads, head_dim), packed ones (total_tokens, heads, head_dim). window_size is (left, right), -1
 for no limit; query i stands at key i + seq_k - seq_q. softmax_lse is float32 (batch, heads, seq), packed (heads,
@@ -105,6 +106,8 @@ def flash_attn_func(
     attention_chunk, a keyword: a query sees only keys of its own chunk of so many places. sinks: (heads_q,), one logit
     a head that joins the softmax. out: where the output goes.
     """
+    if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
+        q, k, v = _widened(q, k.shape[-2], others), k.detach(), v.detach()
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if qv is not None:
         q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
@@ -176,6 +179,8 @@ def flash_attn_varlen_func(
     sequence give zeros, or are left alone in `out`. qv: packed as q. S_dmask has a row and a column for each place that
     max_seqlen_q and max_seqlen_k leave room for.
     """
+    if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
+        q, k, v = _widened(q, k.shape[-2], others, cu_seqlens_q), k.detach(), v.detach()
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
     starts_k = _index("cu_seqlens_k", cu_seqlens_k, 1, "int32 (batch + 1,)", q)
@@ -292,6 +297,8 @@ def flash_attn_with_kvcache(
     and writes nothing, where new tokens do not fit; on a GPU those are not written.
     """
     others = {"num_splits": num_splits, **others}
+    if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
+        q = _widened(q, k_cache.shape[-2], others, cu_seqlens_q)
     options = _options(0.0, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if page_table is not None:
         if block_table is not None:
@@ -334,13 +341,18 @@ def flash_attn_with_kvcache(
             raise ValueError("rotary_cos and rotary_sin are given together, with new k and v")
         moves = causal or "window_size" in options
         positions = _index("rotary_seqlens", rotary_seqlens, 1, "int32 (batch,)", q)
+        rotary_cos, rotary_sin = (
+            table.to(q.dtype) if table.dtype in checks.FP8_NAMES else table for table in (rotary_cos, rotary_sin)
+        )
         rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, bool(rotary_interleaved), moves)
     if k is not None or v is not None:
         if k is None or v is None or lengths is None:
             raise ValueError("k and v are given together, with cache_seqlens")
         starts_new = _index("cu_seqlens_k_new", cu_seqlens_k_new, 1, "int32 (batch + 1,)", q)
-        checks.same_kind(q=q, k=k, v=v)
         scales = options.get("k_descale"), options.get("v_descale")
+        if k.dtype in checks.FP8_NAMES and k.dtype == v.dtype == k_cache.dtype:
+            k, v, scales = k.to(q.dtype), v.to(q.dtype), (None, None)  # they are of the cache's scale already
+        checks.same_kind(q=q, k=k, v=v)
         rotated = kv_cache.append(
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales)
         )
@@ -530,6 +542,29 @@ def _attend(
         weights = _signed_weights(q, k, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options)
         return output, lse, weights
     return (output, lse) if return_lse else output
+
+
+def _widened(
+    q: torch.Tensor, heads_kv: int, others: dict[str, Any], starts_q: torch.Tensor | None = None
+) -> torch.Tensor:
+    """8-bit queries as bfloat16, times the q_descale among the other keywords: float32 of one element, (heads_kv,) or
+    (batch, heads_kv), each for the query heads of a KV head. The product is rounded once."""
+    q, descale = q.detach().to(torch.bfloat16), others.pop("q_descale", None)
+    if descale is None:
+        return q
+    checks.tensor("q_descale", descale, (0, 1, 2), "one element, (heads_kv,) or (batch, heads_kv)")
+    if descale.numel() != 1:
+        if descale.shape[-1] != heads_kv or q.shape[-2] % heads_kv:
+            raise ValueError(f"q_descale has shape {tuple(descale.shape)}; it must be (heads_kv,) or (batch, heads_kv)")
+        descale = descale.repeat_interleave(q.shape[-2] // heads_kv, -1)
+        if descale.dim() == 2 and starts_q is not None:  # a row of scales for each row of q
+            rows = torch.arange(q.shape[0], device=q.device)
+            sequence = torch.searchsorted(starts_q, rows, right=True).sub(1).clamp(0, descale.shape[0] - 1)
+            descale = descale[sequence]
+        elif descale.dim() == 2:
+            descale = descale.unsqueeze(1)
+        descale = descale.unsqueeze(-1)
+    return (q.float() * descale.detach()).to(torch.bfloat16)
 
 
 def _with_values(

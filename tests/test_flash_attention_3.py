@@ -141,3 +141,28 @@ def test_signed_weights(packed):
     torch.testing.assert_close(torch.einsum("bhqk,bkhd->bqhd", kept, v), output, rtol=0, atol=2e-2)
     fraction = float((weights < 0).float().sum() / (2 * 4 * seen.sum()))
     assert abs(fraction - 0.3) < 5 * math.sqrt(0.21 / (8 * int(seen.sum())))
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_queries_of_8_bits(packed):
+    """Times a scale for each sequence and KV head, in bfloat16."""
+    kind = torch.float8_e4m3fn
+    q, k, v = (torch.randn(2, n, heads, 64, device=DEVICE).to(kind) for n, heads in ((30, 4), (50, 2), (50, 2)))
+    scales = {f"{name}_descale": torch.rand(2, 2, device=DEVICE) + 0.5 for name in "qkv"}
+    wide = [
+        t.float() * scales[f"{name}_descale"].repeat_interleave(t.shape[2] // 2, 1)[:, None, :, None]
+        for name, t in (("q", q), ("k", k), ("v", v))
+    ]
+    exact, _ = expected(*wide, True)
+    _, pytorch = expected(*(t.bfloat16() for t in wide), True)
+    if packed:
+        flat = [t.flatten(0, 1) for t in (q, k, v)]
+        output = flash_attn.flash_attn_varlen_func(
+            *flat, ints(0, 30, 60), ints(0, 50, 100), 30, 50, causal=True, **scales
+        ).view(2, 30, 4, 64)
+    else:
+        output = flash_attn.flash_attn_func(q, k, v, causal=True, **scales)
+    assert output.dtype == torch.bfloat16
+    assert_as_accurate(output, exact, pytorch)
+    with pytest.raises(ValueError, match="q_descale has shape"):
+        flash_attn.flash_attn_func(q, k, v, q_descale=torch.ones(2, 3, device=DEVICE))

@@ -163,6 +163,7 @@ def test_what_does_not_fit_is_named(error, words, change):
     k_descale = change.get("k_descale", torch.ones(1))
     with pytest.raises(error, match=re.escape(words)):
         aiter.flash_attn_func(query, key, value, k_descale=k_descale)
+    query = query.to(DTYPE)
     with pytest.raises(NotImplementedError, match="q_descale is not offered"):
         flash_attn.flash_attn_func(query, key, value, q_descale=torch.ones(1))
     with pytest.raises(NotImplementedError, match="v_descale is not offered with qv"):
