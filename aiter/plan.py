@@ -145,27 +145,27 @@ def forward(
         value_dim,
         causal,
         indices.page_table is not None,
-        _code_options(options, query, key),
+        () if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key),
     )
     plan = plans.get(plan_key)
     if plan is None:
         plan = _make_plan(plan_key, call, query)
-    keywords = given or indices is not NO_INDICES or options is not NO_OPTIONS
+    no_options = options is NO_OPTIONS
     try:
         packed = pack_call(
             *sizes[:5],
             _NO_LAYOUT if indices is NO_INDICES else pack_layout(*sizes[5:]),
             *_strides(sizes, *strides, output.stride()),
             *((0, 0) if lse is None else _lse_strides(lse)),
-            _more_strides(options) if keywords else _NO_MORE_STRIDES,
+            _NO_MORE_STRIDES if no_options else _more_strides(options),
             softmax_scale,
-            _options(call, gpu, not given) if keywords else _NO_OPTIONS,
+            _NO_OPTIONS[_check(call, gpu), given] if no_options else _options(options, _check(call, gpu), given),
             query.data_ptr(),
             key.data_ptr(),
             value.data_ptr(),
             output.data_ptr(),
             0 if lse is None else lse.data_ptr(),
-            pack_addresses(*_addresses(call)) if keywords else _NO_ADDRESSES,
+            _NO_ADDRESSES if no_options and indices is NO_INDICES else pack_addresses(*_addresses(call)),
         )
     except struct.error:
         checks.sizes(**sizes._asdict())
@@ -216,7 +216,7 @@ def backward(
         *_lse_strides(lse),
         _more_strides(call.options),
         call.softmax_scale,
-        _options(call, gpu, True),
+        _options(call.options, _check(call, gpu), False),
         *(*grad_strides[:3], *grad_strides[9:], *grad_strides[3:9]),
         lse_is_given,
         0,
@@ -313,26 +313,22 @@ def _more_strides(options: Options) -> bytes:
     )
 
 
-def _options(call: Call, gpu: bool, clear_rest: bool) -> bytes:
-    """The last fields of the problem struct."""
-    window_left, window_right, softcap, _, _, _, batch_invariant, dropout_p, _, chunk, *_ = call.options
-    return pack_options(
-        softcap,
-        window_left,
-        window_right,
-        clear_rest,
-        batch_invariant,
-        0 if gpu or call.indices is NO_INDICES else 2 if call.names.fill else 1,
-        chunk,
-        dropout.threshold(dropout_p) if dropout_p else 0,
-        0,
-    )
+def _check(call: Call, gpu: bool) -> int:
+    """What a CPU kernel is to check of a call's values."""
+    return 0 if gpu or call.indices is NO_INDICES else 2 if call.names.fill else 1
 
 
-# The same, and the rest, of a call without indices, options and a given output.
+def _options(options: Options, check: int, given: bool) -> bytes:
+    """The last fields of the problem struct; the rest of a given output is left as it is."""
+    window_left, window_right, softcap, _, _, _, batch_invariant, dropout_p, _, chunk, *_ = options
+    threshold = dropout.threshold(dropout_p) if dropout_p else 0
+    return pack_options(softcap, window_left, window_right, not given, batch_invariant, check, chunk, threshold, 0)
+
+
+# The same, and the rest, of a call without options or indices.
 _NO_LAYOUT = pack_layout(*[0] * 8)
-_NO_MORE_STRIDES = pack_more_strides(*[0] * 5)
-_NO_OPTIONS = pack_options(0.0, NO_LIMIT, NO_LIMIT, 1, NO_OPTIONS.batch_invariant, 0, 0, 0, 0)
+_NO_MORE_STRIDES = _more_strides(NO_OPTIONS)
+_NO_OPTIONS = {(check, given): _options(NO_OPTIONS, check, given) for check in range(3) for given in (False, True)}
 _NO_ADDRESSES = pack_addresses(*[0] * 13)
 
 
