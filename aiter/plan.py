@@ -30,7 +30,7 @@ from aiter.abi import (
 from aiter.jit.arch import arch_of
 from aiter.launch import SCRATCH_BYTES, cpu_queue, launcher
 from aiter.layout import NO_INDICES, Indices, Sizes
-from aiter.options import NO_LIMIT, NO_OPTIONS, Options, strides_per_kv_head
+from aiter.options import NO_OPTIONS, Options, strides_per_kv_head
 from aiter.plan_cache import plans
 
 # GPU kernels read rows in pieces of 8 elements; a tensor that is not aligned to that is copied first.
