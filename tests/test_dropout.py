@@ -222,7 +222,7 @@ def test_bad_arguments(options, error, words):
 
 
 def test_no_kernel_of_a_gpu_that_knows_no_dropout():
-    sizes = Sizes(1, 8, 1, 1, 900, 0, 0, 0, 0, 0, 0, 0)
+    sizes = Sizes(**dict.fromkeys(Sizes._fields, 0) | {"batch": 1, "heads_q": 8, "heads_kv": 1, "seqlen_q": 1})
     assert kernels.forward_kernel(sizes, 64, Options()) == "attention_decode"
     assert kernels.forward_kernel(sizes, 64, Options(dropout_p=0.1)) == "attention_forward"
     with pytest.raises(UnsupportedError, match="576 has no dropout"):
