@@ -50,6 +50,13 @@ _SCALED = {
 }
 
 
+def announce() -> None:
+    """Says, once in a process, whose attention it is."""
+    logger.info_once(
+        "Attention is aiter's (%s). To leave it to vLLM: AITER_VLLM=0, or another backend's name", __version__
+    )
+
+
 class Backend(AttentionBackend):
     """What the kernels do, in vLLM's questions."""
 
@@ -202,9 +209,7 @@ class Attention(AttentionImpl[Metadata]):
         self.masks: dict[bool, tuple[bool, Options]] = {}  # by what vLLM calls causal
         self.cache: torch.Tensor | None = None
         self._refuse()
-        logger.info_once(
-            "Attention is aiter's (%s). To leave it to vLLM: AITER_VLLM=0, or another backend's name", __version__
-        )
+        announce()
 
     def _refuse(self) -> None:
         """Raises for what the backend cannot do: on CPUs vLLM does not ask it."""

@@ -10,15 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.attention.backends.mla.prefill.cpu_sdpa import CPUSDPAMLAPrefillBackend
 
-from aiter import __version__
 from aiter.flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+from aiter.integrations.vllm.backend import announce
 from aiter.kv_cache import reshape_and_cache
-
-logger = init_logger("vllm.aiter")
 
 
 class LatentPrefill(CPUSDPAMLAPrefillBackend):
@@ -58,7 +55,7 @@ class LatentPrefill(CPUSDPAMLAPrefillBackend):
 class LatentAttention(CPUMLAImpl):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        logger.info_once("Attention is aiter's (%s). To leave it to vLLM: AITER_VLLM=0", __version__)
+        announce()
 
     def forward_mqa(
         self,
