@@ -121,7 +121,10 @@ def plot(rows: list[dict], path: Path) -> None:
             axis.plot([0, most], [0, most * factor], style, color="grey", linewidth=0.8)
         axis.set(xlim=(0, most), ylim=(0, most), xlabel=f"published {what}", ylabel=f"predicted {what}")
         axis.legend(fontsize=7)
-    figure.suptitle("Timing model against published figures; dotted: 10 %. Nothing was fitted on these.")
+    figure.suptitle(
+        "AMD timing model against published figures; dotted: 10 %.\n"
+        "No number was fitted on these; docs/gpu.md says which rules were changed."
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
