@@ -35,12 +35,15 @@ _ONLY_ROCM = frozenset(
         *("cu_seqlens_q", "cu_seqlens_kv", "sink_ptr", "out"),
     )
 )
+_own_flash_attn_func = operations.flash_attn_func
 _OWN_POSITIONS = 5  # query, key, value, causal, softmax_scale
 
 
-@functools.wraps(operations.flash_attn_func)
+@functools.wraps(_own_flash_attn_func)
 def either_flash_attn_func(*arguments: Any, **keywords: Any) -> Any:
     """`aiter.flash_attn_func`: this package's, or ROCm's where that one's keywords or longer list of positions are."""
+    if len(arguments) < 4 and not keywords:
+        return _own_flash_attn_func(*arguments)
     rocm = len(arguments) > _OWN_POSITIONS
     for name in keywords:
         rocm = rocm or name in _ONLY_ROCM or (name == "window_size" and _is_rocm_window(keywords[name]))
@@ -50,7 +53,7 @@ def either_flash_attn_func(*arguments: Any, **keywords: Any) -> Any:
             "library; give both by name: flash_attn_func(q, k, v, causal=..., softmax_scale=..., dropout_p=...)"
         )
     if not rocm:
-        return operations.flash_attn_func(*arguments, **keywords)
+        return _own_flash_attn_func(*arguments, **keywords)
     if 3 < len(arguments) <= _OWN_POSITIONS:
         raise TypeError(
             "flash_attn_func has other positions here than in ROCm's library: with its keywords, give everything after "
