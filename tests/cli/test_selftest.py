@@ -10,9 +10,17 @@ import torch
 import aiter
 from aiter.cli import main, selftest, selftest_cases
 from aiter.cli.selftest_cases import Problem, families
+from aiter.jit.log import logger
 from aiter.jit.record import read_record
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def test_every_family_is_right(capsys, tmp_path, monkeypatch):
