@@ -72,6 +72,7 @@ static void print_floats(const char *name, const Operation &operation) {
 int main() {
     print_floats("max", [] { const Vec a = floats(), b = floats(); return maximum(a, b); });
     print_floats("mask", [] { return _mm512_movepi32_mask((__m512i)floats()) | 0u; });
+    print<uint32_t, 0, 0>("product", [] { const __m512i a = pairs(), b = pairs(); return _mm512_maskz_mul_epu32(0xff, a, b); });
     print_floats("reduce", [] {
         const Vec a = floats();
         Vec rest = _mm512_maskz_reduce_ps(ALL_LANES, a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -91,7 +92,6 @@ int main() {
         return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, static_cast<short>(random_bits()));
     });
-    print<uint32_t, 0, 0>("product", [] { const __m512i a = pairs(), b = pairs(); return _mm512_maskz_mul_epu32(0xff, a, b); });
 #if AITER_CPU_AVX512BF16
     print<uint16_t, 0x7f80, 0x7f>("to bf16", [] { const Vec a = floats(), b = floats(); return _mm512_cvtne2ps_pbh(a, b); });
     print_floats("dot", [] { const Vec a = floats(); const __m512i b = pairs(), c = pairs(); return _mm512_dpbf16_ps(a, (__m512bh)b, (__m512bh)c); });

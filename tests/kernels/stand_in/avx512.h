@@ -94,11 +94,15 @@ inline __m512 vreduceps(__mmask16 mask, Floats a, int control) {
     return magnitude == INFINITY ? Floats{} : rest == 0.0f ? -Floats{} : rest;
 }
 
-/* a 2^floor(b), rounded once; a NaN in `a` gives way to an infinite `b`. */
+/* a 2^floor(b), rounded once; a quiet NaN in `a` gives way to an infinite `b`, a signalling one does not. */
 inline float vscalefps(float a, float b) {
-    if (isnan(b)) return isnan(a) ? a : b;
+    uint32_t bits;
+    memcpy(&bits, &a, sizeof bits);
+    const bool quiet = bits >> 22 & 1;
+    if (isnan(a) && !(quiet && isinf(b))) return NAN;
+    if (isnan(b)) return b;
     if (isinf(b) && (b > 0 ? a == 0 : isinf(a))) return NAN;
-    if (isinf(b) && isnan(a)) return b > 0 ? INFINITY : 0.0f;
+    if (isnan(a)) return b > 0 ? INFINITY : 0.0f;
     const int exponent = static_cast<int>(fmaxf(fminf(floorf(b), 1000.0f), -1000.0f));
     return static_cast<float>(ldexp(static_cast<double>(a), exponent < -500 ? -500 : exponent));
 }
