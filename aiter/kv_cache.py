@@ -151,6 +151,32 @@ def _refuse_gradient(*tensors: torch.Tensor) -> None:
 # ---- checks ----
 
 
+def _tokens_fit(key: object, value: object, key_cache: object, value_cache: object, rank: int) -> bool:
+    """Whether there is no need for `_check_tokens`, of a call in one dtype: the same questions, asked cheaply."""
+    if not (
+        isinstance(key, torch.Tensor)
+        and isinstance(value, torch.Tensor)
+        and isinstance(key_cache, torch.Tensor)
+        and isinstance(value_cache, torch.Tensor)
+    ):
+        return False
+    new_key, new_value, keys, values = key.shape, value.shape, key_cache.shape, value_cache.shape
+    return (
+        len(new_key) == len(new_value) == rank
+        and len(keys) == len(values) == 4
+        and key.dtype in checks.DTYPE_NAMES
+        and key.dtype == value.dtype == key_cache.dtype == value_cache.dtype
+        and key.device == value.device == key_cache.device == value_cache.device
+        and new_key[:-1] == new_value[:-1]
+        and keys[:3] == values[:3]
+        and keys[2:] == new_key[-2:]
+        and values[3] == new_value[-1]
+        and 0 < new_key[-1] <= DIM_MAX
+        and 0 < new_value[-1] <= DIM_MAX
+        and keys[1] > 0
+    )
+
+
 def _check_tokens(key: object, value: object, key_cache: object, value_cache: object, rank: int) -> None:
     layout = _TOKENS if rank == 3 else "(batch, seq_new, heads_kv, head_dim)"
     key, value = checks.tensor("key", key, rank, layout), checks.tensor("value", value, rank, layout)
@@ -214,7 +240,8 @@ def _reshape_and_cache(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    _check_tokens(key, value, key_cache, value_cache, 3)
+    if not _tokens_fit(key, value, key_cache, value_cache, 3):
+        _check_tokens(key, value, key_cache, value_cache, 3)
     slots = checks.tensor("slot_mapping", slot_mapping, 1, "int32 or int64 (n,)")
     if slots.dtype not in checks.INDEX_DTYPES:
         raise TypeError(f"slot_mapping has dtype {slots.dtype}; it must be torch.int32 or torch.int64")
@@ -263,7 +290,9 @@ def _append(
     v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Query rotated, or an empty tensor."""
-    _check_tokens(key, value, key_cache, value_cache, 4 if starts_new is None else 3)
+    rank = 4 if starts_new is None else 3
+    if not _tokens_fit(key, value, key_cache, value_cache, rank):
+        _check_tokens(key, value, key_cache, value_cache, rank)
     batch = cache_seqlens.shape[0]
     indices = {
         "cache_seqlens": (cache_seqlens, (batch,)),
