@@ -58,6 +58,29 @@ class Family:
         options = tuple(sorted(keywords[name] for name in self.options if name in keywords))
         return specs_for(operation, dtype, self.head_dim, self.causal, arch, self.backward, self.dims[1], options)
 
+    def products(self, size: Size) -> float:
+        """Floating-point operations of the products over the keys that are seen; backward: five products where forward
+        has two."""
+        window, rows, keys = self.options.get("window_size"), size.rows, size.keys
+        if self.causal or window:
+            seen = 0
+            for row in range(0, rows, 1024):
+                count = min(1024, rows - row)
+                seen += int(visible_keys(count, keys, self.causal, window, keys - rows + row).sum())
+        else:
+            seen = rows * keys
+        forward = 2.0 * sum(self.dims) * seen * size.batch * size.heads_kv * size.group
+        return forward * 2.5 if self.backward else forward
+
+    def bytes(self, size: Size, element: int) -> float:
+        """That must be read or written at least once."""
+        window = self.options.get("window_size")
+        keys = size.keys if window is None else min(size.keys, window[0] + size.rows)
+        columns = self.head_dim if self.latent else sum(self.dims)
+        cached = size.batch * keys * size.heads_kv * columns
+        rows = size.batch * size.rows * size.heads_kv * size.group * sum(self.dims)
+        return float((cached + rows) * element * (2 if self.backward else 1))
+
 
 _PREFILL = Size(2, 150, 200, 1, 2)
 _DECODE = Size(3, 1, 300, 2, 4)
@@ -202,32 +225,6 @@ class Problem:
             error = _distance(got.detach().cpu(), truth)
             pairs.append((error, times * _distance(theirs, truth) + torch.finfo(dtype).eps * float(truth.abs().max())))
         return max(pairs, key=lambda pair: pair[0] / pair[1])
-
-    def products(self) -> float:
-        """Floating-point operations of the products over the keys that are seen; backward: five products where forward
-        has two."""
-        size, (head_dim, value_dim) = self.size, self.family.dims
-        window = self.keywords.get("window_size")
-        if self.family.causal or window:
-            seen = sum(
-                int(visible_keys(min(1024, size.rows - row), size.keys, self.family.causal, window,
-                                 size.keys - size.rows + row).sum())
-                for row in range(0, size.rows, 1024)
-            )  # fmt: skip
-        else:
-            seen = size.rows * size.keys
-        forward = 2.0 * (head_dim + value_dim) * seen * size.batch * size.heads_kv * size.group
-        return forward * 2.5 if self.family.backward else forward
-
-    def bytes(self) -> float:
-        """That must be read or written at least once."""
-        size, (head_dim, value_dim) = self.size, self.family.dims
-        window = self.keywords.get("window_size")
-        keys = size.keys if window is None else min(size.keys, window[0] + size.rows)
-        columns = head_dim if self.family.latent else head_dim + value_dim
-        cached = size.batch * keys * size.heads_kv * columns
-        rows = size.batch * size.rows * size.heads_kv * size.group * (head_dim + value_dim)
-        return float((cached + rows) * self.query.element_size() * (2 if self.family.backward else 1))
 
 
 def _distance(tensor: torch.Tensor, exact: torch.Tensor) -> float:

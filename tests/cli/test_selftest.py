@@ -52,7 +52,7 @@ def test_a_wrong_result_is_named():
 
 def test_rates_are_of_the_work_that_is_seen():
     family = families(on_gpu=False)[0]
-    causal = Problem(family, family.large, torch.float32, CPU).products()
+    causal = family.products(family.large)
     rows, heads = family.large.rows, family.large.heads_kv
     assert causal == 4.0 * 64 * heads * rows * (rows + 1) / 2
     row = selftest.try_family(family, torch.float32, CPU, {"products": 1e12, "bytes": 1e15})
@@ -88,3 +88,16 @@ def test_the_cache_write_is_checked(monkeypatch):
     assert selftest_cases.check_cache_write(torch.float32, CPU)
     monkeypatch.setattr(selftest_cases.kv_cache, "reshape_and_cache", lambda *arguments: None)
     assert not selftest_cases.check_cache_write(torch.float32, CPU)
+
+
+def test_what_was_predicted_stands_beside_what_was_measured(monkeypatch):
+    predictions = {"dtype": "bf16", "error": {"median": 0.08, "worst": 0.25}, "seconds": {"gfx942": {"decoding": 1e-3}}}
+    monkeypatch.setattr(selftest, "PREDICTIONS", predictions)
+    row = {"name": "decoding", "ok": True, "error": 1e-3, "allowed": 2e-3, "seconds": 2e-3, "share": 0.5}
+    row |= {"products": 1e9, "bytes": 4e9, "bounded_by": "bytes"}
+    for dtype, arch in (("fp16", "gfx942"), ("bf16", "sm_90a")):
+        selftest.predict([row], arch, dtype)
+        assert "predicted_seconds" not in row
+    selftest.predict([row], "gfx942", "bf16")
+    text = selftest.text({"device": {}, "families": [row], "seconds": 1.0}, None)
+    assert "2 TB/s" in text and "4 TB/s" in text and "25% at worst" in text
