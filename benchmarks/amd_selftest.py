@@ -43,10 +43,10 @@ def seconds(family: Family, kernel: str, arch: str) -> float:
         command += ["--heads", str(size.heads_kv * size.group), "--kv-heads", str(size.heads_kv)]
         command += ["--causal"] if family.causal else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        launch = json.loads(Path(file.name).read_text())["launch"]
-    if "TB/s" in launch:
-        return family.bytes(size, 2) / launch["TB/s"] / 1e12
-    return family.products(size) / launch["TFLOP/s under the power limit"] / 1e12
+        report = json.loads(Path(file.name).read_text())
+    if kernel == "decode":
+        return family.bytes(size, 2) / report[0]["TB/s"] / 1e12
+    return family.products(size) / report["launch"]["TFLOP/s under the power limit"] / 1e12
 
 
 def main() -> None:
