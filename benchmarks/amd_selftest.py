@@ -43,9 +43,9 @@ def seconds(family: Family, kernel: str, arch: str) -> float:
         command += ["--heads", str(size.heads_kv * size.group), "--kv-heads", str(size.heads_kv)]
         command += ["--causal"] if family.causal else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        report = json.loads(Path(file.name).read_text())
+        (report,) = json.loads(Path(file.name).read_text())
     if kernel == "decode":
-        return family.bytes(size, 2) / report[0]["TB/s"] / 1e12
+        return family.bytes(size, 2) / report["kernels"][0]["TB/s"] / 1e12
     return family.products(size) / report["launch"]["TFLOP/s under the power limit"] / 1e12
 
 
