@@ -74,9 +74,6 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     }
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot][i / 16][i % 16]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot][i / 16][i % 16] = x; }
-    /* In pairs: multiplication, addition and both together take two values an instruction (v_pk_fma_f32). */
-    __device__ __forceinline__ f32x2 pair(int slot, int i) const { return {get(slot, i), get(slot, i + 1)}; }
-    __device__ __forceinline__ void set_pair(int slot, int i, f32x2 x) { set(slot, i, x.x), set(slot, i + 1, x.y); }
 
     __device__ __forceinline__ float largest(int slot) const {
         float x = get(slot, 0);
@@ -86,18 +83,19 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     }
     __device__ __forceinline__ void multiply(int slot, float factor) {
 #pragma unroll
-        for (int i = 0; i < VALUES; i += 2) set_pair(slot, i, pair(slot, i) * factor);
+        for (int i = 0; i < VALUES; ++i) set(slot, i, get(slot, i) * factor);
     }
+    /* One by one: packed fp32 (v_pk_fma_f32) takes as long and may not run beside a matrix instruction. The build keeps
+     * the compiler from packing what is written apart. */
     __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
-        f32x2 sum = {0.0f, 0.0f};
+        float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < VALUES; i += 2) {
-            const f32x2 x = __builtin_elementwise_fma(pair(slot, i), f32x2(scale), f32x2(-reference));
-            const f32x2 p = {exp2(x.x), exp2(x.y)};
-            set_pair(slot, i, p);
-            sum += p;
+        for (int i = 0; i < VALUES; ++i) {
+            const float p = exp2(__builtin_fmaf(get(slot, i), scale, -reference));
+            set(slot, i, p);
+            sum[i % 2] += p;
         }
-        return sum.x + sum.y;
+        return sum[0] + sum[1];
     }
     static __device__ __forceinline__ int row(int slot) { return slot * 32 + (lane() & 31); }
     static __device__ constexpr int column(int i) { return i / 16 * 32 + i % 16 / 4 * 8 + i % 4; }
