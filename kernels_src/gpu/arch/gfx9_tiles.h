@@ -58,6 +58,31 @@ __device__ __forceinline__ f32x16 multiply_add(u32x4 a, u32x4 b, f32x16 tile) {
 #endif
 }
 
+/* Reads of operands from LDS that are on their way while products run: as many as cover its latency, which on gfx942 is
+ * half of that of the others. */
+#if defined(AITER_GFX942)
+constexpr int READS_AHEAD = 2;
+#else
+constexpr int READS_AHEAD = 4;
+#endif
+
+/* COUNT products, each with an operand that read(i) loads from LDS some products before multiply(i, operand) uses it.
+ * Left to itself the compiler reads an operand right before its product and waits. */
+template <int COUNT, class Read, class Multiply>
+__device__ __forceinline__ void read_ahead(Read read, Multiply multiply) {
+    constexpr int AHEAD = lesser(READS_AHEAD, COUNT);
+    constexpr int MAY_PASS = 0x002 | 0x004 | 0x010 | 0x400; /* vector, scalar, global memory, transcendental */
+    u32x4 operand[COUNT];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) operand[i] = read(i);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        if (i + AHEAD < COUNT) operand[i + AHEAD] = read(i + AHEAD);
+        __builtin_amdgcn_sched_barrier(MAY_PASS);
+        multiply(i, operand[i]);
+    }
+}
+
 template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static constexpr int SLOTS = ROW_TILES;
     static constexpr int TILES = round_up(COLUMNS, 32) / 32;
@@ -294,14 +319,15 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
                                            Accumulator<ROW_TILES, KEYS> &s) const {
         const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
         s.clear();
-#pragma unroll
-        for (int n = 0; n < KEYS / 32; ++n)
-#pragma unroll
-            for (int j = 0; j < STEPS; ++j) {
-                const u32x4 k = shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
+        read_ahead<KEYS / 32 * STEPS>(
+            [&](int i) {
+                return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(i / STEPS * 32, 2 * (i % STEPS))));
+            },
+            [&](int i, u32x4 k) {
+                const int n = i / STEPS, j = i % STEPS;
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
-            }
+            });
     }
 
     /* The columns of V from first_column on, as many as `o` has: all of them, or a multiple of 64, after which the
@@ -311,19 +337,23 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
                                                Accumulator<ROW_TILES, COLUMNS> &o, int first_column = 0) const {
         const SharedAddress from =
             opaque(value_tile + ValueLayout::offset(lane() & 31, lane() / 32) + first_column * KEYS * 2);
+        constexpr int TILES = Accumulator<ROW_TILES, COLUMNS>::TILES;
+        constexpr bool WHOLE = COLUMNS >= VALUE_DIM || VALUE_DIM % COLUMNS == 0; /* in every wave of a team */
+        auto exists = [&](int n) { return WHOLE || first_column + n * 32 < VALUE_DIM; };
+        u32x4 p[ROW_TILES];
+        read_ahead<KEYS / 16 * TILES>(
+            [&](int i) {
+                const int j = i / TILES, n = i % TILES;
+                return exists(n) ? shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j))) : u32x4{};
+            },
+            [&](int i, u32x4 v) {
+                const int j = i / TILES, n = i % TILES;
 #pragma unroll
-        for (int j = 0; j < KEYS / 16; ++j) {
-            u32x4 p[ROW_TILES];
-#pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) p[m] = round_operand(s, m, j);
-#pragma unroll
-            for (int n = 0; n < Accumulator<ROW_TILES, COLUMNS>::TILES; ++n) {
-                if (COLUMNS < VALUE_DIM && first_column + n * 32 >= VALUE_DIM) break;
-                const u32x4 v = shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j)));
-#pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
-            }
-        }
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    if (n == 0) p[m] = round_operand(s, m, j);
+                    if (exists(n)) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
+                }
+            });
     }
 };
 
