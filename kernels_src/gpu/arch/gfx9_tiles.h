@@ -321,7 +321,8 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
         s.clear();
         read_ahead<KEYS / 32 * STEPS>(
             [&](int i) {
-                return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(i / STEPS * 32, 2 * (i % STEPS))));
+                const int n = i / STEPS, j = i % STEPS;
+                return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
             },
             [&](int i, u32x4 k) {
                 const int n = i / STEPS, j = i % STEPS;
