@@ -71,7 +71,7 @@ constexpr int READS_AHEAD = 4;
 template <int COUNT, class Read, class Multiply>
 __device__ __forceinline__ void read_ahead(Read read, Multiply multiply) {
     constexpr int AHEAD = lesser(READS_AHEAD, COUNT);
-    constexpr int MAY_PASS = 0x002 | 0x004 | 0x010 | 0x400; /* vector, scalar, global memory, transcendental */
+    constexpr int MAY_PASS = 0x002 | 0x004 | 0x400; /* vector, scalar, transcendental */
     u32x4 operand[COUNT];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) operand[i] = read(i);
@@ -246,9 +246,15 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     using Units = CopyUnits<greater(KEY_CHUNKS, VALUE_CHUNKS), KEYS>;
     static constexpr int COPIES = round_up(Units::COUNT, THREADS) / THREADS;
     static constexpr bool EVEN = Units::COUNT % THREADS == 0;
+    static constexpr int UNIT_CHUNKS = Units::COUNT / Units::GROUPS;
     static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
     static constexpr int SHARED_BYTES = KEY_BYTES + ValueLayout::BYTES;
     static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+    static constexpr int PRODUCTS = KEYS / 32 * STEPS;
+    /* Every thread has as much to copy, and knows where from without asking memory. */
+    static constexpr bool ISSUES_WITH_SCORES =
+        !PAGED && EVEN && UNIT_CHUNKS == HEAD_DIM / 8 && UNIT_CHUNKS == VALUE_DIM / 8;
+    static_assert(!ISSUES_WITH_SCORES || PRODUCTS % (COPIES * 4) == 0, "as many products before each load");
 
     SharedAddress key_tile, value_tile;
     int thread;
@@ -258,34 +264,35 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
         : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
 
-    /* Does every unit have a chunk below `chunks`? Else those past it are left out. */
-    static constexpr bool all_units(int chunks) { return Units::COUNT / Units::GROUPS == chunks; }
-
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
-        end = rows.count - first;
-        begin = WINDOW ? rows.begin - first : 0;
+        expect(rows, first);
         const auto tile = rows.tile(first);
 #pragma unroll
-        for (int copy = 0; copy < COPIES; ++copy) {
-            const int unit = thread + copy * THREADS, chunk = Units::chunk(unit);
-            const bool exists = EVEN || unit < Units::COUNT;
-            const bool key_exists = (all_units(HEAD_DIM / 8) || chunk < HEAD_DIM / 8) && exists;
-            const bool value_exists = (all_units(VALUE_DIM / 8) || chunk < VALUE_DIM / 8) && exists;
+        for (int copy = 0; copy < COPIES; ++copy)
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                key[copy][k] = value[copy][k] = Eight{};
-                if (HEAD_DIM == VALUE_DIM) {
-                    if (key_exists) {
-                        const auto place = tile.place(Units::key(unit), k);
-                        key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
-                        value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
-                    }
-                } else {
-                    const auto place = tile.place(Units::key(unit), k);
-                    if (key_exists) key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
-                    if (value_exists) value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
-                }
+            for (int k = 0; k < 4; ++k) load(tile, copy, k);
+    }
+    template <class Rows> __device__ __forceinline__ void expect(const Rows &rows, int first) {
+        end = rows.count - first;
+        begin = WINDOW ? rows.begin - first : 0;
+    }
+    /* One row of a unit, of keys and of values. */
+    template <class Rows> __device__ __forceinline__ void load(const Rows &tile, int copy, int k) {
+        const int unit = thread + copy * THREADS, chunk = Units::chunk(unit);
+        const bool exists = EVEN || unit < Units::COUNT;
+        const bool key_exists = (UNIT_CHUNKS == HEAD_DIM / 8 || chunk < HEAD_DIM / 8) && exists;
+        const bool value_exists = (UNIT_CHUNKS == VALUE_DIM / 8 || chunk < VALUE_DIM / 8) && exists;
+        key[copy][k] = value[copy][k] = Eight{};
+        if (HEAD_DIM == VALUE_DIM) {
+            if (key_exists) {
+                const auto place = tile.place(Units::key(unit), k);
+                key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
+                value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
             }
+        } else {
+            const auto place = tile.place(Units::key(unit), k);
+            if (key_exists) key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
+            if (value_exists) value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
         }
     }
 
@@ -305,9 +312,9 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
         for (int copy = 0; copy < COPIES; ++copy) {
             const int unit = thread + copy * THREADS, chunk = Units::chunk(unit), place = Units::place(unit);
             if (!EVEN && unit >= Units::COUNT) continue;
-            if (all_units(KEY_CHUNKS) || chunk < KEY_CHUNKS)
+            if (UNIT_CHUNKS == KEY_CHUNKS || chunk < KEY_CHUNKS)
                 store_rows<HEAD_DIM>(key_tile + RowLayout<HEAD_DIM>::chunk(Units::key(unit), chunk), key[copy]);
-            if (all_units(VALUE_CHUNKS) || chunk < VALUE_CHUNKS)
+            if (UNIT_CHUNKS == VALUE_CHUNKS || chunk < VALUE_CHUNKS)
                 store_transposed<VALUE_DIM, KEYS>(
                     value_tile + ValueLayout::offset(chunk * 8, place / 2) + place % 2 * 8, value[copy]);
         }
@@ -317,15 +324,33 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     template <int ROW_TILES, int TEAM>
     __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
                                            Accumulator<ROW_TILES, KEYS> &s) const {
+        multiply_keys(query, s, [](int) {});
+    }
+    /* The same while the tile from `first` on sets off: a load before every few products, as one after the other they
+     * would hold up the wave. */
+    template <int ROW_TILES, int TEAM, class Rows>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
+                                           Accumulator<ROW_TILES, KEYS> &s, const Rows &rows, int first) {
+        expect(rows, first);
+        const auto tile = rows.tile(first);
+        multiply_keys(query, s, [&](int i) {
+            constexpr int STRIDE = PRODUCTS / (COPIES * 4);
+            if (i % STRIDE == 0) load(tile, i / STRIDE / 4, i / STRIDE % 4);
+        });
+    }
+    template <int ROW_TILES, int TEAM, class Before>
+    __device__ __forceinline__ void multiply_keys(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
+                                                  Accumulator<ROW_TILES, KEYS> &s, Before before) const {
         const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
         s.clear();
-        read_ahead<KEYS / 32 * STEPS>(
+        read_ahead<PRODUCTS>(
             [&](int i) {
                 const int n = i / STEPS, j = i % STEPS;
                 return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
             },
             [&](int i, u32x4 k) {
                 const int n = i / STEPS, j = i % STEPS;
+                before(i);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
             });
