@@ -165,6 +165,7 @@ class HipToolchain(Toolchain):
     def flags(self, spec: Spec) -> list[str]:
         # clang tells the arch to the device's half of the compilation only.
         offload = ["-x", "hip", f"--offload-arch={spec.arch}", f"-DAITER_{spec.arch.upper()}=1", "-nogpulib"]
+        # clang would pack float32 in pairs, and packed instructions do not run beside the matrix unit.
         return [*offload, "-std=c++17", "-O3", "-fno-slp-vectorize", "-fPIC", "-fvisibility=hidden"]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:

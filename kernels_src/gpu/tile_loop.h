@@ -1,7 +1,7 @@
 /* The loop over the tiles of keys, for every arch whose waves work alone.
  *
  *   publish     the tile that was on its way is the current one (block barrier)
- *   issue       the tile after it sets off: its copy runs during what follows
+ *   issue       the tile after it sets off: its copy runs during what follows; on AMD with the scores
  *   scores      S = Q K^T          matrix unit
  *   finish      what score.h does to them: normally nothing
  *   hide        only where an edge of what the rows see cuts the tile

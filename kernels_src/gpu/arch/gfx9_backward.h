@@ -63,16 +63,13 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardBase {
                                                          Scores &s) {
         from = opaque(from);
         s.clear();
-        constexpr int STEPS = Query<COLUMNS, 1>::STEPS;
-        read_ahead<TOKENS / 32 * STEPS>(
-            [&](int i) {
-                const int n = i / STEPS, j = i % STEPS;
-                return shared_load<u32x4>(further(from, RowLayout<COLUMNS>::chunk(n * 32, 2 * j)) + tile);
-            },
-            [&](int i, u32x4 x) {
-                const int n = i / STEPS, j = i % STEPS;
-                s.tile[0][n] = multiply_add(x, own.operand[0][j], s.tile[0][n]);
-            });
+#pragma unroll
+        for (int n = 0; n < TOKENS / 32; ++n)
+#pragma unroll
+            for (int j = 0; j < Query<COLUMNS, 1>::STEPS; ++j) {
+                const SharedAddress at = further(from, RowLayout<COLUMNS>::chunk(n * 32, 2 * j)) + tile;
+                s.tile[0][n] = multiply_add(shared_load<u32x4>(at), own.operand[0][j], s.tile[0][n]);
+            }
     }
 
     /* o += round(s) times a transposed tile, of this wave's columns. */
@@ -81,20 +78,16 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardBase {
                                                             Accumulator<1, columns_of_wave(COLUMNS, TEAM)> &o) {
         const int first = first_column<COLUMNS>();
         from = opaque(from) + (TEAM == 1 ? 0 : first * TOKENS * 2);
-        constexpr int WIDTH = columns_of_wave(COLUMNS, TEAM), TILES = Accumulator<1, WIDTH>::TILES;
-        auto exists = [&](int n) { return TEAM * WIDTH == COLUMNS || TEAM == 1 || first + n * 32 < COLUMNS; };
-        u32x4 p;
-        read_ahead<TOKENS / 16 * TILES>(
-            [&](int i) {
-                const int j = i / TILES, n = i % TILES;
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j) {
+            const u32x4 p = round_operand(s, 0, j);
+#pragma unroll
+            for (int n = 0; n < Accumulator<1, columns_of_wave(COLUMNS, TEAM)>::TILES; ++n) {
+                if (TEAM > 1 && first + n * 32 >= COLUMNS) break;
                 const SharedAddress at = further(from, Transposed<COLUMNS>::offset(n * 32, 2 * j)) + tile;
-                return exists(n) ? shared_load<u32x4>(at) : u32x4{};
-            },
-            [&](int i, u32x4 y) {
-                const int j = i / TILES, n = i % TILES;
-                if (n == 0) p = round_operand(s, 0, j);
-                if (exists(n)) o.tile[0][n] = multiply_add(y, p, o.tile[0][n]);
-            });
+                o.tile[0][n] = multiply_add(shared_load<u32x4>(at), p, o.tile[0][n]);
+            }
+        }
     }
 
     static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {

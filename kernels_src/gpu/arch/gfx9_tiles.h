@@ -385,11 +385,12 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
 
 /* Four waves of 32 query rows, or two teams. As many keys, up to 8192 elements of K and of V each, as let two blocks'
  * tiles fit into the 64 KB of LDS that a CU of gfx90a and gfx942 has, so that one computes while the other copies or
- * waits; beyond 128 dimensions the registers leave room for one block anyway. */
+ * waits; beyond 128 dimensions the registers leave room for one block anyway, which can have all of it, unless they hold
+ * the places of pages too. */
 template <int HEAD_DIM, int VALUE_DIM> struct Shape {
     static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
     static constexpr int ROW_TILES = 1;
-    static constexpr int KEYS = WIDER <= 64 ? 128 : WIDER <= 128 ? 64 : 32;
+    static constexpr int KEYS = WIDER <= 64 ? 128 : WIDER <= (PAGED ? 128 : 256) ? 64 : 32;
     static constexpr int WAVES = 4, TEAM = team_of(VALUE_DIM);
     static constexpr int BLOCKS = WIDER <= 128 ? 2 : 1;
 };
