@@ -165,7 +165,8 @@ class HipToolchain(Toolchain):
     def flags(self, spec: Spec) -> list[str]:
         # clang tells the arch to the device's half of the compilation only.
         offload = ["-x", "hip", f"--offload-arch={spec.arch}", f"-DAITER_{spec.arch.upper()}=1", "-nogpulib"]
-        return [*offload, "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"]
+        # clang would pack float32 in pairs, and packed instructions do not run beside the matrix unit.
+        return [*offload, "-std=c++17", "-O3", "-fno-slp-vectorize", "-fPIC", "-fvisibility=hidden"]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
         # In two steps, because hipcc links its own libamdhip64 into every .so. A kernel must use the one that PyTorch

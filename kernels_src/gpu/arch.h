@@ -58,6 +58,7 @@
  *                              before. sync() is called where the THREADS threads must meet: pass barrier, or
  *                              wave_sync when they are one wave
  *   scores(query, s)           s = Q * K^T for the current tile
+ *   ISSUES_WITH_SCORES         is there scores(query, s, rows, first), which does both, better than one after the other
  *   accumulate(s, o, column)   o += round(s) * V, of the columns of V from `column` on; s holds the probabilities now
  * Tokens past the end of the sequence, or before the first that any row sees, read as zeros in V; what they give in s
  * is finite or not, but never undefined.

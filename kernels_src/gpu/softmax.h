@@ -28,8 +28,12 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
 
     /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row
      * of the wave; then the output so far must be multiplied by `shrink`. One row after the other, so that the greatest
-     * value of the next is looked for while the exponentials of this one are made. */
+     * value of the next is looked for while the exponentials of this one are made. at_growth(slot): before these are. */
     template <class Scores> __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS]) {
+        return advance(s, shrink, [](int) {});
+    }
+    template <class Scores, class AtGrowth>
+    __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS], AtGrowth at_growth) {
         bool grown = false;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
@@ -43,6 +47,7 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];
                 grown = true;
+                at_growth(slot);
             }
             const float reference = maximum[slot] == -INFINITE ? 0.0f : maximum[slot];
             sum[slot] += s.exponentiate(slot, scale, reference);
@@ -55,10 +60,15 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, shrink[slot]);
     }
 
-    /* Both at once, for an output that is not in use meanwhile. */
+    /* Both at once, for an output that is not in use meanwhile. Where a lane has one row, the output is rescaled when
+     * its maximum moves: then no branch stands between the exponentials and the product that takes them. */
     template <class Scores, class Output> __device__ __forceinline__ void update(Scores &s, Output &o) {
         float shrink[SLOTS];
-        if (advance(s, shrink)) rescale(o, shrink);
+        if constexpr (SLOTS == 1) {
+            advance(s, shrink, [&](int slot) { o.multiply(slot, shrink[slot]); });
+        } else if (advance(s, shrink)) {
+            rescale(o, shrink);
+        }
     }
 
     /* Sum over the whole row, and the logarithm (base 2) of the sum of exponentials: after the last tile. */

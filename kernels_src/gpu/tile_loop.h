@@ -1,7 +1,7 @@
 /* The loop over the tiles of keys, for every arch whose waves work alone.
  *
  *   publish     the tile that was on its way is the current one (block barrier)
- *   issue       the tile after it sets off: its copy runs during what follows
+ *   issue       the tile after it sets off: its copy runs during what follows; on AMD with the scores
  *   scores      S = Q K^T          matrix unit
  *   finish      what score.h does to them: normally nothing
  *   hide        only where an edge of what the rows see cuts the tile
@@ -115,10 +115,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
         for (int first = block_keys.low; first < block_keys.high; first += Tile::KEYS) {
             const int end = first + Tile::KEYS;
             tile.publish(barrier);
-            if (end < block_keys.high) tile.issue(keys, end);
-            if (!wave_keys.overlaps<WINDOW>(first, end)) continue; /* the tile is the other waves' */
+            const bool seen = wave_keys.overlaps<WINDOW>(first, end);
+            if (end < block_keys.high && !(KeysAndValues::ISSUES_WITH_SCORES && seen)) tile.issue(keys, end);
+            if (!seen) continue; /* the tile is the other waves' */
             Scores s;
-            tile.scores(queries, s);
+            if constexpr (KeysAndValues::ISSUES_WITH_SCORES)
+                tile.scores(queries, s, keys, end < block_keys.high ? end : first); /* the last one for nothing */
+            else tile.scores(queries, s);
             score.finish(
                 s, first, [&](int) { return sequence.slope; },
                 [&](int slot) { return wave_row + Scores::row(slot) + mask.diagonal; });

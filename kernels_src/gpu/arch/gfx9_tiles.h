@@ -58,6 +58,31 @@ __device__ __forceinline__ f32x16 multiply_add(u32x4 a, u32x4 b, f32x16 tile) {
 #endif
 }
 
+/* Reads of operands from LDS that are on their way while products run: as many as cover its latency, which on gfx942 is
+ * half of that of the others. */
+#if defined(AITER_GFX942)
+constexpr int READS_AHEAD = 2;
+#else
+constexpr int READS_AHEAD = 4;
+#endif
+
+/* COUNT products, each with an operand that read(i) loads from LDS some products before multiply(i, operand) uses it.
+ * Left to itself the compiler reads an operand right before its product and waits. */
+template <int COUNT, class Read, class Multiply>
+__device__ __forceinline__ void read_ahead(Read read, Multiply multiply) {
+    constexpr int AHEAD = lesser(READS_AHEAD, COUNT);
+    constexpr int MAY_PASS = 0x002 | 0x004 | 0x400; /* vector, scalar, transcendental */
+    u32x4 operand[COUNT];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) operand[i] = read(i);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        if (i + AHEAD < COUNT) operand[i + AHEAD] = read(i + AHEAD);
+        __builtin_amdgcn_sched_barrier(MAY_PASS);
+        multiply(i, operand[i]);
+    }
+}
+
 template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static constexpr int SLOTS = ROW_TILES;
     static constexpr int TILES = round_up(COLUMNS, 32) / 32;
@@ -74,9 +99,6 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     }
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot][i / 16][i % 16]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot][i / 16][i % 16] = x; }
-    /* In pairs: multiplication, addition and both together take two values an instruction (v_pk_fma_f32). */
-    __device__ __forceinline__ f32x2 pair(int slot, int i) const { return {get(slot, i), get(slot, i + 1)}; }
-    __device__ __forceinline__ void set_pair(int slot, int i, f32x2 x) { set(slot, i, x.x), set(slot, i + 1, x.y); }
 
     __device__ __forceinline__ float largest(int slot) const {
         float x = get(slot, 0);
@@ -86,18 +108,19 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     }
     __device__ __forceinline__ void multiply(int slot, float factor) {
 #pragma unroll
-        for (int i = 0; i < VALUES; i += 2) set_pair(slot, i, pair(slot, i) * factor);
+        for (int i = 0; i < VALUES; ++i) set(slot, i, get(slot, i) * factor);
     }
+    /* One by one: packed fp32 (v_pk_fma_f32) takes as long and may not run beside a matrix instruction. The build keeps
+     * the compiler from packing what is written apart. */
     __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
-        f32x2 sum = {0.0f, 0.0f};
+        float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int i = 0; i < VALUES; i += 2) {
-            const f32x2 x = __builtin_elementwise_fma(pair(slot, i), f32x2(scale), f32x2(-reference));
-            const f32x2 p = {exp2(x.x), exp2(x.y)};
-            set_pair(slot, i, p);
-            sum += p;
+        for (int i = 0; i < VALUES; ++i) {
+            const float p = exp2(__builtin_fmaf(get(slot, i), scale, -reference));
+            set(slot, i, p);
+            sum[i % 2] += p;
         }
-        return sum.x + sum.y;
+        return sum[0] + sum[1];
     }
     static __device__ __forceinline__ int row(int slot) { return slot * 32 + (lane() & 31); }
     static __device__ constexpr int column(int i) { return i / 16 * 32 + i % 16 / 4 * 8 + i % 4; }
@@ -223,9 +246,15 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     using Units = CopyUnits<greater(KEY_CHUNKS, VALUE_CHUNKS), KEYS>;
     static constexpr int COPIES = round_up(Units::COUNT, THREADS) / THREADS;
     static constexpr bool EVEN = Units::COUNT % THREADS == 0;
+    static constexpr int UNIT_CHUNKS = Units::COUNT / Units::GROUPS;
     static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
     static constexpr int SHARED_BYTES = KEY_BYTES + ValueLayout::BYTES;
     static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+    static constexpr int PRODUCTS = KEYS / 32 * STEPS;
+    /* Every thread has as much to copy, and knows where from without asking memory. */
+    static constexpr bool ISSUES_WITH_SCORES =
+        !PAGED && EVEN && UNIT_CHUNKS == HEAD_DIM / 8 && UNIT_CHUNKS == VALUE_DIM / 8;
+    static_assert(!ISSUES_WITH_SCORES || PRODUCTS % (COPIES * 4) == 0, "as many products before each load");
 
     SharedAddress key_tile, value_tile;
     int thread;
@@ -235,34 +264,35 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     __device__ __forceinline__ KeyValueTile(SharedAddress shared, int thread)
         : key_tile(shared), value_tile(shared + KEY_BYTES), thread(thread) {}
 
-    /* Does every unit have a chunk below `chunks`? Else those past it are left out. */
-    static constexpr bool all_units(int chunks) { return Units::COUNT / Units::GROUPS == chunks; }
-
     template <class Rows> __device__ __forceinline__ void issue(const Rows &rows, int first) {
-        end = rows.count - first;
-        begin = WINDOW ? rows.begin - first : 0;
+        expect(rows, first);
         const auto tile = rows.tile(first);
 #pragma unroll
-        for (int copy = 0; copy < COPIES; ++copy) {
-            const int unit = thread + copy * THREADS, chunk = Units::chunk(unit);
-            const bool exists = EVEN || unit < Units::COUNT;
-            const bool key_exists = (all_units(HEAD_DIM / 8) || chunk < HEAD_DIM / 8) && exists;
-            const bool value_exists = (all_units(VALUE_DIM / 8) || chunk < VALUE_DIM / 8) && exists;
+        for (int copy = 0; copy < COPIES; ++copy)
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                key[copy][k] = value[copy][k] = Eight{};
-                if (HEAD_DIM == VALUE_DIM) {
-                    if (key_exists) {
-                        const auto place = tile.place(Units::key(unit), k);
-                        key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
-                        value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
-                    }
-                } else {
-                    const auto place = tile.place(Units::key(unit), k);
-                    if (key_exists) key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
-                    if (value_exists) value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
-                }
+            for (int k = 0; k < 4; ++k) load(tile, copy, k);
+    }
+    template <class Rows> __device__ __forceinline__ void expect(const Rows &rows, int first) {
+        end = rows.count - first;
+        begin = WINDOW ? rows.begin - first : 0;
+    }
+    /* One row of a unit, of keys and of values. */
+    template <class Rows> __device__ __forceinline__ void load(const Rows &tile, int copy, int k) {
+        const int unit = thread + copy * THREADS, chunk = Units::chunk(unit);
+        const bool exists = EVEN || unit < Units::COUNT;
+        const bool key_exists = (UNIT_CHUNKS == HEAD_DIM / 8 || chunk < HEAD_DIM / 8) && exists;
+        const bool value_exists = (UNIT_CHUNKS == VALUE_DIM / 8 || chunk < VALUE_DIM / 8) && exists;
+        key[copy][k] = value[copy][k] = Eight{};
+        if (HEAD_DIM == VALUE_DIM) {
+            if (key_exists) {
+                const auto place = tile.place(Units::key(unit), k);
+                key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
+                value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
             }
+        } else {
+            const auto place = tile.place(Units::key(unit), k);
+            if (key_exists) key[copy][k] = global_load<Eight>(tile.key(place, chunk * sizeof(Eight)));
+            if (value_exists) value[copy][k] = global_load<Eight>(tile.value(place, chunk * sizeof(Eight)));
         }
     }
 
@@ -282,9 +312,9 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
         for (int copy = 0; copy < COPIES; ++copy) {
             const int unit = thread + copy * THREADS, chunk = Units::chunk(unit), place = Units::place(unit);
             if (!EVEN && unit >= Units::COUNT) continue;
-            if (all_units(KEY_CHUNKS) || chunk < KEY_CHUNKS)
+            if (UNIT_CHUNKS == KEY_CHUNKS || chunk < KEY_CHUNKS)
                 store_rows<HEAD_DIM>(key_tile + RowLayout<HEAD_DIM>::chunk(Units::key(unit), chunk), key[copy]);
-            if (all_units(VALUE_CHUNKS) || chunk < VALUE_CHUNKS)
+            if (UNIT_CHUNKS == VALUE_CHUNKS || chunk < VALUE_CHUNKS)
                 store_transposed<VALUE_DIM, KEYS>(
                     value_tile + ValueLayout::offset(chunk * 8, place / 2) + place % 2 * 8, value[copy]);
         }
@@ -294,16 +324,36 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     template <int ROW_TILES, int TEAM>
     __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
                                            Accumulator<ROW_TILES, KEYS> &s) const {
+        multiply_keys(query, s, [](int) {});
+    }
+    /* The same while the tile from `first` on sets off: a load before every few products, as one after the other they
+     * would hold up the wave. */
+    template <int ROW_TILES, int TEAM, class Rows>
+    __device__ __forceinline__ void scores(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
+                                           Accumulator<ROW_TILES, KEYS> &s, const Rows &rows, int first) {
+        expect(rows, first);
+        const auto tile = rows.tile(first);
+        multiply_keys(query, s, [&](int i) {
+            constexpr int STRIDE = PRODUCTS / (COPIES * 4);
+            if (i % STRIDE == 0) load(tile, i / STRIDE / 4, i / STRIDE % 4);
+        });
+    }
+    template <int ROW_TILES, int TEAM, class Before>
+    __device__ __forceinline__ void multiply_keys(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
+                                                  Accumulator<ROW_TILES, KEYS> &s, Before before) const {
         const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
         s.clear();
-#pragma unroll
-        for (int n = 0; n < KEYS / 32; ++n)
-#pragma unroll
-            for (int j = 0; j < STEPS; ++j) {
-                const u32x4 k = shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
+        read_ahead<PRODUCTS>(
+            [&](int i) {
+                const int n = i / STEPS, j = i % STEPS;
+                return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
+            },
+            [&](int i, u32x4 k) {
+                const int n = i / STEPS, j = i % STEPS;
+                before(i);
 #pragma unroll
                 for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
-            }
+            });
     }
 
     /* The columns of V from first_column on, as many as `o` has: all of them, or a multiple of 64, after which the
@@ -313,29 +363,34 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
                                                Accumulator<ROW_TILES, COLUMNS> &o, int first_column = 0) const {
         const SharedAddress from =
             opaque(value_tile + ValueLayout::offset(lane() & 31, lane() / 32) + first_column * KEYS * 2);
+        constexpr int TILES = Accumulator<ROW_TILES, COLUMNS>::TILES;
+        constexpr bool WHOLE = COLUMNS >= VALUE_DIM || VALUE_DIM % COLUMNS == 0; /* in every wave of a team */
+        auto exists = [&](int n) { return WHOLE || first_column + n * 32 < VALUE_DIM; };
+        u32x4 p[ROW_TILES];
+        read_ahead<KEYS / 16 * TILES>(
+            [&](int i) {
+                const int j = i / TILES, n = i % TILES;
+                return exists(n) ? shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j))) : u32x4{};
+            },
+            [&](int i, u32x4 v) {
+                const int j = i / TILES, n = i % TILES;
 #pragma unroll
-        for (int j = 0; j < KEYS / 16; ++j) {
-            u32x4 p[ROW_TILES];
-#pragma unroll
-            for (int m = 0; m < ROW_TILES; ++m) p[m] = round_operand(s, m, j);
-#pragma unroll
-            for (int n = 0; n < Accumulator<ROW_TILES, COLUMNS>::TILES; ++n) {
-                if (COLUMNS < VALUE_DIM && first_column + n * 32 >= VALUE_DIM) break;
-                const u32x4 v = shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j)));
-#pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
-            }
-        }
+                for (int m = 0; m < ROW_TILES; ++m) {
+                    if (n == 0) p[m] = round_operand(s, m, j);
+                    if (exists(n)) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
+                }
+            });
     }
 };
 
 /* Four waves of 32 query rows, or two teams. As many keys, up to 8192 elements of K and of V each, as let two blocks'
  * tiles fit into the 64 KB of LDS that a CU of gfx90a and gfx942 has, so that one computes while the other copies or
- * waits; beyond 128 dimensions the registers leave room for one block anyway. */
+ * waits; beyond 128 dimensions the registers leave room for one block anyway, which can have all of it, unless they hold
+ * the places of pages too. */
 template <int HEAD_DIM, int VALUE_DIM> struct Shape {
     static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
     static constexpr int ROW_TILES = 1;
-    static constexpr int KEYS = WIDER <= 64 ? 128 : WIDER <= 128 ? 64 : 32;
+    static constexpr int KEYS = WIDER <= 64 ? 128 : WIDER <= (PAGED ? 128 : 256) ? 64 : 32;
     static constexpr int WAVES = 4, TEAM = team_of(VALUE_DIM);
     static constexpr int BLOCKS = WIDER <= 128 ? 2 : 1;
 };

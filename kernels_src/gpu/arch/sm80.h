@@ -366,6 +366,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     static constexpr int STAGE_BYTES = KEY_BYTES + KEYS * RowLayout<VALUE_DIM>::BYTES;
     static constexpr int SHARED_BYTES = FP8 ? STAGE_BYTES + STAGE_BYTES / 2 : 2 * STAGE_BYTES;
     static_assert(KEYS % 16 == 0, "whole mma tiles");
+    static constexpr bool ISSUES_WITH_SCORES = false;
 
     SharedAddress shared, current, coming;
     int thread;
