@@ -90,12 +90,25 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardBase {
         }
     }
 
+    /* In pairs one instruction does two values, but it must wait for a product to end: that pays where products are
+     * short and vector work is what bounds the pass. */
+#if defined(AITER_GFX950)
+    static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {
+        const f32x2 s = __builtin_elementwise_fma(f32x2{x, y}, f32x2(scale), f32x2{-log_x, -log_y});
+        x = exp2(s.x), y = exp2(s.y);
+    }
+    static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
+        const f32x2 s = f32x2{p_x, p_y} * (f32x2{x, y} - f32x2{d_x, d_y});
+        x = s.x, y = s.y;
+    }
+#else
     static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {
         x = exp2(__builtin_fmaf(x, scale, -log_x)), y = exp2(__builtin_fmaf(y, scale, -log_y));
     }
     static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
         x = p_x * (x - d_x), y = p_y * (y - d_y);
     }
+#endif
 
     static __device__ __forceinline__ void end() {}
 
