@@ -63,15 +63,18 @@ def test_a_killed_builder_costs_the_others_nothing_but_time(spec, cache_dir, com
     assert left_behind(cache_dir) == []
 
 
-def test_who_waits_says_for_what(spec, compiler, monkeypatch, caplog):
+def test_who_waits_says_for_what(spec, compiler, monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(lock, "FIRST_NOTICE_S", 0.05)
     caplog.set_level("INFO", "aiter")
-    compiler('sleep 0.5; exec "$REAL" "$@"')
+    building = tmp_path / "building"
+    compiler(f'case "$*" in *" -o "*) touch {building}; sleep 1;; esac; exec "$REAL" "$@"')
     child = os.fork()
     if child == 0:
         jit.get_kernel(spec)
         os._exit(0)
-    time.sleep(0.2)
+    while not building.exists():  # a child that fails ends the wait, too
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
     jit.get_kernel(spec)
     os.waitpid(child, 0)
     assert f"waiting for {spec.name}" in caplog.text
