@@ -10,21 +10,21 @@ import aiter.transformers  # noqa: E402
 from aiter.cli.model_config import read_model  # noqa: E402
 from aiter.integrations.transformers import layers  # noqa: E402
 
+TINY = dict(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
 
 def llama(implementation, **changes):
-    options = dict(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        attn_implementation=implementation,
-    )
+    options = dict(max_position_embeddings=128, attn_implementation=implementation)
     torch.manual_seed(3)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**options, **changes})).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TINY, **options, **changes})).eval()
 
 
 def small_llama(implementation):
@@ -170,18 +170,7 @@ def test_several_tokens_on_a_cache(padding_side):
     same(*both(llama, pieces))
 
 
-SMALL = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-    eos_token_id=None,
-)
+SMALL = dict(TINY, max_position_embeddings=64, initializer_range=0.2, eos_token_id=None)
 ALTERNATING = dict(sliding_window=5, layer_types=["sliding_attention", "full_attention"])
 LATENT = dict(
     head_dim=None,

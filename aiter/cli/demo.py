@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from aiter.jit.arch import arch_of, is_gpu
 from aiter.reference import attend_one, gather_pages
 
 BATCH, SEQ, HEADS, KV_HEADS, HEAD_DIM, PAGE = 2, 512, 8, 2, 64, 16
+Result = TypeVar("Result")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -79,10 +81,10 @@ def choose_device(name: str | None) -> torch.device:
 
 def measure(case: Case, device: torch.device) -> dict:
     """First call, later calls and error of one operation, and the same of PyTorch's operator."""
-    first, output = _timed(case.run, device)
-    later = statistics.median(_timed(case.run, device)[0] for _ in range(10))
-    _, torch_output = _timed(case.torch_run, device)
-    torch_later = statistics.median(_timed(case.torch_run, device)[0] for _ in range(10))
+    first, output = timed(case.run, device)
+    later = statistics.median(timed(case.run, device)[0] for _ in range(10))
+    _, torch_output = timed(case.torch_run, device)
+    torch_later = statistics.median(timed(case.torch_run, device)[0] for _ in range(10))
     return {
         "operation": case.name,
         "first_s": first,
@@ -173,7 +175,8 @@ def _reference(
     return output
 
 
-def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[float, torch.Tensor]:
+def timed(call: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds until all of a call is done, and what it returns."""
     begin = time.perf_counter()
     output = call()
     if device.type == "cuda":

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import aiter
-from aiter.cli.demo import DTYPES, choose_device
+from aiter.cli.demo import DTYPES, choose_device, timed
 from aiter.cli.info import facts_of_machine
 from aiter.cli.prewarm import Progress
 from aiter.cli.selftest_cases import Family, Problem, cache_write_spec, check_cache_write, families
@@ -262,9 +262,7 @@ def median_seconds(call: Callable[[], object], device: torch.device, budget: flo
     end = time.monotonic() + budget
     while len(times) < 3 or (time.monotonic() < end and len(times) < 100):
         if device.type != "cuda":
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
+            times.append(timed(call, device)[0])
             continue
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
