@@ -1,7 +1,7 @@
 """Every case on the GPU at hand, with PyTorch's operators (FlashAttention-2, cuDNN, unfused) in the same run, and with
 FlashAttention-3 where its wheel is installed (`pip install fa3-fwd`, Hopper only).
 
-    python benchmarks/gpu.py [--out FOLDER] [--only forward,chunks,variable,decode,backward,host]
+    python benchmarks/gpu.py [--out FOLDER] [--only forward,dims,chunks,variable,options,decode,serving,backward,host]
 
 Prints a table; with --out also writes gpu.json and, where matplotlib is installed, gpu.png. Times are medians of device
 events over repeated calls on random data that is larger than the caches, or for the small ones rotates among copies.
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aiter
+from aiter import flash_attn
 
 try:
     import fa3_fwd_interface as fa3
@@ -40,7 +41,7 @@ BACKENDS = {
     "unfused": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,  # the only fused one that takes any mask
 }
-BF16 = torch.bfloat16
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 CACHE_BYTES = 100e6  # inputs smaller than this rotate among copies
 
 Call = Callable[[], object]
@@ -104,8 +105,8 @@ def host_seconds(call: Call) -> float:
     return statistics.median(times)
 
 
-def randn(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=BF16)
+def randn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
 def pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
@@ -136,6 +137,127 @@ def forward() -> Iterator[Case]:
                 )
 
 
+def dims() -> Iterator[Case]:
+    """fp16, head dims that are no multiple of 64, and values of another length, at 4096 tokens; unit: useful FLOPs."""
+    batch, length = 4, 4096
+    for head_dim, value_dim, dtype in (
+        *((d, d, torch.float16) for d in (64, 128, 256)),
+        *((d, d, BF16) for d in (40, 64, 72, 80, 112, 128, 160, 192)),
+        (192, 128, BF16),
+    ):
+        heads = 2048 // head_dim
+        tensors = [randn(batch, length, heads, d, dtype=dtype) for d in (head_dim, head_dim, value_dim)]
+        name = f"D{head_dim}" + f"/{value_dim}" * (value_dim != head_dim) + " fp16" * (dtype != BF16)
+        for causal in (False, True):
+            yield Case(
+                f"dims {name}{' causal' * causal}",
+                "TFLOP/s",
+                2 * batch * heads * length * length * (head_dim + value_dim) / (2 if causal else 1),
+                [partial(aiter.flash_attn_func, *tensors, causal=causal)],
+            )
+
+
+def options() -> Iterator[Case]:
+    """What models add to attention; unit: FLOPs of the keys that are seen, so that the plain rows compare."""
+    heads, head_dim = 16, 128
+    sinks, slopes = torch.randn(heads, device="cuda"), torch.rand(heads, device="cuda")
+    for length, window in ((16384, None), (32768, 1024)):
+        tensors = [randn(1, length, heads, head_dim) for _ in "qkv"]
+        seen = length * window if window else length * length / 2
+        sides = {} if window is None else {"window_size": (window - 1, 0)}
+        for name, chosen in (
+            ("plain", {}),
+            ("softcap", {"softcap": 50.0}),
+            ("ALiBi", {"alibi_slopes": slopes}),
+            ("sinks", {"sinks": sinks}),
+            ("softcap, ALiBi, sinks", {"softcap": 50.0, "alibi_slopes": slopes, "sinks": sinks}),
+        ):
+            theirs: dict[str, list[Call]] = {}
+            if fa3 and name in ("plain", "softcap"):
+                arguments = {"causal": True, "window_size": sides.get("window_size", (-1, -1))}
+                theirs["FA3"] = [partial(fa3.flash_attn_func, *tensors, **chosen, **arguments)]
+            yield Case(
+                f"options {length} causal{f', window {window}' * bool(window)}: {name}",
+                "TFLOP/s",
+                4 * heads * seen * head_dim,
+                [partial(aiter.flash_attn_func, *tensors, causal=True, **sides, **chosen)],
+                theirs,
+            )
+
+
+def serving() -> Iterator[Case]:
+    """What an engine calls: caches of 8 bits, tokens written and read in one graph, batches of mixed lengths."""
+    heads_q, heads_kv, head_dim, page = 32, 8, 128, 16
+    bounds = {"copy": copy_bandwidth()}
+    for batch, length in ((16, 8192), (64, 4096)):
+        query = randn(batch, 1, heads_q, head_dim)
+        table = torch.randperm(batch * length // page, device="cuda").to(torch.int32).view(batch, -1)
+        cache = [randn(batch * length // page, page, heads_kv, head_dim) for _ in "kv"]
+        moved = 2 * batch * length * heads_kv * head_dim * 2
+        used = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+        ours = partial(flash_attn.flash_attn_with_kvcache, query, *cache, cache_seqlens=used, block_table=table)
+        yield Case(f"serving: decode {batch} x {length}, bf16, as if of 2 bytes", "TB/s", moved, [ours], {}, bounds)
+        scale = torch.ones(batch, heads_kv, device="cuda")
+        for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+            ours = partial(
+                flash_attn.flash_attn_with_kvcache,
+                query,
+                *(t.to(kind) for t in cache),
+                cache_seqlens=used,
+                block_table=table,
+                k_descale=scale,
+                v_descale=scale,
+            )
+            name = str(kind).removeprefix("torch.")
+            yield Case(
+                f"serving: decode {batch} x {length}, {name}, as if of 2 bytes", "TB/s", moved, [ours], {}, bounds
+            )
+        new = [randn(batch, 1, heads_kv, head_dim) for _ in "kv"]
+        before = used - 1
+        step = partial(
+            flash_attn.flash_attn_with_kvcache,
+            query,
+            *cache,
+            *new,
+            cache_seqlens=before,
+            block_table=table,
+            causal=True,
+        )
+        yield Case(f"serving: append, decode {batch} x {length} in a graph", "TB/s", moved, [graph(step)], {}, bounds)
+    # Eight chunks of 512 and 56 single tokens, each over 4096 tokens: a call, and its two parts on their own.
+    length, rows = 4096, torch.tensor([512] * 8 + [1] * 56)
+    table = torch.randperm(64 * length // page, device="cuda").to(torch.int32).view(64, -1)
+    cache = [randn(64 * length // page, page, heads_kv, head_dim) for _ in "kv"]
+    for name, chosen in (("mixed batch", slice(0, 64)), ("its chunks", slice(0, 8)), ("its decoding", slice(8, 64))):
+        own = rows[chosen]
+        starts = F.pad(own.cumsum(0), (1, 0)).to("cuda", torch.int32)
+        packed = randn(int(own.sum()), heads_q, head_dim)
+        used = torch.full((len(own),), length, dtype=torch.int32, device="cuda")
+        ours = partial(
+            flash_attn.flash_attn_varlen_func,
+            packed,
+            *cache,
+            starts,
+            None,
+            int(own.max()),
+            length,
+            causal=True,
+            block_table=table[chosen].contiguous(),
+            seqused_k=used,
+        )
+        yield Case(f"serving: {name}", "calls/ms", 1e9, [ours])
+
+
+def graph(call: Call) -> Call:
+    """`call` as a CUDA graph, which is replayed."""
+    call()
+    torch.cuda.synchronize()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        call()
+    return recorded.replay
+
+
 def chunks() -> Iterator[Case]:
     """The last tokens of a prompt that comes in pieces, over all keys before them."""
     heads, heads_kv, head_dim = 32, 8, 128
@@ -158,18 +280,23 @@ def copy_bandwidth() -> float:
 
 
 def decode() -> Iterator[Case]:
-    heads_q, heads_kv, head_dim = 32, 8, 128
     bounds = {"copy": copy_bandwidth()}
-    for batch, length in ((1, 32768), (16, 8192), (64, 4096)):
-        name, moved = f"decode {batch} x {length}", 2 * batch * length * heads_kv * head_dim * 2
+    usual = ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (4, 8192), (16, 8192), (64, 4096), (256, 512))
+    shapes = [(*case, 32, 8, 128) for case in usual] + [(128, 1024, 64, 8, 128), (16, 8192, 64, 8, 64)]
+    for batch, length, heads_q, heads_kv, head_dim in [*shapes, (16, 8192, 16, 16, 128)]:
+        name = f"decode {batch} x {length}, {heads_q}/{heads_kv}, D{head_dim}"
+        moved = 2 * batch * length * heads_kv * head_dim * 2
         sets = [
             (randn(batch, 1, heads_q, head_dim), *(randn(batch, length, heads_kv, head_dim) for _ in "kv"))
             for _ in range(math.ceil(CACHE_BYTES / moved))
         ]
         theirs = [partial(pytorch, *tensors, enable_gqa=True) for tensors in sets]
         ours = [partial(aiter.flash_attn_func, *tensors) for tensors in sets]
-        yield Case(name, "TB/s", moved, ours, dict.fromkeys(("FA2", "cuDNN"), theirs), bounds)
-        for page_size in (16, 128):
+        others = dict.fromkeys(("FA2", "cuDNN"), theirs)
+        if fa3:
+            others["FA3"] = [partial(fa3.flash_attn_func, *tensors) for tensors in sets]
+        yield Case(name, "TB/s", moved, ours, others, bounds)
+        for page_size in (16, 128) if (batch, length) in ((16, 8192), (64, 4096)) else (16,):
             pages = batch * length // page_size
             table = torch.randperm(pages, device="cuda").to(torch.int32).view(batch, -1)
             ours = [
@@ -213,9 +340,9 @@ def variable() -> Iterator[Case]:
 
 def backward() -> Iterator[Case]:
     """Counted as 2.5 times the forward's work, the five products of matrices that the mathematics needs."""
-    for head_dim in (64, 128):
+    for head_dim in (64, 96, 128, 192, 256):
         heads = 2048 // head_dim
-        for length in (4096, 16384):
+        for length in (2048, 4096, 16384):
             batch = 16384 // length
             grad = randn(batch, length, heads, head_dim)
             leaves = [randn(batch, length, heads, head_dim).requires_grad_() for _ in "qkv"]
@@ -243,12 +370,16 @@ class Backward:
 
 
 def host() -> Iterator[Case]:
+    """Of small calls; `benchmarks/calls.py --device cuda` has more of them."""
     tensors = [randn(1, 128, 4, 64) for _ in "qkv"]
     ours, theirs = [partial(aiter.flash_attn_func, *tensors)], [partial(pytorch, *tensors)]
-    yield Case("host time of a small call", "us", 0, ours, dict.fromkeys(("FA2", "cuDNN"), theirs))
+    others: dict[str, list[Call]] = dict.fromkeys(("FA2", "cuDNN"), theirs)
+    if fa3:
+        others["FA3"] = [partial(fa3.flash_attn_func, *tensors)]
+    yield Case("host time of a small call", "us", 0, ours, others)
 
 
-SECTIONS = {f.__name__: f for f in (forward, chunks, variable, decode, backward, host)}
+SECTIONS = {f.__name__: f for f in (forward, dims, chunks, variable, options, decode, serving, backward, host)}
 
 
 NAMES = ("aiter", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")

@@ -27,11 +27,9 @@
 
 namespace aiter {
 
-/* wgmma's loop knows windows, caps, slopes and values of another length too, but has not run with them on a GPU yet;
- * it knows no dropout, its registers hold no output of more than 256 columns, and its copies do not convert 8-bit keys
- * and values. */
-#if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM == AITER_HEAD_DIM && !AITER_WINDOW &&             \
-    !AITER_SOFTCAP && !AITER_ALIBI && !AITER_DROPOUT && !AITER_FP8_CACHE
+/* wgmma's loop knows no dropout, its registers hold no output of more than 256 columns, and its copies do not convert
+ * 8-bit keys and values. */
+#if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 && !AITER_DROPOUT && !AITER_FP8_CACHE
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;

@@ -25,7 +25,7 @@
 #error "--offload-arch and -DAITER_GFX... name different archs"
 #endif
 #elif defined(__CUDA_ARCH_LIST__)
-#if __CUDA_ARCH_LIST__ >= 900 && __CUDA_ARCH_LIST__ < 1000
+#if __CUDA_ARCH_LIST__ >= 900 && __CUDA_ARCH_LIST__ < 1000 && !defined(AITER_WITHOUT_WGMMA) /* to try sm_80's loops */
 #define AITER_WGMMA 1
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "build for sm_90a, not sm_90"
