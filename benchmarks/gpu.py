@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -415,16 +417,27 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def compile_kernels(section: Callable[[], Iterator[Case]], jobs: int) -> None:
+    """Takes each case's own call once, `jobs` at a time: the GPU need not wait for one compiler after the other."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for call in [pool.submit(case.ours[0]) for case in section()]:
+            call.exception()  # is met again, and told, where the case is measured
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default=",".join(SECTIONS))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels compiled at a time")
     options = parser.parse_args()
     device = torch.cuda.get_device_name()
     print(f"{device}, PyTorch {torch.__version__}, bf16", flush=True)
     rows = []
     for section in options.only.split(","):
         try:
+            compile_kernels(SECTIONS[section], options.jobs)
+            torch.cuda.empty_cache()
             for case in SECTIONS[section]():
                 result = case.row()
                 rows.append(result)

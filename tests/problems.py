@@ -30,6 +30,8 @@ def strided(shape, dtype, how, device=None):
         order = list(range(len(shape)))
         order[-3], order[-2] = order[-2], order[-3]
         return randn(*(shape[i] for i in order), dtype=dtype, device=device).transpose(-3, -2)
+    if how == "sliced in 8s":  # as GPU kernels read: other addresses are copied before they are called
+        return randn(*shape[:-1], shape[-1] + 16, dtype=dtype, device=device)[..., 8 : shape[-1] + 8]
     if how == "sliced":
         return randn(*shape[:-1], shape[-1] + 3, dtype=dtype, device=device)[..., 1 : shape[-1] + 1]
     if how == "last":
@@ -38,6 +40,7 @@ def strided(shape, dtype, how, device=None):
 
 
 STRIDES = ("contiguous", "heads_first", "sliced", "last")
+GPU_STRIDES = ("contiguous", "heads_first", "sliced in 8s")
 
 
 @dataclass
@@ -113,7 +116,7 @@ def page_lists(page_table, lengths, page_size, spare=0):
     """What a page table says of sequences with these lengths, as (page_indptr, page_indices, last_page_len)."""
     counts = [-(-n // page_size) for n in lengths]
     rows = [row[:count] for row, count in zip(page_table, counts, strict=True)]
-    indices = torch.cat([*rows, torch.full((spare,), -(2**31))]).int()
+    indices = torch.cat([*rows, torch.full((spare,), -(2**31), device=page_table.device)]).int()
     indptr = torch.tensor([0, *counts]).cumsum(0).int().to(indices.device)
     last = [(n - 1) % page_size + 1 if n else 0 for n in lengths]
     return indptr, indices, torch.tensor(last, dtype=torch.int32, device=indices.device)

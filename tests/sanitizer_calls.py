@@ -14,6 +14,55 @@ from problems import check_dense, check_kvcache, check_variable_length, randn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import aiter
+from aiter import flash_attn
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def options() -> None:
+    """What the loops are built for beside dtype, head_dim and causal, in both passes; and what writes caches."""
+    sinks = randn(4, dtype=torch.float32)
+    for dims, causal, chosen in (
+        ((128, 128), True, {"window_size": (100, 0), "softcap": 30.0, "sinks": sinks}),
+        ((64, 64), False, {"window_size": (70, 20), "alibi_slopes": sinks.abs()}),
+        ((192, 128), True, {}),
+        ((320, 256), True, {"softcap": 30.0}),
+        ((64, 64), True, {"dropout_p": 0.2}),
+        ((128, 128), True, {"attention_chunk": 96}),
+    ):
+        tensors = [
+            randn(2, 300, heads, dim, dtype=BF16).requires_grad_()
+            for heads, dim in ((4, dims[0]), (2, dims[0]), (2, dims[1]))
+        ]
+        output = flash_attn.flash_attn_func(*tensors, causal=causal, **chosen)
+        grads = torch.autograd.grad(output, tensors, torch.ones_like(output))
+        assert all(grad.isfinite().all() for grad in (output, *grads))
+    # One row each, which decoding kernels take; the last is latent attention.
+    for heads, heads_kv, dims, chosen in (
+        (8, 2, (128, 128), {"window_size": (100, 0), "softcap": 30.0, "alibi_slopes": sinks.abs().repeat(2)}),
+        (8, 1, (512, 512), {}),
+        (16, 1, (576, 512), {}),
+    ):
+        key = randn(2, 500, heads_kv, dims[0], dtype=BF16)
+        query = randn(2, 1, heads, dims[0], dtype=BF16)
+        output = flash_attn.flash_attn_func(query, key, key[..., : dims[1]], causal=True, **chosen)
+        assert output.isfinite().all()
+    for dtype in (BF16, FP8):  # new tokens turned and written, all read in pages
+        cache = [randn(20, 16, 2, 128, dtype=BF16).to(dtype) for _ in "kv"]
+        angles = torch.rand(400, 32, device=sinks.device)
+        table = torch.arange(20, device=sinks.device, dtype=torch.int32).view(2, 10)
+        output = flash_attn.flash_attn_with_kvcache(
+            *(randn(2, 3, 4, 128, dtype=BF16), *cache, *(randn(2, 3, 2, 128, dtype=BF16) for _ in "kv")),
+            *(angles.cos().bfloat16(), angles.sin().bfloat16()),
+            cache_seqlens=torch.tensor([17, 130], device=sinks.device, dtype=torch.int32),
+            block_table=table,
+            causal=True,
+        )
+        assert output.isfinite().all()
+        lists = {"page_indptr": [0, 3, 10], "page_indices": list(range(10)), "last_page_len": [5, 16]}
+        lists = {name: torch.tensor(x, device=sinks.device, dtype=torch.int32) for name, x in lists.items()}
+        output = flash_attn.flash_attn_with_kvcache(randn(2, 1, 4, 128, dtype=BF16), *cache, **lists)
+        assert output.isfinite().all()
 
 
 def backward(dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int) -> None:
@@ -28,8 +77,7 @@ def backward(dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int) -> No
 
 def main() -> None:
     torch.manual_seed(20)
-    bf16, fp16 = torch.bfloat16, torch.float16
-    for dtype, head_dim, causal in ((bf16, 128, True), (fp16, 64, False), (bf16, 72, True)):
+    for dtype, head_dim, causal in ((BF16, 128, True), (torch.float16, 64, False), (BF16, 72, True)):
         check_dense(dtype, head_dim, 200, 333, (4, 2), causal)
         check_dense(dtype, head_dim, 1, 5000, (8, 2), causal)  # decoding, split
         check_kvcache(dtype, head_dim, "pair", 16, [700, 1, 333], 1, (8, 2), causal)
@@ -37,6 +85,7 @@ def main() -> None:
         check_variable_length(dtype, head_dim, "packed", [100, 0, 1, 260], 0, (4, 2), causal)
         check_variable_length(dtype, head_dim, "padded", [100, 0, 1, 130], 3, (4, 2), causal)
         backward(dtype, head_dim, causal, 300)
+    options()
     torch.cuda.synchronize()
     print("all right")
 

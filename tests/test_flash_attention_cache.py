@@ -257,6 +257,8 @@ BAD = (
 @pytest.mark.parametrize(("changes", "error", "words"), BAD)
 def test_bad_arguments(changes, error, words):
     """Refused before anything is written."""
+    if "cache_batch_idx" in changes and DEVICE != "cpu":
+        pytest.skip("a GPU's values are not looked at")
     case = Case(DTYPES[0], "pages")
     caches = [cache.clone() for cache in case.caches]
     arguments = {"q": case.query, "k_cache": caches[0], "v_cache": caches[1], "k": case.new[0], "v": case.new[1]}
@@ -280,15 +282,19 @@ def test_no_room_for_new_tokens():
 
 @pytest.mark.parametrize("dtype", (None, torch.bfloat16))
 def test_combine(dtype):
-    query, key, value = (randn(2, 20, 2, 64, dtype=torch.float32) for _ in range(3))
+    query, key, value = (randn(2, 20, 2, 64, dtype=DTYPES[0]) for _ in range(3))
     whole, lse = aiter.flash_attn_func(query, key, value, return_lse=True)
     parts = [
         aiter.flash_attn_func(query, key[:, a:b], value[:, a:b], return_lse=True) for a, b in ((0, 7), (7, 8), (8, 20))
     ]
-    outputs, lses = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts]).transpose(2, 3)
+    outputs, lses = (
+        torch.stack([part[0].float() for part in parts]),
+        torch.stack([part[1] for part in parts]).transpose(2, 3),
+    )
     output, total = flash_attn_combine(outputs, lses, out_dtype=dtype)
     assert output.dtype == (dtype or torch.float32) and total.shape == (2, 20, 2)
-    torch.testing.assert_close(output.float(), whole, rtol=0, atol=1e-5 if dtype is None else 1e-2)
+    exact = dtype is None and DTYPES[0] is torch.float32
+    torch.testing.assert_close(output.float(), whole.float(), rtol=0, atol=1e-5 if exact else 1e-2)
     torch.testing.assert_close(total, lse.transpose(1, 2), rtol=0, atol=1e-5)
     out = torch.empty_like(output)
     assert flash_attn_combine(outputs, lses, out, dtype)[0] is out and torch.equal(out, output)

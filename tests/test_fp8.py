@@ -203,7 +203,7 @@ def test_append_and_attend():
             assert torch.equal(cache[table[b]].flatten(0, 1)[: n + 3].float(), rows[-1][b])
     assert_sequences(output, None, sequences_of(query, *rows), True)
     with pytest.raises(ValueError, match="k_scale has shape"):
-        kv_cache.append(key, value, *caches, seqlens, table, k_scale=torch.ones(3))
+        kv_cache.append(key, value, *caches, seqlens, table, k_scale=torch.ones(3, device=DEVICE))
 
 
 def test_recorded_calls_name_the_cache_dtype(tmp_path, monkeypatch):

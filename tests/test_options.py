@@ -328,5 +328,6 @@ def test_vmap_with_sinks():
 )
 def test_bad_options(options, error, words):
     tensors = [torch.zeros(1, 4, 2, 64, dtype=DTYPES[0], device=DEVICE) for _ in range(3)]
+    options = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
     with pytest.raises(error, match=words):
         aiter.flash_attn_func(*tensors, **options)

@@ -40,6 +40,7 @@ def draw_call(
     lengths_q=LENGTHS,
     lengths_k=LENGTHS,
     fp8=None,
+    strides=STRIDES[:3],
 ) -> Call:
     """`dims` are the head_dims of keys and values; `switched_on` are the options that the kernel is compiled for. A
     sequence has no keys, or at least `fewest_keys`: one that sees a single key has gradients that are all rounding.
@@ -110,7 +111,7 @@ def draw_call(
     packed_q, paged = layout.startswith("packed"), "page" in layout
     tensors, places = [], []
     for side, most, parts in ((0, seq_q, query), (1, seq_k, key), (1, seq_k, value)):
-        how, shape = pick(*STRIDES[:3]), parts[0].shape[1:]
+        how, shape = pick(*strides), parts[0].shape[1:]
         if side == 1 and paged:
             tensors.append(parts)
             continue

@@ -6,7 +6,7 @@ import pytest
 from driver import GPUS, attend, gradients, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_sequences
+from problems import GPU_STRIDES, assert_sequences
 from random_calls import assert_rest_is_clear, draw_call
 from test_cpu_backward import check
 from test_gpu_options import BACKWARD, DECODE, FORWARD, KERNELS
@@ -29,7 +29,8 @@ def on_kernels(*names):
 def draw(data, target, kernel, **how):
     on = {kernel.mask} | {name for name in ("softcap", "alibi", "chunk", "dropout") if getattr(kernel, name)}
     dims = kernel.head_dim, kernel.value_dim
-    call = draw_call(data, kernel.dtype, dims, on, lengths_q=ROWS[kernel.name], lengths_k=KEYS, **how)
+    lengths = {"lengths_q": ROWS[kernel.name], "lengths_k": KEYS}
+    call = draw_call(data, kernel.dtype, dims, on, strides=GPU_STRIDES, **lengths, **how)
     drawn.note_call(
         "CUDA" if target == "cuda" else target,
         kernel.name.removeprefix("attention_"),
