@@ -223,15 +223,26 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
 
 
 def check(mesh, device: torch.device) -> None:
-    """What is timed is right: against one process, before any time is taken."""
+    """What is timed is right, gradients too: against one process, before any time is taken."""
     torch.manual_seed(1)
-    tensors = [torch.randn(1, 512, heads, HEAD_DIM, device=device, dtype=DTYPE) for heads in (8, 4, 4)]
-    expected = shard(aiter.flash_attn_func(*tensors, True), 1, "zigzag", mesh.get_group())
-    own = [shard(tensor, 1, "zigzag", mesh.get_group()) for tensor in tensors]
-    for scheme in SCHEMES:
-        got = context_parallel_attention(*own, mesh, causal=True, layout="zigzag", scheme=scheme)
-        error = float((got.float() - expected.float()).abs().max())
-        assert error <= 2 * torch.finfo(DTYPE).eps * float(tensors[2].abs().max()), f"{scheme}: error {error}"
+    group = mesh.get_group()
+    tensors = [torch.randn(1, 512, heads, HEAD_DIM, device=device, dtype=DTYPE) for heads in (8, 4, 4, 8)]
+
+    def both(function, *tensors):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
+        output = function(*leaves)
+        return output.detach(), *torch.autograd.grad(output, leaves, tensors[3])
+
+    for options in ({}, {"window_size": (100, 0)}, {"softcap": 20.0}):
+        whole = both(lambda *t, o=options: aiter.flash_attn_func(*t, True, **o), *tensors)
+        own = [shard(tensor, 1, "zigzag", group) for tensor in tensors]
+        for scheme in SCHEMES:
+            how = {"causal": True, "layout": "zigzag", "scheme": scheme, **options}
+            parts = both(lambda *t, how=how: context_parallel_attention(*t, mesh, **how), *own)
+            for name, got, expected in zip(("output", "query", "key", "value"), parts, whole, strict=True):
+                expected = shard(expected, 1, "zigzag", group)
+                error = float((got.float() - expected.float()).norm() / expected.float().norm())
+                assert error <= 4 * torch.finfo(DTYPE).eps, f"{scheme}, {options}, {name}: error {error}"
 
 
 def picture(path: Path, rows: list[dict]) -> None:
