@@ -110,7 +110,7 @@ def paged_attention(
         cu_seq_lens_k = cu_seq_lens_k[kind]
     if isinstance(max_seqlen_k, dict):
         max_seqlen_k = max_seqlen_k[kind]
-    caches: dict[str, torch.Tensor] = {}
+    caches: dict[str, Any] = {}
     if block_table is None:
         packed = cache.update(key, value, module.layer_idx, read_index, write_index)
         key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in packed)
@@ -122,7 +122,11 @@ def paged_attention(
         )
         caches = {"block_table": block_table[group], "k_cache": k_cache, "v_cache": v_cache}
     return batched_attention(
-        *(module, query, key, value, None),
+        module,
+        query,
+        key,
+        value,
+        None,  # lengths say it
         cu_seq_lens_k=cu_seq_lens_k,
         max_length_q=max_seqlen_q,
         max_length_k=max_seqlen_k,
