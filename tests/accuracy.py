@@ -37,3 +37,12 @@ def assert_gradient_as_accurate(gradient, exact, pytorch):
         error, allowed = (float((t.double() - exact)[finite].square().mean().sqrt()) for t in (gradient, pytorch))
         allowed = 2 * allowed + ulp(exact[finite], torch.float32)
         assert error <= allowed, f"root mean square error {error:.3g} against float64; allowed are {allowed:.3g}"
+
+
+def assert_greedy(tokens, exact, pytorch):
+    """That each token is the one of the largest logit, as far as the dtype of `pytorch` can tell: logits that are as
+    accurate as the rule asks may be wrong by twice PyTorch's largest error, and so may those beside them."""
+    error = float((pytorch.double() - exact).abs().max())
+    behind = exact.amax(-1) - exact.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert 4 * error < float(exact.std()), "in this dtype any token might be the largest"
+    assert float(behind.max()) <= 4 * error, f"{float(behind.max()):.3g} behind; allowed are {4 * error:.3g}"

@@ -67,3 +67,14 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(20)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")),
+    ]
+)
+def device(request):
+    """For tests that say the same of the CPU and of a GPU."""
+    return request.param

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_as_accurate, assert_greedy
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 
@@ -32,6 +33,7 @@ def small_llama(implementation):
 
 
 def compiled(model, inputs):
+    torch._dynamo.reset()  # or the tests before it count as recompilations
     return torch.compile(model, backend="eager", fullgraph=True)
 
 
@@ -366,6 +368,95 @@ def test_packed_documents_have_windows_of_their_own(told):
 
     inputs, alone = packed(windowed, return_flash_attn_kwargs=told == "cu_seq_lens")
     same(run(windowed("aiter"), **inputs, use_cache=False).logits[0], alone)
+
+
+# ---- in bfloat16, on a GPU too where there is one ----
+
+MODELS = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "bart")
+
+
+def in_bfloat16(name, device):
+    """A model with our attention, with eager attention, and with that in float32 on the CPU: what is right."""
+
+    def made(implementation):
+        if name == "bart":
+            return bart(implementation)
+        if name == "llama":
+            return llama(implementation, initializer_range=0.2, eos_token_id=None)
+        # Of all experts, as which of them are chosen is a matter of rounding.
+        return family(name, implementation, **({"num_experts_per_tok": 4} if name == "gpt_oss" else {}))
+
+    ours, eager, exact = (made(implementation).bfloat16() for implementation in ("aiter", "eager", "eager"))
+    return ours.to(device), eager.to(device), exact.float()
+
+
+def inputs_of(model, tokens, mask):
+    inputs = dict(input_ids=tokens, attention_mask=mask)
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = tokens[:, :9]
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("padding_side", ("none", "left"))
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_is_as_accurate_as_eager(name, padding_side, device):
+    tokens, mask = batch(padding_side)
+    results = []
+    for model in in_bfloat16(name, device):
+        logits = model(**inputs_of(model, tokens, mask)).logits
+        logits = logits.flatten(0, 1) if model.config.is_encoder_decoder else logits[mask.bool().to(logits.device)]
+        logits.log_softmax(-1)[:, :48].mean().backward()
+        results.append(
+            (logits.detach().cpu(), {key: p.grad.cpu() for key, p in model.named_parameters() if p.grad is not None})
+        )
+    (ours, gradients), (eager, eagers), (exact, exacts) = results
+    assert_as_accurate(ours, exact, eager)
+
+    def error(of):
+        """Over all parameters, each by its own size; by no less than a hundredth of the largest one's, as some
+        gradients are 0 but for rounding (a key's bias changes no weight)."""
+        sizes = {key: right.square().sum() for key, right in exacts.items()}
+        least = 1e-4 * max(sizes.values())
+        return sum((of[key] - right).square().sum() / sizes[key].clamp(min=least) for key, right in exacts.items())
+
+    assert gradients.keys() == exacts.keys()
+    assert error(gradients) <= 2 * error(eagers)
+
+
+@pytest.mark.parametrize("cache", ("dynamic", "static"))
+@pytest.mark.parametrize("name", MODELS)
+def test_generation_in_bfloat16(name, cache, device):
+    tokens, mask = batch("left" if name != "bart" else "right")
+    ours, eager, exact = in_bfloat16(name, device)
+    ours.generation_config.eos_token_id = ours.generation_config.forced_eos_token_id = None
+    options = dict(max_new_tokens=8, do_sample=False, num_beams=1, pad_token_id=0, disable_compile=True)
+    made = ours.generate(tokens.to(device), attention_mask=mask.to(device), cache_implementation=cache, **options).cpu()
+
+    def logits(model):
+        """Of the tokens that were made."""
+        if model.config.is_encoder_decoder:
+            inputs, first = {**inputs_of(model, tokens, mask), "decoder_input_ids": made[:, :-1]}, 0
+        else:
+            seen = torch.cat((mask, torch.ones_like(made[:, tokens.shape[1] :])), 1)
+            inputs, first = dict(input_ids=made[:, :-1], attention_mask=seen[:, :-1]), tokens.shape[1] - 1
+        return run(model, **{key: given.to(model.device) for key, given in inputs.items()}).logits[:, first:].cpu()
+
+    assert_greedy(made[:, -8:], logits(exact), logits(eager))
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma2"))
+def test_packed_documents_in_bfloat16(name, device):
+    ours, eager, exact = in_bfloat16(name, device)
+    documents = [torch.randint(1, 97, (length,)) for length in DOCUMENTS]
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    inputs = collator([{"input_ids": document.tolist()} for document in documents])
+    inputs = {key: given.to(device) if torch.is_tensor(given) else given for key, given in inputs.items()}
+    del inputs["labels"]
+    alone = [
+        torch.cat([run(model, input_ids=document[None].to(model.device)).logits[0].cpu() for document in documents])
+        for model in (exact, eager)
+    ]
+    assert_as_accurate(run(ours, **inputs, use_cache=False).logits[0].cpu(), *alone)
 
 
 def test_packed_documents_compiled():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accuracy import assert_greedy
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 pytest.importorskip("transformers.generation.continuous_batching", reason="this version has no continuous batching")
@@ -29,8 +30,10 @@ FAMILIES = {
     "llama": {},
     "mistral": dict(sliding_window=8),
     "gemma2": dict(query_pre_attn_scalar=16, attn_logit_softcapping=5.0, **WINDOW),
-    "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=1, **WINDOW),
+    "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=2, **WINDOW),
 }
+# Before transformers 5.18 pages were blocks.
+PAGE_SIZE = "page_size" if hasattr(transformers.ContinuousBatchingConfig, "page_size") else "block_size"
 
 
 def model_of(family):
@@ -52,7 +55,7 @@ def prompts_of(count, longest):
 
 def batched(model, prompts, **scheduling):
     generation = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
-    scheduling = {"num_blocks": 64, "page_size": 16, "max_batch_tokens": 64, "use_async_batching": False, **scheduling}
+    scheduling = {"num_blocks": 64, PAGE_SIZE: 16, "max_batch_tokens": 64, "use_async_batching": False, **scheduling}
     results = model.generate_batch(
         prompts,
         generation_config=generation,
@@ -104,6 +107,26 @@ def test_decoding_over_pages(monkeypatch):
     ours = batched(model, prompts, max_blocks_per_request=4)
     assert calls
     assert ours == one_by_one(model, prompts, "eager")
+
+
+@pytest.mark.parametrize(
+    "family, count, pages", [("llama", 20, False), ("llama", 20, True), ("gemma2", 12, False), ("gpt_oss", 12, False)]
+)
+def test_in_bfloat16(family, count, pages, device):
+    """On a GPU as transformers does it there by itself: in CUDA graphs, two steps at a time."""
+    if pages and device == "cpu":
+        pytest.skip("transformers gives the pages themselves on GPUs alone")
+    model, prompts = model_of(family).bfloat16().to(device), prompts_of(count, 70)
+    scheduling = {} if device == "cpu" else {"use_async_batching": None}
+    made = batched(model, prompts, max_blocks_per_request=8 if pages else 0, **scheduling)
+    model.set_attn_implementation("eager")
+    exact = model_of(family).bfloat16().float()
+    exact.set_attn_implementation("eager")
+    for prompt, tokens in zip(prompts, made, strict=True):
+        row = torch.tensor([prompt + tokens[:-1]])
+        with torch.no_grad():
+            logits = [one(row.to(one.device)).logits[0, -len(tokens) :].cpu() for one in (exact, model)]
+        assert_greedy(torch.tensor(tokens), *logits)
 
 
 def test_decoding_over_pages_is_offered_to_transformers():

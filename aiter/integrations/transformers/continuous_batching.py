@@ -21,6 +21,7 @@ from aiter.integrations.transformers.layers import attention, refuse_others
 from aiter.integrations.transformers.masks import padding_mask
 
 FLASH_NAME = "aiter_flash2"
+PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.17 makes of it while it batches
 
 
 def batched_attention(
@@ -86,24 +87,75 @@ def batched_attention(
     return output.unsqueeze(0), None
 
 
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    cache: Any,
+    cu_seq_lens_k: torch.Tensor | dict[str, torch.Tensor],
+    max_seqlen_q: int,
+    max_seqlen_k: int | dict[str, int],
+    read_index: Any = None,
+    write_index: Any = None,
+    block_table: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **others,
+) -> tuple[torch.Tensor, None]:
+    """`batched_attention` as transformers up to 5.17 calls it: the new tokens alone, and the cache that they go to."""
+    kind = "full_attention" if sliding_window is None else "sliding_attention"
+    if isinstance(cu_seq_lens_k, dict):
+        cu_seq_lens_k = cu_seq_lens_k[kind]
+    if isinstance(max_seqlen_k, dict):
+        max_seqlen_k = max_seqlen_k[kind]
+    caches: dict[str, Any] = {}
+    if block_table is None:
+        packed = cache.update(key, value, module.layer_idx, read_index, write_index)
+        key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in packed)
+    else:
+        group, layer = cache.layer_index_to_group_indices[module.layer_idx]
+        k_cache, v_cache = (
+            slots[layer].view(-1, cache.block_size, *slots[layer].shape[1:])
+            for slots in (cache.key_cache, cache.value_cache)
+        )
+        caches = {"block_table": block_table[group], "k_cache": k_cache, "v_cache": v_cache}
+    return batched_attention(
+        module,
+        query,
+        key,
+        value,
+        None,  # lengths say it
+        cu_seq_lens_k=cu_seq_lens_k,
+        max_length_q=max_seqlen_q,
+        max_length_k=max_seqlen_k,
+        sliding_window=sliding_window,
+        read_index=(),
+        **caches,
+        **others,
+    )
+
+
 def admit() -> None:
-    """Registers the name, and sees to it that transformers looks for no package of it."""
-    AttentionInterface.register(FLASH_NAME, batched_attention)
-    AttentionMaskInterface.register(FLASH_NAME, padding_mask)
+    """Registers the names, and sees to it that transformers looks for no package of them."""
+    for name, function in ((FLASH_NAME, batched_attention), (PAGED_NAME, paged_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, padding_mask)
     check = PreTrainedModel._check_and_adjust_attn_implementation
     if hasattr(check, "before_aiter"):
         return
 
     def adjust(self, attn_implementation, *arguments, **keywords):
         # Some models list the packages that know their sinks; these kernels do, and are in no such list.
-        if attn_implementation == FLASH_NAME:
-            return FLASH_NAME
+        if attn_implementation in (FLASH_NAME, PAGED_NAME):
+            return attn_implementation
         return check(self, attn_implementation, *arguments, **keywords)
 
     imports = modeling_flash_attention_utils._lazy_imports
 
     def lazy_imports(implementation, *arguments, **keywords):
-        if implementation == FLASH_NAME:
+        if implementation in (FLASH_NAME, PAGED_NAME):
             functions = (
                 flash_attn.flash_attn_func,
                 flash_attn.flash_attn_varlen_func,

@@ -16,8 +16,8 @@ def documents():
     return [{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts]
 
 
-def train(family, implementation, packed, folder, **arguments):
-    """Losses of eight steps of four documents each."""
+def train(family, implementation, packed, folder, device="cpu", **arguments):
+    """Losses of eight steps of four documents each; on a GPU in bfloat16, by autocast."""
     torch.manual_seed(3)
     sizes = dict(
         vocab_size=97,
@@ -41,7 +41,8 @@ def train(family, implementation, packed, folder, **arguments):
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=device == "cpu",
+        bf16=device != "cpu",
         disable_tqdm=True,
         seed=5,
     )
@@ -70,21 +71,21 @@ def _padded(features):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("name", ["aiter", "aiter_flash2"])
-def test_packed_documents_train_as_padded_ones(family, name, tmp_path, monkeypatch):
+def test_packed_documents_train_as_padded_ones(family, name, device, tmp_path, monkeypatch):
     seen, backward = [], plan.backward
     monkeypatch.setattr(plan, "backward", lambda *arguments: seen.append(1) or backward(*arguments))
-    eager = train(family, "eager", False, tmp_path)
+    eager = train(family, "eager", False, tmp_path, device)
     assert not seen
-    packed = train(family, name, True, tmp_path)
+    packed = train(family, name, True, tmp_path, device)
     assert len(seen) == 8 * 2
-    padded = train(family, name, False, tmp_path)
+    padded = train(family, name, False, tmp_path, device)
     assert len(eager) == 8 and eager[-1] < eager[0] - 0.2
     for losses in (packed, padded):
-        assert losses == pytest.approx(eager, rel=2e-3)
+        assert losses == pytest.approx(eager, rel=2e-3 if device == "cpu" else 1e-2)
 
 
-def test_with_gradient_checkpointing_and_bfloat16(tmp_path):
-    options = dict(gradient_checkpointing=True, bf16=True)
+def test_with_gradient_checkpointing_and_bfloat16(device, tmp_path):
+    options = dict(device=device, gradient_checkpointing=True, bf16=True)
     eager = train("llama", "eager", False, tmp_path, **options)
     packed = train("llama", "aiter", True, tmp_path, **options)
     assert packed == pytest.approx(eager, rel=1e-2)
