@@ -8,10 +8,19 @@
 #else
 #include "gpu/arch/sm80_decode.h"
 #endif
+/* Latent attention has a loop of its own on wgmma, whose copies do not convert 8-bit keys and values. */
+#if defined(AITER_WGMMA) && AITER_HEAD_DIM == 576 && AITER_VALUE_DIM == 512 && !AITER_FP8_CACHE
+#define AITER_LATENT 1
+#include "gpu/arch/sm90_latent.h"
+#endif
 
 namespace aiter {
 
+#if defined(AITER_LATENT)
+using Tile = LatentDecode;
+#else
 using Tile = Decode<HEAD_DIM, VALUE_DIM>;
+#endif
 constexpr int KEYS = Tile::KEYS, WAVES = Tile::WAVES, THREADS = WAVES * WAVE;
 constexpr int TEAMS = WAVES / Tile::TEAM; /* waves of a team share rows and keys, and split the columns of V */
 constexpr int STEP_KEYS = TEAMS * KEYS, PART_ROWS = TEAMS * Tile::ROWS;
@@ -234,6 +243,35 @@ struct Unit {
         if (hidden) exact_row(own, token(row), score, none, log_sum, share(row, log_sum));
         return hidden;
     }
+    /* The rows of a wave, among keys before `end`: what they see, and what score.h and mask.h do to their scores. */
+    template <class Output, int ROWS> struct Wave {
+        static constexpr int SLOTS = Output::SLOTS;
+        Range sees[SLOTS], all_see;
+        float slope[SLOTS];
+        int position[SLOTS];
+
+        __device__ __forceinline__ Wave(const Unit &unit, int first_row, int end) {
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const int row = first_row + Output::row(slot);
+                sees[slot] = MASKED && row < unit.rows ? unit.sees(row) : Range{0, end};
+                sees[slot].high = lesser(sees[slot].high, end);
+                if (ALIBI) slope[slot] = unit.slope(row), position[slot] = unit.position(row);
+            }
+            all_see = {0, end};
+            if (MASKED && first_row < unit.rows) {
+                all_see.high = lesser(unit.sees(first_row).high, end);
+                if (WINDOW) all_see.low = unit.sees(lesser(first_row + ROWS, unit.rows) - 1).low;
+            }
+        }
+        /* A tile of scores, whose columns begin at `first`. */
+        template <class Scores>
+        __device__ __forceinline__ void finish(const Score &score, Scores &s, int first) const {
+            score.finish(s, first, [&](int slot) { return slope[slot]; }, [&](int slot) { return position[slot]; });
+            if (!all_see.covers<WINDOW>(first, first + KEYS))
+                hide<WINDOW>(s, -INFINITE, first, [&](int slot) { return sees[slot]; });
+        }
+    };
     /* Padding from row `first` on: zeros. By the whole block. */
     __device__ __forceinline__ void clear_padding(int first) const {
         constexpr int CHUNKS = VALUE_DIM / 8;
