@@ -401,8 +401,8 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter::Plan plan(problem, aiter::compute_units(device));
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     const int grid = static_cast<int>(plan.grid);
-    if (const int error =
-            aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES, stream, *call, grid))
+    if (const int error = aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES,
+                                        stream, *call, grid))
         return error;
     if (!plan.cuts()) return 0;
     const int over_units = plan.units < grid - 1;

@@ -41,7 +41,7 @@ constexpr int INVARIANT_KEYS = 1024;
 static_assert(INVARIANT_KEYS % STEP_KEYS == 0, "whole steps");
 
 /* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */
-constexpr int LEAST_STEPS = 4;
+constexpr int LEAST_STEPS = KEYS < 64 ? 4 : 2;
 
 __host__ __device__ inline int64_t all_rows(const aiter_attention_problem &p) { /* of a KV head in a sequence */
     return static_cast<int64_t>(p.seqlen_q) * (p.heads_q / p.heads_kv);
@@ -65,12 +65,13 @@ __host__ __device__ inline int steps_of(const aiter_attention_problem &p, int ke
     return keys <= 0 ? 1 : p.batch_invariant ? (keys - 1) / INVARIANT_KEYS + 1 : (keys - 1) / STEP_KEYS + 1;
 }
 
-/* How many blocks share the steps. */
+/* How many blocks share the steps. Where there are nearly as many units as there could be blocks, one for each: of equal
+ * length, none of them is cut. */
 __host__ __device__ inline int64_t blocks_for(const aiter_attention_problem &p, int64_t units, int64_t steps,
                                               int64_t most) {
     if (p.batch_invariant) return steps;
     const int64_t useful = steps / LEAST_STEPS > units ? steps / LEAST_STEPS : units;
-    return useful < most ? useful : most;
+    return units <= most && units >= most - most / 16 ? units : useful < most ? useful : most;
 }
 
 /* The keys that steps are counted over: those that any row of the sequence sees. */
@@ -265,8 +266,7 @@ struct Unit {
             }
         }
         /* A tile of scores, whose columns begin at `first`. */
-        template <class Scores>
-        __device__ __forceinline__ void finish(const Score &score, Scores &s, int first) const {
+        template <class Scores> __device__ __forceinline__ void finish(const Score &score, Scores &s, int first) const {
             score.finish(s, first, [&](int slot) { return slope[slot]; }, [&](int slot) { return position[slot]; });
             if (!all_see.covers<WINDOW>(first, first + KEYS))
                 hide<WINDOW>(s, -INFINITE, first, [&](int slot) { return sees[slot]; });

@@ -58,7 +58,7 @@ struct LatentDecode {
 struct LatentLoop : LatentDecode {
     using Softmax = OnlineSoftmax<2>;
     static constexpr int WARPGROUP = 128, WAVE_ROWS = 16;
-    static constexpr int OWN_REGISTERS = 224, COPY_REGISTERS = 56; /* of a thread; 3 x 128 begin with 168 */
+    static constexpr int OWN_REGISTERS = 216, COPY_REGISTERS = 72; /* of a thread; 3 x 128 begin with 168 */
     static_assert(2 * OWN_REGISTERS + COPY_REGISTERS <= 3 * 168, "or it hangs");
 
     static constexpr int LINES = HEAD_DIM / 64, VALUE_LINES = VALUE_DIM / 64; /* blocks of a tile */
@@ -209,7 +209,7 @@ struct LatentLoop : LatentDecode {
         __device__ __forceinline__ void begin_scores(const Stage &stage, int group, Scores &s) const {
             mbarrier::wait(stage.full(group), stage.turn);
             wgmma::shared_is_written(); /* what other threads have copied becomes visible to wgmma */
-            const wgmma::Matrix q = wgmma::matrix(opaque(shared)), k = wgmma::matrix(stage.tile());
+            const wgmma::Matrix q = wgmma::matrix(opaque(shared)), k = wgmma::matrix(opaque(stage.tile()));
             wgmma::begin();
 #pragma unroll
             for (int line = first_line(group); line < end_line(group); ++line)
@@ -340,8 +340,7 @@ struct LatentLoop : LatentDecode {
             meet_both();
 #pragma unroll
             for (int slot = 0; slot < 2; ++slot) {
-                const float other =
-                    shared_load<float>(sums + ((number ^ 1) * ROWS + wave_row + Scores::row(slot)) * 4);
+                const float other = shared_load<float>(sums + ((number ^ 1) * ROWS + wave_row + Scores::row(slot)) * 4);
                 softmax.sum[slot] = lane_leads_row() ? sum[slot] + other : 0.0f; /* of this lane */
             }
         }
