@@ -65,8 +65,8 @@ __host__ __device__ inline int steps_of(const aiter_attention_problem &p, int ke
     return keys <= 0 ? 1 : p.batch_invariant ? (keys - 1) / INVARIANT_KEYS + 1 : (keys - 1) / STEP_KEYS + 1;
 }
 
-/* How many blocks share the steps. Where there are nearly as many units as there could be blocks, one for each: of equal
- * length, none of them is cut. */
+/* How many blocks share the steps. Where there are nearly as many units as there could be blocks, one for each: units
+ * of equal length are then not cut. */
 __host__ __device__ inline int64_t blocks_for(const aiter_attention_problem &p, int64_t units, int64_t steps,
                                               int64_t most) {
     if (p.batch_invariant) return steps;

@@ -1,41 +1,43 @@
-/* Latent attention (MLA) for few query tokens on sm_90a: one KV head of 576 columns, whose first 512 are the values too,
- * read by 64 rows at a time with wgmma. In the place of the loop of attention_decode.hip, whose mma.sync reads each tile
- * from shared memory once for 16 rows.
+/* Latent attention (MLA) for few query tokens on sm_90a: one KV head of 576 columns, the first 512 of which are the
+ * values too, for 64 rows at a time with wgmma. It takes the place of the loop of attention_decode.hip, whose mma.sync
+ * reads each tile from shared memory once for 16 rows.
  *
  *   a piece       64 rows (token, head), and keys in tiles of 64. One block to an SM, three warpgroups:
- *   warpgroup 2   copies: tile after tile, as far ahead as there is room, 16 bytes a lane (cp.async), so that pages of
- *                 any size will do
- *   0 and 1       multiply. 64 rows of output are 64 x 512 floats, all registers of two warpgroups: each has half of the
- *                 columns. Warpgroup 0 makes the scores of even tiles and warpgroup 1 of odd ones; the probabilities P
- *                 go to the other through shared memory, and both multiply them by their half of the values:
+ *   warpgroup 2   copies: tile after tile, as far ahead as there is room, 16 bytes a lane (cp.async), so that pages may
+ *                 have any size
+ *   0 and 1       multiply. 64 rows of output are 64 x 512 floats, most registers of two warpgroups: each has half of
+ *                 the columns. Warpgroup 0 makes the scores of even tiles and warpgroup 1 of odd ones; the probabilities
+ *                 P go to the other through shared memory, and both multiply them by their half of the values:
  *
  *     warpgroup 0   Q K(0)^T  softmax  P(0) V(0)  | P(1) V(1)  Q K(2)^T  softmax  P(2) V(2)  | ...
  *                                  \ P(0)              / P(1)                  \ P(2)
  *     warpgroup 1                   P(0) V(0)  Q K(1)^T  softmax  P(1) V(1)  | P(2) V(2)  Q K(3)^T  ...
  *
  *                 Each goes through all tiles in their order. So the maxima, which go along with P, only ever grow, and
- *                 whoever gets them moves on to them: the output is rescaled where they have grown, which is rare.
+ *                 whoever gets them moves on to them; that the output must be rescaled for it is rare.
  *
- *   shared        Q         9 x 8 KB      blocks of 64 rows x 64 columns, as wgmma wants them (arch/sm90.h)
- *   memory        K         2 x 9 x 8 KB  two tiles. A tile's blocks arrive in five groups, each with a barrier: first
- *                                         the one that is no value, then two at a time; and are given back in three:
- *                                         that one as soon as its scores are made, then each warpgroup's half of V
- *                 P         8 KB          one is enough: a warpgroup writes P when it has used the other's
- *                                         229,376 bytes of 232,448; the rest are barriers, maxima and sums
- *   registers     of 224: O 128, S 32, P 16, a maximum and a sum for each of two rows
+ *   shared        Q   9 x 8 KB      blocks of 64 rows x 64 columns, as wgmma wants them (arch/sm90.h)
+ *   memory        K   2 x 9 x 8 KB  two tiles. A tile's blocks arrive in five groups, each with a barrier: first the
+ *                                   one that is no value, then two at a time. They are given back in three: that one
+ *                                   as soon as its scores are made, then each warpgroup's half of the values
+ *                 P   8 KB          one is enough: a warpgroup writes P when it has used the other's
+ *                                   229,376 bytes of 232,448; the rest are barriers, maxima and sums
+ *   registers     O 128, S 32, P 16, of 216; a maximum and a sum for each of two rows
  *
- *   cycles        of a tile: scores 36 x 32, products 4 x 2 x 128, 2176 with the matrix unit always busy. What cannot be had:
- *                 scores need the tile that takes the room of the tile before last, 900 to 1200 cycles after its products
- *                 and at the memory's pace. So the first EARLY groups are multiplied before P of the tile before comes,
- *                 the others after. A simulation of this order (30 bytes a cycle, softmax 700 cycles) gives 2600 to 2800
- *                 cycles, 2900 without EARLY; shared memory is read and written for 2300 of them. 64 sequences of 4096
- *                 keys, 128 heads: 128 pieces of 64 tiles, 100 to 110 us at 1.7 GHz. The two pieces of a sequence run side
- *                 by side, so that memory is read once (302 MB, 100 us) and the L2 cache twice.
+ *   cycles        of a tile: scores 36 x 32, products 4 x 2 x 128; 2176 with the matrix unit always busy. It cannot be:
+ *                 a tile sets off into the room of the tile before last when that has been used, and takes 900 to 1200
+ *                 cycles and what the memory's pace adds to arrive. So the first EARLY groups of scores are made before
+ *                 P of the tile before comes, the others after. A simulation of this order (30 bytes a cycle, softmax
+ *                 700 cycles) gives 2600 to 2800 cycles, 2900 with EARLY = 0. Shared memory is busy for 2300 of them:
+ *                 scores read 4 KB in 32 cycles, products 8 to 10 KB in 128, and 72 KB are written.
+ *                 64 sequences of 4096 keys, 128 heads: 128 pieces of 64 tiles on 132 SMs, 100 to 110 us at 1.7 GHz.
+ *                 The two pieces of a sequence run side by side: memory is read once (302 MB, 100 us), the L2 cache
+ *                 twice.
  *
- * Values in a memory of their own: the tile's first eight blocks are overwritten by them as soon as its scores are made.
+ * Values in a memory of their own: they replace the tile's first eight blocks as soon as its scores are made.
  *
- * After the design of FlashMLA (github.com/deepseek-ai/FlashMLA): halves of the output, P exchanged, blocks of a tile
- * given back one by one. There both warpgroups begin with the scores of two tiles; here they are half a round apart. */
+ * After the design of FlashMLA (github.com/deepseek-ai/FlashMLA): halves of the output, P exchanged, a tile given back
+ * block by block. There both warpgroups begin with the scores of two tiles; here they are half a round apart. */
 #ifndef AITER_GPU_ARCH_SM90_LATENT_H
 #define AITER_GPU_ARCH_SM90_LATENT_H
 
@@ -108,8 +110,8 @@ struct LatentLoop : LatentDecode {
 
     /* ---- copies ---- */
 
-    /* Of a tile each thread has one chunk of 16 bytes in each block, of rows row, row + 16, ... Rows that the piece does
-     * not have are zeros. */
+    /* Of a tile each thread has one chunk of 16 bytes in each block, of rows row, row + 16, ... Rows that the piece
+     * does not have are zeros. */
     struct Copier {
         using Rows = KeyValueRows<PAGED>;
         static constexpr int PASS_ROWS = WARPGROUP / 8, PASSES = KEYS / PASS_ROWS;
