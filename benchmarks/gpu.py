@@ -1,7 +1,7 @@
 """Every case on the GPU at hand, with PyTorch's operators (FlashAttention-2, cuDNN, unfused) in the same run, and with
 FlashAttention-3 where its wheel is installed (`pip install fa3-fwd`, Hopper only).
 
-    python benchmarks/gpu.py [--out FOLDER] [--only forward,dims,chunks,variable,options,decode,serving,backward,host]
+    python benchmarks/gpu.py [--out FOLDER] [--only forward,dims,chunks,variable,options,decode,latent,serving,...]
 
 Prints a table; with --out also writes gpu.json and, where matplotlib is installed, gpu.png. Times are medians of device
 events over repeated calls on random data that is larger than the caches, or for the small ones rotates among copies.
@@ -308,6 +308,51 @@ def decode() -> Iterator[Case]:
             yield Case(f"{name}, pages of {page_size}", "TB/s", moved, ours, {}, bounds)
 
 
+def latent() -> Iterator[Case]:
+    """Latent attention (MLA, 576/512): one KV head, whose first columns are the values. Bounds: the cache once at the
+    rate of a copy, and the products at that of a large product of matrices."""
+    copy, multiply = copy_bandwidth(), product_rate()
+    for batch, length, heads, rows in (
+        (64, 4096, 128, 1),
+        (64, 4096, 128, 2),
+        (64, 4096, 16, 1),
+        (128, 1024, 128, 1),
+        (32, 8192, 64, 1),
+        (1, 32768, 128, 1),
+        (4, 4096, 16, 1),
+    ):
+        query, cache = randn(batch, rows, heads, 576), randn(batch, length, 1, 576)
+        apart = cache[..., :512].clone()
+        products = 2.0 * batch * heads * rows * length * (576 + 512)
+        moved = 2.0 * (cache.numel() + query.numel() + batch * rows * heads * 512)
+        bounds = {"copy": products / moved * copy, "product": multiply}
+        name = f"latent decode {batch} x {length}, {heads} heads" + f", {rows} tokens" * (rows > 1)
+        causal = rows > 1
+        ours = partial(aiter.flash_attn_func, query, cache, cache[..., :512], causal)
+        yield Case(name, "TFLOP/s", products, [ours], {}, bounds)
+        ours = partial(aiter.flash_attn_func, query, cache, apart, causal)
+        yield Case(f"{name}, values apart", "TFLOP/s", products, [ours], {}, bounds)
+        for page_size in (16, 64):
+            table = torch.randperm(batch * length // page_size, device="cuda").to(torch.int32).view(batch, -1)
+            pages = cache.view(-1, page_size, 1, 576)
+            ours = partial(
+                flash_attn.flash_attn_with_kvcache,
+                query,
+                pages,
+                pages[..., :512],
+                cache_seqlens=torch.full((batch,), length, dtype=torch.int32, device="cuda"),
+                block_table=table,
+                causal=causal,
+            )
+            yield Case(f"{name}, pages of {page_size}", "TFLOP/s", products, [ours], {}, bounds)
+
+
+def product_rate() -> float:
+    """TFLOP/s of a product of two matrices."""
+    a, b = randn(8192, 8192), randn(8192, 8192)
+    return 2 * 8192**3 / device_seconds([partial(torch.mm, a, b)]) / 1e12
+
+
 def paged(cache: list[torch.Tensor], page_size: int) -> tuple[torch.Tensor, ...]:
     return tuple(t.unflatten(1, (-1, page_size)).flatten(0, 1).transpose(1, 2).contiguous() for t in cache)
 
@@ -381,7 +426,7 @@ def host() -> Iterator[Case]:
     yield Case("host time of a small call", "us", 0, ours, others)
 
 
-SECTIONS = {f.__name__: f for f in (forward, dims, chunks, variable, options, decode, serving, backward, host)}
+SECTIONS = {f.__name__: f for f in (forward, dims, chunks, variable, options, decode, latent, serving, backward, host)}
 
 
 NAMES = ("aiter", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")

@@ -31,6 +31,8 @@
  * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results
  * do not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
  *
+ * An arch may go through the keys of a part in a way of its own: arch/sm90_latent.h does for latent attention.
+ *
  * What arch/ *_decode.h provides:
  *   Decode<HEAD_DIM, VALUE_DIM>       ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
  *                                     LANES; Scores, Output and Queries: as Accumulator and Query in gpu/arch.h, with
@@ -45,25 +47,31 @@
 
 namespace aiter {
 
+using Output = Tile::Output;
+using Softmax = OnlineSoftmax<Output::SLOTS, Tile::LANES>;
+constexpr int SLOTS = Output::SLOTS, RUN = Tile::RUN;
+static_assert(!DROPOUT, "dropout is for training: the forward kernel knows it");
+
+/* What a block has of a unit: those of the keys first_key ... end_key - 1 that any row sees. */
+struct Piece {
+    Schedule::Place place;
+    int index; /* of the unit in its sequence */
+    int first_key, end_key;
+    bool begins, whole; /* is it the unit's beginning; all of it */
+    bool again;         /* not the block's first */
+};
+
+#if defined(AITER_LATENT)
+using Loop = LatentLoop;
+#else
+/* ---- the loop over a piece's keys ---- */
+
 using Memory = DecodeMemory<HEAD_DIM, VALUE_DIM>;
 using Rows = KeyValueRows<PAGED>;
 using Stream = Memory::Stream;
 using Scores = Tile::Scores;
-using Output = Tile::Output;
-using Softmax = OnlineSoftmax<Output::SLOTS, Tile::LANES>;
-constexpr int SLOTS = Output::SLOTS, RUN = Tile::RUN;
 
 constexpr int EXCHANGED = Memory::EXCHANGED;
-constexpr int SHARED_BYTES = Memory::SHARED_BYTES;
-static_assert(!DROPOUT, "dropout is for training: the forward kernel knows it");
-static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
-
-/* Of value i of a lane; of a team's waves each has its own. Not by wave(), which all lanes must ask together. */
-__device__ __forceinline__ int column_of_lane(int i) {
-    return (Tile::TEAM == 1 ? 0 : thread_in_block() / WAVE % Tile::TEAM * Tile::COLUMNS) + Output::column_of_lane(i);
-}
-
-/* ---- one unit, or a part of it ---- */
 
 /* The team's tiles among keys first_key ... end-1, for the rows from `wave_row` on. */
 __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, int first_key, int end, int wave_row,
@@ -72,21 +80,7 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
     Rows rows = unit.sequence.keys;
     rows.begin = unit.sees(0).low;
     rows.count = end;
-    Range sees[SLOTS];
-    float slope[SLOTS];
-    int position[SLOTS];
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
-        const int row = wave_row + Output::row(slot);
-        sees[slot] = MASKED && row < unit.rows ? unit.sees(row) : Range{0, end};
-        sees[slot].high = lesser(sees[slot].high, end);
-        if (ALIBI) slope[slot] = unit.slope(row), position[slot] = unit.position(row);
-    }
-    Range all_see = {0, end};
-    if (MASKED && wave_row < unit.rows) {
-        all_see.high = lesser(unit.sees(wave_row).high, end);
-        if (WINDOW) all_see.low = unit.sees(lesser(wave_row + Tile::ROWS, unit.rows) - 1).low;
-    }
+    const Unit::Wave<Output, Tile::ROWS> scored_rows(unit, wave_row, end);
 
     Stream stream(shared, rows, first_key, group, groups);
     Tile::Queries queries;
@@ -101,9 +95,7 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
         if (first >= end || Stream::COOPERATIVE && wave_row >= unit.rows) continue;
         Scores s;
         stream.scores(queries, s);
-        score.finish(s, first, [&](int slot) { return slope[slot]; }, [&](int slot) { return position[slot]; });
-        if (!all_see.covers<WINDOW>(first, first + KEYS))
-            hide<WINDOW>(s, -INFINITE, first, [&](int slot) { return sees[slot]; });
+        scored_rows.finish(score, s, first);
         softmax.update(s, o);
         stream.accumulate(s, o);
     }
@@ -142,6 +134,43 @@ __device__ __forceinline__ void add_up(char *shared, int group, int groups, int 
             }
     }
 }
+
+struct Loop {
+    static constexpr int SHARED_BYTES = Memory::SHARED_BYTES;
+
+    /* Of the columns that a team's wave has. Not by wave(), which all lanes must ask together. */
+    static __device__ __forceinline__ int first_column() {
+        return Tile::TEAM == 1 ? 0 : thread_in_block() / WAVE % Tile::TEAM * Tile::COLUMNS;
+    }
+
+    /* Goes through the block's pieces: for_each_piece(visit) calls visit(unit, piece) for one after the other. Whoever
+     * has rows of a result then calls write(piece, first row, softmax, o), in whole waves. */
+    template <class Pieces, class Write>
+    static __device__ __forceinline__ void run(char *shared, const Score &score, Pieces for_each_piece, Write write) {
+        for_each_piece([&](const Unit &unit, const Piece &piece) {
+            int row_tiles = 1; /* a power of two, as TEAMS is */
+            while (row_tiles * Tile::ROWS < unit.rows) row_tiles *= 2;
+            const int team = wave() / Tile::TEAM, groups = TEAMS / row_tiles, group = team / row_tiles;
+            const int wave_row = team % row_tiles * Tile::ROWS;
+            if (piece.again) barrier(); /* the last unit's use of shared memory is over */
+            const auto &scored = unit.sequence.scaled(score);
+            Softmax softmax(scored.unit);
+            Output o;
+            o.clear();
+            if (piece.first_key < piece.end_key)
+                attend(unit, shared_address(shared), piece.first_key, piece.end_key, wave_row, group, groups, scored,
+                       softmax, o);
+            add_up(shared, group, groups, row_tiles, softmax, o);
+            write(piece, group == 0, wave_row, row_tiles * Tile::ROWS, softmax, o);
+        });
+    }
+};
+#endif
+static_assert(Loop::SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
+
+/* ---- results ---- */
+
+__device__ __forceinline__ int column_of_lane(int i) { return Loop::first_column() + Output::column_of_lane(i); }
 
 template <class T, int COUNT> struct alignas(sizeof(T) * COUNT) Pack {
     T item[COUNT];
@@ -208,14 +237,10 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
     }
 }
 
-__global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const Arguments arguments, int grid) {
-    AITER_SHARED(shared, SHARED_BYTES);
-    let_next_start();
-    clear_rest(arguments, grid, THREADS);
-    const Schedule schedule(arguments, grid);
-    if (block() >= schedule.blocks) return;
-    const Parts parts(arguments, grid);
-    const Score score(arguments.problem);
+/* ---- the kernel ---- */
+
+template <class Visit>
+__device__ __forceinline__ void for_each_piece(const Arguments &arguments, const Schedule &schedule, Visit visit) {
     const int end = schedule.range_begin(block() + 1), keys_of_step = step_keys(arguments.problem);
     int step = schedule.range_begin(block());
     Schedule::Place place = schedule.find(INT32_MAX, step);
@@ -224,37 +249,39 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const 
         const int index = (step - place.begin) / place.steps, unit_begin = place.begin + index * place.steps;
         const int first = step - unit_begin, last = lesser(end - unit_begin, place.steps);
         const Unit unit(reread(arguments), place.batch, index, schedule.parts);
-
-        int row_tiles = 1; /* a power of two, as TEAMS is */
-        while (row_tiles * Tile::ROWS < unit.rows) row_tiles *= 2;
-        const int team = wave() / Tile::TEAM, groups = TEAMS / row_tiles, group = team / row_tiles;
-        const int wave_row = team % row_tiles * Tile::ROWS;
         const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
         const int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
         int first_key = origin + first * keys_of_step;
         if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
 
-        if (again) barrier(); /* the last unit's use of shared memory is over */
-        const auto &scored = unit.sequence.scaled(score);
-        Softmax softmax(scored.unit);
-        Output o;
-        o.clear();
-        if (first_key < end_key)
-            attend(unit, shared_address(shared), first_key, end_key, wave_row, group, groups, scored, softmax, o);
-        add_up(shared, group, groups, row_tiles, softmax, o);
-        /* The unit once more, so that what only writing needs is not kept through the loop. */
-        const Unit written(reread(arguments), opaque_scalar(place.batch), opaque_scalar(index), schedule.parts);
-        const bool whole = first == 0 && last == place.steps;
-        if (group == 0) {
-            if (whole) store(written, wave_row, score, softmax, o);
-            else store_part(written, parts, first == 0, wave_row, softmax, o);
-        }
-        if (whole) written.clear_padding(row_tiles * Tile::ROWS);
+        visit(unit, Piece{place, index, first_key, end_key, first == 0, first == 0 && last == place.steps, again});
 
         step = unit_begin + last;
         if (step == place.begin + place.steps * schedule.units && step < end)
             place = {place.batch + 1, step, schedule.steps_in(place.batch + 1)};
     }
+}
+
+__global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const Arguments arguments, int grid) {
+    AITER_SHARED(shared, Loop::SHARED_BYTES);
+    let_next_start();
+    clear_rest(arguments, grid, THREADS);
+    const Schedule schedule(arguments, grid);
+    if (block() >= schedule.blocks) return;
+    const Parts parts(arguments, grid);
+    const Score score(arguments.problem);
+    Loop::run(
+        shared, score, [&](auto visit) { for_each_piece(arguments, schedule, visit); },
+        [&](const Piece &piece, bool has_rows, int wave_row, int rows, Softmax &softmax, Output &o) {
+            /* The unit once more, so that what only writing needs is not kept through the loop. */
+            const Unit written(reread(arguments), opaque_scalar(piece.place.batch), opaque_scalar(piece.index),
+                               schedule.parts);
+            if (has_rows) {
+                if (piece.whole) store(written, wave_row, score, softmax, o);
+                else store_part(written, parts, piece.begins, wave_row, softmax, o);
+            }
+            if (piece.whole) written.clear_padding(rows);
+        });
 }
 
 /* ---- units that were cut ---- */
@@ -374,8 +401,8 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter::Plan plan(problem, aiter::compute_units(device));
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     const int grid = static_cast<int>(plan.grid);
-    if (const int error =
-            aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::SHARED_BYTES, stream, *call, grid))
+    if (const int error = aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES,
+                                        stream, *call, grid))
         return error;
     if (!plan.cuts()) return 0;
     const int over_units = plan.units < grid - 1;

@@ -8,10 +8,19 @@
 #else
 #include "gpu/arch/sm80_decode.h"
 #endif
+/* Latent attention has a loop of its own on wgmma, whose copies do not convert 8-bit keys and values. */
+#if defined(AITER_WGMMA) && AITER_HEAD_DIM == 576 && AITER_VALUE_DIM == 512 && !AITER_FP8_CACHE
+#define AITER_LATENT 1
+#include "gpu/arch/sm90_latent.h"
+#endif
 
 namespace aiter {
 
+#if defined(AITER_LATENT)
+using Tile = LatentDecode;
+#else
 using Tile = Decode<HEAD_DIM, VALUE_DIM>;
+#endif
 constexpr int KEYS = Tile::KEYS, WAVES = Tile::WAVES, THREADS = WAVES * WAVE;
 constexpr int TEAMS = WAVES / Tile::TEAM; /* waves of a team share rows and keys, and split the columns of V */
 constexpr int STEP_KEYS = TEAMS * KEYS, PART_ROWS = TEAMS * Tile::ROWS;
@@ -32,7 +41,7 @@ constexpr int INVARIANT_KEYS = 1024;
 static_assert(INVARIANT_KEYS % STEP_KEYS == 0, "whole steps");
 
 /* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */
-constexpr int LEAST_STEPS = 4;
+constexpr int LEAST_STEPS = KEYS < 64 ? 4 : 2;
 
 __host__ __device__ inline int64_t all_rows(const aiter_attention_problem &p) { /* of a KV head in a sequence */
     return static_cast<int64_t>(p.seqlen_q) * (p.heads_q / p.heads_kv);
@@ -56,12 +65,13 @@ __host__ __device__ inline int steps_of(const aiter_attention_problem &p, int ke
     return keys <= 0 ? 1 : p.batch_invariant ? (keys - 1) / INVARIANT_KEYS + 1 : (keys - 1) / STEP_KEYS + 1;
 }
 
-/* How many blocks share the steps. */
+/* How many blocks share the steps. Where there are nearly as many units as there could be blocks, one for each: units
+ * of equal length are then not cut. */
 __host__ __device__ inline int64_t blocks_for(const aiter_attention_problem &p, int64_t units, int64_t steps,
                                               int64_t most) {
     if (p.batch_invariant) return steps;
     const int64_t useful = steps / LEAST_STEPS > units ? steps / LEAST_STEPS : units;
-    return useful < most ? useful : most;
+    return units <= most && units >= most - most / 16 ? units : useful < most ? useful : most;
 }
 
 /* The keys that steps are counted over: those that any row of the sequence sees. */
@@ -234,6 +244,34 @@ struct Unit {
         if (hidden) exact_row(own, token(row), score, none, log_sum, share(row, log_sum));
         return hidden;
     }
+    /* The rows of a wave, among keys before `end`: what they see, and what score.h and mask.h do to their scores. */
+    template <class Output, int ROWS> struct Wave {
+        static constexpr int SLOTS = Output::SLOTS;
+        Range sees[SLOTS], all_see;
+        float slope[SLOTS];
+        int position[SLOTS];
+
+        __device__ __forceinline__ Wave(const Unit &unit, int first_row, int end) {
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const int row = first_row + Output::row(slot);
+                sees[slot] = MASKED && row < unit.rows ? unit.sees(row) : Range{0, end};
+                sees[slot].high = lesser(sees[slot].high, end);
+                if (ALIBI) slope[slot] = unit.slope(row), position[slot] = unit.position(row);
+            }
+            all_see = {0, end};
+            if (MASKED && first_row < unit.rows) {
+                all_see.high = lesser(unit.sees(first_row).high, end);
+                if (WINDOW) all_see.low = unit.sees(lesser(first_row + ROWS, unit.rows) - 1).low;
+            }
+        }
+        /* A tile of scores, whose columns begin at `first`. */
+        template <class Scores> __device__ __forceinline__ void finish(const Score &score, Scores &s, int first) const {
+            score.finish(s, first, [&](int slot) { return slope[slot]; }, [&](int slot) { return position[slot]; });
+            if (!all_see.covers<WINDOW>(first, first + KEYS))
+                hide<WINDOW>(s, -INFINITE, first, [&](int slot) { return sees[slot]; });
+        }
+    };
     /* Padding from row `first` on: zeros. By the whole block. */
     __device__ __forceinline__ void clear_padding(int first) const {
         constexpr int CHUNKS = VALUE_DIM / 8;

@@ -55,6 +55,20 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         return grown;
     }
 
+    /* The same where others have found maxima, none of them smaller. */
+    __device__ __forceinline__ bool move_to(const float (&maxima)[SLOTS], float (&shrink)[SLOTS]) {
+        bool grown = false;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            const bool own = maxima[slot] == maximum[slot]; /* both -inf, it may be */
+            shrink[slot] = own ? 1.0f : exp2(maximum[slot] - maxima[slot]);
+            maximum[slot] = maxima[slot];
+            sum[slot] *= shrink[slot];
+            grown |= !own;
+        }
+        return wave_any(grown);
+    }
+
     template <class Output> static __device__ __forceinline__ void rescale(Output &o, const float (&shrink)[SLOTS]) {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, shrink[slot]);

@@ -28,6 +28,8 @@ CASES = {
 }
 CASES["cuda"] = (*dict.fromkeys(case for cases in CASES.values() for case in cases), ("bf16", 128, False, False))
 PARAMETERS = [(target, *case) for target in GPUS for case in CASES[target]]
+LATENT = [("cuda", "bf16", 576, False, False), ("cuda", "fp16", 576, True, False)]
+LATENT += [("cuda", "fp16", 576, False, True), ("cuda", "bf16", 576, True, True), ("gfx942", "bf16", 576, True, True)]
 PAGED = [p for p in PARAMETERS if p[4]]
 CONTIGUOUS = [p for p in PARAMETERS if not p[4]]
 
@@ -141,6 +143,83 @@ def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
         expected = reference.attend_one(query[0], key[0], value[0], causal)[1]
         torch.testing.assert_close(lse[0].double(), expected, rtol=1e-4, atol=2e-4, equal_nan=True)
         assert_sequences(output, None, [Sequence(query[0], key[0], value[0], (0,), (0,))], causal)
+
+
+def latent_memory(dtype, lengths, page_size):
+    """Keys (batch, seq, 1, 576), or (pages, page_size, 1, 576) with a page table, NaN past each sequence's end; and the
+    keys of each sequence."""
+    tokens = [randn(n, 1, 576, dtype=dtype) for n in lengths]
+    if not page_size:
+        key = torch.full((len(lengths), max(lengths) + 3, 1, 576), math.nan).to(DTYPES[dtype])
+        for row, own in zip(key, tokens, strict=True):
+            row[: len(own)] = own
+        return key, None, tokens
+    width = -(-max(lengths) // page_size)
+    key = torch.full((len(lengths) * width + 1, page_size, 1, 576), math.nan).to(DTYPES[dtype])
+    table = torch.randperm(len(key))[1:].view(len(lengths), width).to(torch.int32)
+    for row, own in zip(table, tokens, strict=True):
+        used = -(-len(own) // page_size)
+        pages = key[row[:used].long()].flatten(0, 1)
+        pages[: len(own)] = own
+        key[row[:used].long()] = pages.view(used, page_size, 1, 576)
+        row[used:] = 2**31 - 1
+    return key, table, tokens
+
+
+@on_targets(LATENT)
+def test_latent(target, dtype, head_dim, causal, paged):
+    """Values that are the first columns of the keys, in the same memory and in one of their own: every number of rows,
+    lengths around a tile, pages smaller and larger than one."""
+    lengths, shapes = [0, 1, 63, 64, 65, 130, 4096], ((1, 1), (16, 1), (64, 1), (128, 1), (40, 2), (128, 2), (16, 8))
+    sizes = (1, 16, 64, 128, 7, 48, 64) if paged else (0,) * len(shapes)
+    if target != "cuda":
+        lengths, shapes, sizes = [0, 1, 33, 70], ((16, 1), (5, 4)), (16, 1)
+    for (heads, tokens), page_size in zip(shapes, sizes, strict=True):
+        key, table, own = latent_memory(dtype, lengths, page_size)
+        query = randn(len(lengths), tokens, heads, 576, dtype=dtype)
+        sequences = [Sequence(query[b], k, k[..., :512], (b,), (b,)) for b, k in enumerate(own)]
+        options = {"seqlens_k": ints(lengths), "page_table": table}
+        for value in (key[..., :512], key[..., :512].clone()):
+            output, lse = attend(target, query, key, value, causal, **options)
+            assert_sequences(output, lse, sequences, causal)
+        if target == "cuda":
+            again = attend(target, query, key, key[..., :512], causal, **options)
+            same = attend(target, query, key, key[..., :512].clone(), causal, **options)
+            assert torch.equal(again[0], same[0]) and torch.equal(again[1], same[1])
+
+
+@on_targets([p for p in LATENT if p[0] == "cuda"])
+def test_latent_batch(target, dtype, head_dim, causal, paged):
+    """More pieces than the GPU holds blocks, of any length; alone each sequence has the same bits where asked for."""
+    lengths = [b * 37 % 700 for b in range(150)] + [3000]
+    key, table, own = latent_memory(dtype, lengths, 16 if paged else 0)
+    query = randn(len(lengths), 2, 48, 576, dtype=dtype)
+    for batch_invariant in (False, True):
+        options = {"page_table": table, "batch_invariant": batch_invariant}
+        output, lse = attend(target, query, key, key[..., :512], causal, seqlens_k=ints(lengths), **options)
+        sequences = [Sequence(query[b], k, k[..., :512], (b,), (b,)) for b, k in enumerate(own)]
+        assert_sequences(output, lse, sequences, causal)
+    for b in (0, 77, 150):
+        one, memory = slice(b, b + 1), key if paged else key[b : b + 1]
+        options["page_table"] = table[one] if paged else None
+        alone, _ = attend(
+            target, query[one], memory, memory[..., :512], causal, seqlens_k=ints(lengths[one]), **options
+        )
+        assert torch.equal(alone, output[one])
+
+
+@on_targets([p for p in LATENT if p[0] == "cuda" and p[3]])
+def test_latent_masked_values_stay_out(target, dtype, head_dim, causal, paged):
+    lengths, tokens = [5, 64, 300], 4
+    key, table, own = latent_memory(dtype, lengths, 16 if paged else 0)
+    query = randn(len(lengths), tokens, 20, 576, dtype=dtype)
+    for b, n in enumerate(lengths):
+        place = (table[b, (n - 1) // 16].long(), (n - 1) % 16) if paged else (b, n - 1)
+        key[place][0, 7] = own[b][n - 1, 0, 7] = (math.inf, math.nan, -math.inf)[b]
+    output, _ = attend(target, query, key, key[..., :512], causal, seqlens_k=ints(lengths), page_table=table)
+    assert output[:, :-1].isfinite().all()
+    sequences = [Sequence(query[b], k, k[..., :512], (b,), (b,)) for b, k in enumerate(own)]
+    assert_sequences(output, None, sequences, causal)
 
 
 @on_targets([p for p in CONTIGUOUS if p[2] == 128 and p[0] in ("gfx90a", "cuda")])

@@ -36,7 +36,8 @@ __device__ __forceinline__ void changed(float &x) { asm volatile("" : "+f"(x)::"
 
 /* One instruction each, 16 deep, COLUMNS (a multiple of 16) wide; c: tiles of 8 columns, 4 values a lane.
  *   multiply              c = or += A B^T, A (64 x 16) and B (COLUMNS x 16) in shared memory by rows
- *   multiply_transposed   c += A B, A (64 x 16) in registers, B (16 x COLUMNS) in shared memory by rows */
+ *   multiply_transposed   c += A B, A (64 x 16) in registers or in shared memory by rows, B (16 x COLUMNS) in shared
+ *                         memory by rows */
 template <int COLUMNS> struct Product;
 
 #if defined(AITER_DTYPE_BF16)
@@ -96,6 +97,14 @@ template <int COLUMNS> struct Product;
                          : AITER_WGMMA_TILES_##n                                                                       \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                        \
         }                                                                                                              \
+        static __device__ __forceinline__ void multiply_transposed(float (*c)[4], Matrix a, Matrix b) {                \
+            asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.eq.b32 add, 0, 0;\nmov.b64 a, {%" #i0              \
+                         ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1 ", " AITER_WGMMA_DESCRIPTOR               \
+                         "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n \
+                         "}, a, b, add, 1, 1, 0, 1;\n}"                                                                \
+                         : AITER_WGMMA_TILES_##n                                                                       \
+                         : "r"(a), "r"(b));                                                                            \
+        }                                                                                                              \
     };
 AITER_PRODUCT(16, 8, 9, 10, 11, 12)
 AITER_PRODUCT(32, 16, 17, 18, 19, 20)
@@ -117,6 +126,14 @@ AITER_PRODUCT(256, 128, 129, 130, 131, 132)
 #undef AITER_WGMMA_TILE
 
 } // namespace wgmma
+
+/* The same of a whole result. */
+template <int COLUMNS> __device__ __forceinline__ void changed(Accumulator<1, COLUMNS> &m) {
+#pragma unroll
+    for (int n = 0; n < m.TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) wgmma::changed(m.tile[0][n][i]);
+}
 
 /* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
 namespace mbarrier {

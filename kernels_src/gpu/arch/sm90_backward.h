@@ -95,10 +95,7 @@ struct BackwardWarpgroupTiles
     template <int OUTSTANDING> static __device__ __forceinline__ void wait() { wgmma::wait<OUTSTANDING>(); }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
         wait<OUTSTANDING>();
-#pragma unroll
-        for (int n = 0; n < Matrix::TILES; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) wgmma::changed(matrix.tile[0][n][i]);
+        changed(matrix);
     }
     __device__ __forceinline__ void end() { asm volatile("bar.sync 1, %0;" ::"n"(WAVES * WAVE) : "memory"); }
 

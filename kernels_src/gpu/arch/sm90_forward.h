@@ -397,12 +397,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             wgmma::Product<COLUMNS>::multiply_transposed(o.tile[0], p[j], b + j * 16 * 128 / 16);
         wgmma::end();
     }
-    template <class Matrix> static __device__ __forceinline__ void changed(Matrix &m) {
-#pragma unroll
-        for (int n = 0; n < Matrix::TILES; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) wgmma::changed(m.tile[0][n][i]);
-    }
     static __device__ __forceinline__ void round(const Scores &s, uint32_t (&p)[KEYS / 16][4]) {
 #pragma unroll
         for (int j = 0; j < KEYS / 16; ++j) round_operand(s, 0, j, p[j]);
