@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from aiter import checks
+from aiter import checks, reader
 from aiter.options import readable_index
 
 
@@ -68,6 +68,21 @@ def sizes_of(
     max_seqlen_q and max_seqlen_k bound the lengths of packed sequences, the latter those in lists of pages too, where 0
     is no bound.
     """
+    sizes = reader.sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
+    if sizes is None:
+        sizes = read_sizes(query, key, value, indices, max_seqlen_q, max_seqlen_k)
+    return None if sizes is None else _new(Sizes, sizes)
+
+
+def read_sizes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    indices: Indices,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[int, ...] | None:
+    """`sizes_of` in Python."""
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     dtype, kept_dtype, head_dim = query.dtype, key.dtype, query_shape[-1]
     if not (
@@ -89,7 +104,7 @@ def sizes_of(
         batch_k, seqlen_k, heads_kv, _ = key_shape
         if batch_k != batch or (heads_q % heads_kv if heads_kv else heads_q):
             return None
-        return _new(Sizes, (batch, heads_q, heads_kv, seqlen_q, seqlen_k, 0, 0, 0, 0, 0, 0, 0, 0))
+        return batch, heads_q, heads_kv, seqlen_q, seqlen_k, 0, 0, 0, 0, 0, 0, 0, 0
 
     seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = indices
     heads_q, total_q, total_k, num_pages, page_size, table_stride, listed = query_shape[-2], 0, 0, 0, 0, 0, 0
@@ -141,7 +156,7 @@ def sizes_of(
     ):
         return None
     sizes = (batch, heads_q, heads_kv, seqlen_q, seqlen_k, packed_q, packed_k, page_size, total_q, total_k, num_pages)
-    return _new(Sizes, (*sizes, table_stride, listed))
+    return *sizes, table_stride, listed
 
 
 def page_lists(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from aiter import checks, dropout, jit, kernels
+from aiter import checks, dropout, jit, kernels, reader
 from aiter.abi import (
     NO_WORKSPACE,
     pack_addresses,
@@ -71,6 +71,7 @@ class Plan:
             name, checks.DTYPE_NAMES[dtype], head_dim, causal, arch_of(device), paged, value_dim, options
         )
         self.kernel = jit.get_kernel(spec)
+        reader.take_from(self.kernel.library)
         self.workspace_raw = self.kernel.workspace_raw
         self.launch = launcher(self.kernel, device)
 
@@ -133,10 +134,6 @@ def forward(
         # Nothing to write, or no key to read: nothing to compile.
         return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
 
-    strides = query.stride(), key.stride(), value.stride()
-    if gpu or not strides[0][-1] == strides[1][-1] == strides[2][-1] == 1:
-        query, key, value = _readable(query), _readable(key), _readable(value)
-        strides = query.stride(), key.stride(), value.stride()
     plan_key = (
         kernels.forward_kernel(sizes, head_dim, options) if gpu else "attention_forward",
         query.get_device(),
@@ -150,31 +147,52 @@ def forward(
     plan = plans.get(plan_key)
     if plan is None:
         plan = _make_plan(plan_key, call, query)
-    no_options = options is NO_OPTIONS
-    try:
-        packed = pack_call(
-            *sizes[:5],
-            _NO_LAYOUT if indices is NO_INDICES else pack_layout(*sizes[5:]),
-            *_strides(sizes, *strides, output.stride()),
-            *((0, 0) if lse is None else _lse_strides(lse)),
-            _NO_MORE_STRIDES if no_options else _more_strides(options),
-            softmax_scale,
-            _NO_OPTIONS[_check(call, gpu), given] if no_options else _options(options, _check(call, gpu), given),
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            output.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            _NO_ADDRESSES if no_options and indices is NO_INDICES else pack_addresses(*_addresses(call)),
-        )
-    except struct.error:
-        checks.sizes(**sizes._asdict())
-        raise
+    if options is NO_OPTIONS:
+        more_strides, chosen = _NO_MORE_STRIDES, _NO_OPTIONS[_check(call, gpu), given]
+    else:
+        more_strides, chosen = _more_strides(options), _options(options, _check(call, gpu), given)
+    packed = reader.pack(call, query, key, value, output, lse, more_strides, chosen)
+    if packed is None:
+        query, key, value = _readable(query), _readable(key), _readable(value)
+        packed = pack(call, query, key, value, output, lse, more_strides, chosen)
     if plan.run(packed, query):
         _refuse_values(call)
     if given:
         torch.autograd.graph.increment_version(output)  # autograd may have saved it
     return output, lse
+
+
+def pack(
+    call: Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor | None,
+    more_strides: bytes,
+    options: bytes,
+) -> bytes:
+    """A call as kernels take it, but for its workspace; of tensors that are `_readable`."""
+    sizes, no_tensors = call.sizes, call.options is NO_OPTIONS and call.indices is NO_INDICES
+    try:
+        return pack_call(
+            *sizes[:5],
+            _NO_LAYOUT if call.indices is NO_INDICES else pack_layout(*sizes[5:]),
+            *_strides(sizes, query.stride(), key.stride(), value.stride(), output.stride()),
+            *((0, 0) if lse is None else _lse_strides(lse)),
+            more_strides,
+            call.softmax_scale,
+            options,
+            query.data_ptr(),
+            key.data_ptr(),
+            value.data_ptr(),
+            output.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            _NO_ADDRESSES if no_tensors else pack_addresses(*_addresses(call)),
+        )
+    except struct.error:
+        checks.sizes(**sizes._asdict())
+        raise
 
 
 @untraced

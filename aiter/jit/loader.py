@@ -21,11 +21,11 @@ class Kernel:
     memory the launch needs; the call's last field, the workspace, may be missing.
     """
 
-    __slots__ = ("_library", "launch_raw", "spec", "workspace_raw")
+    __slots__ = ("launch_raw", "library", "spec", "workspace_raw")
 
     def __init__(self, spec: Spec, library: ctypes.CDLL) -> None:
         self.spec = spec
-        self._library = library
+        self.library = library
         self.launch_raw = library.aiter_launch
         self.launch_raw.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
         self.launch_raw.restype = ctypes.c_int
@@ -41,7 +41,7 @@ class Kernel:
     def check(self, code: int) -> None:
         """Raises LaunchError with the kernel's own words if `code`, which a launch returned, is not 0."""
         if code:
-            text = (self._library.aiter_error_text(code) or b"").decode(errors="replace")
+            text = (self.library.aiter_error_text(code) or b"").decode(errors="replace")
             raise LaunchError(f"{self.spec.name}: {text} (code {code})", code)
 
 

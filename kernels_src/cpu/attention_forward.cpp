@@ -25,6 +25,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "call_reader.h"
 #include "check_values.h"
 #include "launch_errors.h"
 #include "mask.h"

@@ -43,6 +43,7 @@
  *                                               accumulate as above. COOPERATIVE: waves fetch tiles for each other, so
  *                                               that all must take part
  */
+#include "call_reader.h"
 #include "gpu/decode_schedule.h"
 
 namespace aiter {

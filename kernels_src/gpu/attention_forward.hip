@@ -20,6 +20,7 @@
  *
  * Blocks of one KV head stand together in the grid, and of these the last rows, which with a causal mask see most keys,
  * come first, so that the short ones fill the gaps at the end. Built for the options of target.h. */
+#include "call_reader.h"
 #include "gpu/tile_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_forward.h"

@@ -266,7 +266,7 @@ def test_what_others_can_write_is_refused_with_the_command_that_mends_it(what, e
 
 def refused(spec, entry, caplog, words) -> str:
     """Sees to it that nothing is loaded from the cache that holds `entry`; returns the warning, which has `words`."""
-    assert not Path(use(spec)._library._name).is_relative_to(entry.folder.parent)
+    assert not Path(use(spec).library._name).is_relative_to(entry.folder.parent)
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert words in warning and "Set AITER_CACHE_DIR" in warning
     caplog.clear()

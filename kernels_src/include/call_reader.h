@@ -1,0 +1,257 @@
+/* What a call's tensors are, read in C: the same answers as Python's own functions give, in a fifth of the time.
+ *
+ *   Python (aiter/reader.py)                          the first kernel of attention that is loaded
+ *   ------------------------                          --------------------------------------------
+ *   once        aiter_call_reader(exchange, ...)  -->  these two, as Python functions
+ *   each call   sizes_of(query, key, value, ...)  -->  sizes, or None      as layout.py has it
+ *               pack(call, query, key, ...)       -->  bytes, or None      as plan.py has it
+ *
+ * None: something is not as it mostly is, wrong or only rare, and Python's function decides. So nothing is refused here,
+ * and tests/test_reader.py holds every answer against Python's.
+ *
+ * Tensors are read by a function of PyTorch (2.10 and later: DLPackExchangeAPI of DLPack 1.3,
+ * https://github.com/dmlc/dlpack/blob/main/include/dlpack/dlpack.h); the rest are functions of Python's stable ABI. They
+ * are declared here, so that a kernel needs no headers of either, and weak, because programs without Python load kernels
+ * too. */
+#ifndef AITER_CALL_READER_H
+#define AITER_CALL_READER_H
+
+#include <stddef.h>
+#include <string.h>
+
+#include "aiter_abi.h"
+
+extern "C" {
+#define AITER_OF_PYTHON extern __attribute__((weak))
+typedef struct _object PyObject;
+typedef struct {
+    const char *name;
+    PyObject *(*function)(PyObject *self, PyObject *const *arguments, ptrdiff_t count);
+    int flags;
+    const char *doc;
+} PyMethodDef;
+AITER_OF_PYTHON PyObject _Py_NoneStruct;
+AITER_OF_PYTHON PyObject *PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject *);
+AITER_OF_PYTHON PyObject *PyTuple_New(ptrdiff_t);
+AITER_OF_PYTHON PyObject *PyTuple_GetItem(PyObject *, ptrdiff_t); /* borrowed */
+AITER_OF_PYTHON int PyTuple_SetItem(PyObject *, ptrdiff_t, PyObject *);
+AITER_OF_PYTHON PyObject *PyLong_FromLongLong(long long);
+AITER_OF_PYTHON long long PyLong_AsLongLong(PyObject *);
+AITER_OF_PYTHON double PyFloat_AsDouble(PyObject *);
+AITER_OF_PYTHON PyObject *PyBytes_FromStringAndSize(const char *, ptrdiff_t);
+AITER_OF_PYTHON int PyBytes_AsStringAndSize(PyObject *, char **, ptrdiff_t *);
+AITER_OF_PYTHON void PyErr_Clear(void);
+AITER_OF_PYTHON void Py_IncRef(PyObject *);
+}
+
+namespace aiter_reader {
+
+constexpr int METH_FASTCALL = 0x80;
+
+/* DLTensor; strides count elements. */
+struct Tensor {
+    char *data;
+    int32_t device_type, device_id;
+    int32_t rank;
+    uint8_t type_code, type_bits;
+    uint16_t type_lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+
+    uint64_t address() const { return reinterpret_cast<uint64_t>(data) + byte_offset; }
+    bool beside(const Tensor &other) const {
+        return device_type == other.device_type && device_id == other.device_id;
+    }
+    bool has_type(int code, int bits) const { return type_code == code && type_bits == bits && type_lanes == 1; }
+    bool is_element() const { return has_type(2, 16) || has_type(4, 16) || has_type(2, 32); } /* fp16, bf16, fp32 */
+    bool is_fp8() const { return has_type(10, 8) || has_type(11, 8) || has_type(12, 8); } /* e4m3fn, e4m3fnuz, e5m2 */
+    int64_t from_end(int back) const { return shape[rank - back]; }
+};
+
+/* DLPackExchangeAPI, as far as it is used. */
+struct Exchange {
+    uint32_t major, minor;
+    const Exchange *older;
+    void *allocate, *to_managed, *from_managed;
+    int (*read)(PyObject *object, Tensor *tensor); /* 0, or -1 and an exception is set */
+};
+
+/* What is the same for all calls: set once, before any. */
+struct Common {
+    int (*read)(PyObject *, Tensor *);
+    int64_t dim_step, dim_max, dim_latent;
+};
+inline Common common;
+
+inline bool is_none(PyObject *object) { return object == &_Py_NoneStruct; }
+
+inline PyObject *unusual() {
+    PyErr_Clear();
+    Py_IncRef(&_Py_NoneStruct);
+    return &_Py_NoneStruct;
+}
+
+/* A tensor; or None, which has address 0 and no rank. */
+inline bool read(PyObject *object, Tensor *tensor) {
+    if (!is_none(object)) return common.read(object, tensor) == 0;
+    *tensor = Tensor();
+    tensor->rank = -1;
+    return true;
+}
+
+/* Whether there is none, or it has one dimension of this length. */
+inline bool fits(const Tensor &tensor, int64_t length) {
+    return tensor.rank < 0 || (tensor.rank == 1 && tensor.shape[0] == length);
+}
+
+inline bool are_attention_kind(const Tensor &query, const Tensor &key, const Tensor &value) {
+    if (query.rank < 3 || query.rank > 4 || key.rank < 3 || key.rank > 4 || key.rank != value.rank) return false;
+    for (int i = 0; i < key.rank - 1; ++i)
+        if (key.shape[i] != value.shape[i]) return false;
+    const int64_t dim = query.from_end(1), value_dim = value.from_end(1);
+    return query.is_element() && (key.has_type(query.type_code, query.type_bits) || key.is_fp8()) &&
+           value.has_type(key.type_code, key.type_bits) && query.beside(key) && query.beside(value) &&
+           key.from_end(1) == dim && dim > 0 && dim % common.dim_step == 0 &&
+           (dim <= common.dim_max || dim == common.dim_latent) && value_dim > 0 && value_dim % common.dim_step == 0 &&
+           value_dim <= common.dim_max;
+}
+
+/* sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k) */
+inline PyObject *sizes_of(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
+    Tensor query, key, value, seqlens_q, seqlens_k, page_table, starts_q, starts_k;
+    if (count != 6 || !read(arguments[0], &query) || !read(arguments[1], &key) || !read(arguments[2], &value) ||
+        !are_attention_kind(query, key, value))
+        return unusual();
+    Tensor *const indices[] = {&seqlens_q, &seqlens_k, &page_table, &starts_q, &starts_k};
+    for (int i = 0; i < 5; ++i)
+        if (!read(PyTuple_GetItem(arguments[3], i), indices[i])) return unusual();
+    const bool lists = !is_none(PyTuple_GetItem(arguments[3], 5)) || !is_none(PyTuple_GetItem(arguments[3], 6));
+    const int64_t max_seqlen_q = PyLong_AsLongLong(arguments[4]), max_seqlen_k = PyLong_AsLongLong(arguments[5]);
+    if (lists || max_seqlen_q < 0 || max_seqlen_k < 0) return unusual(); /* -1 is what an exception gives, too */
+
+    int64_t batch = query.shape[0], seqlen_q = query.shape[1], total_q = 0;
+    const bool packed_q = query.rank == 3;
+    if (packed_q) {
+        if (starts_q.rank == 1) batch = starts_q.shape[0] - 1;
+        else if (starts_q.rank < 0 && seqlens_q.rank == 1) batch = seqlens_q.shape[0];
+        else return unusual();
+        total_q = query.shape[0], seqlen_q = max_seqlen_q;
+    }
+    int64_t seqlen_k, heads_kv, page_size = 0, total_k = 0, num_pages = 0, page_table_stride = 0;
+    const bool paged = page_table.rank >= 0, packed_k = !paged && key.rank == 3;
+    if (paged) {
+        if (key.rank != 4 || page_table.rank != 2 || page_table.shape[0] != batch) return unusual();
+        num_pages = key.shape[0], heads_kv = key.shape[1], page_size = key.shape[2];
+        seqlen_k = page_table.shape[1] * page_size, page_table_stride = page_table.strides[0];
+    } else if (packed_k) {
+        if (seqlens_k.rank < 0 && starts_k.rank < 0) return unusual();
+        total_k = key.shape[0], heads_kv = key.shape[1], seqlen_k = max_seqlen_k;
+    } else {
+        if (key.shape[0] != batch) return unusual();
+        seqlen_k = key.shape[1], heads_kv = key.shape[2];
+    }
+    const int64_t heads_q = query.from_end(2);
+    if ((heads_kv ? heads_q % heads_kv : heads_q) || batch < 0 || !fits(seqlens_q, batch) || !fits(seqlens_k, batch) ||
+        !fits(starts_q, batch + 1) || !fits(starts_k, batch + 1) || (starts_q.rank >= 0 && !packed_q) ||
+        (starts_k.rank >= 0 && !packed_k))
+        return unusual();
+    const int64_t sizes[] = {batch,    heads_q,   heads_kv, seqlen_q, seqlen_k,  packed_q,
+                             packed_k, page_size, total_q,  total_k,  num_pages, page_table_stride,
+                             0};
+    constexpr int SIZES = sizeof(sizes) / sizeof(*sizes);
+    PyObject *result = PyTuple_New(SIZES);
+    for (int i = 0; result && i < SIZES; ++i) PyTuple_SetItem(result, i, PyLong_FromLongLong(sizes[i]));
+    return result;
+}
+
+/* Whether a kernel can read a tensor where it lies: _readable of plan.py, but for its rarer cases. */
+inline bool readable(const Tensor &tensor) {
+    if (tensor.strides[tensor.rank - 1] != 1) return false;
+    uint64_t together = 0;
+    for (int i = 0; i < tensor.rank - 1; ++i) together |= static_cast<uint64_t>(tensor.strides[i]);
+    const uint64_t size = tensor.type_bits / 8u, piece = tensor.device_type == 1 ? 1 : 8 * size; /* 1: a CPU */
+    return (tensor.address() | together * size) % piece == 0;
+}
+
+inline void set_strides(int64_t *strides, const Tensor &tensor, bool paged) {
+    const int64_t *given = tensor.strides;
+    if (tensor.rank == 3) strides[1] = given[0], strides[2] = given[1];
+    else strides[0] = given[0], strides[1] = given[paged ? 2 : 1], strides[2] = given[paged ? 1 : 2];
+}
+
+inline bool copy(void *to, size_t size, PyObject *bytes) {
+    char *from;
+    ptrdiff_t given;
+    if (PyBytes_AsStringAndSize(bytes, &from, &given) || given != static_cast<ptrdiff_t>(size)) return false;
+    memcpy(to, from, size);
+    return true;
+}
+
+/* pack(call, query, key, value, output, lse, more_strides, options) */
+inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
+    aiter_attention_call packed = {};
+    aiter_attention_problem &problem = packed.problem;
+    Tensor large[5]; /* query, key, value, output, lse */
+    if (count != 8) return unusual();
+    for (int i = 0; i < 5; ++i)
+        if (!read(arguments[1 + i], &large[i])) return unusual();
+    if (!readable(large[0]) || !readable(large[1]) || !readable(large[2])) return unusual();
+
+    PyObject *call = arguments[0];
+    PyObject *const sizes = PyTuple_GetItem(call, 0), *const indices = PyTuple_GetItem(call, 1),
+                    *const options = PyTuple_GetItem(call, 2);
+    for (int i = 0; i < 13; ++i) {
+        const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(sizes, i));
+        if (size < 0 || (i < 8 && size > INT32_MAX)) return unusual();
+        if (i < 8) (&problem.batch)[i] = static_cast<int32_t>(size);
+        else (&problem.total_q)[i - 8] = size;
+    }
+    const bool paged = problem.page_size > 0;
+    set_strides(problem.query_strides, large[0], false);
+    set_strides(problem.key_strides, large[1], paged);
+    set_strides(problem.value_strides, large[2], paged);
+    set_strides(problem.output_strides, large[3], false);
+    for (int i = 0, first = 3 - large[4].rank; i < large[4].rank - 1; ++i)
+        problem.lse_strides[first + i] = large[4].strides[i];
+    problem.softmax_scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(call, 4)));
+    if (problem.softmax_scale - problem.softmax_scale != 0 ||
+        !copy(problem.key_descale_strides, offsetof(aiter_attention_problem, softmax_scale) -
+                                               offsetof(aiter_attention_problem, key_descale_strides), arguments[6]) ||
+        !copy(&problem.softcap, sizeof problem - offsetof(aiter_attention_problem, softcap), arguments[7]))
+        return unusual();
+
+    /* All addresses in the order of the struct, the workspace's apart, which is yet to be made. */
+    const void **address = const_cast<const void **>(&packed.tensors.query);
+    for (int i = 0; i < 5; ++i) *address++ = reinterpret_cast<const void *>(large[i].address());
+    const struct { PyObject *of; int place; } rest[] = {
+        {indices, 0}, {indices, 1}, {indices, 3}, {indices, 4}, {options, 5},  /* lengths, starts, query_offsets */
+        {indices, 2}, {indices, 5}, {indices, 6}, {options, 3}, {options, 4},  /* pages, alibi_slopes, sinks */
+        {options, 8}, {options, 10}, {options, 11}};                           /* rng_state, descales */
+    for (const auto &field : rest) {
+        Tensor tensor;
+        if (!read(PyTuple_GetItem(field.of, field.place), &tensor)) return unusual();
+        *address++ = reinterpret_cast<const void *>(tensor.address());
+    }
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&packed),
+                                     reinterpret_cast<const char *>(address) - reinterpret_cast<const char *>(&packed));
+}
+
+} // namespace aiter_reader
+
+/* A tuple of the two functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
+ * queries and keys dim_latent too. */
+AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int dim_max, int dim_latent) {
+    namespace reader = aiter_reader;
+    const reader::Exchange *version = static_cast<const reader::Exchange *>(exchange);
+    while (version && version->major != 1) version = version->older;
+    if (!PyCFunction_NewEx || !version || !version->read) return nullptr;
+    reader::common = {version->read, dim_step, dim_max, dim_latent};
+    static PyMethodDef sizes_of = {"sizes_of", reader::sizes_of, reader::METH_FASTCALL, nullptr};
+    static PyMethodDef pack = {"pack", reader::pack, reader::METH_FASTCALL, nullptr};
+    PyObject *functions = PyTuple_New(2);
+    PyTuple_SetItem(functions, 0, PyCFunction_NewEx(&sizes_of, nullptr, nullptr));
+    PyTuple_SetItem(functions, 1, PyCFunction_NewEx(&pack, nullptr, nullptr));
+    return functions;
+}
+
+#endif
