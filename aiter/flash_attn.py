@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from aiter import checks, kv_cache
 from aiter.dispatch import Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
-from aiter.layout import NO_INDICES, Indices, page_lists
+from aiter.layout import NO_INDICES, Indices, index_tensor, page_lists
 from aiter.options import OptionKeywords, chunk_in_range, readable_index
 from aiter.parts import merge_attention_states
 from aiter.reference import attend_one
@@ -182,10 +182,10 @@ def flash_attn_varlen_func(
     if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
         q, k, v = _widened(q, k.shape[-2], others, cu_seqlens_q), k.detach(), v.detach()
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
-    starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
-    starts_k = _index("cu_seqlens_k", cu_seqlens_k, 1, "int32 (batch + 1,)", q)
-    used_q = _index("seqused_q", seqused_q, 1, "int32 (batch,)", q)
-    used_k = _index("seqused_k", seqused_k, 1, "int32 (batch,)", q)
+    starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
+    starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (None,), "int32 (batch + 1,)", q)
+    used_q = index_tensor("seqused_q", seqused_q, (None,), "int32 (batch,)", q)
+    used_k = index_tensor("seqused_k", seqused_k, (None,), "int32 (batch,)", q)
     if starts_q is None:
         raise TypeError("cu_seqlens_q must be a torch.Tensor int32 (batch + 1,), not NoneType")
     pages: dict[str, torch.Tensor | None] = {}
@@ -193,7 +193,7 @@ def flash_attn_varlen_func(
         batch = starts_q.shape[0] - 1
         pages = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
     elif block_table is not None:
-        pages["page_table"] = _index("block_table", block_table, 2, "int32 (batch, max_blocks)", q)
+        pages["page_table"] = index_tensor("block_table", block_table, (None, None), "int32 (batch, max_blocks)", q)
     if pages:
         for name, cache in (("k", k), ("v", v)):
             checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there are pages")
@@ -306,7 +306,7 @@ def flash_attn_with_kvcache(
         block_table = page_table
     for name, given in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.tensor(name, given, 4, "(batch or num_blocks, seq or block_size, heads_kv, head_dim)")
-    starts_q = _index("cu_seqlens_q", cu_seqlens_q, 1, "int32 (batch + 1,)", q)
+    starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
     checks.tensor("q", q, 4 if starts_q is None else 3, checks.BSHD if starts_q is None else checks.PACKED)
     checks.attention_kind(q=q, k_cache=k_cache, v_cache=v_cache)
     checks.equal_size("k_cache", k_cache.shape[-1], "head_dim", "q", q.shape[-1])
@@ -318,7 +318,7 @@ def flash_attn_with_kvcache(
     batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
     if checks.is_int(cache_seqlens):
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    lengths = _index("cache_seqlens", cache_seqlens, 1, "int32 (batch,)", q)
+    lengths = index_tensor("cache_seqlens", cache_seqlens, (None,), "int32 (batch,)", q)
     lists: dict[str, torch.Tensor | None] = {}
     if page_indptr is page_indices is last_page_len is None:
         cache = _Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
@@ -332,7 +332,7 @@ def flash_attn_with_kvcache(
         if cache_leftpad is not None:
             raise NotImplementedError("with page_indptr, cache_leftpad is not offered: leave out pages not seen")
         cache = _Cache(k_cache, v_cache, lists["page_table"])
-    padding = _index("cache_leftpad", cache_leftpad, 1, "int32 (batch,)", q)
+    padding = index_tensor("cache_leftpad", cache_leftpad, (None,), "int32 (batch,)", q)
     seen = cache if padding is None else cache.without(padding)
 
     rotary = None
@@ -340,7 +340,7 @@ def flash_attn_with_kvcache(
         if k is None or rotary_cos is None or rotary_sin is None:
             raise ValueError("rotary_cos and rotary_sin are given together, with new k and v")
         moves = causal or "window_size" in options
-        positions = _index("rotary_seqlens", rotary_seqlens, 1, "int32 (batch,)", q)
+        positions = index_tensor("rotary_seqlens", rotary_seqlens, (None,), "int32 (batch,)", q)
         rotary_cos, rotary_sin = (
             table.to(q.dtype) if table.dtype in checks.FP8_NAMES else table for table in (rotary_cos, rotary_sin)
         )
@@ -348,7 +348,7 @@ def flash_attn_with_kvcache(
     if k is not None or v is not None:
         if k is None or v is None or lengths is None:
             raise ValueError("k and v are given together, with cache_seqlens")
-        starts_new = _index("cu_seqlens_k_new", cu_seqlens_k_new, 1, "int32 (batch + 1,)", q)
+        starts_new = index_tensor("cu_seqlens_k_new", cu_seqlens_k_new, (None,), "int32 (batch + 1,)", q)
         scales = options.get("k_descale"), options.get("v_descale")
         if k.dtype in checks.FP8_NAMES and k.dtype == v.dtype == k_cache.dtype:
             k, v, scales = k.to(q.dtype), v.to(q.dtype), (None, None)  # they are of the cache's scale already
@@ -717,14 +717,6 @@ def _options(
     if sinks is not None:
         options["sinks"] = sinks
     return options
-
-
-def _index(name: str, index: object, rank: int, layout: str, query: torch.Tensor) -> torch.Tensor | None:
-    if index is None:
-        return None
-    checks.indices(name, index, (None,) * rank, layout, query)
-    assert isinstance(index, torch.Tensor)
-    return readable_index(index)
 
 
 def _unpacked(name: str, tensor: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

@@ -8,7 +8,7 @@ may be another.
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 
@@ -51,6 +51,8 @@ class Sizes(NamedTuple):
     listed_pages: int
 
 
+# Bound once, as they are used at every call.
+_is_compiling, _int32, _strided = torch.compiler.is_compiling, torch.int32, torch.strided
 _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
 
@@ -159,6 +161,30 @@ def read_sizes(
     return *sizes, table_stride, listed
 
 
+def index_tensor(
+    name: str, index: object, shape: tuple[int | None, ...], layout: str, query: torch.Tensor
+) -> torch.Tensor | None:
+    """An index tensor that a caller has given, checked, and as kernels read it; None stays None. In `shape`, None is any
+    length, as every one but the first is; `layout` says it in words."""
+    if index is None:
+        return None
+    # Dynamo cannot trace what is not Python.
+    if not _is_compiling() and reader.is_index(index, shape, query):
+        return cast(torch.Tensor, index)
+    if not (
+        isinstance(index, torch.Tensor)
+        and index.layout is _strided
+        and index.dtype is _int32
+        and index.dim() == len(shape)
+        and (shape[0] is None or index.shape[0] == shape[0])
+        and index.is_cpu == query.is_cpu
+        and index.get_device() == query.get_device()
+    ):
+        checks.indices(name, index, shape, layout, query)
+        assert isinstance(index, torch.Tensor)
+    return readable_index(index)
+
+
 def page_lists(
     page_indptr: torch.Tensor | None,
     page_indices: torch.Tensor | None,
@@ -177,16 +203,12 @@ def page_lists(
             "page_indices, a flat int32 list"
         )
     ends = None if batch is None else batch + 1
-    checks.indices("page_indptr", page_indptr, (ends,), "int32 (batch + 1,)", query)
-    checks.indices("page_indices", page_indices, (None,), "int32 (listed pages,)", query)
-    lists: dict[str, torch.Tensor | None] = {
-        "page_table": readable_index(page_indices),
-        "page_indptr": readable_index(page_indptr),
+    indptr = index_tensor("page_indptr", page_indptr, (ends,), "int32 (batch + 1,)", query)
+    return {
+        "page_table": index_tensor("page_indices", page_indices, (None,), "int32 (listed pages,)", query),
+        "page_indptr": indptr,
+        "last_page_len": index_tensor("last_page_len", last_page_len, (batch,), "int32 (batch,)", query),
     }
-    if last_page_len is not None:
-        checks.indices("last_page_len", last_page_len, (batch,), "int32 (batch,)", query)
-        lists["last_page_len"] = readable_index(last_page_len)
-    return lists
 
 
 def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices) -> NoReturn:

@@ -25,14 +25,12 @@ import torch
 from aiter import checks
 from aiter.checks import BSHD, CACHE, PACKED, Names
 from aiter.dispatch import Operation, attend
-from aiter.layout import NO_INDICES, Indices, Sizes, page_lists
-from aiter.options import OptionKeywords, readable_index
+from aiter.layout import NO_INDICES, Indices, Sizes, index_tensor, page_lists
+from aiter.options import OptionKeywords
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Bound once, as it is used at every call.
-_int32 = torch.int32
 _TABLE = "int32 (batch, max_blocks)"
 
 
@@ -308,10 +306,10 @@ def flash_attn_with_kvcache(
     if not isinstance(query, torch.Tensor) or query.dim() != 4:
         checks.tensor("query", query, 4, BSHD)
     batch = query.shape[0]
-    lengths = _index("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
-    rows = _index("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query)
+    lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
+    rows = index_tensor("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query)
     if page_table is not None and page_indptr is page_indices is last_page_len is None:
-        indices = Indices(rows, lengths, _index("page_table", page_table, (batch, None), _TABLE, query))
+        indices = Indices(rows, lengths, index_tensor("page_table", page_table, (batch, None), _TABLE, query))
     else:
         lists = page_lists(page_indptr, page_indices, last_page_len, batch, query, page_table)
         indices = Indices(rows, lengths, **lists)
@@ -416,11 +414,11 @@ def variable_length_attention(
     if not isinstance(query, torch.Tensor) or not 3 <= query.dim() <= 4:
         checks.tensor("query", query, (3, 4), f"{BSHD}, or packed {PACKED}")
     batch = None if query.dim() == 3 else query.shape[0]
-    lengths = _index("seq_lengths", seq_lengths, (batch,), "int32 (batch,)", query)
+    lengths = index_tensor("seq_lengths", seq_lengths, (batch,), "int32 (batch,)", query)
     if lengths is None:
         raise TypeError("seq_lengths must be a torch.Tensor int32 (batch,), not NoneType")
     batch = lengths.shape[0]
-    keys = lengths if seqlens_k is None else _index("seqlens_k", seqlens_k, (batch,), "int32 (batch,)", query)
+    keys = lengths if seqlens_k is None else index_tensor("seqlens_k", seqlens_k, (batch,), "int32 (batch,)", query)
     listed = not (page_indptr is page_indices is last_page_len is None)
     paged = listed or page_table is not None
     if not paged and block_size is not None:
@@ -432,7 +430,7 @@ def variable_length_attention(
         indices = Indices(lengths, None if seqlens_k is None else keys, **lists)
         max_seqlen_k = 0 if max_seqlen_k is None else max_seqlen_k
     else:
-        indices = Indices(lengths, keys, _index("page_table", page_table, (batch, None), _TABLE, query))
+        indices = Indices(lengths, keys, index_tensor("page_table", page_table, (batch, None), _TABLE, query))
         if seqlens_k is None:
             max_seqlen_k = max_seq_len
         elif max_seqlen_k is None:
@@ -446,30 +444,11 @@ def variable_length_attention(
     )
 
 
-def _index(
-    name: str, index: object, shape: tuple[int | None, ...], layout: str, query: torch.Tensor
-) -> torch.Tensor | None:
-    """An index tensor as kernels read it; None stays None."""
-    if index is None:
-        return None
-    if not (
-        isinstance(index, torch.Tensor)
-        and index.dtype is _int32
-        and index.dim() == len(shape)
-        and (shape[0] is None or index.shape[0] == shape[0])
-        and index.is_cpu == query.is_cpu
-        and index.get_device() == query.get_device()
-    ):
-        checks.indices(name, index, shape, layout, query)
-        assert isinstance(index, torch.Tensor)
-    return index if index.dtype is _int32 and index.is_contiguous() else readable_index(index)
-
-
 def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: torch.Tensor | None) -> Indices:
     checks.tensor("query", query, 4, BSHD)
     shape, layout = (query.shape[0],), "int32 (batch,)"
     return Indices(
-        _index("seqlens_q", seqlens_q, shape, layout, query), _index("seqlens_k", seqlens_k, shape, layout, query)
+        index_tensor("seqlens_q", seqlens_q, shape, layout, query), index_tensor("seqlens_k", seqlens_k, shape, layout, query)
     )
 
 

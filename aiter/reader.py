@@ -1,8 +1,9 @@
 """Reading a call's tensors in C, where that can be: kernels_src/include/call_reader.h, which every kernel of attention
 has in it, so that nothing is to be compiled for it alone.
 
-    sizes_of, pack      the same as layout.py's and plan.py's, for calls as they mostly are; None for all others, and for
-                        every call before a kernel is loaded, or where PyTorch cannot tell C what a tensor is
+    is_index, sizes_of, pack    what layout.py and plan.py have of these names, for calls as they mostly are; None for all
+                                others, and for every call before a kernel is loaded, or where PyTorch cannot tell C what
+                                a tensor is
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ def _ask_python(*arguments: Any) -> None:
     return None
 
 
+is_index: Callable[..., bool | None] = _ask_python
 sizes_of: Callable[..., tuple[int, ...] | None] = _ask_python
 pack: Callable[..., bytes | None] = _ask_python
 
 
 def take_from(library: ctypes.CDLL) -> None:
     """From now on reads tensors with what a loaded kernel has in it for that, if it does and nothing did before."""
-    global sizes_of, pack
+    global is_index, sizes_of, pack
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
     function = getattr(library, "aiter_call_reader", None)
     if capsule is None or function is None or pack is not _ask_python:
@@ -37,6 +39,6 @@ def take_from(library: ctypes.CDLL) -> None:
     make = ctypes.PYFUNCTYPE(*types)(ctypes.cast(function, ctypes.c_void_p).value)
     try:
         exchange = pointer(capsule, b"dlpack_exchange_api")
-        sizes_of, pack = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM)
+        is_index, sizes_of, pack = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM)
     except ValueError:  # another kind of capsule, or a null pointer for the functions
         return

@@ -2,8 +2,9 @@
  *
  *   Python (aiter/reader.py)                          the first kernel of attention that is loaded
  *   ------------------------                          --------------------------------------------
- *   once        aiter_call_reader(exchange, ...)  -->  these two, as Python functions
- *   each call   sizes_of(query, key, value, ...)  -->  sizes, or None      as layout.py has it
+ *   once        aiter_call_reader(exchange, ...)  -->  these three, as Python functions
+ *   each call   is_index(index, shape, query)     -->  True, or None       as layout.py has it
+ *               sizes_of(query, key, value, ...)  -->  sizes, or None
  *               pack(call, query, key, ...)       -->  bytes, or None      as plan.py has it
  *
  * None: something is not as it mostly is, wrong or only rare, and Python's function decides. So nothing is refused here,
@@ -30,9 +31,10 @@ typedef struct {
     int flags;
     const char *doc;
 } PyMethodDef;
-AITER_OF_PYTHON PyObject _Py_NoneStruct;
+AITER_OF_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct;
 AITER_OF_PYTHON PyObject *PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject *);
 AITER_OF_PYTHON PyObject *PyTuple_New(ptrdiff_t);
+AITER_OF_PYTHON ptrdiff_t PyTuple_Size(PyObject *);
 AITER_OF_PYTHON PyObject *PyTuple_GetItem(PyObject *, ptrdiff_t); /* borrowed */
 AITER_OF_PYTHON int PyTuple_SetItem(PyObject *, ptrdiff_t, PyObject *);
 AITER_OF_PYTHON PyObject *PyLong_FromLongLong(long long);
@@ -59,9 +61,7 @@ struct Tensor {
     uint64_t byte_offset;
 
     uint64_t address() const { return reinterpret_cast<uint64_t>(data) + byte_offset; }
-    bool beside(const Tensor &other) const {
-        return device_type == other.device_type && device_id == other.device_id;
-    }
+    bool beside(const Tensor &other) const { return device_type == other.device_type && device_id == other.device_id; }
     bool has_type(int code, int bits) const { return type_code == code && type_bits == bits && type_lanes == 1; }
     bool is_element() const { return has_type(2, 16) || has_type(4, 16) || has_type(2, 32); } /* fp16, bf16, fp32 */
     bool is_fp8() const { return has_type(10, 8) || has_type(11, 8) || has_type(12, 8); } /* e4m3fn, e4m3fnuz, e5m2 */
@@ -97,6 +97,21 @@ inline bool read(PyObject *object, Tensor *tensor) {
     *tensor = Tensor();
     tensor->rank = -1;
     return true;
+}
+
+/* is_index(index, shape, query): int32 of this shape, where None is any length, beside query, the last dimension adjacent */
+inline PyObject *is_index(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
+    Tensor index, query;
+    if (count != 3 || is_none(arguments[0]) || !read(arguments[0], &index) || !read(arguments[2], &query) ||
+        !index.has_type(0, 32) || !index.beside(query) || index.rank < 1 || index.rank != PyTuple_Size(arguments[1]) ||
+        index.strides[index.rank - 1] != 1)
+        return unusual();
+    for (int i = 0; i < index.rank; ++i) {
+        PyObject *length = PyTuple_GetItem(arguments[1], i);
+        if (!is_none(length) && index.shape[i] != PyLong_AsLongLong(length)) return unusual();
+    }
+    Py_IncRef(&_Py_TrueStruct);
+    return &_Py_TrueStruct;
 }
 
 /* Whether there is none, or it has one dimension of this length. */
@@ -155,9 +170,8 @@ inline PyObject *sizes_of(PyObject *, PyObject *const *arguments, ptrdiff_t coun
         !fits(starts_q, batch + 1) || !fits(starts_k, batch + 1) || (starts_q.rank >= 0 && !packed_q) ||
         (starts_k.rank >= 0 && !packed_k))
         return unusual();
-    const int64_t sizes[] = {batch,    heads_q,   heads_kv, seqlen_q, seqlen_k,  packed_q,
-                             packed_k, page_size, total_q,  total_k,  num_pages, page_table_stride,
-                             0};
+    const int64_t sizes[] = {batch,     heads_q, heads_kv, seqlen_q,  seqlen_k,          packed_q, packed_k,
+                             page_size, total_q, total_k,  num_pages, page_table_stride, 0};
     constexpr int SIZES = sizeof(sizes) / sizeof(*sizes);
     PyObject *result = PyTuple_New(SIZES);
     for (int i = 0; result && i < SIZES; ++i) PyTuple_SetItem(result, i, PyLong_FromLongLong(sizes[i]));
@@ -215,17 +229,21 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
         problem.lse_strides[first + i] = large[4].strides[i];
     problem.softmax_scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(call, 4)));
     if (problem.softmax_scale - problem.softmax_scale != 0 ||
-        !copy(problem.key_descale_strides, offsetof(aiter_attention_problem, softmax_scale) -
-                                               offsetof(aiter_attention_problem, key_descale_strides), arguments[6]) ||
+        !copy(problem.key_descale_strides,
+              offsetof(aiter_attention_problem, softmax_scale) - offsetof(aiter_attention_problem, key_descale_strides),
+              arguments[6]) ||
         !copy(&problem.softcap, sizeof problem - offsetof(aiter_attention_problem, softcap), arguments[7]))
         return unusual();
 
     /* All addresses in the order of the struct, the workspace's apart, which is yet to be made. */
     const void **address = const_cast<const void **>(&packed.tensors.query);
     for (int i = 0; i < 5; ++i) *address++ = reinterpret_cast<const void *>(large[i].address());
-    const struct { PyObject *of; int place; } rest[] = {
-        {indices, 0}, {indices, 1}, {indices, 3}, {indices, 4}, {options, 5},  /* lengths, starts, query_offsets */
-        {indices, 2}, {indices, 5}, {indices, 6}, {options, 3}, {options, 4},  /* pages, alibi_slopes, sinks */
+    const struct {
+        PyObject *of;
+        int place;
+    } rest[] = {
+        {indices, 0}, {indices, 1},  {indices, 3}, {indices, 4}, {options, 5}, /* lengths, starts, query_offsets */
+        {indices, 2}, {indices, 5},  {indices, 6}, {options, 3}, {options, 4}, /* pages, alibi_slopes, sinks */
         {options, 8}, {options, 10}, {options, 11}};                           /* rng_state, descales */
     for (const auto &field : rest) {
         Tensor tensor;
@@ -238,7 +256,7 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
 
 } // namespace aiter_reader
 
-/* A tuple of the two functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
+/* A tuple of the three functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
  * queries and keys dim_latent too. */
 AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int dim_max, int dim_latent) {
     namespace reader = aiter_reader;
@@ -246,11 +264,12 @@ AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int
     while (version && version->major != 1) version = version->older;
     if (!PyCFunction_NewEx || !version || !version->read) return nullptr;
     reader::common = {version->read, dim_step, dim_max, dim_latent};
-    static PyMethodDef sizes_of = {"sizes_of", reader::sizes_of, reader::METH_FASTCALL, nullptr};
-    static PyMethodDef pack = {"pack", reader::pack, reader::METH_FASTCALL, nullptr};
-    PyObject *functions = PyTuple_New(2);
-    PyTuple_SetItem(functions, 0, PyCFunction_NewEx(&sizes_of, nullptr, nullptr));
-    PyTuple_SetItem(functions, 1, PyCFunction_NewEx(&pack, nullptr, nullptr));
+    static PyMethodDef methods[] = {{"is_index", reader::is_index, reader::METH_FASTCALL, nullptr},
+                                    {"sizes_of", reader::sizes_of, reader::METH_FASTCALL, nullptr},
+                                    {"pack", reader::pack, reader::METH_FASTCALL, nullptr}};
+    PyObject *functions = PyTuple_New(3);
+    for (int i = 0; functions && i < 3; ++i)
+        PyTuple_SetItem(functions, i, PyCFunction_NewEx(&methods[i], nullptr, nullptr));
     return functions;
 }
 
