@@ -86,6 +86,8 @@ def read_sizes(
 ) -> tuple[int, ...] | None:
     """`sizes_of` in Python."""
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if len(query_shape) < 3 or len(key_shape) < 3:
+        return None
     dtype, kept_dtype, head_dim = query.dtype, key.dtype, query_shape[-1]
     if not (
         (kept_dtype is dtype or kept_dtype in checks.FP8_NAMES)

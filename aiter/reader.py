@@ -29,16 +29,28 @@ pack: Callable[..., bytes | None] = _ask_python
 def take_from(library: ctypes.CDLL) -> None:
     """From now on reads tensors with what a loaded kernel has in it for that, if it does and nothing did before."""
     global is_index, sizes_of, pack
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10
-    function = getattr(library, "aiter_call_reader", None)
-    if capsule is None or function is None or pack is not _ask_python:
-        return
+    exchange = exchange_of_torch()
+    if pack is _ask_python and exchange is not None and hasattr(library, "aiter_call_reader"):
+        is_index, sizes_of, pack = functions_of(library, exchange)
+
+
+def exchange_of_torch() -> int | None:
+    """The address of the functions that PyTorch, from 2.10 on, has for who reads tensors in C (DLPackExchangeAPI)."""
+    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.argtypes, pointer.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-    types = (ctypes.py_object, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int)
-    make = ctypes.PYFUNCTYPE(*types)(ctypes.cast(function, ctypes.c_void_p).value)
     try:
-        exchange = pointer(capsule, b"dlpack_exchange_api")
-        is_index, sizes_of, pack = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM)
-    except ValueError:  # another kind of capsule, or a null pointer for the functions
-        return
+        return None if capsule is None else pointer(capsule, b"dlpack_exchange_api")
+    except ValueError:  # something else that goes by this name
+        return None
+
+
+def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any], ...]:
+    """is_index, sizes_of and pack of a library that has them."""
+    address = ctypes.cast(library.aiter_call_reader, ctypes.c_void_p).value
+    assert address is not None
+    make = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int)(address)
+    functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM)
+    if functions is None:  # Python's functions cannot be seen from there, or this is another version of DLPack
+        return _ask_python, _ask_python, _ask_python
+    return ctypes.cast(functions, ctypes.py_object).value

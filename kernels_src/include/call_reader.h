@@ -49,6 +49,9 @@ AITER_OF_PYTHON void Py_IncRef(PyObject *);
 namespace aiter_reader {
 
 constexpr int METH_FASTCALL = 0x80;
+/* The first fields of a problem, of which the first are int32_t, the others int64_t. */
+constexpr int SIZES = 13, INT32_SIZES = 8;
+static_assert(offsetof(aiter_attention_problem, query_strides) == INT32_SIZES * 4 + (SIZES - INT32_SIZES) * 8, "");
 
 /* DLTensor; strides count elements. */
 struct Tensor {
@@ -172,7 +175,7 @@ inline PyObject *sizes_of(PyObject *, PyObject *const *arguments, ptrdiff_t coun
         return unusual();
     const int64_t sizes[] = {batch,     heads_q, heads_kv, seqlen_q,  seqlen_k,          packed_q, packed_k,
                              page_size, total_q, total_k,  num_pages, page_table_stride, 0};
-    constexpr int SIZES = sizeof(sizes) / sizeof(*sizes);
+    static_assert(sizeof(sizes) == SIZES * sizeof(*sizes), "one for each field");
     PyObject *result = PyTuple_New(SIZES);
     for (int i = 0; result && i < SIZES; ++i) PyTuple_SetItem(result, i, PyLong_FromLongLong(sizes[i]));
     return result;
@@ -209,16 +212,18 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
     if (count != 8) return unusual();
     for (int i = 0; i < 5; ++i)
         if (!read(arguments[1 + i], &large[i])) return unusual();
-    if (!readable(large[0]) || !readable(large[1]) || !readable(large[2])) return unusual();
+    for (int i = 0; i < 4; ++i)
+        if (large[i].rank < 3 || large[i].rank > 4 || (i < 3 && !readable(large[i]))) return unusual();
 
     PyObject *call = arguments[0];
     PyObject *const sizes = PyTuple_GetItem(call, 0), *const indices = PyTuple_GetItem(call, 1),
                     *const options = PyTuple_GetItem(call, 2);
-    for (int i = 0; i < 13; ++i) {
+    char *const field = reinterpret_cast<char *>(&problem);
+    for (int i = 0; i < SIZES; ++i) {
         const int64_t size = PyLong_AsLongLong(PyTuple_GetItem(sizes, i));
-        if (size < 0 || (i < 8 && size > INT32_MAX)) return unusual();
-        if (i < 8) (&problem.batch)[i] = static_cast<int32_t>(size);
-        else (&problem.total_q)[i - 8] = size;
+        if (size < 0 || (i < INT32_SIZES && size > INT32_MAX)) return unusual();
+        if (i < INT32_SIZES) reinterpret_cast<int32_t *>(field)[i] = static_cast<int32_t>(size);
+        else reinterpret_cast<int64_t *>(field)[i - INT32_SIZES / 2] = size;
     }
     const bool paged = problem.page_size > 0;
     set_strides(problem.query_strides, large[0], false);
@@ -227,16 +232,18 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
     set_strides(problem.output_strides, large[3], false);
     for (int i = 0, first = 3 - large[4].rank; i < large[4].rank - 1; ++i)
         problem.lse_strides[first + i] = large[4].strides[i];
-    problem.softmax_scale = static_cast<float>(PyFloat_AsDouble(PyTuple_GetItem(call, 4)));
-    if (problem.softmax_scale - problem.softmax_scale != 0 ||
-        !copy(problem.key_descale_strides,
-              offsetof(aiter_attention_problem, softmax_scale) - offsetof(aiter_attention_problem, key_descale_strides),
-              arguments[6]) ||
-        !copy(&problem.softcap, sizeof problem - offsetof(aiter_attention_problem, softcap), arguments[7]))
+    const double scale = PyFloat_AsDouble(PyTuple_GetItem(call, 4));
+    problem.softmax_scale = static_cast<float>(scale);
+    constexpr size_t DESCALE_STRIDES = offsetof(aiter_attention_problem, key_descale_strides),
+                     SCALE = offsetof(aiter_attention_problem, softmax_scale),
+                     OPTIONS = offsetof(aiter_attention_problem, softcap);
+    if (scale == -1 || problem.softmax_scale - problem.softmax_scale != 0 || /* an exception, or not finite */
+        !copy(field + DESCALE_STRIDES, SCALE - DESCALE_STRIDES, arguments[6]) ||
+        !copy(field + OPTIONS, sizeof problem - OPTIONS, arguments[7]))
         return unusual();
 
     /* All addresses in the order of the struct, the workspace's apart, which is yet to be made. */
-    const void **address = const_cast<const void **>(&packed.tensors.query);
+    const void **address = reinterpret_cast<const void **>(&packed.tensors);
     for (int i = 0; i < 5; ++i) *address++ = reinterpret_cast<const void *>(large[i].address());
     const struct {
         PyObject *of;
