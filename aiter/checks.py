@@ -105,15 +105,16 @@ def head_dim(tensor: torch.Tensor, name: str = "query") -> int:
 def output(out: object, query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Returns `out` if the output of a call can go there."""
     out = tensor("out", out, query.dim(), "of the shape of query, with value's head_dim")
-    expected = (*query.shape[:-1], value.shape[-1])
-    if out.shape != torch.Size(expected):
-        raise ValueError(f"out has shape {tuple(out.shape)}; it must be {expected}")
+    if out.shape[:-1] != query.shape[:-1] or out.shape[-1] != value.shape[-1]:
+        raise ValueError(f"out has shape {tuple(out.shape)}; it must be {(*query.shape[:-1], value.shape[-1])}")
     if out.dtype != query.dtype:
         raise TypeError(f"out has dtype {out.dtype}; it must be that of query, {query.dtype}")
     same_device("out", out, "query", query)
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError("out requires a gradient, which nothing that is written into it can have")
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)):
+    if not out.is_contiguous() and any(
+        size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
+    ):
         raise ValueError(f"out has strides {out.stride()}: several of its elements are the same memory")
     return out
 

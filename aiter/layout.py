@@ -166,8 +166,8 @@ def read_sizes(
 def index_tensor(
     name: str, index: object, shape: tuple[int | None, ...], layout: str, query: torch.Tensor
 ) -> torch.Tensor | None:
-    """An index tensor that a caller has given, checked, and as kernels read it; None stays None. In `shape`, None is any
-    length, as every one but the first is; `layout` says it in words."""
+    """An index tensor that a caller has given, checked, and as kernels read it; None stays None. In `shape`, None is
+    any length, as every one but the first is; `layout` says it in words."""
     if index is None:
         return None
     # Dynamo cannot trace what is not Python.

@@ -448,7 +448,8 @@ def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: tor
     checks.tensor("query", query, 4, BSHD)
     shape, layout = (query.shape[0],), "int32 (batch,)"
     return Indices(
-        index_tensor("seqlens_q", seqlens_q, shape, layout, query), index_tensor("seqlens_k", seqlens_k, shape, layout, query)
+        index_tensor("seqlens_q", seqlens_q, shape, layout, query),
+        index_tensor("seqlens_k", seqlens_k, shape, layout, query),
     )
 
 

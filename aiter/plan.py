@@ -114,7 +114,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (new and contiguous, or the given one, of which rows that belong to no sequence are left alone) and, if
     wanted, log-sum-exp; launched on the current stream."""
-    sizes, indices, options, causal, softmax_scale, _ = call
+    sizes, indices, options, causal, _, _ = call
     head_dim, value_dim, gpu, given = query.shape[-1], value.shape[-1], on_gpu(query), output is not None
     if output is not None:
         if _readable(output) is not output:

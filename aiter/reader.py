@@ -1,9 +1,13 @@
 """Reading a call's tensors in C, where that can be: kernels_src/include/call_reader.h, which every kernel of attention
 has in it, so that nothing is to be compiled for it alone.
 
-    is_index, sizes_of, pack    what layout.py and plan.py have of these names, for calls as they mostly are; None for all
-                                others, and for every call before a kernel is loaded, or where PyTorch cannot tell C what
-                                a tensor is
+    in C        in Python               answer
+    is_index    layout.index_tensor     True, for an index tensor that is as kernels read it
+    sizes_of    layout.read_sizes       the fields of Sizes
+    pack        plan.pack               the call as bytes, but for its workspace
+
+That is for calls as they mostly are. None for all others, which Python then looks at; and for every call before the
+first kernel is loaded, or where PyTorch cannot tell C what a tensor is.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
     python benchmarks/calls.py [--device cuda] [--json FILE]
 
-Calls so small that the work is nothing: dense, packed, decoding from pages, the forward pass of training, and the same
-of PyTorch's operator where it has one. Shapes repeat, grow by a token each call (a cache in use), or are random (what a
-server does). Of each, many short rounds in turn with the others, so that a busy machine is as unkind to all; printed is
-the median over rounds of the quickest tenth's time per call. On a GPU the time is the host's: calls are not waited for.
+Calls so small that the work is nothing: dense, packed, decoding from pages, the last two as FlashAttention has them
+(varlen), the forward pass of training, and the same of PyTorch's operator where it has one. Shapes repeat, grow by a
+token each call (a cache in use), or are random (what a server does). Of each, many short rounds in turn with the
+others, so that a busy machine is as unkind to all; printed is the median over rounds of the quickest tenth's time per
+call. On a GPU the time is the host's: calls are not waited for.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import aiter
+from aiter import flash_attn
 
 HEADS, HEAD_DIM, PAGE, LONGEST = 1, 8, 16, 64
 SHAPES = ("repeated", "growing", "random")
@@ -43,7 +45,10 @@ def calls(device: str, shape: str) -> dict[str, Callable[[], object]]:
     cache = torch.randn(2, LONGEST // PAGE, HEADS, PAGE, HEAD_DIM, device=device, dtype=dtype)
     pages = torch.arange(LONGEST // PAGE, dtype=torch.int32, device=device).unsqueeze(0)
     held = [torch.tensor([n], dtype=torch.int32, device=device) for n in range(LONGEST + 1)]
-    token = rows[:, :1]
+    ends = [torch.tensor([0, n], dtype=torch.int32, device=device) for n in range(LONGEST + 1)]
+    token, one = rows[:, :1], flat[:1]
+    output = torch.empty_like(one)
+    by_token = cache.transpose(2, 3).contiguous()  # as FlashAttention has it: pages of tokens of heads
 
     def series() -> Iterator[int]:
         return lengths_of(shape, 0)
@@ -63,6 +68,18 @@ def calls(device: str, shape: str) -> dict[str, Callable[[], object]]:
 
     def paged(lengths=series()):  # noqa: B008
         return aiter.flash_attn_with_kvcache(token, cache, pages, PAGE, cache_seqlens=held[next(lengths)])
+
+    def varlen(lengths=series()):  # noqa: B008
+        n = next(lengths)
+        some = flat[:n]
+        return flash_attn.flash_attn_varlen_func(some, some, some, ends[n], ends[n], n, n, causal=True)
+
+    def varlen_paged(lengths=series()):  # noqa: B008
+        n = next(lengths)
+        return flash_attn.flash_attn_varlen_func(
+            *(one, *by_token, ends[1], None, 1, LONGEST),
+            **{"causal": True, "seqused_k": held[n], "block_table": pages, "out": output},
+        )
 
     def training(lengths=series()):  # noqa: B008
         some = trained[:, : next(lengths)]
@@ -85,6 +102,8 @@ def calls(device: str, shape: str) -> dict[str, Callable[[], object]]:
         "dense": dense,
         "packed": packed,
         "paged": paged,
+        "varlen": varlen,
+        "varlen paged, out=": varlen_paged,
         "training": training,
         "PyTorch dense": pytorch,
         "PyTorch training": pytorch_training,
@@ -125,7 +144,7 @@ def main() -> None:
         row = report[shape]
         plain, leaf = row.pop("(slice)"), row.pop("(slice of a leaf)")
         for name in row:
-            row[name] -= 0.0 if name == "paged" else leaf if "training" in name else plain
+            row[name] -= 0.0 if "paged" in name else leaf if "training" in name else plain
     print("us per call".ljust(20), *(shape.rjust(10) for shape in SHAPES))
     for name in report[SHAPES[0]]:
         print(name.ljust(20), *(f"{report[shape][name] * 1e6:10.1f}" for shape in SHAPES))

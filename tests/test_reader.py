@@ -92,8 +92,8 @@ class Draw:
         return wide[..., : shape[-1]]
 
     def break_a_rule(self):
-        name = self.source.choice(("query", "key", "value", "key and value", "indices"))
-        if name == "indices":
+        broken = self.source.choice(("query", "key", "value", "key and value", "indices"))
+        if broken == "indices":
             fields = {
                 field: self.source.choice((None, self.index(self.batch), self.index(self.batch + 1), self.index(2, 2)))
                 for field in self.source.sample(Indices._fields, 2)
@@ -116,7 +116,7 @@ class Draw:
                 lambda t: t.to("meta"),
             )
         )
-        for name in name.split(" and "):
+        for name in broken.split(" and "):
             setattr(self, name, change(getattr(self, name)))
 
     def sizes(self, function):
@@ -267,7 +267,8 @@ class Head(ctypes.Structure):
 
 @pytest.fixture
 def on_devices(library):
-    """A function that gives is_index, sizes_of and pack as they are where tensors are on GPUs: it says which, by tensor."""
+    """A function that gives is_index, sizes_of and pack as they are where tensors are on other devices: device_of says
+    (type, index) of each."""
     kept = []
     signature = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.c_void_p)
     torch_reads = signature(Exchange.from_address(reader.exchange_of_torch()).read)
