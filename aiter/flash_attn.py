@@ -518,15 +518,14 @@ def _attend(
         max_seqlen_q = max(max_seqlen_q, 1)
         if indices.page_indptr is None:
             max_seqlen_k = max(max_seqlen_k, 1)
-    if out is not None:
-        checks.output(out, q, v)
     if softmax_scale is None:
         softmax_scale = head_dim**-0.5
     padded = head_dim % checks.HEAD_DIM_STEP or value_dim % checks.HEAD_DIM_STEP
     target = out
     if padded:
+        if out is not None:
+            target = _pad(checks.output(out, q, v))
         q, k, v = (_pad(tensor) for tensor in (q, k, v))
-        target = None if out is None else _pad(out)
     wants_lse = return_attn_probs or return_lse
     if return_attn_probs and options.get("dropout_p"):
         options.setdefault("rng_state", draw_rng_state(q.device))

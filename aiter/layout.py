@@ -8,7 +8,7 @@ may be another.
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn
 
 import torch
 
@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 
 
 # Bound once, as they are used at every call.
-_is_compiling, _int32, _strided = torch.compiler.is_compiling, torch.int32, torch.strided
+_is_compiling, _Tensor, _int32, _strided = torch.compiler.is_compiling, torch.Tensor, torch.int32, torch.strided
 _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
 
@@ -170,9 +170,9 @@ def index_tensor(
     any length, as every one but the first is; `layout` says it in words."""
     if index is None:
         return None
-    # Dynamo cannot trace what is not Python.
-    if not _is_compiling() and reader.is_index(index, shape, query):
-        return cast(torch.Tensor, index)
+    # Dynamo cannot trace what is not Python, and fake tensors warn when they are read by C.
+    if not _is_compiling() and type(index) is type(query) is _Tensor and reader.is_index(index, shape, query):
+        return index
     if not (
         isinstance(index, torch.Tensor)
         and index.layout is _strided

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import STRIDES, strided
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import aiter
 from aiter import checks, plan, reader
@@ -334,6 +335,18 @@ def test_another_version_of_dlpack_is_not_used(on_devices):
 def test_another_capsule_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", object(), raising=False)
     assert reader.exchange_of_torch() is None
+
+
+def test_what_is_traced_is_not_read(monkeypatch):
+    """Fake tensors have no memory, and Dynamo would break the graph."""
+    rows, lengths = torch.randn(5, 2, 8), torch.tensor([5], dtype=torch.int32)
+    function = lambda rows, lengths: aiter.variable_length_attention(rows, rows, rows, lengths, 5)  # noqa: E731
+    expected = function(rows, lengths)
+    monkeypatch.setattr(reader, "is_index", lambda *arguments: pytest.fail("read in C"))
+    for mode in ("fake", "symbolic"):
+        assert torch.equal(make_fx(function, tracing_mode=mode)(rows, lengths)(rows, lengths), expected)
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(rows, lengths), expected)
 
 
 def test_operations_give_the_same_without(monkeypatch):
