@@ -151,7 +151,7 @@ def forward(
         more_strides, chosen = _NO_MORE_STRIDES, _NO_OPTIONS[_check(call, gpu), given]
     else:
         more_strides, chosen = _more_strides(options), _options(options, _check(call, gpu), given)
-    packed = reader.pack(call, query, key, value, output, lse, more_strides, chosen)
+    packed = reader.pack(call, query, key, value, output, lse, more_strides, chosen, gpu)
     if packed is None:
         query, key, value = _readable(query), _readable(key), _readable(value)
         packed = pack(call, query, key, value, output, lse, more_strides, chosen)

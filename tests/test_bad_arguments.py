@@ -38,6 +38,8 @@ def replaced(position, tensor):
         (replaced(2, 3.0), TypeError, "value must be a torch.Tensor.*float"),
         (replaced(0, lambda t: t[0]), ValueError, "query must be .*3 dimensions"),
         (replaced(1, lambda t: t[None]), ValueError, "key must be .*5 dimensions"),
+        (replaced(0, torch.zeros(())), ValueError, "query must be .*0 dimensions"),
+        (replaced(1, torch.zeros(())), ValueError, "key must be .*0 dimensions"),
         (replaced(0, lambda t: t.double()), TypeError, "query has dtype torch.float64"),
         (replaced(0, lambda t: t.int()), TypeError, "query has dtype torch.int32"),
         (replaced(1, lambda t: t.half()), TypeError, "key has dtype torch.float16.*that of query"),

@@ -182,11 +182,11 @@ inline PyObject *sizes_of(PyObject *, PyObject *const *arguments, ptrdiff_t coun
 }
 
 /* Whether a kernel can read a tensor where it lies: _readable of plan.py, but for its rarer cases. */
-inline bool readable(const Tensor &tensor) {
+inline bool readable(const Tensor &tensor, bool gpu) {
     if (tensor.strides[tensor.rank - 1] != 1) return false;
     uint64_t together = 0;
     for (int i = 0; i < tensor.rank - 1; ++i) together |= static_cast<uint64_t>(tensor.strides[i]);
-    const uint64_t size = tensor.type_bits / 8u, piece = tensor.device_type == 1 ? 1 : 8 * size; /* 1: a CPU */
+    const uint64_t size = tensor.type_bits / 8u, piece = gpu ? 8 * size : 1;
     return (tensor.address() | together * size) % piece == 0;
 }
 
@@ -204,16 +204,17 @@ inline bool copy(void *to, size_t size, PyObject *bytes) {
     return true;
 }
 
-/* pack(call, query, key, value, output, lse, more_strides, options) */
+/* pack(call, query, key, value, output, lse, more_strides, options, gpu) */
 inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
     aiter_attention_call packed = {};
     aiter_attention_problem &problem = packed.problem;
     Tensor large[5]; /* query, key, value, output, lse */
-    if (count != 8) return unusual();
+    const bool gpu = count == 9 && arguments[8] == &_Py_TrueStruct;
+    if (count != 9) return unusual();
     for (int i = 0; i < 5; ++i)
         if (!read(arguments[1 + i], &large[i])) return unusual();
     for (int i = 0; i < 4; ++i)
-        if (large[i].rank < 3 || large[i].rank > 4 || (i < 3 && !readable(large[i]))) return unusual();
+        if (large[i].rank < 3 || large[i].rank > 4 || (i < 3 && !readable(large[i], gpu))) return unusual();
 
     PyObject *call = arguments[0];
     PyObject *const sizes = PyTuple_GetItem(call, 0), *const indices = PyTuple_GetItem(call, 1),
