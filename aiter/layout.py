@@ -70,7 +70,8 @@ def sizes_of(
     max_seqlen_q and max_seqlen_k bound the lengths of packed sequences, the latter those in lists of pages too, where 0
     is no bound.
     """
-    sizes = reader.sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
+    in_c = reader.sizes_of
+    sizes = in_c and in_c(query, key, value, indices, max_seqlen_q, max_seqlen_k)
     if sizes is None:
         sizes = read_sizes(query, key, value, indices, max_seqlen_q, max_seqlen_k)
     return None if sizes is None else _new(Sizes, sizes)
@@ -171,7 +172,8 @@ def index_tensor(
     if index is None:
         return None
     # Dynamo cannot trace what is not Python, and fake tensors warn when they are read by C.
-    if not _is_compiling() and type(index) is type(query) is _Tensor and reader.is_index(index, shape, query):
+    in_c = None if _is_compiling() else reader.is_index
+    if in_c and type(index) is type(query) is _Tensor and in_c(index, shape, query):
         return index
     if not (
         isinstance(index, torch.Tensor)
@@ -184,7 +186,7 @@ def index_tensor(
     ):
         checks.indices(name, index, shape, layout, query)
         assert isinstance(index, torch.Tensor)
-    return readable_index(index)
+    return index if index.dtype is _int32 and index.is_contiguous() else readable_index(index)
 
 
 def page_lists(

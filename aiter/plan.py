@@ -151,9 +151,11 @@ def forward(
         more_strides, chosen = _NO_MORE_STRIDES, _NO_OPTIONS[_check(call, gpu), given]
     else:
         more_strides, chosen = _more_strides(options), _options(options, _check(call, gpu), given)
-    packed = reader.pack(call, query, key, value, output, lse, more_strides, chosen, gpu)
+    in_c = reader.pack
+    packed = in_c and in_c(call, query, key, value, output, lse, more_strides, chosen, gpu)
     if packed is None:
-        query, key, value = _readable(query), _readable(key), _readable(value)
+        if gpu or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+            query, key, value = _readable(query), _readable(key), _readable(value)
         packed = pack(call, query, key, value, output, lse, more_strides, chosen)
     if plan.run(packed, query):
         _refuse_values(call)

@@ -6,8 +6,8 @@ has in it, so that nothing is to be compiled for it alone.
     sizes_of    layout.read_sizes       the fields of Sizes
     pack        plan.pack               the call as bytes, but for its workspace
 
-That is for calls as they mostly are. None for all others, which Python then looks at; and for every call before the
-first kernel is loaded, or where PyTorch cannot tell C what a tensor is.
+That is for calls as they mostly are; None for all others, which Python then looks at. The functions themselves are None
+before the first kernel is loaded, and where PyTorch cannot tell C what a tensor is.
 """
 
 from __future__ import annotations
@@ -20,21 +20,16 @@ import torch
 
 from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
 
-
-def _ask_python(*arguments: Any) -> None:
-    return None
-
-
-is_index: Callable[..., bool | None] = _ask_python
-sizes_of: Callable[..., tuple[int, ...] | None] = _ask_python
-pack: Callable[..., bytes | None] = _ask_python
+is_index: Callable[..., bool | None] | None = None
+sizes_of: Callable[..., tuple[int, ...] | None] | None = None
+pack: Callable[..., bytes | None] | None = None
 
 
 def take_from(library: ctypes.CDLL) -> None:
     """From now on reads tensors with what a loaded kernel has in it for that, if it does and nothing did before."""
     global is_index, sizes_of, pack
     exchange = exchange_of_torch()
-    if pack is _ask_python and exchange is not None and hasattr(library, "aiter_call_reader"):
+    if pack is None and exchange is not None and hasattr(library, "aiter_call_reader"):
         is_index, sizes_of, pack = functions_of(library, exchange)
 
 
@@ -49,12 +44,12 @@ def exchange_of_torch() -> int | None:
         return None
 
 
-def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any], ...]:
+def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any] | None, ...]:
     """is_index, sizes_of and pack of a library that has them."""
     address = ctypes.cast(library.aiter_call_reader, ctypes.c_void_p).value
     assert address is not None
     make = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int)(address)
     functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM)
     if functions is None:  # Python's functions cannot be seen from there, or this is another version of DLPack
-        return _ask_python, _ask_python, _ask_python
+        return None, None, None
     return ctypes.cast(functions, ctypes.py_object).value
