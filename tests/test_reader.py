@@ -332,6 +332,22 @@ def test_another_version_of_dlpack_is_not_used(on_devices):
     assert on_devices(lambda tensor: (1, 0), major=2) == (None,) * 3
 
 
+def test_programs_without_python_load_it(library, tmp_path):
+    (tmp_path / "main.cpp").write_text(
+        """#include <dlfcn.h>
+        int main(int, char **arguments) {
+            void *library = dlopen(arguments[1], RTLD_NOW);
+            void *function = library ? dlsym(library, "aiter_call_reader") : nullptr;
+            if (!function) return 1;
+            struct { unsigned major; void *older, *others[3], *read; } exchange = {1, nullptr, {}, function};
+            return reinterpret_cast<void *(*)(void *, int, int, int)>(function)(&exchange, 8, 512, 576) ? 2 : 0;
+        }"""
+    )
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    subprocess.run([compiler, str(tmp_path / "main.cpp"), "-o", str(tmp_path / "main"), "-ldl"], check=True)
+    assert subprocess.run([tmp_path / "main", library._name]).returncode == 0
+
+
 def test_another_capsule_is_not_used(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", object(), raising=False)
     assert reader.exchange_of_torch() is None
