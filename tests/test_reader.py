@@ -31,7 +31,17 @@ def library(tmp_path_factory):
         pytest.skip("no C++ compiler (g++, clang++) on PATH")
     folder = tmp_path_factory.mktemp("reader")
     (folder / "reader.cpp").write_text('#include "call_reader.h"\n')
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", f"-I{INCLUDE}"]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-fvisibility=hidden",
+        f"-I{INCLUDE}",
+    ]
     subprocess.run([*command, str(folder / "reader.cpp"), "-o", str(folder / "reader.so")], check=True)
     return ctypes.CDLL(str(folder / "reader.so"))
 

@@ -84,7 +84,7 @@ struct Common {
     int (*read)(PyObject *, Tensor *);
     int64_t dim_step, dim_max, dim_latent;
 };
-inline Common common;
+static Common common;
 
 inline bool is_none(PyObject *object) { return object == &_Py_NoneStruct; }
 
