@@ -63,7 +63,8 @@ def batched(model, prompts, **scheduling):
         progress_bar=False,
     )
     assert len(results) == len(prompts)
-    assert all(result.error is None for result in results.values())
+    errors = {result.error for result in results.values()}
+    assert errors == {None}, errors
     return [results[f"req_{i}"].generated_tokens for i in range(len(prompts))]
 
 

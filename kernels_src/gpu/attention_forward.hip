@@ -53,6 +53,7 @@ struct RowTile {
         : head(place.head(launch.problem)), sequence(launch, place.batch(launch.problem), head),
           first_row(place.row_tile * BLOCK_ROWS) {
         keys = sequence.mask.keys_of_any(first_row, first_row + BLOCK_ROWS);
+        if (WINDOW) keys.low -= keys.low % Loop::alignment(launch);
         sequence.keys.begin = keys.low;
         if (WINDOW && (DROPOUT || launch.problem.batch_invariant)) keys.low -= keys.low % Loop::KEYS;
     }

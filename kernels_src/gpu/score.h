@@ -56,27 +56,24 @@ struct Score {
     }
     /* One score; `distance` is that of the positions. */
     __device__ __forceinline__ float finish(float raw, float slope, float distance) const {
-        if (SOFTCAP) {
-            float x[1] = {raw};
-            cap(x);
-            raw = x[0];
-        }
+        if (SOFTCAP) raw = capped(raw);
         if (ALIBI) raw = raw * outer - slope * distance;
         return raw;
     }
-    /* The tanh of raw scores, 1 - 2 / (1 + e^2x). */
-    template <int N> __device__ __forceinline__ void cap(float (&x)[N]) const {
-        float above[N];
+    /* The tanh of it. */
+    __device__ __forceinline__ float capped(float raw) const {
+        return 1.0f - 2.0f * approximate_reciprocal(1.0f + exp2(raw * inner));
+    }
+    /* The same for |x| <= 1, x = raw * `to_x`: x times a polynomial in x^2, fitted so that the relative error is least,
+     * 6e-7. */
+    static __device__ __forceinline__ float capped_small(float raw, float to_x) {
+        constexpr float C[] = {0.999999414f,   -0.333290423f, 0.132814329f,
+                               -0.0516056472f, 0.0167430846f, -0.0030670482f};
+        const float x = raw * to_x, square = x * x;
+        float sum = C[5];
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            float exponent = x[i] * inner;
-            if (N > 1) exponent = __builtin_fminf(exponent, 30.0f); /* also for NaN: one must not spoil the others */
-            above[i] = 1.0f + exp2(exponent);
-        }
-        float below[N];
-        reciprocals(above, below);
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] = N > 1 && x[i] != x[i] ? x[i] : 1.0f - 2.0f * below[i];
+        for (int i = 4; i >= 0; --i) sum = sum * square + C[i];
+        return x * sum;
     }
     /* A tile whose columns begin at `first`. slope(slot) is in base 2; position(slot): where the row stands. */
     template <class Scores, class Slope, class Position>
@@ -91,37 +88,38 @@ struct Score {
     }
 
   private:
-    static __device__ __forceinline__ void reciprocals(const float (&x)[1], float (&y)[1]) {
-        y[0] = approximate_reciprocal(x[0]);
-    }
-    /* By one reciprocal, of their product. */
-    static __device__ __forceinline__ void reciprocals(const float (&x)[4], float (&y)[4]) {
-        const float first = x[0] * x[1], second = x[2] * x[3], all = approximate_reciprocal(first * second);
-        const float of_first = all * second, of_second = all * first;
-        y[0] = of_first * x[1], y[1] = of_first * x[0], y[2] = of_second * x[3], y[3] = of_second * x[2];
-    }
-
     template <bool DERIVATIVE, class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
                                            Position position) const {
-        constexpr int TOGETHER = RECIPROCALS_AT_ONCE;
-        static_assert(Scores::VALUES % TOGETHER == 0, "");
+        if constexpr (SOFTCAP && !DERIVATIVE && DEAR_EXPONENTIALS) {
+            /* The unit for exponentials has those of the softmax to make. */
+            const float to_x = inner * (LN_2 / 2);
+            float largest = 0.0f;
+#pragma unroll
+            for (int slot = 0; slot < Scores::SLOTS; ++slot)
+#pragma unroll
+                for (int i = 0; i < Scores::VALUES; ++i)
+                    largest = __builtin_fmaxf(largest, __builtin_fabsf(s.get(slot, i)));
+            if (!wave_any(!(largest * __builtin_fabsf(to_x) <= 1.0f)))
+                return finish<DERIVATIVE>(s, derivative, first, slope, position,
+                                          [&](float raw) { return capped_small(raw, to_x); });
+        }
+        finish<DERIVATIVE>(s, derivative, first, slope, position, [&](float raw) { return capped(raw); });
+    }
+    template <bool DERIVATIVE, class Scores, class Slope, class Position, class Cap>
+    __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope, Position position,
+                                           Cap cap) const {
 #pragma unroll
         for (int slot = 0; slot < Scores::SLOTS; ++slot) {
             const float m = ALIBI ? slope(slot) : 0.0f;
             const float away = ALIBI ? static_cast<float>(position(slot) - first - Scores::lane_column()) : 0.0f;
 #pragma unroll
-            for (int begin = 0; begin < Scores::VALUES; begin += TOGETHER) {
-                float x[TOGETHER];
-#pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) x[i] = s.get(slot, begin + i);
-                if (SOFTCAP) cap(x);
-#pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) {
-                    const float distance = __builtin_fabsf(away - static_cast<float>(Scores::column(begin + i)));
-                    if (DERIVATIVE) derivative.set(slot, begin + i, 1.0f - x[i] * x[i]);
-                    s.set(slot, begin + i, ALIBI ? x[i] * outer - m * distance : x[i]);
-                }
+            for (int i = 0; i < Scores::VALUES; ++i) {
+                float x = s.get(slot, i);
+                if (SOFTCAP) x = cap(x);
+                if (DERIVATIVE) derivative.set(slot, i, 1.0f - x * x);
+                if (ALIBI) x = x * outer - m * __builtin_fabsf(away - static_cast<float>(Scores::column(i)));
+                s.set(slot, i, x);
             }
         }
     }

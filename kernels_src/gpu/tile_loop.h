@@ -50,6 +50,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
 
     /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
      * gaps at the end. */
+    /* A window's first tile begins at a multiple of this. */
+    static __device__ __forceinline__ int alignment(const Launch &) { return 1; }
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
         const aiter_attention_problem &p = launch.problem;
         const int group = p.heads_q / p.heads_kv;

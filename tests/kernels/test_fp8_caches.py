@@ -9,7 +9,7 @@ import torch
 from driver import CPUS, DTYPES, GPUS, STOOD_IN, attend, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import assert_sequences
+from problems import GPU_STRIDES, STRIDES, assert_sequences
 from random_calls import LENGTHS, assert_rest_is_clear, draw_call
 
 FP8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz, "e5m2": torch.float8_e5m2}
@@ -94,7 +94,8 @@ def test_calls(target, name, dtype, dims, fp8, on, data):
     on_gpu = target in GPUS
     layouts = ("paged", "packed over pages") if on_gpu else ("dense", "packed", "paged", "packed over pages")
     tokens = (1, 5, 33, 70) if on_gpu else LENGTHS
-    call = draw_call(data, dtype, dims, on, layouts, lengths_q=tokens, lengths_k=tokens, fp8=FP8[fp8])
+    how = {"lengths_q": tokens, "lengths_k": tokens, "strides": GPU_STRIDES if on_gpu else STRIDES[:3]}
+    call = draw_call(data, dtype, dims, on, layouts, fp8=FP8[fp8], **how)
     causal, scale = "causal" in on, data.draw(st.sampled_from((None, 0.3, -0.2)))
     output, lse = attend(target, *call.tensors, causal, scale, name=name, **call.options)
     assert_sequences(output, lse, call.sequences, causal, scale)

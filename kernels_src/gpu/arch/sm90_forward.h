@@ -5,8 +5,9 @@
  *                   tiles of the next row tile arrive.
  *   roles           two or three warpgroups multiply, 64 rows each; the last one copies:
  *       wave 0      K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
- *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps). Pages, and
- *                   tensors of which there is no map, are copied by two waves, 16 bytes a lane (cp.async).
+ *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps), or one for
+ *                   each of its boxes, which are parts of pages. Tensors of which there is no map, and pages whose
+ *                   size is no multiple of 8, are copied by two waves, 16 bytes a lane (cp.async).
  *       wave 2      finds out which row tiles the block takes
  *       wave 3      Q, as soon as a warpgroup has made its last scores
  *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
@@ -87,7 +88,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap query, key, value;
-        bool mapped;    /* there are maps */
+        int box;        /* keys that a map's copy brings; 0: there are no maps */
         int tiles;      /* row tiles in all */
         int section;    /* units whose tiles are taken together; see place() */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
@@ -104,6 +105,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         return MASKED || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
     }
 
+    /* Keys of a page that are copied together: rows of shared memory are permuted in eights. A window begins at one of
+     * their multiples. */
+    static int box_of(int page_size) {
+        int box = WINDOW ? 16 : KEYS;
+        while (KEYS % box != 0 || page_size % box != 0) --box;
+        return box % 8 == 0 ? box : 0;
+    }
+    static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
+
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
         const aiter_attention_problem &p = call.problem;
         const aiter_attention_tensors &t = call.tensors;
@@ -111,13 +121,16 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Launch launch;
         static_cast<Arguments &>(launch) = call;
         launch.tiles = static_cast<int>(tiles);
-        const int64_t batch = p.packed_k ? 1 : p.batch, tokens = p.packed_k ? p.total_k : p.seqlen_k;
-        launch.mapped =
-            !PAGED &&
+        launch.box = PAGED ? box_of(p.page_size) : KEYS;
+        const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
+        const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
+        const bool mapped =
+            launch.box != 0 &&
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
-            tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, KEYS) &&
-            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, KEYS);
+            tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, launch.box) &&
+            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, launch.box);
+        if (!mapped) launch.box = 0;
         int device = 0, blocks = 0;
         hipError_t error = hipGetDevice(&device);
         if (error == hipSuccess) error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
@@ -171,10 +184,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
      * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
      * block. But then many units are begun at one time, and their keys and values come from memory all at once: no more
-     * than the L2 cache holds, and no more than leave each of them four blocks. So few as eight are no matter: theirs
-     * are many keys, and they are read again for each round of tiles without being missed. */
+     * than the L2 cache holds, and no more than leave each of them some blocks (by trial, docs/hopper.md). So few as
+     * eight are no matter: theirs are many keys, and they are read again for each round of tiles without being
+     * missed. */
     static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
-        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, BLOCKS_OF_UNIT = 4, FEW = 8;
+        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, FEW = 8;
+        constexpr int64_t BLOCKS_OF_UNIT = HEAD_DIM <= 96 ? 2 : 8;
         const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * (LINES + VALUE_LINES) * 128, 1); /* of one unit */
         const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
         const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
@@ -276,6 +291,30 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         ring.advance();
     }
 
+    /* A lane for each box. Those past the end of the sequence or before its window come from a page that is not there:
+     * as zeros. */
+    template <bool VALUES, class Sequence>
+    static __device__ __forceinline__ void copy_pages(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                      int first) {
+        const auto &rows = sequence.keys;
+        const int box = launch.box, token = first + lane() * box;
+        const bool exists = token < rows.count && (!WINDOW || token + box > rows.begin);
+        const int index = exists ? static_cast<int>(static_cast<unsigned>(token) / rows.page_size) : 0;
+        const int page = exists ? clamp(rows.pages[index], 0, rows.last_page) : rows.last_page + 1;
+        constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
+        ring.vacate();
+        if (lane() == 0) mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
+        wave_sync();
+        if (lane() * box < KEYS)
+#pragma unroll
+            for (int line = 0; line < OWN_LINES; ++line)
+                tensor_map::copy(ring.tile() + (line * KEYS + lane() * box) * 128, VALUES ? launch.value : launch.key,
+                                 line * 64, exists ? token - index * rows.page_size : 0, sequence.kv_head, page,
+                                 ring.full());
+        wave_sync();
+        ring.advance();
+    }
+
     /* Zeros past the end of the sequence, before its window, and past the last column. */
     template <bool VALUES>
     static __device__ __forceinline__ void copy_rows(const Sequence &sequence, Ring &ring, int first) {
@@ -307,8 +346,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     template <bool VALUES>
     static __device__ __forceinline__ void copy(const Launch &launch, const Sequence &sequence, Ring &ring, int first) {
-        if (!PAGED && launch.mapped) copy_by_map<VALUES>(launch, sequence, ring, first);
-        else copy_rows<VALUES>(sequence, ring, first);
+        if (launch.box == 0) copy_rows<VALUES>(sequence, ring, first);
+        else if constexpr (PAGED) copy_pages<VALUES>(launch, sequence, ring, first);
+        else copy_by_map<VALUES>(launch, sequence, ring, first);
     }
 
     /* Calls almost_done() before the last tile. */
@@ -363,7 +403,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static __device__ __forceinline__ void copy_queries(const Launch &launch, const Sequence &sequence,
                                                         const QueryRing &ring, int first_row) {
         mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
-        if (PAGED || !launch.mapped) {
+        if (launch.box == 0) {
             copy_query_rows(sequence, ring.tile(), first_row);
             mbarrier::arrive_after_copies(ring.full());
         } else {
@@ -430,7 +470,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         /* Not by the bulk copy engine: what other threads have copied becomes visible to wgmma. */
         __device__ __forceinline__ Ring take() {
             const Ring taken = ring.take();
-            if (PAGED || !launch.mapped) wgmma::shared_is_written();
+            if (launch.box == 0) wgmma::shared_is_written();
             return taken;
         }
 
@@ -443,7 +483,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 for (int i = 0; i < QUERY_BYTES; i += WARPGROUP * 4)
                     shared_store(mine + i, bits(shared_load<uint32_t>(mine + i)));
             }
-            if (change || PAGED || !launch.mapped) wgmma::shared_is_written();
+            if (change || launch.box == 0) wgmma::shared_is_written();
             if (change) meet_all();
         }
 
@@ -564,7 +604,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
-        const bool mapped = !PAGED && launch.mapped;
+        const bool mapped = launch.box != 0;
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS); /* first, while all threads have as many registers */
         if (thread_in_block() == 0) {
             for (Ring r = {shared}; r.turn == 0; r.advance()) {
