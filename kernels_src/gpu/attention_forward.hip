@@ -39,33 +39,49 @@ using Output = Loop::Output;
 constexpr int SLOTS = Output::SLOTS;
 constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::BLOCK_ROWS;
 
-/* Rows of one head of one sequence, which a block works on at one time; Loop::place says in which order. */
-struct RowTile {
-    int head;
+/* Rows of one sequence, which a block works on at one time: of one head or of several (Packing). Loop::place says in
+ * which order. */
+struct RowTile : Packing<Loop::SEVERAL_HEADS> {
+    int head; /* the first */
     Sequence sequence;
     int first_row;
     Range
         keys; /* that any of its rows sees; batch_invariant, dropout: from the beginning of a tile on, wherever rows begin */
 
+    static __host__ __device__ __forceinline__ int64_t of_heads(const aiter_attention_problem &p) {
+        const int bits = Packing(p).bits;
+        return ((int64_t(p.seqlen_q) << bits) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    }
+    static int64_t of_all(const aiter_attention_problem &p) {
+        return of_heads(p) * (p.heads_q >> Packing(p).bits) * p.batch;
+    }
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
-        : RowTile(launch, Loop::place(launch, index, (launch.problem.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS)) {}
+        : RowTile(launch, Loop::place(launch, index, static_cast<int>(of_heads(launch.problem)))) {}
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, Place place)
-        : head(place.head(launch.problem)), sequence(launch, place.batch(launch.problem), head),
-          first_row(place.row_tile * BLOCK_ROWS) {
-        keys = sequence.mask.keys_of_any(first_row, first_row + BLOCK_ROWS);
+        : Packing(launch.problem), head(place.head(launch.problem)),
+          sequence(launch, place.batch(launch.problem), head), first_row(place.row_tile * BLOCK_ROWS) {
+        keys = sequence.mask.keys_of_any(token(first_row), token(first_row + BLOCK_ROWS - 1) + 1);
         if (WINDOW) keys.low -= keys.low % Loop::alignment(launch);
         sequence.keys.begin = keys.low;
         if (WINDOW && (DROPOUT || launch.problem.batch_invariant)) keys.low -= keys.low % Loop::KEYS;
     }
 
     /* Whether any of its rows is to be written. */
-    __device__ __forceinline__ bool exists() const { return first_row < sequence.padded_rows; }
+    __device__ __forceinline__ bool exists() const { return token(first_row) < sequence.padded_rows; }
+    /* The same sequence in the head of a row. */
+    __device__ __forceinline__ Sequence sequence_of(int row, const aiter_attention_problem &p) const {
+        Sequence own = sequence;
+        own.query += member(row) * p.query_strides[2];
+        own.output += member(row) * p.output_strides[2];
+        return own;
+    }
 };
 
 /* Did a value that not all of the wave's rows see stand in its matrix products, and is not finite? */
 __device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wave_row) {
     const Sequence &sequence = tile.sequence;
-    const Range keys = tile.keys, all_see = sequence.mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+    const Range keys = tile.keys;
+    const Range all_see = sequence.mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
     const int end = lesser(keys.low + round_up(keys.high - keys.low, Loop::KEYS), sequence.keys.count);
     return values_not_finite(sequence, all_see.high, end) ||
            WINDOW && values_not_finite(sequence, keys.low, lesser(all_see.low, end));
@@ -74,6 +90,7 @@ __device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wav
 __device__ __forceinline__ void store(const Arguments &arguments, const RowTile &tile, SharedAddress shared,
                                       const Score &score, const Dropout &dropout, OnlineSoftmax<SLOTS> &softmax,
                                       Output &o) {
+    const aiter_attention_problem &p = arguments.problem;
     const Sequence &sequence = tile.sequence;
     const int wave_row = tile.first_row + Loop::wave_row();
     float log_sum[SLOTS], share[SLOTS];
@@ -82,9 +99,9 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
     bool any_spoiled = false;
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
-        const int row = wave_row + Output::row(slot);
-        const bool sees_keys = row < sequence.rows && !sequence.mask.keys_of(row).empty();
-        share[slot] = share_of_keys(arguments.tensors.sinks, tile.head, log_sum[slot]);
+        const int row = wave_row + Output::row(slot), token = tile.token(row);
+        const bool sees_keys = token < sequence.rows && !sequence.mask.keys_of(token).empty();
+        share[slot] = share_of_keys(arguments.tensors.sinks, tile.head + tile.member(row), log_sum[slot]);
         if (FP8) share[slot] *= sequence.value_descale();
         if (DROPOUT) share[slot] *= dropout.scale;
         const float inverse = reciprocal(softmax.sum[slot]) * share[slot];
@@ -108,13 +125,17 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
             for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
     Loop::store_output(o, shared, [&](int row) {
         row += wave_row;
-        return row < sequence.padded_rows ? sequence.output + row * sequence.output_stride : nullptr;
+        Element *to = sequence.output + tile.token(row) * sequence.output_stride;
+        if (Loop::SEVERAL_HEADS) to += tile.member(row) * p.output_strides[2];
+        return tile.token(row) < sequence.padded_rows ? to : nullptr;
     });
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
-        const int row = wave_row + Output::row(slot);
-        if (sequence.lse != nullptr && row < sequence.padded_rows && lane_leads_row())
-            global_store(sequence.lse + row, log_sum[slot] * LN_2);
+        const int row = wave_row + Output::row(slot), token = tile.token(row);
+        float *to = sequence.lse + token;
+        if (Loop::SEVERAL_HEADS) to += tile.member(row) * p.lse_strides[1];
+        if (sequence.lse != nullptr && token < sequence.padded_rows && lane_leads_row())
+            global_store(to, log_sum[slot] * LN_2);
     }
     if (MASKED && wave_any(any_spoiled)) {
         wave_sync(); /* these rows are written once more, by other lanes */
@@ -122,9 +143,11 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
         for (int slot = 0; slot < SLOTS; ++slot)
 #pragma unroll 1
             for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
-                const int leader = first_lane(lanes);
-                exact_row(sequence, from_lane(wave_row + Output::row(slot), leader), score, dropout,
-                          from_lane(log_sum[slot], leader), from_lane(share[slot], leader));
+                const int leader = first_lane(lanes), row = from_lane(wave_row + Output::row(slot), leader);
+                const float row_log_sum = from_lane(log_sum[slot], leader), row_share = from_lane(share[slot], leader);
+                if (Loop::SEVERAL_HEADS)
+                    exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout, row_log_sum, row_share);
+                else exact_row(sequence, row, score, dropout, row_log_sum, row_share);
             }
     }
 }
@@ -152,8 +175,7 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter_attention_problem &p = call->problem;
     if (const int error = aiter::check_problem(p)) return error;
-    const int64_t row_tiles = (p.seqlen_q + int64_t(aiter::BLOCK_ROWS) - 1) / aiter::BLOCK_ROWS;
-    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles * p.heads_q * p.batch, stream);
+    return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -331,6 +331,28 @@ struct Place {
     }
 };
 
+/* Whose rows a tile has. A loop may take several query heads that read one KV head together, in a number that is a power
+ * of two: few tokens then fill a tile all the same, and keys are read once for all of them. Row r is that of token
+ * token(r) in the head that is member(r) heads after the tile's. */
+template <bool SEVERAL_HEADS> struct Packing {
+    static constexpr int bits = 0;
+    Packing() = default;
+    __host__ __device__ explicit Packing(const aiter_attention_problem &) {}
+    __device__ __forceinline__ int token(int row) const { return row; }
+    __device__ __forceinline__ int member(int) const { return 0; }
+};
+template <> struct Packing<true> {
+    static constexpr int MOST_BITS = 6, MOST_ROWS = 1 << 30;
+    int bits;
+    Packing() = default;
+    __host__ __device__ explicit Packing(const aiter_attention_problem &p) : bits(0) {
+        const int group = p.heads_q / p.heads_kv;
+        while (bits < MOST_BITS && (group >> bits & 1) == 0 && p.seqlen_q <= MOST_ROWS >> (bits + 1)) ++bits;
+    }
+    __device__ __forceinline__ int token(int row) const { return row >> bits; }
+    __device__ __forceinline__ int member(int row) const { return row & ((1 << bits) - 1); }
+};
+
 /* What every kernel asks of a problem before it launches. */
 inline int check_problem(const aiter_attention_problem &p) {
     const int64_t limit = int64_t(1) << 24;

@@ -33,6 +33,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
     static constexpr int THREADS = Tile::WAVES * WAVE;
     static constexpr int TEAM = Tile::TEAM, TEAMS = Tile::WAVES / TEAM; /* without teams, of one wave each */
     static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE, BLOCK_ROWS = TEAMS * WAVE_ROWS;
+    static constexpr bool SEVERAL_HEADS = false; /* in a row tile */
     /* Of a team's queries and, later, its output. */
     static constexpr int TEAM_BYTES = greater(Queries::SHARED_BYTES, Query<VALUE_DIM, Tile::ROW_TILES>::SHARED_BYTES);
     static constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + TEAMS * TEAM_BYTES;
@@ -48,10 +49,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
         return (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
     }
 
-    /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
-     * gaps at the end. */
     /* A window's first tile begins at a multiple of this. */
     static __device__ __forceinline__ int alignment(const Launch &) { return 1; }
+    /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
+     * gaps at the end. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
         const aiter_attention_problem &p = launch.problem;
         const int group = p.heads_q / p.heads_kv;

@@ -59,6 +59,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     using Shape::WARPGROUPS, Shape::KEYS;
     static constexpr int WAVES = WARPGROUPS * 4; /* without those that copy */
     static constexpr int WAVE_ROWS = 16, BLOCK_ROWS = WAVES * WAVE_ROWS;
+    static constexpr bool SEVERAL_HEADS = !ALIBI; /* in a row tile: there is one slope */
+    using Packing = aiter::Packing<SEVERAL_HEADS>;
     static constexpr int BLOCKS = 1, WARPGROUP = 128, THREADS = (WARPGROUPS + 1) * WARPGROUP;
     /* Registers of a thread. A block begins with as many for each, and no more than that can be dealt out anew. */
     static constexpr int REGISTERS = 65536 / THREADS / 8 * 8;
@@ -124,10 +126,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         launch.box = PAGED ? box_of(p.page_size) : KEYS;
         const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
         const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
+        const int bits = Packing(p).bits;
         const bool mapped =
             launch.box != 0 &&
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
-                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64) &&
+                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits) &&
             tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, launch.box) &&
             tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, launch.box);
         if (!mapped) launch.box = 0;
@@ -198,7 +201,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* The last section must not be a small one: the first is. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
         const aiter_attention_problem &p = launch.problem;
-        const int group = p.heads_q / p.heads_kv, unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
+        const int bits = Packing(p).bits, group = p.heads_q / p.heads_kv >> bits;
+        const int unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
         const int first = units % launch.section; /* units of the first section, if it is a small one */
         int before = 0, many = first;
         if (index >= first * unit_tiles) {
@@ -206,7 +210,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             many = launch.section;
         }
         const int rest = index - before * unit_tiles, heads = many * group;
-        return {before + rest % heads / group, rest % group, row_tiles - 1 - rest / heads};
+        return {before + rest % heads / group, rest % group << bits, row_tiles - 1 - rest / heads};
     }
 
     /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in
@@ -366,18 +370,26 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     }
 
     /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */
-    static __device__ __forceinline__ void copy_query_rows(const Sequence &sequence, SharedAddress to, int first_row) {
+    template <class RowTile>
+    static __device__ __forceinline__ void copy_query_rows(const Launch &launch, const RowTile &tile, SharedAddress to,
+                                                           int first_row) {
+        const Sequence &sequence = tile.sequence;
         const int chunk = lane() % 8;
 #pragma unroll 4
         for (int row = lane() / 8; row < 64; row += 4) {
-            const bool exists = first_row + row < sequence.rows;
-            const char *from = reinterpret_cast<const char *>(
-                sequence.query + static_cast<int64_t>(exists ? first_row + row : 0) * sequence.query_stride);
+            const int token = tile.token(first_row + row);
+            const bool exists = token < sequence.rows;
+            const Element *from = sequence.query;
+            if (exists) {
+                from += token * sequence.query_stride;
+                if (SEVERAL_HEADS) from += tile.member(first_row + row) * launch.problem.query_strides[2];
+            }
 #pragma unroll
             for (int line = 0; line < LINES; ++line) {
                 const int byte = line * 128 + chunk * 16;
                 const bool valid = exists && (line * 64 + 64 <= HEAD_DIM || byte < HEAD_DIM * 2);
-                copy_async(to + line * 64 * 128 + RowLayout<64>::chunk(row, chunk), from + byte, valid);
+                copy_async(to + line * 64 * 128 + RowLayout<64>::chunk(row, chunk),
+                           reinterpret_cast<const char *>(from) + byte, valid);
             }
         }
     }
@@ -400,11 +412,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         }
     };
 
-    static __device__ __forceinline__ void copy_queries(const Launch &launch, const Sequence &sequence,
-                                                        const QueryRing &ring, int first_row) {
+    template <class RowTile>
+    static __device__ __forceinline__ void copy_queries(const Launch &launch, const RowTile &tile,
+                                                        const QueryRing &ring) {
+        const Sequence &sequence = tile.sequence;
+        const int first_row = tile.first_row + ring.warpgroup * 64;
         mbarrier::wait(ring.empty(), ring.turn ^ 1); /* at once in the first turn */
         if (launch.box == 0) {
-            copy_query_rows(sequence, ring.tile(), first_row);
+            copy_query_rows(launch, tile, ring.tile(), first_row);
             mbarrier::arrive_after_copies(ring.full());
         } else {
             if (lane() == 0) {
@@ -412,8 +427,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #pragma unroll
                 for (int line = 0; line < LINES; ++line)
                     tensor_map::copy(ring.tile() + line * 64 * 128, launch.query, line * 64,
-                                     sequence.first_query + first_row, sequence.query_head, sequence.query_batch,
-                                     ring.full());
+                                     sequence.first_query + tile.token(first_row), sequence.query_head,
+                                     sequence.query_batch, ring.full());
             }
             wave_sync();
         }
@@ -511,9 +526,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             const int keys_count = same(sequence.keys.count), first_row = tile.first_row + number * 64;
             /* What any of the warpgroup's rows sees ends here; what all of them see, or all of the wave's, needs no
              * mask. */
-            const Range any = mask.keys_of_any(first_row, first_row + 64);
-            const Range all = mask.keys_of_all(first_row, first_row + 64);
-            const Range of_wave = mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+            const int first_token = tile.token(first_row), end_token = tile.token(first_row + 63) + 1;
+            const Range any = mask.keys_of_any(first_token, end_token);
+            const Range all = mask.keys_of_all(first_token, end_token);
+            const Range of_wave = mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
             const int own_end = same(any.empty() ? keys.low + 1 : any.high);
             const Range whole = {same(all.low), lesser(own_end, same(all.high))};
             const Range wave_whole = {same(of_wave.low), same(of_wave.high)};
@@ -527,8 +543,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             };
             const auto hide = [&](int first) {
                 if (!wave_whole.template covers<WINDOW>(first, first + KEYS))
-                    aiter::hide<WINDOW>(s, -INFINITE, first,
-                                        [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
+                    aiter::hide<WINDOW>(s, -INFINITE, first, [&](int slot) {
+                        return mask.keys_of(tile.token(opaque(wave_row) + Scores::row(slot)));
+                    });
             };
 
             await_queries(score.query_bits);
@@ -638,7 +655,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     turn.release();
 #pragma unroll 1
                     for (ring.warpgroup = 0; ring.warpgroup < WARPGROUPS; ++ring.warpgroup)
-                        copy_queries(launch, tile.sequence, ring, tile.first_row + ring.warpgroup * 64);
+                        copy_queries(launch, tile, ring);
                     ring.advance();
                 }
                 wait_for_copies();

@@ -2,7 +2,8 @@
  * a map of the tensor that the host has made. Elements outside of the tensor arrive as zeros.
  *
  *   a tensor   (batch, token, head, column), columns adjacent; packed: one sequence, of all tokens
- *   a box      ROWS tokens x 64 columns of one head, rows of 128 bytes with the swizzle of wgmma (arch/sm90.h)
+ *   a box      64 columns of some heads of some tokens, token by token, rows of 128 bytes with the swizzle of wgmma
+ *              (arch/sm90.h)
  *
  * The map reaches the kernel as a parameter. What makes it is a function of the driver, found by way of the runtime. */
 #ifndef AITER_GPU_ARCH_SM90_TENSOR_MAP_H
@@ -19,7 +20,7 @@ constexpr int COLUMNS = 64;
 
 /* Whether it could be made: it cannot of a tensor with strides of 0 or of 2^40 bytes, for instance. */
 inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3], int64_t batch, int64_t tokens,
-                 int64_t heads, int columns, int rows) {
+                 int64_t heads, int columns, int box_tokens, int box_heads = 1) {
     static const auto encode = [] {
         void *function = nullptr;
         cudaDriverEntryPointQueryResult found;
@@ -31,11 +32,11 @@ inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3],
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
     if (encode == nullptr) return false;
-    const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(tokens), cuuint64_t(heads), cuuint64_t(batch)};
+    const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(batch)};
     /* The stride of a dimension of size 1 is never used, but must be one that could be. */
     const auto bytes = [&](int64_t size, int64_t stride) { return cuuint64_t(size == 1 ? 16 : stride * 2); };
-    const cuuint64_t steps[] = {bytes(tokens, strides[1]), bytes(heads, strides[2]), bytes(batch, strides[0])};
-    const cuuint32_t box[] = {COLUMNS, cuuint32_t(rows), 1, 1}, every[] = {1, 1, 1, 1};
+    const cuuint64_t steps[] = {bytes(heads, strides[2]), bytes(tokens, strides[1]), bytes(batch, strides[0])};
+    const cuuint32_t box[] = {COLUMNS, cuuint32_t(box_heads), cuuint32_t(box_tokens), 1}, every[] = {1, 1, 1, 1};
     for (const cuuint64_t step : steps)
         if (step == 0) return false;
     const CUtensorMapDataType type =
@@ -58,7 +59,7 @@ __device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, i
                                      int batch, SharedAddress barrier) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-                 "l"(&map), "r"(column), "r"(token), "r"(head), "r"(batch), "r"(barrier)
+                 "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier)
                  : "memory");
 }
 
