@@ -61,6 +61,8 @@ def launcher(kernel: jit.Kernel, device: torch.device) -> Callable[[bytes], int]
     """A function of a packed call that launches where PyTorch would: on its CPU threads, or on the current stream of
     the tensors' GPU. Returns 0 or, for values that a CPU kernel refuses, BAD_VALUES; raises LaunchError."""
     launch_raw, check = kernel.launch_raw, kernel.check
+    # PyTorch's public function asks first whether CUDA is initialised: it is, as there are tensors.
+    current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
     def on_cpu(call: bytes) -> int:
         code = launch_raw(call, cpu_queue.executor())
@@ -70,7 +72,7 @@ def launcher(kernel: jit.Kernel, device: torch.device) -> Callable[[bytes], int]
 
     def on_gpu(call: bytes) -> int:
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        if device.index == torch.cuda.current_device():
+        if device.index == current_device():
             code = launch_raw(call, stream)
         else:
             with torch.cuda.device(device.index):

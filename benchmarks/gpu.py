@@ -175,6 +175,8 @@ def options() -> Iterator[Case]:
             ("softcap, ALiBi, sinks", {"softcap": 50.0, "alibi_slopes": slopes, "sinks": sinks}),
         ):
             theirs: dict[str, list[Call]] = {}
+            if name != "plain":  # ours without the option, in turn with it
+                theirs["plain"] = [partial(aiter.flash_attn_func, *tensors, causal=True, **sides)]
             if fa3 and name in ("plain", "softcap"):
                 arguments = {"causal": True, "window_size": sides.get("window_size", (-1, -1))}
                 theirs["FA3"] = [partial(fa3.flash_attn_func, *tensors, **chosen, **arguments)]
@@ -429,7 +431,7 @@ def host() -> Iterator[Case]:
 SECTIONS = {f.__name__: f for f in (forward, dims, chunks, variable, options, decode, latent, serving, backward, host)}
 
 
-NAMES = ("aiter", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")
+NAMES = ("aiter", "plain", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")
 COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)}
 
 
