@@ -37,11 +37,10 @@ struct NarrowBlock {
 class NarrowWorker {
   public:
     static constexpr int OUTPUT = MAX_ROWS * OUTPUT_DIM; /* of a strip: O [row][OUTPUT_DIM] */
-    static constexpr int SCORES = BLOCK_KEYS * STRIP_ROWS * (1 + DROPOUT), WEIGHTS = BLOCK_STEPS * STRIP_ROWS;
+    static constexpr int SCORES = MAX_ROWS * BLOCK_KEYS, WEIGHTS = MAX_ROWS * BLOCK_STEPS;
 
     NarrowWorker(float *scores_buffer, Step *weights_buffer, const Score &how, const Dropout &random)
-        : scores(scores_buffer), kept(reinterpret_cast<int32_t *>(scores_buffer + BLOCK_KEYS * STRIP_ROWS)),
-          weights(weights_buffer), score(how), dropout(random) {}
+        : scores(scores_buffer), weights(reinterpret_cast<RowWeights *>(weights_buffer)), score(how), dropout(random) {}
 
     /* Lets so many rows see a block, and fetches the `next` one. */
     void attend(Strip &strip, int rows, const NarrowBlock &block, const NarrowBlock &next) {
@@ -59,24 +58,17 @@ class NarrowWorker {
         for (int key = 0; key < block.count; key += LANES) {
             const int step = key / ROW_KEYS, lane = key % ROW_KEYS;
             const NarrowBlock &fetch = key < next.count ? next : block;
-            multiply<ROWS>(strip, rows, block.steps[step].keys + lane, fetch.steps[step].keys + lane, key);
+            multiply<ROWS>(strip, block.steps[step].keys + lane, fetch.steps[step].keys + lane, key);
         }
-        const int padded = round_up(block.count, KEY_MULTIPLE);
-        with_vectors(strip, [&](auto vectors) {
-            constexpr int VECTORS = decltype(vectors)::value;
-            mask_scores<VECTORS>(scores, strip, score, block.first, padded);
-            if (DROPOUT) draw<VECTORS>(kept, strip, dropout, block.first, padded);
-            OnlineSoftmax softmax{scores, kept, weights, &strip, padded, score.softmax_scale(), 0, {}, {}, {}};
-            softmax.run<VECTORS>();
-        });
+        for (int r = 0; r < rows; r++) weigh(strip, r, block);
         constexpr int AT_ONCE = ROWS < ROWS_AT_ONCE ? ROWS : ROWS_AT_ONCE;
-        for (int first = 0; first < rows; first += AT_ONCE) add<AT_ONCE>(strip, first, padded, block, next);
+        for (int first = 0; first < rows; first += AT_ONCE) add<AT_ONCE>(strip, first, block, next);
         strip.empty = false;
     }
 
-    /* Scores of LANES keys from `key` on, [key][row]. */
+    /* Scores of LANES keys from `key` on, [row][key]. */
     template <int ROWS>
-    void multiply(const Strip &strip, int rows, const Cached *const *keys, const Cached *const *next, int key) {
+    void multiply(const Strip &strip, const Cached *const *keys, const Cached *const *next, int key) {
         constexpr int REST = DIM_STEPS % LANES, WHOLE = DIM_STEPS - REST;
         Vec sums[ROWS], part[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = part[r] = Vec{};
@@ -89,12 +81,7 @@ class NarrowWorker {
             multiply_square<ROWS, REST>(part, strip.queries + WHOLE * STRIP_ROWS, keys, next, WHOLE);
         }
         close(sums, part, DIM_STEPS <= SCORE_PART);
-        for (int v = 0; v < strip.vectors; v++) {
-            Vec square[LANES];
-            for (int i = 0; i < LANES; i++) square[i] = sums[minimum(v * LANES + i, rows - 1)]; /* like the last one */
-            transpose(square);
-            for (int i = 0; i < LANES; i++) store(scores + Lanes::at(key + i, v), square[i]);
-        }
+        for (int r = 0; r < ROWS; r++) store(scores + r * BLOCK_KEYS + key, sums[r]);
     }
 
     /* Products along SIDE steps from `first` on; what will be multiplied next is fetched. */
@@ -105,7 +92,7 @@ class NarrowWorker {
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) {
             square[i] = (Vec)row_steps<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS, 0);
-            __builtin_prefetch(next[i] + first * STEP_ELEMENTS, 0, 2);
+            if (first * STEP_ELEMENTS % LINE_ELEMENTS == 0) __builtin_prefetch(next[i] + first * STEP_ELEMENTS, 0, 2);
         }
         transpose(square);
         AITER_UNROLL
@@ -123,21 +110,70 @@ class NarrowWorker {
         }
     }
 
+    /* From a row's scores to its weights: what OnlineSoftmax does in one lane. */
+    void weigh(Strip &strip, int r, const NarrowBlock &block) {
+        float *s = scores + r * BLOCK_KEYS;
+        const int count = round_up(block.count, ROW_KEYS);
+        if (!PLAIN_SCORES || strip.seen.cuts(block.first, count))
+            for (int i = 0; i < count; i += LANES) {
+                const IntVec key = block.first + i + lane_index();
+                Vec all = load(s + i);
+                if (!PLAIN_SCORES) all = score(all, (ALIBI ? strip.place[r] : 0) - key, ALIBI ? strip.slope[r] : 0.0f);
+                store(s + i, in_range(key, WINDOW ? strip.low[r] : 0, strip.high[r]) ? all : broadcast(-INFINITE));
+            }
+        if (strip.maximum[r] == -INFINITE) raise(strip, r, count);
+        float total;
+        if (!weigh(strip, r, block.first, count, total)) {
+            raise(strip, r, count);
+            weigh(strip, r, block.first, count, total);
+        }
+        strip.sum[r] += total;
+    }
+
+    /* Returns whether no score exceeds the maximum by too much. */
+    bool weigh(const Strip &strip, int r, int32_t first_key, int count, float &total) {
+        alignas(64) float pairs[BLOCK_KEYS]; /* sums of two, each twice: what OnlineSoftmax adds up */
+        const float *s = scores + r * BLOCK_KEYS, scale = score.softmax_scale();
+        const float base = strip.maximum[r] == -INFINITE ? 0.0f : strip.maximum[r];
+        Vec largest = broadcast(-INFINITE);
+        for (int i = 0; i < count; i += LANES) {
+            const Vec power = load(s + i) * scale - base, weight = exp2<EXP2_DEGREE>(power);
+            largest = maximum(largest, power);
+            store(pairs + i, fold<1>(weight, weight, std::make_integer_sequence<int, LANES>()));
+            const IntVec kept = DROPOUT ? dropout.kept(broadcast(strip.head[r]), broadcast(strip.row[r]),
+                                                       first_key + i + lane_index())
+                                        : IntVec{};
+            store_weights(weights[i / ROW_KEYS * MAX_ROWS + r] + i % ROW_KEYS / PAIR,
+                          DROPOUT ? kept ? weight : Vec{} : weight);
+        }
+        total = 0.0f;
+        for (int i = 0; i < count; i += 2) total += pairs[i];
+        return !any(largest > RESCALE_THRESHOLD);
+    }
+
+    AITER_OUTLINE void raise(Strip &strip, int r, int count) {
+        float largest = -INFINITE;
+        for (int i = 0; i < count; i++) {
+            const float s = scores[r * BLOCK_KEYS + i];
+            largest = largest > s ? largest : s;
+        }
+        const float old = strip.maximum[r], moved = largest * score.softmax_scale();
+        if (old == -INFINITE && !(moved > -INFINITE)) return;
+        const float factor = exp2<EXP2_DEGREE>(broadcast(old - moved))[0];
+        strip.maximum[r] = moved;
+        strip.sum[r] *= factor;
+        if (strip.empty) return;
+        float *output = strip.output + r * OUTPUT_DIM;
+        for (int d = 0; d < OUTPUT_DIM; d += LANES) store(output + d, load(output + d) * factor);
+    }
+
     /* The weighted values of ROWS rows: those of a block by themselves, then to what was there. */
-    template <int ROWS>
-    void add(const Strip &strip, int first, int padded, const NarrowBlock &block, const NarrowBlock &next) {
+    template <int ROWS> void add(const Strip &strip, int first, const NarrowBlock &block, const NarrowBlock &next) {
         RowState states[ROWS];
         for (RowState &state : states) state.clear();
-        for (int i = 0; i * ROW_KEYS < padded; i++) {
-            alignas(64) RowWeights mine[ROWS];
-            for (int j = 0; j < ROW_KEYS / PAIR; j++)
-                for (int r = 0; r < ROWS; r++) {
-                    const int at = i * ROW_KEYS / PAIR + j, row = first + r;
-                    mine[r][j] = at * PAIR < padded ? weights[Lanes::at(at, row / LANES) + row % LANES] : Weight{};
-                }
+        for (int i = 0; i * ROW_KEYS < block.count; i++)
             add_values<ROWS>(block.steps[i], first == 0 && i * ROW_KEYS < next.count ? next.steps[i] : block.steps[i],
-                             mine, states);
-        }
+                             weights + i * MAX_ROWS + first, states);
         for (int r = 0; r < ROWS; r++) {
             float *output = strip.output + (first + r) * OUTPUT_DIM;
             for (int d = 0; d < OUTPUT_DIM; d += LANES) {
@@ -147,9 +183,8 @@ class NarrowWorker {
         }
     }
 
-    float *scores;
-    int32_t *kept;
-    Step *weights;
+    float *scores;       /* [row][BLOCK_KEYS] */
+    RowWeights *weights; /* [step of ROW_KEYS][MAX_ROWS] */
     Score score;
     Dropout dropout;
 };
