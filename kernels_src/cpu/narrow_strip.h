@@ -34,6 +34,37 @@ struct NarrowBlock {
     }
 };
 
+/* The next steps of LANES keys: rows of them, and when those are turned round, vectors of steps. 16-bit elements that are
+ * multiplied as floats are turned round as they are, which takes half of the instructions. */
+struct KeySquare {
+#if AITER_DTYPE_BF16 && !AITER_DOT_PRODUCTS
+    static constexpr int STEPS = 2 * LANES;
+    IntVec rows[LANES];
+
+    template <int N, class Row> static AITER_INLINE_MEMBER IntVec row(const Row *key) { return element_pairs(key, N); }
+    AITER_INLINE_MEMBER Vec step(int s) const { return half_of(rows[s / 2], s % 2); }
+#elif AITER_DTYPE_FP16 && (AITER_AVX512 || AITER_AVX2) && !AITER_FP8_CACHE
+    typedef uint16_t Elements __attribute__((vector_size(sizeof(Vec))));
+    static constexpr int STEPS = 2 * LANES;
+    Elements rows[LANES];
+
+    template <int N> static AITER_INLINE_MEMBER Elements row(const Element *key) {
+        return (Elements)element_pairs(key, N);
+    }
+    AITER_INLINE_MEMBER Vec step(int s) const {
+        HalfVec halves[2];
+        memcpy(halves, &rows[s / 16 * 8 + s % 8], sizeof halves);
+        return to_floats(halves[s / 8 % 2]);
+    }
+#else
+    static constexpr int STEPS = LANES;
+    Vec rows[LANES];
+
+    template <int N, class Row> static AITER_INLINE_MEMBER Vec row(const Row *key) { return (Vec)row_steps<N>(key, 0); }
+    AITER_INLINE_MEMBER StepVec step(int s) const { return (StepVec)rows[s]; }
+#endif
+};
+
 class NarrowWorker {
   public:
     static constexpr int OUTPUT = MAX_ROWS * OUTPUT_DIM; /* of a strip: O [row][OUTPUT_DIM] */
@@ -69,12 +100,12 @@ class NarrowWorker {
     /* Scores of LANES keys from `key` on, [row][key]. */
     template <int ROWS>
     void multiply(const Strip &strip, const Cached *const *keys, const Cached *const *next, int key) {
-        constexpr int REST = DIM_STEPS % LANES, WHOLE = DIM_STEPS - REST;
+        constexpr int SIDE = KeySquare::STEPS, REST = DIM_STEPS % SIDE, WHOLE = DIM_STEPS - REST;
         Vec sums[ROWS], part[ROWS];
         for (int r = 0; r < ROWS; r++) sums[r] = part[r] = Vec{};
-        for (int s = 0; s < WHOLE; s += LANES) {
+        for (int s = 0; s < WHOLE; s += SIDE) {
             if (s > 0 && s % SCORE_PART == 0) close(sums, part, s == SCORE_PART);
-            multiply_square<ROWS, LANES>(part, strip.queries + s * STRIP_ROWS, keys, next, s);
+            multiply_square<ROWS, SIDE>(part, strip.queries + s * STRIP_ROWS, keys, next, s);
         }
         if constexpr (REST > 0) {
             if (WHOLE > 0 && WHOLE % SCORE_PART == 0) close(sums, part, WHOLE == SCORE_PART);
@@ -88,18 +119,19 @@ class NarrowWorker {
     template <int ROWS, int SIDE>
     static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Cached *const *keys,
                                                     const Cached *const *next, int first) {
-        Vec square[LANES];
+        KeySquare square;
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) {
-            square[i] = (Vec)row_steps<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS, 0);
+            square.rows[i] = KeySquare::row<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS);
             if (first * STEP_ELEMENTS % LINE_ELEMENTS == 0) __builtin_prefetch(next[i] + first * STEP_ELEMENTS, 0, 2);
         }
-        transpose(square);
+        transpose(square.rows);
         AITER_UNROLL
         for (int i = 0; i < SIDE; i++) {
+            const StepVec step = square.step(i);
             AITER_UNROLL
             for (int r = 0; r < ROWS; r++)
-                total[r] = multiply_add(total[r], broadcast(queries[i * STRIP_ROWS + r]), (StepVec)square[i]);
+                total[r] = multiply_add(total[r], broadcast(queries[i * STRIP_ROWS + r]), step);
         }
     }
 
