@@ -236,8 +236,7 @@ struct Forward {
                      const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
         const int64_t heads = end_head - first_head;
         for (int64_t i = 0; i < heads; i++) {
-            Strip &strip = scratch.strips[i] =
-                strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT);
+            Strip &strip = scratch.strips[i] = strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT);
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
             open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
         }

@@ -1,12 +1,12 @@
 /* A strip of few rows with the bits of any other strip: for results that may not depend on how many rows there are.
  *
  * row_attention.h is faster, but sums in another order. Here each sum is the one that strip_vector.h makes, term by
- * term, and the softmax is that of softmax.h. Only what lies along the lanes differs, so that lanes without a row cost
- * nothing in the products, and keys and values are read where they lie:
+ * term, and each step of the softmax that of softmax.h. Only what lies along the lanes differs, so that rows that are not
+ * there cost nothing, and keys and values are read where they lie:
  *
- *     S [row][key]   = Q K^T       keys along the lanes: squares of K are turned round in registers
- *     S^T [key][row] -> P^T        turned round for the softmax
- *     O [row][d]    += P V         head_dim along the lanes, as in row_attention.h
+ *     S [row][key]  = Q K^T        keys along the lanes: squares of K are turned round in registers
+ *     P [row][key]  = 2^(S - max)  likewise; only sums go from key to key
+ *     O [row][d]   += P V          head_dim along the lanes, as in row_attention.h
  */
 #ifndef AITER_CPU_NARROW_STRIP_H
 #define AITER_CPU_NARROW_STRIP_H
@@ -119,12 +119,15 @@ class NarrowWorker {
     template <int ROWS, int SIDE>
     static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Cached *const *keys,
                                                     const Cached *const *next, int first) {
+        /* Row by row, a share of the next rows with each square. */
+        constexpr int SHARE = (LANES * KeySquare::STEPS + DIM_STEPS - 1) / DIM_STEPS;
+        const int from = first / KeySquare::STEPS * SHARE;
+        AITER_UNROLL
+        for (int i = 0; i < SHARE && from + i < LANES; i++) prefetch_row<HEAD_DIM>(next[from + i]);
         KeySquare square;
         AITER_UNROLL
-        for (int i = 0; i < LANES; i++) {
+        for (int i = 0; i < LANES; i++)
             square.rows[i] = KeySquare::row<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS);
-            if (first * STEP_ELEMENTS % LINE_ELEMENTS == 0) __builtin_prefetch(next[i] + first * STEP_ELEMENTS, 0, 2);
-        }
         transpose(square.rows);
         AITER_UNROLL
         for (int i = 0; i < SIDE; i++) {
@@ -172,9 +175,9 @@ class NarrowWorker {
             const Vec power = load(s + i) * scale - base, weight = exp2<EXP2_DEGREE>(power);
             largest = maximum(largest, power);
             store(pairs + i, fold<1>(weight, weight, std::make_integer_sequence<int, LANES>()));
-            const IntVec kept = DROPOUT ? dropout.kept(broadcast(strip.head[r]), broadcast(strip.row[r]),
-                                                       first_key + i + lane_index())
-                                        : IntVec{};
+            const IntVec kept =
+                DROPOUT ? dropout.kept(broadcast(strip.head[r]), broadcast(strip.row[r]), first_key + i + lane_index())
+                        : IntVec{};
             store_weights(weights[i / ROW_KEYS * MAX_ROWS + r] + i % ROW_KEYS / PAIR,
                           DROPOUT ? kept ? weight : Vec{} : weight);
         }

@@ -140,10 +140,9 @@ class Sequences {
     }
 };
 
-constexpr int LINE_ELEMENTS = 64 / sizeof(Cached); /* of a cache line */
-
 /* Into L2: L1 has too few buffers for lines under way to keep memory busy. */
 template <int ELEMENTS> AITER_INLINE void prefetch_row(const Cached *row) {
+    constexpr int LINE_ELEMENTS = 64 / sizeof(Cached);
     for (int d = 0; d < ELEMENTS; d += LINE_ELEMENTS) __builtin_prefetch(row + d, 0, 2);
 }
 

@@ -19,7 +19,8 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 
 struct Strip {
     Step *queries; /* Q^T [DIM_STEPS][STRIP_ROWS] */
-    float *output; /* O^T [VALUE_WIDTH][STRIP_ROWS] (narrow_strip.h: O [row][OUTPUT_DIM]), relative to `maximum`, not yet divided by `sum` */
+    float *output; /* O^T [VALUE_WIDTH][STRIP_ROWS], or with narrow_strip.h O [row][OUTPUT_DIM], relative to `maximum`,
+                    * not yet divided by `sum` */
     float *maximum, *sum;
     int32_t *high, *low; /* each row sees the keys from low to high - 1; low only with AITER_WINDOW */
     int32_t *place;      /* of each row among the keys, and its slope: only with AITER_ALIBI */
