@@ -122,7 +122,6 @@ class NarrowWorker {
         /* Row by row, a share of the next rows with each square. */
         constexpr int SHARE = (LANES * KeySquare::STEPS + DIM_STEPS - 1) / DIM_STEPS;
         const int from = first / KeySquare::STEPS * SHARE;
-        AITER_UNROLL
         for (int i = 0; i < SHARE && from + i < LANES; i++) prefetch_row<HEAD_DIM>(next[from + i]);
         KeySquare square;
         AITER_UNROLL
