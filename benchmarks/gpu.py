@@ -432,7 +432,17 @@ def host() -> Iterator[Case]:
 SECTIONS = {f.__name__: f for f in (forward, dims, chunks, variable, options, decode, latent, serving, backward, host)}
 
 
-NAMES = ("aiter", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")
+NAMES = (
+    "aiter",
+    "batch_invariant",
+    "FA2",
+    "cuDNN",
+    "unfused",
+    "efficient",
+    "PyTorch's choice",
+    "FA3",
+    "FA3, one split",
+)
 COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)}
 
 
