@@ -91,7 +91,16 @@ class NarrowWorker {
             const NarrowBlock &fetch = key < next.count ? next : block;
             multiply<ROWS>(strip, block.steps[step].keys + lane, fetch.steps[step].keys + lane, key);
         }
-        for (int r = 0; r < rows; r++) weigh(strip, r, block);
+        alignas(64) float pairs[ROWS][BLOCK_KEYS]; /* sums of the weights of two keys, each twice */
+        for (int r = 0; r < ROWS; r++)
+            if (r < rows) weigh(strip, r, block, pairs[r]);
+            else memset(pairs[r], 0, sizeof pairs[r]);
+        float total[ROWS] = {}; /* of all rows at once, as each addition waits for the one before */
+        for (int i = 0; i < round_up(block.count, ROW_KEYS); i += 2) {
+            AITER_UNROLL
+            for (int r = 0; r < ROWS; r++) total[r] += pairs[r][i];
+        }
+        for (int r = 0; r < rows; r++) strip.sum[r] += total[r];
         constexpr int AT_ONCE = ROWS < ROWS_AT_ONCE ? ROWS : ROWS_AT_ONCE;
         for (int first = 0; first < rows; first += AT_ONCE) add<AT_ONCE>(strip, first, block, next);
         strip.empty = false;
@@ -144,8 +153,8 @@ class NarrowWorker {
         }
     }
 
-    /* From a row's scores to its weights: what OnlineSoftmax does in one lane. */
-    void weigh(Strip &strip, int r, const NarrowBlock &block) {
+    /* From a row's scores to its weights and what OnlineSoftmax adds up of these: what it does in one lane. */
+    void weigh(Strip &strip, int r, const NarrowBlock &block, float *pairs) {
         float *s = scores + r * BLOCK_KEYS;
         const int count = round_up(block.count, ROW_KEYS);
         if (!PLAIN_SCORES || strip.seen.cuts(block.first, count))
@@ -156,17 +165,13 @@ class NarrowWorker {
                 store(s + i, in_range(key, WINDOW ? strip.low[r] : 0, strip.high[r]) ? all : broadcast(-INFINITE));
             }
         if (strip.maximum[r] == -INFINITE) raise(strip, r, count);
-        float total;
-        if (!weigh(strip, r, block.first, count, total)) {
-            raise(strip, r, count);
-            weigh(strip, r, block.first, count, total);
-        }
-        strip.sum[r] += total;
+        if (weigh(strip, r, block.first, count, pairs)) return;
+        raise(strip, r, count);
+        weigh(strip, r, block.first, count, pairs);
     }
 
     /* Returns whether no score exceeds the maximum by too much. */
-    bool weigh(const Strip &strip, int r, int32_t first_key, int count, float &total) {
-        alignas(64) float pairs[BLOCK_KEYS]; /* sums of two, each twice: what OnlineSoftmax adds up */
+    bool weigh(const Strip &strip, int r, int32_t first_key, int count, float *pairs) {
         const float *s = scores + r * BLOCK_KEYS, scale = score.softmax_scale();
         const float base = strip.maximum[r] == -INFINITE ? 0.0f : strip.maximum[r];
         Vec largest = broadcast(-INFINITE);
@@ -180,8 +185,6 @@ class NarrowWorker {
             store_weights(weights[i / ROW_KEYS * MAX_ROWS + r] + i % ROW_KEYS / PAIR,
                           DROPOUT ? kept ? weight : Vec{} : weight);
         }
-        total = 0.0f;
-        for (int i = 0; i < count; i += 2) total += pairs[i];
         return !any(largest > RESCALE_THRESHOLD);
     }
 
