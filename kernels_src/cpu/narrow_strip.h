@@ -86,10 +86,13 @@ class NarrowWorker {
 
   private:
     template <int ROWS> void attend(Strip &strip, int rows, const NarrowBlock &block, const NarrowBlock &next) {
-        for (int key = 0; key < block.count; key += LANES) {
+        /* Vectors of keys that are multiplied side by side. The sums of one row and one vector alone would wait for each
+         * other for longer than memory takes; keys of full precision take longer to come. */
+        constexpr int GROUPS = FULL_PRECISION || ROWS > 2 ? 1 : ROW_KEYS / LANES;
+        for (int key = 0; key < block.count; key += GROUPS * LANES) {
             const int step = key / ROW_KEYS, lane = key % ROW_KEYS;
             const NarrowBlock &fetch = key < next.count ? next : block;
-            multiply<ROWS>(strip, block.steps[step].keys + lane, fetch.steps[step].keys + lane, key);
+            multiply<ROWS, GROUPS>(strip, block.steps[step].keys + lane, fetch.steps[step].keys + lane, key);
         }
         alignas(64) float pairs[ROWS][BLOCK_KEYS]; /* sums of the weights of two keys, each twice */
         for (int r = 0; r < ROWS; r++)
@@ -106,50 +109,59 @@ class NarrowWorker {
         strip.empty = false;
     }
 
-    /* Scores of LANES keys from `key` on, [row][key]. */
-    template <int ROWS>
+    /* Scores of GROUPS times LANES keys from `key` on, [row][key]. */
+    template <int ROWS, int GROUPS>
     void multiply(const Strip &strip, const Cached *const *keys, const Cached *const *next, int key) {
         constexpr int SIDE = KeySquare::STEPS, REST = DIM_STEPS % SIDE, WHOLE = DIM_STEPS - REST;
-        Vec sums[ROWS], part[ROWS];
-        for (int r = 0; r < ROWS; r++) sums[r] = part[r] = Vec{};
+        Vec sums[ROWS * GROUPS], part[ROWS * GROUPS]; /* [row][group] */
+        for (int i = 0; i < ROWS * GROUPS; i++) sums[i] = part[i] = Vec{};
         for (int s = 0; s < WHOLE; s += SIDE) {
             if (s > 0 && s % SCORE_PART == 0) close(sums, part, s == SCORE_PART);
-            multiply_square<ROWS, SIDE>(part, strip.queries + s * STRIP_ROWS, keys, next, s);
+            multiply_squares<ROWS, GROUPS, SIDE>(part, strip.queries + s * STRIP_ROWS, keys, next, s);
         }
         if constexpr (REST > 0) {
             if (WHOLE > 0 && WHOLE % SCORE_PART == 0) close(sums, part, WHOLE == SCORE_PART);
-            multiply_square<ROWS, REST>(part, strip.queries + WHOLE * STRIP_ROWS, keys, next, WHOLE);
+            multiply_squares<ROWS, GROUPS, REST>(part, strip.queries + WHOLE * STRIP_ROWS, keys, next, WHOLE);
         }
         close(sums, part, DIM_STEPS <= SCORE_PART);
-        for (int r = 0; r < ROWS; r++) store(scores + r * BLOCK_KEYS + key, sums[r]);
+        for (int i = 0; i < ROWS * GROUPS; i++)
+            store(scores + i / GROUPS * BLOCK_KEYS + key + i % GROUPS * LANES, sums[i]);
     }
 
     /* Products along SIDE steps from `first` on; what will be multiplied next is fetched. */
-    template <int ROWS, int SIDE>
-    static AITER_INLINE_MEMBER void multiply_square(Vec (&total)[ROWS], const Step *queries, const Cached *const *keys,
-                                                    const Cached *const *next, int first) {
+    template <int ROWS, int GROUPS, int SIDE>
+    static AITER_INLINE_MEMBER void multiply_squares(Vec (&total)[ROWS * GROUPS], const Step *queries,
+                                                     const Cached *const *keys, const Cached *const *next, int first) {
         /* Row by row, a share of the next rows with each square. */
-        constexpr int SHARE = (LANES * KeySquare::STEPS + DIM_STEPS - 1) / DIM_STEPS;
+        constexpr int KEYS = GROUPS * LANES, SHARE = (KEYS * KeySquare::STEPS + DIM_STEPS - 1) / DIM_STEPS;
         const int from = first / KeySquare::STEPS * SHARE;
-        for (int i = 0; i < SHARE && from + i < LANES; i++) prefetch_row<HEAD_DIM>(next[from + i]);
-        KeySquare square;
-        AITER_UNROLL
-        for (int i = 0; i < LANES; i++)
-            square.rows[i] = KeySquare::row<SIDE * STEP_ELEMENTS>(keys[i] + first * STEP_ELEMENTS);
-        transpose(square.rows);
+        for (int i = 0; i < SHARE && from + i < KEYS; i++) prefetch_row<HEAD_DIM>(next[from + i]);
+        KeySquare squares[GROUPS];
+        for (int g = 0; g < GROUPS; g++) {
+            KeySquare &square = squares[g];
+            AITER_UNROLL
+            for (int i = 0; i < LANES; i++)
+                square.rows[i] = KeySquare::row<SIDE * STEP_ELEMENTS>(keys[g * LANES + i] + first * STEP_ELEMENTS);
+            transpose(square.rows);
+        }
         AITER_UNROLL
         for (int i = 0; i < SIDE; i++) {
-            const StepVec step = square.step(i);
             AITER_UNROLL
-            for (int r = 0; r < ROWS; r++)
-                total[r] = multiply_add(total[r], broadcast(queries[i * STRIP_ROWS + r]), step);
+            for (int g = 0; g < GROUPS; g++) {
+                const StepVec step = squares[g].step(i);
+                AITER_UNROLL
+                for (int r = 0; r < ROWS; r++) {
+                    Vec &sum = total[r * GROUPS + g];
+                    sum = multiply_add(sum, broadcast(queries[i * STRIP_ROWS + r]), step);
+                }
+            }
         }
     }
 
-    template <int ROWS> static AITER_INLINE_MEMBER void close(Vec (&sums)[ROWS], Vec (&part)[ROWS], bool first) {
-        for (int r = 0; r < ROWS; r++) {
-            sums[r] = first ? part[r] : sums[r] + part[r];
-            part[r] = Vec{};
+    template <int COUNT> static AITER_INLINE_MEMBER void close(Vec (&sums)[COUNT], Vec (&part)[COUNT], bool first) {
+        for (int i = 0; i < COUNT; i++) {
+            sums[i] = first ? part[i] : sums[i] + part[i];
+            part[i] = Vec{};
         }
     }
 
