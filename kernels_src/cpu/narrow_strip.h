@@ -86,9 +86,8 @@ class NarrowWorker {
 
   private:
     template <int ROWS> void attend(Strip &strip, int rows, const NarrowBlock &block, const NarrowBlock &next) {
-        /* Vectors of keys that are multiplied side by side. The sums of one row and one vector alone would wait for each
-         * other for longer than memory takes; keys of full precision take longer to come. */
-        constexpr int GROUPS = FULL_PRECISION || ROWS > 2 ? 1 : ROW_KEYS / LANES;
+        /* Vectors of keys that are multiplied side by side: a sum has to wait for what was added to it before. */
+        constexpr int GROUPS = LANES < ROW_KEYS && 2 * ROWS <= SUMS_AT_ONCE ? 2 : 1;
         for (int key = 0; key < block.count; key += GROUPS * LANES) {
             const int step = key / ROW_KEYS, lane = key % ROW_KEYS;
             const NarrowBlock &fetch = key < next.count ? next : block;
