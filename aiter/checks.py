@@ -225,12 +225,14 @@ def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> No
         total = sizes.total_k if sizes.packed_k and starts_k is None else None
         name = names.seqlens_q if seqlens_k is seqlens_q else names.seqlens_k
         _lengths(name, seqlens_k, sizes.seqlen_k, names.longest_k, total, False)
-    for name, starts, lengths, longest, total in (
-        (names.starts_q, starts_q, seqlens_q, sizes.seqlen_q, sizes.total_q),
-        (names.starts_k, starts_k, seqlens_k, sizes.seqlen_k, sizes.total_k),
+    for name, starts, lengths, lengths_name, longest, total in (
+        (names.starts_q, starts_q, seqlens_q, names.seqlens_q, sizes.seqlen_q, sizes.total_q),
+        (names.starts_k, starts_k, seqlens_k, names.seqlens_k, sizes.seqlen_k, sizes.total_k),
     ):
-        if starts is not None:  # lengths say how many of the rows between two starts count
+        if starts is not None:
             _starts(name, starts, longest if lengths is None else total, total)
+            if lengths is not None:  # how many of the rows between two starts count
+                _rows_between(name, starts, lengths_name, lengths)
     if page_table is not None and page_indptr is not None:
         page_table, seqlens_k = _lists(page_table, page_indptr, last_page_len, seqlens_k, sizes, names.seqlens_k)
         indices = indices._replace(page_table=page_table, seqlens_k=seqlens_k)
@@ -256,6 +258,12 @@ def _starts(name: str, starts: torch.Tensor, longest: int, total: int) -> None:
                 f"{name}[{index}] is {start} and the next {end}; they must rise from 0 to the {total} rows there are, "
                 f"by at most {longest}"
             )
+
+
+def _rows_between(name: str, starts: torch.Tensor, lengths_name: str, lengths: torch.Tensor) -> None:
+    for index, (length, rows) in enumerate(zip(lengths.tolist(), starts.diff().tolist(), strict=True)):
+        if length > rows:
+            raise ValueError(f"{lengths_name}[{index}] is {length}, but {name} gives that sequence {rows} rows")
 
 
 def _lists(

@@ -175,9 +175,9 @@ def flash_attn_varlen_func(
     (num_blocks, block_size, heads_kv, head_dim) of any strides, in which sequence b has seqused_k[b] tokens (or as many
     as cu_seqlens_k says); or such caches with lists of pages: page_indptr int32 (batch + 1,), page_indices a flat int32
     list, last_page_len int32 (batch,), see `aiter.flash_attn_with_kvcache`. seqused_q, seqused_k: int32 (batch,), how
-    many rows of each sequence count. max_seqlen_q and max_seqlen_k bound the lengths. Rows of q that belong to no
-    sequence give zeros, or are left alone in `out`. qv: packed as q. S_dmask has a row and a column for each place that
-    max_seqlen_q and max_seqlen_k leave room for.
+    many rows of each sequence count; the CPU refuses more than it has, a GPU takes those that there are. max_seqlen_q
+    and max_seqlen_k bound the lengths. Rows of q that belong to no sequence give zeros, or are left alone in `out`. qv:
+    packed as q. S_dmask has a row and a column for each place that max_seqlen_q and max_seqlen_k leave room for.
     """
     if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
         q, k, v = _widened(q, k.shape[-2], others, cu_seqlens_q), k.detach(), v.detach()
@@ -353,13 +353,17 @@ def flash_attn_with_kvcache(
         if k.dtype in checks.FP8_NAMES and k.dtype == v.dtype == k_cache.dtype:
             k, v, scales = k.to(q.dtype), v.to(q.dtype), (None, None)  # they are of the cache's scale already
         checks.same_kind(q=q, k=k, v=v)
+        after = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
+        _check_padding(padding, cache, after)
         rotated = kv_cache.append(
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales)
         )
         q = q if rotated is None else rotated
-        lengths = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
+        lengths = after
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
+    else:
+        _check_padding(padding, cache, lengths)
     if padding is not None:
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value
@@ -464,6 +468,19 @@ def _rows_of(block_table: torch.Tensor, batch_index: torch.Tensor, batch: int, q
     if looks and bool(((batch_index < 0) | (batch_index > last)).any()):
         raise ValueError(f"cache_batch_idx is {batch_index.tolist()}; it must name rows of block_table, 0 to {last}")
     return block_table.index_select(0, batch_index.clamp(0, last))
+
+
+def _check_padding(padding: torch.Tensor | None, cache: _Cache, lengths: torch.Tensor | None) -> None:
+    """Looks at cache_leftpad where that makes nobody wait."""
+    if padding is None or not padding.is_cpu or torch.compiler.is_compiling():
+        return
+    room = cache.room
+    whole = [room] * padding.shape[0] if lengths is None else lengths.tolist()
+    for index, (most, length) in enumerate(zip(whole, padding.tolist(), strict=True)):
+        if most > room:
+            raise ValueError(f"sequence {index} has {most} tokens; the cache has room for {room}")
+        if not 0 <= length <= most:
+            raise ValueError(f"cache_leftpad[{index}] is {length}; it must be from 0 to its sequence's {most} tokens")
 
 
 def _rows_apart(name: str, cache: torch.Tensor) -> int:

@@ -50,7 +50,13 @@ _library.define(
 # Their defaults: PyTorch leaves out inputs that are equal to these at the end.
 _DEFAULTS = (0, None, None, -1, -1, 0.0, None, None, None, False, 0.0, None, 0, None, None)
 _FIRST_OPTION, _SINKS = 9, 16  # where attention's inputs have the first of them, and the sinks
-_RNG_STATE = {3: 20, 7: 23}  # where attention's inputs have it, and the gradient's: by how many tensors come first
+# What the inputs of attention and of its gradient are called, and where the state of dropout stands among them: by how
+# many tensors come first.
+_NAMES = {
+    count: [argument.name for argument in operator.default._schema.arguments]
+    for count, operator in ((3, torch.ops.aiter.attention), (7, torch.ops.aiter.attention_backward))
+}
+_RNG_STATE = {count: names.index("rng_state") for count, names in _NAMES.items()}
 
 
 def read_call(
@@ -148,9 +154,16 @@ def _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_
     return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, True)
 
 
+def log_add(lse: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """torch.logaddexp, with a gradient of zero where both are -inf: there PyTorch's is that of -inf less -inf, NaN."""
+    nothing = (lse == -torch.inf) & (other == -torch.inf)
+    added = torch.logaddexp(lse.masked_fill(nothing, 0.0), torch.where(nothing, 0.0, other))
+    return added.masked_fill(nothing, -torch.inf)
+
+
 def with_sinks(lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """The log-sum-exp of each row's keys and its head's sink."""
-    return torch.logaddexp(lse, sinks.unsqueeze(-1))  # (heads, total) and (batch, heads, seq) alike
+    return log_add(lse, sinks.unsqueeze(-1))  # (heads, total) and (batch, heads, seq) alike
 
 
 def sink_gradient(
@@ -318,11 +331,17 @@ def _fold(operator, count, info, in_dims, *inputs):
     sequence."""
     tensors, rest = inputs[:count], inputs[count:]
     rng_state = next(iter(inputs[_RNG_STATE[count] :]), None)
-    for other, dim in zip(rest, in_dims[count:], strict=False):
+    for index, (other, dim) in enumerate(zip(rest, in_dims[count:], strict=False), count):
         if not isinstance(other, torch.Tensor) or (other is rng_state and dim is None):
             continue
-        if dim is not None or other.dim() > 1 or not other.is_floating_point():
+        if not other.is_floating_point():
             raise NotImplementedError("torch.vmap over variable-length or paged attention is not offered; loop over it")
+        if dim is not None or other.dim() > 1:
+            name = _NAMES[count][index]
+            raise NotImplementedError(
+                f"torch.vmap over {name} is not offered: only query, key and value may differ with the sequence; "
+                f"give one {name} (heads,) for all, or loop over them"
+            )
     folded = [
         tensor
         if tensor is None

@@ -62,7 +62,7 @@ def merge_attention_states(
         checks.same_device(f"lses[{index}]", lse, "outputs[0]", first)
     lse = lses[0]
     for other in lses[1:]:
-        lse = torch.logaddexp(lse, other)
+        lse = library.log_add(lse, other)
     total = lse
     if sinks is not None:
         per_head("sinks", sinks, first, (1,))

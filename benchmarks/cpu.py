@@ -1,4 +1,5 @@
-"""The CPU operations beside PyTorch's in one run: a table, and on request JSON and a plot.
+"""The CPU operations beside PyTorch's in one run, and what options cost beside the same calls without them: two tables,
+and on request JSON and a plot.
 
     python benchmarks/cpu.py [--only WORD] [--seconds 2] [--json FILE] [--plot FILE.png]
 
@@ -40,7 +41,7 @@ class Case:
 
     name: str
     dtype: str
-    ours: Callable[[], object]
+    ours: Callable[..., object]  # takes the operation's options
     pytorch: Callable[[], object]
     goal: float  # PyTorch's time over ours
     flops: float = 0.0
@@ -61,7 +62,7 @@ def forward(dtype: str, batch: int, seq: int, heads: int, dim: int, causal: bool
     return Case(
         f"forward ({batch}, {seq}, {heads}, {dim}){' causal' if causal else ''}",
         dtype,
-        lambda: aiter.flash_attn_func(query, key, value, causal=causal),
+        lambda **options: aiter.flash_attn_func(query, key, value, causal=causal, **options),
         lambda: scaled_dot_product_attention(q, k, v, is_causal=causal),
         goal,
         flops=4 * batch * heads * seq * seq * dim * (0.5 if causal else 1),
@@ -98,7 +99,7 @@ def grouped(dtype: str, group: int, seq_q: int, seq_k: int, batch: int) -> Case:
     return Case(
         f"{what} {8 * group}/8 heads, {batch} x {seq_k} tokens",
         dtype,
-        lambda: aiter.grouped_query_attention(query, key, value, num_groups=group),
+        lambda **options: aiter.grouped_query_attention(query, key, value, num_groups=group, **options),
         pytorch,
         2.0,
         flops=4 * batch * 8 * group * seq_q * seq_k * 128,
@@ -113,7 +114,7 @@ def decoding(dtype: str, goal: float) -> Case:
     return Case(
         "decoding 16 heads, 4 x 8192 tokens",
         dtype,
-        lambda: aiter.flash_attn_func(query, key, value),
+        lambda **options: aiter.flash_attn_func(query, key, value, **options),
         lambda: scaled_dot_product_attention(q, k, v),
         goal,
         reads=(key, value),
@@ -132,7 +133,7 @@ def paged(dtype: str, page: int) -> Case:
     return Case(
         f"decoding through pages of {page}",
         dtype,
-        lambda: aiter.flash_attn_with_kvcache(query, (key, value), table, page),
+        lambda **options: aiter.flash_attn_with_kvcache(query, (key, value), table, page, **options),
         lambda: scaled_dot_product_attention(query.transpose(1, 2), gather(key), gather(value)),
         3.0,
         reads=(key, value),
@@ -168,14 +169,48 @@ def cases() -> Iterator[Case]:
         yield decoding(dtype, goal)
         for page in (16, 128):
             yield paged(dtype, page)
-        for group in (4, 8):
-            yield grouped(dtype, group, 1, 8192, 4)
+        yield from groups(dtype)
     for dtype in DTYPES:
         yield grouped(dtype, 4, 2048, 2048, 1)
         yield variable(dtype)
     for dtype in DTYPES:
         for seq in (16, 64):
             yield forward(dtype, 1, seq, 1, 64, False, 1.0)
+
+
+@dataclass
+class Option:
+    """One line of the second table: a call with an option, and the same without."""
+
+    name: str
+    dtype: str
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+    bound: float  # of the time of ours over the share of that of `plain`
+    share: float = 1.0  # of the keys that the plain call's queries see
+
+
+def options() -> Iterator[Option]:
+    for dtype in DTYPES:
+        long, window = 32768, 1024
+        case = forward(dtype, 1, long, 1, 128, True, 0.0)
+        seen = window * (2 * long - window) / long**2
+        call = functools.partial(case.ours, window_size=(window - 1, 0))
+        yield Option(f"window of {window} in {case.name}", dtype, call, case.ours, 1.15, seen)
+        case = forward(dtype, 1, 4096, 8, 128, True, 0.0)
+        for name, bound, chosen in (
+            ("softcap", 1 / 0.75, {"softcap": 50.0}),
+            ("sinks", 1.02, {"sinks": torch.randn(8)}),
+            ("batch_invariant", 1.1, {"batch_invariant": True}),
+        ):
+            yield Option(f"{name}, {case.name}", dtype, functools.partial(case.ours, **chosen), case.ours, bound)
+        for case in (decoding(dtype, 0.0), *(paged(dtype, page) for page in (16, 128)), *groups(dtype)):
+            call = functools.partial(case.ours, batch_invariant=True)
+            yield Option(f"batch_invariant, {case.name}", dtype, call, case.ours, 1.1)
+
+
+def groups(dtype: str) -> Iterator[Case]:
+    return (grouped(dtype, group, 1, 8192, 4) for group in (4, 8))
 
 
 @functools.cache
@@ -209,6 +244,19 @@ def medians(seconds: float, *calls: Callable[[], object]) -> list[float]:
             call()
             taken.append(time.perf_counter() - start)
     return [statistics.median(taken) for taken in times]
+
+
+def measure_option(option: Option, seconds: float) -> dict:
+    """A row of the second result."""
+    ours, plain = medians(seconds, option.ours, option.plain)
+    return {
+        "dtype": option.dtype,
+        "name": option.name,
+        "seconds": ours,
+        "plain_seconds": plain,
+        "ratio": ours / (plain * option.share),
+        "bound": option.bound,
+    }
 
 
 def measure(case: Case, seconds: float) -> dict:
@@ -264,22 +312,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--plot", metavar="FILE")
-    options = parser.parse_args()
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     print(f"{cpu_arch()}, {threads} threads, PyTorch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})")
     print(f"{'case':48} {'aiter':^27} {'PyTorch':^27} {'ratio':>6} {'goal':>5} of reading")
     rows = []
     for case in cases():
-        if options.only in f"{case.dtype} {case.name}":
-            rows.append(measure(case, options.seconds))
+        if arguments.only in f"{case.dtype} {case.name}":
+            rows.append(measure(case, arguments.seconds))
             print(line(rows[-1]), flush=True)
-    if options.json:
+    print(f"\n{'time over that without the option, of the keys that are seen':72} {'ratio':>6} {'bound':>6}")
+    rows_of_options = []
+    for option in options():
+        if arguments.only in f"{option.dtype} {option.name}":
+            rows_of_options.append(row := measure_option(option, arguments.seconds))
+            print(f"{row['dtype'] + ' ' + row['name']:72} {row['ratio']:6.2f} {row['bound']:6.2f}", flush=True)
+    if arguments.json:
         machine = {"cpu": cpuinfo("model name"), "arch": cpu_arch(), "threads": threads}
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine, "cases": rows}, file, indent=1)
-    if options.plot:
-        plot(rows, options.plot)
+        with open(arguments.json, "w") as file:
+            json.dump({"machine": machine, "cases": rows, "options": rows_of_options}, file, indent=1)
+    if arguments.plot:
+        plot(rows, arguments.plot)
 
 
 if __name__ == "__main__":

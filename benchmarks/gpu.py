@@ -297,8 +297,11 @@ def decode() -> Iterator[Case]:
         theirs = [partial(pytorch, *tensors, enable_gqa=True) for tensors in sets]
         ours = [partial(aiter.flash_attn_func, *tensors) for tensors in sets]
         others = dict.fromkeys(("FA2", "cuDNN"), theirs)
+        others["batch_invariant"] = [partial(aiter.flash_attn_func, *tensors, batch_invariant=True) for tensors in sets]
         if fa3:
             others["FA3"] = [partial(fa3.flash_attn_func, *tensors) for tensors in sets]
+            # Its way to results that do not depend on the batch.
+            others["FA3, one split"] = [partial(fa3.flash_attn_func, *tensors, num_splits=1) for tensors in sets]
         yield Case(name, "TB/s", moved, ours, others, bounds)
         for page_size in (16, 128) if (batch, length) in ((16, 8192), (64, 4096)) else (16,):
             pages = batch * length // page_size
@@ -431,7 +434,18 @@ def host() -> Iterator[Case]:
 SECTIONS = {f.__name__: f for f in (forward, dims, chunks, variable, options, decode, latent, serving, backward, host)}
 
 
-NAMES = ("aiter", "plain", "FA2", "cuDNN", "unfused", "efficient", "PyTorch's choice", "FA3")
+NAMES = (
+    "aiter",
+    "plain",
+    "batch_invariant",
+    "FA2",
+    "cuDNN",
+    "unfused",
+    "efficient",
+    "PyTorch's choice",
+    "FA3",
+    "FA3, one split",
+)
 COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)}
 
 

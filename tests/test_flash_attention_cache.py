@@ -280,6 +280,25 @@ def test_no_room_for_new_tokens():
         case.call()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does not look at lengths; it takes the rows that there are")
+def test_lengths_beyond_their_sequences():
+    """FlashAttention reads the next sequence's rows there, or behind the tensor: a length is wrong, and is named."""
+    q, k, v = (randn(20, 2, 64, dtype=DTYPES[0]) for _ in range(3))
+    starts = ints(0, 12, 20)
+    for used, name in (("seqused_q", "cu_seqlens_q"), ("seqused_k", "cu_seqlens_k")):
+        with pytest.raises(ValueError, match=rf"{used}\[1\] is 9, but {name} gives that sequence 8 rows"):
+            flash_attn.flash_attn_varlen_func(q, k, v, starts, starts, 12, 12, **{used: ints(5, 9)})
+    query, key, value = randn(2, 1, 2, 64, dtype=DTYPES[0]), *(t.unflatten(0, (2, 10)) for t in (k, v))
+    for lengths, padding, words in (
+        (ints(5, 3), ints(5, 4), r"cache_leftpad\[1\] is 4; .* 0 to its sequence's 3"),
+        (None, ints(0, 11), r"cache_leftpad\[1\] is 11; .* 0 to its sequence's 10"),
+        (ints(5, 3), ints(-1, 3), r"cache_leftpad\[0\] is -1"),
+        (ints(11, 3), ints(2, 3), "sequence 0 has 11 tokens; the cache has room for 10"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            flash_attn.flash_attn_with_kvcache(query, key, value, cache_seqlens=lengths, cache_leftpad=padding)
+
+
 @pytest.mark.parametrize("dtype", (None, torch.bfloat16))
 def test_combine(dtype):
     query, key, value = (randn(2, 20, 2, 64, dtype=DTYPES[0]) for _ in range(3))

@@ -303,6 +303,11 @@ def test_vmap_with_sinks():
     mapped = torch.func.vmap(lambda q, k, v: aiter.flash_attn_func(q, k, v, sinks=sinks))(q, k, v)
     for i in range(3):
         assert torch.equal(mapped[i], aiter.flash_attn_func(q[i], k[i], v[i], sinks=sinks))
+    for name, option in (("sinks", torch.randn(3, 2)), ("alibi_slopes", torch.rand(3, 2))):
+        with pytest.raises(NotImplementedError, match=f"vmap over {name} is not offered.* give one {name}"):
+            torch.func.vmap(lambda q, k, v, x, name=name: aiter.flash_attn_func(q, k, v, **{name: x}))(
+                q, k, v, option.to(DEVICE)
+            )
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,19 @@ def test_a_sink_joins_once():
     assert torch.equal(merged_lse, lse)
 
 
+def test_gradients_of_rows_without_keys():
+    """Log-sum-exps that are leaves, -inf in every part: the row has no keys, and so no gradient."""
+    outputs = [torch.randn(1, 3, 2, 8).requires_grad_() for _ in range(3)]
+    lses = [torch.tensor([[[0.5, -math.inf, 1.0]] * 2]).requires_grad_() for _ in range(3)]
+    for sinks in (None, torch.tensor([0.5, -math.inf])):
+        merged, lse = aiter.merge_attention_states(outputs, lses, sinks=sinks)
+        assert (lse[..., 1] == -math.inf).all() and (merged[:, 1] == 0).all()
+        loss = merged.square().sum() + lse.masked_fill(lse == -math.inf, 0.0).sum()
+        for gradient in torch.autograd.grad(loss, (*outputs, *lses)):
+            assert gradient.isfinite().all()
+            assert (gradient[..., 1] == 0).all() if gradient.dim() == 3 else (gradient[:, 1] == 0).all()
+
+
 def test_merging_is_differentiable():
     outputs = [torch.randn(1, 3, 2, 8, dtype=torch.float64).float().requires_grad_() for _ in range(2)]
     lses = [torch.randn(1, 2, 3).requires_grad_(), torch.tensor([[[0.0, -math.inf, 1.0]] * 2]).requires_grad_()]

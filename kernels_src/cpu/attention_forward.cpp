@@ -236,8 +236,7 @@ struct Forward {
                      const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
         const int64_t heads = end_head - first_head;
         for (int64_t i = 0; i < heads; i++) {
-            Strip &strip = scratch.strips[i] =
-                strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT, OUTPUT_DIM);
+            Strip &strip = scratch.strips[i] = strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT);
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
             open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
         }
@@ -284,7 +283,7 @@ struct Forward {
         const int64_t vectors = ceil_div(end - first, LANES), count = ceil_div(vectors, STRIP_VECTORS);
         auto first_row = [&](int64_t i) { return minimum(first + i * vectors / count * LANES, end); };
         for (int64_t i = 0; i < count; i++) {
-            strips[i] = strip_at(scratch, i, scratch.outputs + i * STRIP_ROWS * VALUE_WIDTH, 0);
+            strips[i] = strip_at(scratch, i, scratch.outputs + i * STRIP_ROWS * VALUE_WIDTH);
             open_strip(strips[i], queries, seq, b, head, first_row(i), first_row(i + 1), part.high);
         }
         StripWorker worker(scratch.scores, scratch.weights, score_of(b, head), dropout);
@@ -301,7 +300,7 @@ struct Forward {
     }
 
     /* The i-th strip of a thread. */
-    static Strip strip_at(const Scratch &scratch, int64_t i, float *output, int output_row) {
+    static Strip strip_at(const Scratch &scratch, int64_t i, float *output) {
         const int64_t offset = i * STRIP_ROWS;
         return {scratch.queries + offset * DIM_STEPS,
                 output,
@@ -315,8 +314,7 @@ struct Forward {
                 scratch.heads + offset,
                 {},
                 0,
-                true,
-                output_row};
+                true};
     }
 
     AITER_OUTLINE void open_strip(Strip &strip, const QueryRows &queries, const Sequence &seq, int64_t b, int64_t head,

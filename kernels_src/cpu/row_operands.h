@@ -64,29 +64,33 @@ constexpr int PAIR = 1;
 
 AITER_INLINE void store_weights(Weight *weights, Vec values) { store(weights, values); }
 
-#if AITER_DTYPE_BF16
-
-/* Vector 2 c holds elements 2 (c LANES + lane), vector 2 c + 1 those after them: one instruction each. */
-template <int N> AITER_INLINE RowVec row_vector(const Element *row, int v) {
-    const int first = v / 2 * 2 * LANES, left = N - first;
+#if !AITER_DTYPE_FP32
+/* The first `count` elements of a row, up to 2 LANES, two to a lane; zeros past them. */
+AITER_INLINE IntVec element_pairs(const Element *row, int count) {
     IntVec pairs = IntVec{};
-    if (left >= 2 * LANES) memcpy(&pairs, row + first, sizeof pairs);
+    if (count >= 2 * LANES) memcpy(&pairs, row, sizeof pairs);
     else
 #if AITER_AVX512
-        pairs = (IntVec)_mm512_maskz_loadu_epi16((uint32_t{1} << (left & 31)) - 1, row + first);
+        pairs = (IntVec)_mm512_maskz_loadu_epi16((uint32_t{1} << (count & 31)) - 1, row);
 #else
-        memcpy(&pairs, row + first, left * sizeof(Element));
+        memcpy(&pairs, row, count * sizeof(Element));
 #endif
-    return (Vec)(v % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+    return pairs;
+}
+#endif
+
+#if AITER_DTYPE_BF16
+
+/* Of 2 LANES elements, the even ones (0) or the odd ones (1) as floats: one instruction. */
+AITER_INLINE Vec half_of(IntVec pairs, int odd) {
+    return (Vec)(odd == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
 }
 
-#if AITER_FP8_CACHE
-template <int N> AITER_INLINE RowVec row_vector(const Fp8 *row, int v) {
+/* Vector 2 c holds elements 2 (c LANES + lane), vector 2 c + 1 those after them. */
+template <int N, class Row> AITER_INLINE RowVec row_vector(const Row *row, int v) {
     const int first = v / 2 * 2 * LANES;
-    const IntVec pairs = element_pairs(row + first, N - first);
-    return (Vec)(v % 2 == 0 ? pairs << 16 : pairs & static_cast<int32_t>(0xffff0000));
+    return half_of(element_pairs(row + first, N - first), v % 2);
 }
-#endif
 
 static void restore_order(float *row) {
     for (int first = 0; first < OUTPUT_DIM; first += 2 * LANES) {

@@ -263,7 +263,7 @@ AITER_INLINE void store_elements(Element *p, Vec v, int count) {
     else memcpy(p, &elements, count * sizeof(Element));
 }
 
-/* ---- a square of LANES x LANES values, rows become columns ---- */
+/* ---- rows become columns ---- */
 
 #if AITER_AVX512
 #define AITER_ZIP_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
@@ -276,14 +276,39 @@ AITER_INLINE void store_elements(Element *p, Vec v, int count) {
 #define AITER_ZIP_HIGH 2, 6, 3, 7
 #endif
 
-AITER_INLINE void transpose(Vec (&rows)[LANES]) {
+/* Of every BLOCK elements, the first (HALF: 0) or second (1) half of a and of b, UNIT elements of each in turn. */
+template <int UNIT, int BLOCK, int HALF, class V, int... LANE>
+AITER_INLINE V zip(V a, V b, std::integer_sequence<int, LANE...>) {
+    return shuffle<(LANE / BLOCK * BLOCK + HALF * BLOCK / 2 + LANE % BLOCK / UNIT / 2 * UNIT + LANE % UNIT +
+                    LANE / UNIT % 2 * static_cast<int>(sizeof...(LANE)))...>(a, b);
+}
+
+/* Of a square of 32-bit elements, element d of row i goes to place i of row d. Of LANES rows of 16-bit elements, twice as
+ * many (LANES at least 8): to place d / 8 % 2 * LANES + i of row d / 16 * 8 + d % 8. */
+template <class V> AITER_INLINE void transpose(V (&rows)[LANES]) {
+    constexpr int COUNT = sizeof(V) / sizeof(rows[0][0]), BLOCK = 16 / sizeof(rows[0][0]), BLOCKS = LANES / BLOCK;
+    constexpr auto ALL = std::make_integer_sequence<int, COUNT>();
+    constexpr auto LANES_ALL = std::make_integer_sequence<int, LANES>();
+    V next[LANES];
     AITER_UNROLL
-    for (int stage = 1; stage < LANES; stage *= 2) {
-        Vec next[LANES];
+    for (int stage = 1; stage < BLOCK; stage *= 2) { /* within 128 bits: one cheap instruction everywhere */
         AITER_UNROLL
         for (int i = 0; i < LANES / 2; i++) {
-            next[2 * i] = shuffle<AITER_ZIP_LOW>(rows[i], rows[i + LANES / 2]);
-            next[2 * i + 1] = shuffle<AITER_ZIP_HIGH>(rows[i], rows[i + LANES / 2]);
+            const int first = i / (BLOCK / 2) * BLOCK, low = first + i % (BLOCK / 2), high = low + BLOCK / 2;
+            next[2 * i] = zip<1, BLOCK, 0>(rows[low], rows[high], ALL);
+            next[2 * i + 1] = zip<1, BLOCK, 1>(rows[low], rows[high], ALL);
+        }
+        AITER_UNROLL
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+    AITER_UNROLL
+    for (int stage = 1; stage < BLOCKS; stage *= 2) { /* 128 bits at a time */
+        AITER_UNROLL
+        for (int i = 0; i < LANES / 2; i++) {
+            const int to = i / BLOCK * 2 * BLOCK + i % BLOCK;
+            const IntVec low = (IntVec)rows[i], high = (IntVec)rows[i + LANES / 2];
+            next[to] = (V)zip<4, LANES, 0>(low, high, LANES_ALL);
+            next[to + BLOCK] = (V)zip<4, LANES, 1>(low, high, LANES_ALL);
         }
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];

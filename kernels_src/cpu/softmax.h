@@ -19,7 +19,8 @@ constexpr float RESCALE_THRESHOLD = 8.0f;
 
 struct Strip {
     Step *queries; /* Q^T [DIM_STEPS][STRIP_ROWS] */
-    float *output; /* O^T [VALUE_WIDTH][STRIP_ROWS], relative to `maximum`, not yet divided by `sum` */
+    float *output; /* O^T [VALUE_WIDTH][STRIP_ROWS], or with narrow_strip.h O [row][OUTPUT_DIM], relative to `maximum`,
+                    * not yet divided by `sum` */
     float *maximum, *sum;
     int32_t *high, *low; /* each row sees the keys from low to high - 1; low only with AITER_WINDOW */
     int32_t *place;      /* of each row among the keys, and its slope: only with AITER_ALIBI */
@@ -28,7 +29,6 @@ struct Strip {
     Visibility seen;     /* by the rows of the strip */
     int vectors;         /* that hold rows: 1, 2 or STRIP_VECTORS */
     bool empty;          /* nothing accumulated yet, `output` is not initialised */
-    int output_row;      /* 0; or `output` is O [row][output_row] (narrow_strip.h) */
 
     /* How many of these keys no row of the strip sees before the first that one does, rounded down. */
     int first_seen(int32_t first_key, int count, int multiple) const {
@@ -186,12 +186,6 @@ struct OnlineSoftmax {
     void rescale(int v, Vec factor) {
         store(strip->sum + v * LANES, load(strip->sum + v * LANES) * factor);
         if (strip->empty) return;
-        if (strip->output_row > 0) {
-            for (int i = 0; i < LANES && v * LANES + i < MAX_ROWS; i++)
-                for (int d = 0; d < strip->output_row; d++)
-                    strip->output[(v * LANES + i) * strip->output_row + d] *= factor[i];
-            return;
-        }
         for (int d = 0; d < VALUE_DIM; d++) {
             float *p = strip->output + Lanes::at(d, v);
             store(p, load(p) * factor);

@@ -106,27 +106,39 @@ def test_large_and_unequal_head_dims(head_dim, value_dim):
     check([(sequence, (b,)) for b, sequence in enumerate(sequences)], results, grad_output, None, True)
 
 
-@on_cpus(CPUS[1::3])
+# Every way in which rows of keys are turned round, and matrix tiles.
+@on_cpus([path for path in NATIVE if path[0] != "fp32" or path == NATIVE[0]] + STOOD_IN[-1:])
 def test_batch_invariant(dtype, arch):
-    """No bit depends on how a prompt is cut or on other sequences: one row at a time is decoding. Later keys are
-    larger, so that maxima move."""
     for tokens, heads_kv, group in ((1300, 1, 1), (200, 2, 5)):
-        query = randn(1, tokens, heads_kv * group, HEAD_DIM, dtype=dtype)
-        key, value = (randn(1, tokens, heads_kv, HEAD_DIM, dtype=dtype) for _ in "kv")
-        key *= torch.linspace(0.5, 4, tokens).to(key.dtype).view(-1, 1, 1)
-        whole = attend(arch, query, key, value, True, threads=1, batch_invariant=True)
+        (query, key, value), whole = assert_invariant(dtype, arch, tokens, heads_kv, group, causal=True)
         assert_sequences(*whole, [Sequence(query[0], key[0], value[0], (0,), (0,))], True)
-        for chunk in (1, 2, 7, 9, 60, 512):
-            begins = range(0, tokens, chunk)
-            for begin in {*begins[:: max(1, len(begins) // 8)], begins[-1]}:
-                rows = slice(begin, min(begin + chunk, tokens))
-                tensors = query[:, rows], key[:, : rows.stop], value[:, : rows.stop]
-                output, lse = attend(arch, *tensors, True, batch_invariant=True)
-                assert torch.equal(output, whole[0][:, rows]) and torch.equal(lse, whole[1][:, :, rows])
-        others = [torch.cat((randn(2, *t.shape[1:], dtype=dtype), t)) for t in (query, key, value)]
-        lengths = ints([tokens, 3, tokens])
-        output, lse = attend(arch, *others, True, seqlens_q=lengths, seqlens_k=lengths, batch_invariant=True)
-        assert torch.equal(output[2], whole[0][0]) and torch.equal(lse[2], whole[1][0])
+
+
+@on_cpus([path for path in NATIVE if path[0] == "fp32"][-1:])
+def test_batch_invariant_with_options(dtype, arch):
+    options = {"window": (150, 0), "softcap": 5.0, "alibi_slopes": torch.rand(6)}
+    assert_invariant(dtype, arch, 1300, 2, 3, **options)
+
+
+def assert_invariant(dtype, arch, tokens, heads_kv, group, **options):
+    """No bit depends on how a prompt is cut or on other sequences: one row at a time is decoding. Later keys are
+    larger, so that maxima move. Returns query, key and value, and what came out."""
+    query = randn(1, tokens, heads_kv * group, HEAD_DIM, dtype=dtype)
+    key, value = (randn(1, tokens, heads_kv, HEAD_DIM, dtype=dtype) for _ in "kv")
+    key *= torch.linspace(0.5, 4, tokens).to(key.dtype).view(-1, 1, 1)
+    whole = attend(arch, query, key, value, threads=1, batch_invariant=True, **options)
+    for chunk in (1, 2, 7, 9, 60, 512):
+        begins = range(0, tokens, chunk)
+        for begin in {*begins[:: max(1, len(begins) // 8)], begins[-1]}:
+            rows = slice(begin, min(begin + chunk, tokens))
+            tensors = query[:, rows], key[:, : rows.stop], value[:, : rows.stop]
+            output, lse = attend(arch, *tensors, batch_invariant=True, **options)
+            assert torch.equal(output, whole[0][:, rows]) and torch.equal(lse, whole[1][:, :, rows])
+    others = [torch.cat((randn(2, *t.shape[1:], dtype=dtype), t)) for t in (query, key, value)]
+    lengths = ints([tokens, 3, tokens])
+    output, lse = attend(arch, *others, seqlens_q=lengths, seqlens_k=lengths, batch_invariant=True, **options)
+    assert torch.equal(output[2], whole[0][0]) and torch.equal(lse[2], whole[1][0])
+    return (query, key, value), whole
 
 
 @on_cpus(sorted({NATIVE[0], NATIVE[-1]}))
