@@ -8,7 +8,6 @@
  *   block(), barrier()         this block in the grid; wait for all waves of the block, shared memory ordered
  *   exp2(x), log2(x)           hardware approximations, fp32; exp2(-inf) = 0
  *   reciprocal(x), approximate_reciprocal(x)   the latter for what is rounded to 16 bit later, in one instruction
- *   DEAR_EXPONENTIALS          whether an exp2 or a reciprocal takes as long as many multiplications (score.h)
  *   wave_any(c), ballot(c)     is c true in any lane; one bit for each lane where it is
  *   first_lane(bits)           the lowest lane in a ballot
  *   from_lane(x, l), wave_sum(x)

@@ -64,17 +64,6 @@ struct Score {
     __device__ __forceinline__ float capped(float raw) const {
         return 1.0f - 2.0f * approximate_reciprocal(1.0f + exp2(raw * inner));
     }
-    /* The same for |x| <= 1, x = raw * `to_x`: x times a polynomial in x^2, fitted so that the relative error is least,
-     * 6e-7. */
-    static __device__ __forceinline__ float capped_small(float raw, float to_x) {
-        constexpr float C[] = {0.999999414f,   -0.333290423f, 0.132814329f,
-                               -0.0516056472f, 0.0167430846f, -0.0030670482f};
-        const float x = raw * to_x, square = x * x;
-        float sum = C[5];
-#pragma unroll
-        for (int i = 4; i >= 0; --i) sum = sum * square + C[i];
-        return x * sum;
-    }
     /* A tile whose columns begin at `first`. slope(slot) is in base 2; position(slot): where the row stands. */
     template <class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, int first, Slope slope, Position position) const {
@@ -91,24 +80,6 @@ struct Score {
     template <bool DERIVATIVE, class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
                                            Position position) const {
-        if constexpr (SOFTCAP && !DERIVATIVE && DEAR_EXPONENTIALS) {
-            /* The unit for exponentials has those of the softmax to make. */
-            const float to_x = inner * (LN_2 / 2);
-            float largest = 0.0f;
-#pragma unroll
-            for (int slot = 0; slot < Scores::SLOTS; ++slot)
-#pragma unroll
-                for (int i = 0; i < Scores::VALUES; ++i)
-                    largest = __builtin_fmaxf(largest, __builtin_fabsf(s.get(slot, i)));
-            if (!wave_any(!(largest * __builtin_fabsf(to_x) <= 1.0f)))
-                return finish<DERIVATIVE>(s, derivative, first, slope, position,
-                                          [&](float raw) { return capped_small(raw, to_x); });
-        }
-        finish<DERIVATIVE>(s, derivative, first, slope, position, [&](float raw) { return capped(raw); });
-    }
-    template <bool DERIVATIVE, class Scores, class Slope, class Position, class Cap>
-    __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope, Position position,
-                                           Cap cap) const {
 #pragma unroll
         for (int slot = 0; slot < Scores::SLOTS; ++slot) {
             const float m = ALIBI ? slope(slot) : 0.0f;
@@ -116,7 +87,7 @@ struct Score {
 #pragma unroll
             for (int i = 0; i < Scores::VALUES; ++i) {
                 float x = s.get(slot, i);
-                if (SOFTCAP) x = cap(x);
+                if (SOFTCAP) x = capped(x);
                 if (DERIVATIVE) derivative.set(slot, i, 1.0f - x * x);
                 if (ALIBI) x = x * outer - m * __builtin_fabsf(away - static_cast<float>(Scores::column(i)));
                 s.set(slot, i, x);

@@ -51,7 +51,6 @@ __device__ __forceinline__ float exp2(float x) { return __builtin_amdgcn_exp2f(x
 __device__ __forceinline__ float log2(float x) { return __builtin_amdgcn_logf(x); }
 __device__ __forceinline__ float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
 __device__ __forceinline__ float approximate_reciprocal(float x) { return reciprocal(x); }
-constexpr bool DEAR_EXPONENTIALS = false; /* as long as four */
 
 __device__ __forceinline__ uint64_t ballot(bool condition) {
     return __builtin_amdgcn_uicmp(static_cast<int>(condition), 0, 33 /* != */);

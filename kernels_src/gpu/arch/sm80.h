@@ -57,7 +57,6 @@ __device__ __forceinline__ float approximate_reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-constexpr bool DEAR_EXPONENTIALS = true; /* as long as eight */
 
 __device__ __forceinline__ uint64_t ballot(bool condition) { return __ballot_sync(~0u, condition); }
 __device__ __forceinline__ int first_lane(uint64_t lanes) { return __ffsll(static_cast<long long>(lanes)) - 1; }
