@@ -24,6 +24,8 @@
 #include "gpu/tile_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_forward.h"
+#elif defined(AITER_GFX9)
+#include "gpu/arch/gfx9_forward.h"
 #endif
 
 namespace aiter {
@@ -32,6 +34,8 @@ namespace aiter {
  * 8-bit keys and values. */
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 && !AITER_DROPOUT && !AITER_FP8_CACHE
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
+#elif defined(AITER_GFX9)
+using Loop = LoopOf<HEAD_DIM, VALUE_DIM>;
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
 #endif

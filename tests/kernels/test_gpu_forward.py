@@ -10,7 +10,7 @@ import torch
 from driver import DTYPES, GPU_DTYPES, GPUS, attend, ints, on_targets, strided
 from problems import STRIDES, Sequence, assert_sequences, page_lists
 
-ROWS = 128  # query rows of a block
+ROWS = 128  # query rows of a block, or half of them
 
 # (dtype, head_dim, causal, paged)
 DENSE = [
@@ -51,6 +51,7 @@ def test_dense(target, dtype, head_dim, causal, paged):
     shapes = [  # batch, query tokens, keys, KV heads, query heads of each
         (1, ROWS - 1, tile, 1, 1),
         (1, ROWS + 1, tile + 1, 1, 2),
+        (1, 2 * ROWS + 1, 3 * tile + 1, 1, 1),
         (2, 33, 2 * tile - 1, 2, 1),
         (1, 1, 1, 1, 3),
         (1, ROWS, 1, 1, 1),
@@ -168,6 +169,8 @@ def test_cost(target, dtype, head_dim, causal, paged):
     (kernel,) = stats.values()
     loop = kernel["main_loop"]
     assert kernel["scratch_bytes"] == 0
+    if target != "gfx90a" and head_dim <= 128:  # two groups of waves that alternate, one of each on a SIMD
+        assert kernel["block"] == 512 and kernel["waves_per_simd"] == 2
     assert kernel["waves_per_simd"] >= (2 if head_dim <= 128 else 1)
     assert loop["lds_conflicts"] < 0.05
     assert loop["narrowest_load"] >= 8
