@@ -42,7 +42,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
 
     static int64_t workspace_bytes(const aiter_attention_problem &) { return 0; }
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, call);
+        return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, call);
     }
     static __device__ __forceinline__ int row_tiles(const aiter_attention_problem &p) {
         return (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;

@@ -193,7 +193,7 @@ template <int HEAD_DIM, int VALUE_DIM>
 struct AlternatingLoop
     : LoopOfWaves<AlternatingLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, AlternatingShape<HEAD_DIM, VALUE_DIM>> {
     using Base = LoopOfWaves<AlternatingLoop, HEAD_DIM, VALUE_DIM, AlternatingShape<HEAD_DIM, VALUE_DIM>>;
-    using Base::KEYS, Base::WAVE_ROWS;
+    using Base::KEYS, Base::WAVE_ROWS, Base::WAVES;
     using typename Base::Output, typename Base::Queries, typename Base::Softmax;
 #if defined(AITER_GFX950)
     using Layout = PaddedTile<HEAD_DIM, VALUE_DIM, KEYS>;
@@ -206,8 +206,30 @@ struct AlternatingLoop
     static constexpr int BUFFER_BYTES = Layout::KEY_BYTES + Layout::VALUE_BYTES;
     static constexpr int TILE_BYTES = 2 * BUFFER_BYTES;
     static constexpr int OUTPUT_BYTES = WAVE_ROWS * RowLayout<VALUE_DIM>::BYTES; /* of a wave, after the last tile */
-    static constexpr int SHARED_BYTES = greater(TILE_BYTES, Base::WAVES *OUTPUT_BYTES);
+    static constexpr int OUTPUTS_BYTES = WAVES * OUTPUT_BYTES, SHARED_BYTES = greater(TILE_BYTES, OUTPUTS_BYTES);
     static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
+
+    /* Where rows are too few for both groups, so that the second would only copy: four waves as in TileLoop, of which two
+     * blocks fit into a CU. Not where the same bits are asked for whatever else is in the call. */
+    using Four = TileLoop<HEAD_DIM, VALUE_DIM>;
+    static constexpr int FOUR_BYTES = greater(Four::SHARED_BYTES, OUTPUTS_BYTES / 2);
+    static __host__ __device__ __forceinline__ bool four(const aiter_attention_problem &p) {
+        return p.seqlen_q <= Four::BLOCK_ROWS && !p.batch_invariant;
+    }
+    static int start(void (*kernel)(Arguments), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
+        return four(call.problem) ? launch_with_shared(kernel, row_tiles, Four::THREADS, FOUR_BYTES, stream, call)
+                                  : launch_with_shared(kernel, row_tiles, Base::THREADS, SHARED_BYTES, stream, call);
+    }
+    template <class RowTile, class Finish>
+    static __device__ __forceinline__ void run(const Arguments &launch, SharedAddress shared, const Score &score,
+                                               Finish finish) {
+        if (four(launch.problem))
+            Four::template run<RowTile>(launch, shared, score, [&](const RowTile &tile, auto &softmax, auto &o) {
+                barrier(); /* for store_output */
+                finish(tile, softmax, o);
+            });
+        else Base::template run<RowTile>(launch, shared, score, finish);
+    }
 
     /* When in the scores' products a thread's first row is stored, two products before the next, and when it is found
      * out where the next ones are. Where there are fewer products, all of that comes before them. */
@@ -242,7 +264,7 @@ struct AlternatingLoop
                                                   Softmax &softmax, Output &o) {
         o.clear();
         if (block_keys.empty()) return;
-        if (wave() < Base::WAVES / 2) attend<0>(sequence, shared, first_row, block_keys, score, dropout, softmax, o);
+        if (wave() < WAVES / 2) attend<0>(sequence, shared, first_row, block_keys, score, dropout, softmax, o);
         else attend<1>(sequence, shared, first_row, block_keys, score, dropout, softmax, o);
     }
 
@@ -330,7 +352,9 @@ struct AlternatingLoop
                 Products::multiply(
                     outputs, [&](int, int j) { return p[j]; }, o,
                     [&](int i) {
-                        if (i % 2 == 0 && i / 2 < Copy::ROWS) copy.load(i / 2);
+                        constexpr int STRIDE = lesser(outputs.PRODUCTS / Copy::ROWS, 2);
+                        static_assert(STRIDE > 0, "a product before each load");
+                        if (i % STRIDE == 0 && i / STRIDE < Copy::ROWS) copy.load(i / STRIDE);
                         if (!FIRST && i == outputs.PRODUCTS - LATER) meet();
                     });
                 if (!FIRST && LATER == 0) meet();
