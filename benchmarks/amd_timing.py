@@ -48,10 +48,15 @@ def record(call: Callable[[dict], object], groups: Callable[[dict], list[int]]) 
     return stats
 
 
+def query_rows(options: argparse.Namespace, keys: int) -> int:
+    """Of a head in the call that is recorded: whole tiles of any kernel's."""
+    return keys if options.causal or options.kernel == "backward" else 256
+
+
 def problem(options: argparse.Namespace, arch: str, keys: int) -> tuple[Callable, Callable]:
     """A call of our kernel with so many keys, one head for each workgroup on the CU, and which workgroups to record."""
     heads = 1 if options.kernel == "decode" else 4
-    rows = keys if options.causal or options.kernel == "backward" else 128
+    rows = query_rows(options, keys)
     if options.kernel == "decode":
         query = torch.randn(1, 1, options.heads, options.head_dim).bfloat16()
         key, value = (aligned(keys, options.kv_heads, options.head_dim) for _ in range(2))
@@ -98,9 +103,7 @@ def predict(options: argparse.Namespace, arch: str) -> list[dict]:
     for keys in lengths:
         call, groups = problem(options, arch, keys)
         stats = kernels(record(call, groups))
-        rows = {name: max(1, keys * 4 // seen["workgroups"]) for name, seen in stats.items()}
-        if options.kernel == "forward" and not options.causal:
-            rows = dict.fromkeys(stats, 128)
+        rows = {name: max(1, query_rows(options, keys) * 4 // seen["workgroups"]) for name, seen in stats.items()}
         plays = {}
         for name, seen in stats.items():
             sharers = 1.0 if options.kernel == "decode" else amd_predict.sharers(arch, options.seq, rows[name])

@@ -66,8 +66,8 @@
  * Shapes: Shape<HEAD_DIM, VALUE_DIM> proposes, for many query rows, ROW_TILES, KEYS, WAVES and BLOCKS (blocks that
  * should fit into one CU/SM at once; for __launch_bounds__).
  *
- * An arch may go through the tiles in a way of its own (wgmma in arch/sm90_forward.h; two alternating groups of waves
- * would be another): tile_loop.h says what such a loop provides. */
+ * An arch may go through the tiles in a way of its own (wgmma in arch/sm90_forward.h, two alternating groups of waves in
+ * arch/gfx9_forward.h): tile_loop.h says what such a loop provides. */
 #ifndef AITER_GPU_ARCH_H
 #define AITER_GPU_ARCH_H
 

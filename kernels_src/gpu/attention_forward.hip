@@ -12,7 +12,7 @@
  *
  *   each tile        S = Q K^T, cap and slope (score.h), mask where an edge of what the rows see cuts the tile
  *                    (mask.h), P = exp2(S - max), O += P V: see tile_loop.h, or the loop that an arch has of its own
- *                    (arch/sm90_forward.h)
+ *                    (arch/sm90_forward.h, arch/gfx9_forward.h)
  *
  *   at the end       O / sum, less what a sink takes, and the log-sum-exp go to memory. With a mask: a NaN that a
  *                    hidden value has left in a row (0 * inf within a matrix product) is found there, and that row is
@@ -24,6 +24,8 @@
 #include "gpu/tile_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_forward.h"
+#elif defined(AITER_GFX9)
+#include "gpu/arch/gfx9_forward.h"
 #endif
 
 namespace aiter {
@@ -32,6 +34,8 @@ namespace aiter {
  * 8-bit keys and values. */
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 && !AITER_DROPOUT && !AITER_FP8_CACHE
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
+#elif defined(AITER_GFX9)
+using Loop = LoopOf<HEAD_DIM, VALUE_DIM>;
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
 #endif
@@ -154,7 +158,7 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
 
 __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     attention_forward(const AITER_GRID_CONSTANT Loop::Launch launch) {
-    AITER_SHARED(shared, Loop::SHARED_BYTES);
+    AITER_SHARED_OF_LAUNCH(shared);
     const Score score(launch.problem);
     Loop::run<RowTile>(launch, shared_address(shared), score, [&](const RowTile &tile, auto &softmax, auto &o) {
         store(launch, tile, shared_address(shared), score, Dropout(launch.problem, launch.tensors), softmax, o);

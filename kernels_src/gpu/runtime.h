@@ -30,10 +30,12 @@ inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, in
 
 #if defined(__HIP__)
 #define AITER_SHARED(name, bytes) __shared__ __attribute__((aligned(256))) char name[bytes]
+#define AITER_SHARED_OF_LAUNCH(name) extern __shared__ __attribute__((aligned(256))) char name[]
 #define AITER_GRID_CONSTANT
 #else
 #define AITER_GRID_CONSTANT __grid_constant__ /* the parameter has an address in memory that all threads share */
 #define AITER_SHARED(name, bytes) extern __shared__ __align__(1024) char name[]
+#define AITER_SHARED_OF_LAUNCH(name) AITER_SHARED(name, )
 #endif
 
 namespace aiter {
@@ -65,20 +67,29 @@ template <class Kernel> int allow_shared(Kernel kernel, int shared) {
 }
 #endif
 
-/* Starts `kernel` with `shared` bytes of AITER_SHARED memory. */
+/* Starts `kernel` with `shared` bytes of AITER_SHARED_OF_LAUNCH. */
+template <class... Parameters, class... Arguments>
+int launch_with_shared(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void *stream,
+                       const Arguments &...arguments) {
+    if (blocks == 0) return 0;
+    if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+    const dim3 grid(static_cast<unsigned>(blocks)), block(threads);
+#if !defined(__HIP__)
+    if (const int error = allow_shared(kernel, shared)) return error;
+    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+#else
+    kernel<<<grid, block, shared, static_cast<hipStream_t>(stream)>>>(arguments...);
+#endif
+    return static_cast<int>(hipGetLastError());
+}
+/* The same with `shared` bytes of AITER_SHARED memory, which on AMD are part of the kernel. */
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void *stream,
            const Arguments &...arguments) {
-    if (blocks == 0) return 0;
-    if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
-#if !defined(__HIP__)
-    if (const int error = allow_shared(kernel, shared)) return error;
-    kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared, static_cast<cudaStream_t>(stream)>>>(
-        arguments...);
-#else
-    kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), 0, static_cast<hipStream_t>(stream)>>>(arguments...);
+#if defined(__HIP__)
+    shared = 0;
 #endif
-    return static_cast<int>(hipGetLastError());
+    return launch_with_shared(kernel, blocks, threads, shared, stream, arguments...);
 }
 
 /* Starts a kernel that continues the work of the one launched just before it. Where the GPU can (NVIDIA, sm_90 on), it

@@ -17,40 +17,42 @@ namespace aiter {
 
 template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     static constexpr float THRESHOLD = 8.0f;
+    /* No score is less, and unlike -inf it can be subtracted from a score that is. */
+    static constexpr float LOWEST = -3.40282347e38f;
     float scale;
     float maximum[SLOTS]; /* of score * scale */
     float sum[SLOTS];     /* of the probabilities that this lane has seen */
 
     __device__ __forceinline__ explicit OnlineSoftmax(float scale) : scale(scale) {
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) maximum[slot] = -INFINITE, sum[slot] = 0.0f;
+        for (int slot = 0; slot < SLOTS; ++slot) maximum[slot] = LOWEST, sum[slot] = 0.0f;
     }
 
     /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row
      * of the wave; then the output so far must be multiplied by `shrink`. One row after the other, so that the greatest
-     * value of the next is looked for while the exponentials of this one are made. at_growth(slot): before these are. */
+     * value of the next is looked for while the exponentials of this one are made. at_growth(slot): before these are.
+     * largest(slot): the greatest of this lane's scores. */
     template <class Scores> __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS]) {
-        return advance(s, shrink, [](int) {});
+        return advance(s, shrink, [](int) {}, [&](int slot) { return s.largest(slot); });
     }
-    template <class Scores, class AtGrowth>
-    __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS], AtGrowth at_growth) {
+    template <class Scores, class AtGrowth, class Largest>
+    __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS], AtGrowth at_growth, Largest largest) {
         bool grown = false;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            float top = s.largest(slot) * scale; /* of this lane */
+            float top = largest(slot) * scale; /* of this lane */
             shrink[slot] = 1.0f;
-            if (wave_any(top > maximum[slot] + THRESHOLD)) {
+            if (__builtin_expect(wave_any(top > maximum[slot] + THRESHOLD), false)) {
                 top = row_max<LANES>(top);
                 /* Only a row that must: its bits do not depend on which rows share its wave. */
                 const float next = top > maximum[slot] + THRESHOLD ? top : maximum[slot];
-                shrink[slot] = next == -INFINITE ? 1.0f : exp2(maximum[slot] - next);
+                shrink[slot] = exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];
                 grown = true;
                 at_growth(slot);
             }
-            const float reference = maximum[slot] == -INFINITE ? 0.0f : maximum[slot];
-            sum[slot] += s.exponentiate(slot, scale, reference);
+            sum[slot] += s.exponentiate(slot, scale, maximum[slot]);
         }
         return grown;
     }
@@ -77,9 +79,13 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     /* Both at once, for an output that is not in use meanwhile. Where a lane has one row, the output is rescaled when
      * its maximum moves: then no branch stands between the exponentials and the product that takes them. */
     template <class Scores, class Output> __device__ __forceinline__ void update(Scores &s, Output &o) {
+        update(s, o, [&](int slot) { return s.largest(slot); });
+    }
+    template <class Scores, class Output, class Largest>
+    __device__ __forceinline__ void update(Scores &s, Output &o, Largest largest) {
         float shrink[SLOTS];
         if constexpr (SLOTS == 1) {
-            advance(s, shrink, [&](int slot) { o.multiply(slot, shrink[slot]); });
+            advance(s, shrink, [&](int slot) { o.multiply(slot, shrink[slot]); }, largest);
         } else if (advance(s, shrink)) {
             rescale(o, shrink);
         }

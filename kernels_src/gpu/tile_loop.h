@@ -23,10 +23,11 @@
 
 namespace aiter {
 
-template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_DIM> {
-    using Tile = Shape<HEAD_DIM, VALUE_DIM>;
+/* What loops have in common whose waves, or teams of waves, have rows of their own. `Loop` is the one that is made of
+ * this: it has SHARED_BYTES, TILE_BYTES of them for keys and values, and attend(), which leaves in `o` the sums of P V and
+ * in `softmax` what they must be divided by. */
+template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWaves : Tile {
     using Queries = Query<HEAD_DIM, Tile::ROW_TILES, Tile::TEAM>;
-    using KeysAndValues = KeyValueTile<HEAD_DIM, VALUE_DIM, Tile::KEYS, Tile::WAVES * WAVE>;
     using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
     using Output = Accumulator<Tile::ROW_TILES, columns_of_wave(VALUE_DIM, Tile::TEAM)>;
     using Softmax = OnlineSoftmax<Output::SLOTS>;
@@ -36,14 +37,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
     static constexpr bool SEVERAL_HEADS = false; /* in a row tile */
     /* Of a team's queries and, later, its output. */
     static constexpr int TEAM_BYTES = greater(Queries::SHARED_BYTES, Query<VALUE_DIM, Tile::ROW_TILES>::SHARED_BYTES);
-    static constexpr int SHARED_BYTES = KeysAndValues::SHARED_BYTES + TEAMS * TEAM_BYTES;
-    static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
     using Launch = Arguments; /* the kernel's parameter: the call, and what a loop adds to it */
 
     static int64_t workspace_bytes(const aiter_attention_problem &) { return 0; }
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch(kernel, row_tiles, THREADS, SHARED_BYTES, stream, call);
+        return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, call);
     }
     static __device__ __forceinline__ int row_tiles(const aiter_attention_problem &p) {
         return (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
@@ -68,7 +67,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
     }
     /* This team's, for its query rows and later for store_output. */
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
-        return shared + KeysAndValues::SHARED_BYTES + team() * TEAM_BYTES;
+        return shared + Loop::TILE_BYTES + team() * TEAM_BYTES;
+    }
+    static __device__ __forceinline__ void load_queries(Queries &queries, const Sequence &sequence,
+                                                        SharedAddress shared, int wave_row, QueryBits bits) {
+        queries.load(
+            query_memory(shared),
+            [&](int row) {
+                row += wave_row;
+                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
+            },
+            bits);
     }
     template <class RowPointer>
     static __device__ __forceinline__ void store_output(const Output &o, SharedAddress shared, RowPointer row) {
@@ -86,20 +95,52 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
             const auto &scored = tile.sequence.scaled(score);
             Softmax softmax(scored.unit);
             Output o;
-            attend(tile.sequence, shared, tile.first_row, tile.keys, scored, Dropout(launch.problem, launch.tensors),
-                   softmax, o);
+            Loop::attend(tile.sequence, shared, tile.first_row, tile.keys, scored,
+                         Dropout(launch.problem, launch.tensors), softmax, o);
             finish(tile, softmax, o);
         }
         clear_rest(launch, row_tiles(launch.problem) * launch.problem.heads_q * launch.problem.batch, THREADS);
     }
 
+    /* Caps, slopes and masks the scores of the tile of keys from `first` on; whether it has changed any. */
+    static __device__ __forceinline__ bool finish_scores(Scores &s, int first, int wave_row, const Range &keys_of_all,
+                                                         const Sequence &sequence, const Score &score) {
+        const Mask &mask = sequence.mask;
+        score.finish(
+            s, first, [&](int) { return sequence.slope; },
+            [&](int slot) { return wave_row + Scores::row(slot) + mask.diagonal; });
+        const bool cut = !keys_of_all.covers<WINDOW>(first, first + Tile::KEYS);
+        if (__builtin_expect(cut, false))
+            hide<WINDOW>(s, -INFINITE, first,
+                         [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
+        return SOFTCAP || ALIBI || cut;
+    }
+    static __device__ __forceinline__ void drop(Scores &s, int first, int wave_row, const Sequence &sequence,
+                                                const Dropout &dropout) {
+#if AITER_DROPOUT
+        dropout.for_tile<Scores, false>(
+            sequence.drawn_head, first, [&](int slot) { return wave_row + Scores::row(slot); },
+            [&](int slot, int i, bool kept) { s.set(slot, i, kept ? s.get(slot, i) : 0.0f); });
+#endif
+    }
+};
+
+template <int HEAD_DIM, int VALUE_DIM>
+struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>> {
+    using Base = LoopOfWaves<TileLoop, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>>;
+    using Base::KEYS, Base::WAVE_ROWS;
+    using typename Base::Output, typename Base::Queries, typename Base::Scores, typename Base::Softmax;
+    using KeysAndValues = KeyValueTile<HEAD_DIM, VALUE_DIM, KEYS, Base::THREADS>;
+    static constexpr int TILE_BYTES = KeysAndValues::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = TILE_BYTES + Base::TEAMS * Base::TEAM_BYTES;
+    static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
+
     static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
                                                   const Range &block_keys, const Score &score, const Dropout &dropout,
                                                   Softmax &softmax, Output &o) {
-        const Mask &mask = sequence.mask;
-        const int wave_row = first_row + TileLoop::wave_row();
-        const Range wave_keys = mask.keys_of_any(wave_row, wave_row + WAVE_ROWS);
-        const Range keys_of_all = mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+        const int wave_row = first_row + Base::wave_row();
+        const Range wave_keys = sequence.mask.keys_of_any(wave_row, wave_row + WAVE_ROWS);
+        const Range keys_of_all = sequence.mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
         const KeyValueRows<PAGED> &keys = sequence.keys;
 
         o.clear();
@@ -107,16 +148,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
         KeysAndValues tile(shared, thread_in_block());
         tile.issue(keys, block_keys.low);
         Queries queries;
-        queries.load(
-            query_memory(shared),
-            [&](int row) {
-                row += wave_row;
-                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
-            },
-            score.query_bits);
+        Base::load_queries(queries, sequence, shared, wave_row, score.query_bits);
 
-        for (int first = block_keys.low; first < block_keys.high; first += Tile::KEYS) {
-            const int end = first + Tile::KEYS;
+        for (int first = block_keys.low; first < block_keys.high; first += KEYS) {
+            const int end = first + KEYS;
             tile.publish(barrier);
             const bool seen = wave_keys.overlaps<WINDOW>(first, end);
             if (end < block_keys.high && !(KeysAndValues::ISSUES_WITH_SCORES && seen)) tile.issue(keys, end);
@@ -125,21 +160,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct TileLoop : Shape<HEAD_DIM, VALUE_D
             if constexpr (KeysAndValues::ISSUES_WITH_SCORES)
                 tile.scores(queries, s, keys, end < block_keys.high ? end : first); /* the last one for nothing */
             else tile.scores(queries, s);
-            score.finish(
-                s, first, [&](int) { return sequence.slope; },
-                [&](int slot) { return wave_row + Scores::row(slot) + mask.diagonal; });
-            if (!keys_of_all.covers<WINDOW>(first, end))
-                hide<WINDOW>(s, -INFINITE, first,
-                             [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
+            Base::finish_scores(s, first, wave_row, keys_of_all, sequence, score);
             softmax.update(s, o);
-#if AITER_DROPOUT
-            dropout.for_tile<Scores, false>(
-                sequence.drawn_head, first, [&](int slot) { return wave_row + Scores::row(slot); },
-                [&](int slot, int i, bool kept) { s.set(slot, i, kept ? s.get(slot, i) : 0.0f); });
-#endif
-            tile.accumulate(s, o, first_column());
+            Base::drop(s, first, wave_row, sequence, dropout);
+            tile.accumulate(s, o, Base::first_column());
         }
-        if (TEAM > 1) barrier(); /* nobody reads the team's queries any more */
+        if (Base::TEAM > 1) barrier(); /* nobody reads the team's queries any more */
     }
 };
 

@@ -86,6 +86,8 @@ def _main_loop(rows: list[_Row]) -> tuple[list[_Row], int] | None:
     for branch in rows:
         if 0 <= branch.target <= branch.index:
             body = [row for row in rows if branch.target <= row.index <= branch.index]
+            if 2 * body[0].count < branch.count:
+                continue  # a jump back from what the compiler has moved out of the way, rarely taken
             loops.append((sum(row.count for row in body if row.pipe == "matrix"), sum(row.count for row in body), body))
     if not loops:
         return None

@@ -11,6 +11,8 @@
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
 #include "gpu/arch/sm90_forward.h"
+#elif defined(AITER_GFX9)
+#include "gpu/arch/gfx9_forward.h"
 #endif
 
 namespace aiter {
@@ -24,7 +26,11 @@ template <int HEAD_DIM, int VALUE_DIM> constexpr bool forward_fits() {
 #if defined(AITER_WGMMA)
     if constexpr (HEAD_DIM <= 256 && VALUE_DIM <= 256) return fits<WarpgroupLoop<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>();
 #endif
+#if defined(AITER_GFX9)
+    return fits<TileLoop<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>() && fits<LoopOf<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>();
+#else
     return fits<TileLoop<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>();
+#endif
 }
 template <int HEAD_DIM, int VALUE_DIM> constexpr bool decode_fits() {
     return fits<DecodeMemory<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>();

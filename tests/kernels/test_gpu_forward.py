@@ -10,7 +10,7 @@ import torch
 from driver import DTYPES, GPU_DTYPES, GPUS, attend, ints, on_targets, strided
 from problems import STRIDES, Sequence, assert_sequences, page_lists
 
-ROWS = 128  # query rows of a block
+ROWS = 128  # query rows of a block, or half of them
 
 # (dtype, head_dim, causal, paged)
 DENSE = [
@@ -51,6 +51,7 @@ def test_dense(target, dtype, head_dim, causal, paged):
     shapes = [  # batch, query tokens, keys, KV heads, query heads of each
         (1, ROWS - 1, tile, 1, 1),
         (1, ROWS + 1, tile + 1, 1, 2),
+        (1, 2 * ROWS + 1, 3 * tile + 1, 1, 1),
         (2, 33, 2 * tile - 1, 2, 1),
         (1, 1, 1, 1, 3),
         (1, ROWS, 1, 1, 1),
@@ -159,6 +160,14 @@ def test_not_finite(target, dtype, head_dim, causal, paged):
     assert output[0, others].isfinite().all() and lse[0, :, others].isfinite().all()
 
 
+@on_targets([(target, "bf16", head_dim) for target in GPUS if target != "gfx90a" for head_dim in (8, 128)])
+def test_few_products(target, dtype, head_dim):
+    """Where one of the two products has few steps, what is done beside them must still be done."""
+    query, key = (strided((1, n, 1, head_dim), dtype, "contiguous") for n in (ROWS + 2, 200))
+    value = strided((1, 200, 1, 136 - head_dim), dtype, "contiguous")
+    dense(target, query, key, value, False)
+
+
 @on_targets([p for p in CONTIGUOUS if p[0] != "cuda"])
 def test_cost(target, dtype, head_dim, causal, paged):
     """What the design promises of the machine code, counted by the emulator."""
@@ -168,6 +177,12 @@ def test_cost(target, dtype, head_dim, causal, paged):
     (kernel,) = stats.values()
     loop = kernel["main_loop"]
     assert kernel["scratch_bytes"] == 0
+    if target != "gfx90a" and head_dim <= 128:  # two groups of waves that alternate, unless there are rows for one only
+        assert kernel["block"] == 512
+        stats.clear()
+        attend(target, query[:, :ROWS], key, value, causal, stats=stats)
+        (few,) = stats.values()
+        assert few["block"] == 256 and few["waves_per_simd"] == kernel["waves_per_simd"] == 2
     assert kernel["waves_per_simd"] >= (2 if head_dim <= 128 else 1)
     assert loop["lds_conflicts"] < 0.05
     assert loop["narrowest_load"] >= 8

@@ -66,21 +66,31 @@ constexpr int READS_AHEAD = 2;
 constexpr int READS_AHEAD = 4;
 #endif
 
-/* COUNT products, each with an operand that read(i) loads from LDS some products before multiply(i, operand) uses it.
- * Left to itself the compiler reads an operand right before its product and waits. */
-template <int COUNT, class Read, class Multiply>
-__device__ __forceinline__ void read_ahead(Read read, Multiply multiply) {
-    constexpr int AHEAD = lesser(READS_AHEAD, COUNT);
-    constexpr int MAY_PASS = 0x002 | 0x004 | 0x400; /* vector, scalar, transcendental */
+/* COUNT products, each with an operand that read(i) loads from LDS some products before multiply(i, operand) uses it:
+ * the first AHEAD in begin(). Left to itself the compiler reads an operand right before its product and waits. */
+template <int COUNT, class Read> struct ReadAhead {
+    static constexpr int PRODUCTS = COUNT, AHEAD = lesser(READS_AHEAD, COUNT);
+    static constexpr int MAY_PASS = 0x002 | 0x004 | 0x400; /* vector, scalar, transcendental */
+    Read read;
     u32x4 operand[COUNT];
+
+    __device__ __forceinline__ explicit ReadAhead(Read read) : read(read) {}
+    __device__ __forceinline__ void begin() {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) operand[i] = read(i);
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-        if (i + AHEAD < COUNT) operand[i + AHEAD] = read(i + AHEAD);
-        __builtin_amdgcn_sched_barrier(MAY_PASS);
-        multiply(i, operand[i]);
+        for (int i = 0; i < AHEAD; ++i) begin(i);
     }
+    __device__ __forceinline__ void begin(int i) { operand[i] = read(i); }
+    template <class Multiply> __device__ __forceinline__ void run(Multiply multiply) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (i + AHEAD < COUNT) operand[i + AHEAD] = read(i + AHEAD);
+            __builtin_amdgcn_sched_barrier(MAY_PASS);
+            multiply(i, operand[i]);
+        }
+    }
+};
+template <int COUNT, class Read> __device__ __forceinline__ ReadAhead<COUNT, Read> read_ahead(Read read) {
+    return ReadAhead<COUNT, Read>(read);
 }
 
 template <int ROW_TILES, int COLUMNS> struct Accumulator {
@@ -239,18 +249,132 @@ template <class Scores> __device__ __forceinline__ u32x4 round_operand(const Sco
     return p;
 }
 
-template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTile {
-    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
+/* A tile of keys and values in shared memory whose layouts permute chunks; V is transposed. */
+template <int HEAD_DIM, int VALUE_DIM, int KEYS> struct PermutedTile {
     using ValueLayout = TransposedLayout<VALUE_DIM, KEYS>;
-    static constexpr int KEY_CHUNKS = STEPS * 2, VALUE_CHUNKS = ValueLayout::CHUNKS; /* that products read */
+    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES, VALUE_BYTES = ValueLayout::BYTES;
+
+    /* From where on this lane reads operands: of the n-th 32 keys and the j-th 16 dimensions, of the n-th 32 dimensions
+     * and the j-th 16 keys. */
+    static __device__ __forceinline__ SharedAddress keys(SharedAddress tile) {
+        return opaque(tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
+    }
+    static __device__ __forceinline__ u32x4 key(SharedAddress from, int n, int j) {
+        return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
+    }
+    static __device__ __forceinline__ SharedAddress values(SharedAddress tile, int first_column) {
+        return opaque(tile + ValueLayout::offset(lane() & 31, lane() / 32) + first_column * KEYS * 2);
+    }
+    static __device__ __forceinline__ u32x4 value(SharedAddress from, int n, int j) {
+        return shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j)));
+    }
+
+    /* What a thread copies of the keys or of the values: a chunk of four neighbouring rows. */
+    template <bool VALUES, int THREADS> struct Part {
+        static constexpr int CHUNKS = VALUES ? ValueLayout::CHUNKS : round_up(HEAD_DIM, 16) / 8;
+        using Units = CopyUnits<CHUNKS, KEYS>;
+        static constexpr int LANES = Units::COUNT / Units::GROUPS; /* that copy chunks of one row */
+        static constexpr int APART = 1, ROWS = 4;
+        static_assert(Units::COUNT <= THREADS, "one unit for a thread");
+        const int unit, chunk, row;
+        __device__ __forceinline__ explicit Part(int thread)
+            : unit(thread), chunk(Units::chunk(thread)), row(Units::key(thread)) {}
+        __device__ __forceinline__ bool exists() const {
+            return (Units::COUNT == THREADS || unit < Units::COUNT) && (LANES == CHUNKS || chunk < CHUNKS);
+        }
+        __device__ __forceinline__ SharedAddress place(SharedAddress tile) const {
+            if (!VALUES) return opaque(tile + RowLayout<HEAD_DIM>::chunk(row, chunk));
+            const int group = Units::place(unit);
+            return opaque(tile + KEY_BYTES + ValueLayout::offset(chunk * 8, group / 2) + group % 2 * 8);
+        }
+        /* The k-th quarter of it, of keys a row; `to` is its place. */
+        __device__ __forceinline__ void store(SharedAddress to, const Eight (&piece)[ROWS], int k) const {
+            if constexpr (VALUES) {
+                const u32x4 four[4] = {elements_of(piece[0]), elements_of(piece[1]), elements_of(piece[2]),
+                                       elements_of(piece[3])};
+#pragma unroll
+                for (int i = 2 * k; i < 2 * k + 2; ++i)
+                    shared_store(
+                        further(to, ValueLayout::offset(i, 0)),
+                        u32x2{join_halves(four[0][k], four[1][k], i % 2), join_halves(four[2][k], four[3][k], i % 2)});
+            } else {
+                shared_store(further(to, RowLayout<HEAD_DIM>::chunk(k, 0)), elements_of(piece[k]));
+            }
+        }
+    };
+};
+
+/* The two products with a tile. */
+template <int HEAD_DIM, int VALUE_DIM, int KEYS, class Layout> struct TileProducts {
+    static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
+    static constexpr int SCORE_PRODUCTS = KEYS / 32 * STEPS;
+    static_assert(KEYS % 32 == 0, "whole MFMA tiles");
+
+    /* begin() of what these return reads the first operands, run() makes the products; before(i) is called before the
+     * i-th. */
+    static __device__ __forceinline__ auto scores(SharedAddress key_tile) {
+        const SharedAddress from = Layout::keys(key_tile);
+        return read_ahead<SCORE_PRODUCTS>([=](int i) { return Layout::key(from, i / STEPS, i % STEPS); });
+    }
+    template <class Products, int ROW_TILES, int TEAM, class Before>
+    static __device__ __forceinline__ void multiply(Products &products, const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
+                                                    Accumulator<ROW_TILES, KEYS> &s, Before before) {
+        s.clear();
+        products.run([&](int i, u32x4 k) {
+            const int n = i / STEPS, j = i % STEPS;
+            before(i);
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
+        });
+    }
+
+    /* The columns of V from first_column on, as many as `o` has: all of them, or a multiple of 64, after which the
+     * permutation repeats. */
+    template <class Output> struct Columns {
+        static constexpr int COLUMNS = Output::TILES * 32, COUNT = KEYS / 16 * Output::TILES;
+        static constexpr bool WHOLE = COLUMNS >= VALUE_DIM || VALUE_DIM % COLUMNS == 0; /* in every wave of a team */
+        static __device__ __forceinline__ bool exists(int first_column, int i) {
+            return WHOLE || first_column + i % Output::TILES * 32 < VALUE_DIM;
+        }
+    };
+    template <class Output>
+    static __device__ __forceinline__ auto outputs(SharedAddress value_tile, int first_column = 0) {
+        const SharedAddress from = Layout::values(value_tile, first_column);
+        return read_ahead<Columns<Output>::COUNT>([=](int i) {
+            constexpr int TILES = Output::TILES;
+            return Columns<Output>::exists(first_column, i) ? Layout::value(from, i % TILES, i / TILES) : u32x4{};
+        });
+    }
+    /* probabilities(slot, j): of the j-th 16 keys, as an operand. */
+    template <class Products, class Probabilities, int ROW_TILES, int COLUMNS, class Before>
+    static __device__ __forceinline__ void multiply(Products &products, Probabilities probabilities,
+                                                    Accumulator<ROW_TILES, COLUMNS> &o, Before before,
+                                                    int first_column = 0) {
+        using Output = Accumulator<ROW_TILES, COLUMNS>;
+        u32x4 p[ROW_TILES];
+        products.run([&](int i, u32x4 v) {
+            const int j = i / Output::TILES, n = i % Output::TILES;
+            before(i);
+#pragma unroll
+            for (int m = 0; m < ROW_TILES; ++m) {
+                if (n == 0) p[m] = probabilities(m, j);
+                if (Columns<Output>::exists(first_column, i)) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
+            }
+        });
+    }
+};
+
+template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTile {
+    using Layout = PermutedTile<HEAD_DIM, VALUE_DIM, KEYS>;
+    using Products = TileProducts<HEAD_DIM, VALUE_DIM, KEYS, Layout>;
+    using ValueLayout = typename Layout::ValueLayout;
+    static constexpr int PRODUCTS = Products::SCORE_PRODUCTS;
+    static constexpr int KEY_CHUNKS = Products::STEPS * 2, VALUE_CHUNKS = ValueLayout::CHUNKS; /* that products read */
     using Units = CopyUnits<greater(KEY_CHUNKS, VALUE_CHUNKS), KEYS>;
     static constexpr int COPIES = round_up(Units::COUNT, THREADS) / THREADS;
     static constexpr bool EVEN = Units::COUNT % THREADS == 0;
     static constexpr int UNIT_CHUNKS = Units::COUNT / Units::GROUPS;
-    static constexpr int KEY_BYTES = KEYS * RowLayout<HEAD_DIM>::BYTES;
-    static constexpr int SHARED_BYTES = KEY_BYTES + ValueLayout::BYTES;
-    static_assert(KEYS % 32 == 0, "whole MFMA tiles");
-    static constexpr int PRODUCTS = KEYS / 32 * STEPS;
+    static constexpr int KEY_BYTES = Layout::KEY_BYTES, SHARED_BYTES = KEY_BYTES + Layout::VALUE_BYTES;
     /* Every thread has as much to copy, and knows where from without asking memory. */
     static constexpr bool ISSUES_WITH_SCORES =
         !PAGED && EVEN && UNIT_CHUNKS == HEAD_DIM / 8 && UNIT_CHUNKS == VALUE_DIM / 8;
@@ -341,45 +465,16 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, int THREADS> struct KeyValueTil
     template <int ROW_TILES, int TEAM, class Before>
     __device__ __forceinline__ void multiply_keys(const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
                                                   Accumulator<ROW_TILES, KEYS> &s, Before before) const {
-        const SharedAddress from = opaque(key_tile + RowLayout<HEAD_DIM>::chunk(lane() & 31, lane() / 32));
-        s.clear();
-        read_ahead<PRODUCTS>(
-            [&](int i) {
-                const int n = i / STEPS, j = i % STEPS;
-                return shared_load<u32x4>(further(from, RowLayout<HEAD_DIM>::chunk(n * 32, 2 * j)));
-            },
-            [&](int i, u32x4 k) {
-                const int n = i / STEPS, j = i % STEPS;
-                before(i);
-#pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m) s.tile[m][n] = multiply_add(k, query.operand[m][j], s.tile[m][n]);
-            });
+        auto products = Products::scores(key_tile);
+        products.begin();
+        Products::multiply(products, query, s, before);
     }
-
-    /* The columns of V from first_column on, as many as `o` has: all of them, or a multiple of 64, after which the
-     * permutation repeats. */
     template <int ROW_TILES, int COLUMNS>
     __device__ __forceinline__ void accumulate(const Accumulator<ROW_TILES, KEYS> &s,
                                                Accumulator<ROW_TILES, COLUMNS> &o, int first_column = 0) const {
-        const SharedAddress from =
-            opaque(value_tile + ValueLayout::offset(lane() & 31, lane() / 32) + first_column * KEYS * 2);
-        constexpr int TILES = Accumulator<ROW_TILES, COLUMNS>::TILES;
-        constexpr bool WHOLE = COLUMNS >= VALUE_DIM || VALUE_DIM % COLUMNS == 0; /* in every wave of a team */
-        auto exists = [&](int n) { return WHOLE || first_column + n * 32 < VALUE_DIM; };
-        u32x4 p[ROW_TILES];
-        read_ahead<KEYS / 16 * TILES>(
-            [&](int i) {
-                const int j = i / TILES, n = i % TILES;
-                return exists(n) ? shared_load<u32x4>(further(from, ValueLayout::offset(n * 32, 2 * j))) : u32x4{};
-            },
-            [&](int i, u32x4 v) {
-                const int j = i / TILES, n = i % TILES;
-#pragma unroll
-                for (int m = 0; m < ROW_TILES; ++m) {
-                    if (n == 0) p[m] = round_operand(s, m, j);
-                    if (exists(n)) o.tile[m][n] = multiply_add(v, p[m], o.tile[m][n]);
-                }
-            });
+        auto products = Products::template outputs<Accumulator<ROW_TILES, COLUMNS>>(value_tile, first_column);
+        products.begin();
+        Products::multiply(products, [&](int m, int j) { return round_operand(s, m, j); }, o, [](int) {}, first_column);
     }
 };
 
