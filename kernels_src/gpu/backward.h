@@ -6,6 +6,7 @@
  *   GRAD_QUERY             query, grad_output  key, value          grad_query
  *   GRAD_KEY_VALUE         key, value          query, grad_output  grad_key, grad_value
  *   GRAD_KEY, GRAD_VALUE   the same, one gradient each: for head dimensions that leave no registers for both
+ *   GRAD_ALL               as GRAD_KEY_VALUE, and adds each tile's share of grad_query to sums in memory: QuerySums
  *
  * and with P and dS (or their transposes: rows are the own ones, columns the passing ones) of own and passing rows
  *
@@ -26,11 +27,16 @@
 
 namespace aiter {
 
-enum Pass { GRAD_QUERY, GRAD_KEY_VALUE, GRAD_KEY, GRAD_VALUE };
+enum Pass { GRAD_QUERY, GRAD_KEY_VALUE, GRAD_KEY, GRAD_VALUE, GRAD_ALL };
 
 __host__ __device__ constexpr bool owns_queries(int pass) { return pass == GRAD_QUERY; }
 __host__ __device__ constexpr bool gives_x(int pass) { return pass != GRAD_VALUE; }
-__host__ __device__ constexpr bool gives_y(int pass) { return pass == GRAD_KEY_VALUE || pass == GRAD_VALUE; }
+__host__ __device__ constexpr bool gives_y(int pass) {
+    return pass == GRAD_KEY_VALUE || pass == GRAD_VALUE || pass == GRAD_ALL;
+}
+
+/* Tiles begin at multiples of some number, not where the first row is that anyone sees. */
+template <int PASS> constexpr bool BEGINS_BEFORE = DROPOUT || PASS == GRAD_ALL;
 
 using GradArguments = aiter_attention_grad_call; /* the kernel parameter */
 
@@ -50,7 +56,7 @@ struct RowPair {
     Rows x, y;
     LseAndDelta *terms; /* of query rows */
     int count;          /* rows from there on count as missing, */
-    int begin = 0;      /* and so do those before; only with AITER_DROPOUT are tiles begun before it */
+    int begin = 0;      /* and so do those before; only where BEGINS_BEFORE are tiles begun before it */
 };
 
 /* One sequence: its rows of the query side (query, output, their gradients) and of the key side. */
@@ -112,6 +118,54 @@ struct GradSequence {
     }
 };
 
+/* In the workspace: LSE and delta of all query rows, then a row of zeros. */
+__host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
+    return (GradSequence::query_tokens(p) * p.heads_q * int64_t(sizeof(LseAndDelta)) + 15) / 16 * 16;
+}
+
+/* Where GRAD_ALL adds up the gradients of queries: behind those, in float32, a tile of rows of one head at a time, as
+ * its lanes hold them. Blocks add to a tile in the order of their keys, so that the sum is the same in every run: `turn`
+ * counts those that have. The first does not add but write. A block's place in the order of all blocks is a ticket that
+ * it draws when it begins; whom it waits for has drawn one before it. */
+struct QuerySums {
+    static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, 64), TILE_BYTES = ROWS * COLUMNS * 4;
+    uint32_t *ticket, *turns;
+    char *sums;
+    int64_t head_tiles;
+
+    static __host__ __device__ int64_t tiles_of_head(const aiter_attention_problem &p) {
+        return p.packed_q ? p.total_q / ROWS + p.batch + 1 : p.batch * ((p.seqlen_q + int64_t(ROWS) - 1) / ROWS);
+    }
+    static __host__ __device__ int64_t counters(const aiter_attention_problem &p) {
+        return 1 + tiles_of_head(p) * p.heads_q;
+    }
+    static __host__ __device__ int64_t counters_at(const aiter_attention_problem &p) {
+        return (zeros_at(p) + HEAD_DIM * 2 + 127) / 128 * 128;
+    }
+    static __host__ __device__ int64_t sums_at(const aiter_attention_problem &p) {
+        return (counters_at(p) + counters(p) * int64_t(sizeof(uint32_t)) + 127) / 128 * 128;
+    }
+    static int64_t end(const aiter_attention_problem &p) {
+        return sums_at(p) + tiles_of_head(p) * p.heads_q * TILE_BYTES;
+    }
+    __device__ __forceinline__ explicit QuerySums(const GradArguments &arguments) {
+        const aiter_attention_problem &p = arguments.problem.forward;
+        char *workspace = static_cast<char *>(arguments.tensors.workspace);
+        ticket = reinterpret_cast<uint32_t *>(workspace + counters_at(p));
+        turns = ticket + 1;
+        sums = workspace + sums_at(p);
+        head_tiles = tiles_of_head(p);
+    }
+    /* Of the tile that begins with a sequence's row `row`. Packed sequences begin anywhere: each has its last tile to
+     * itself. */
+    __device__ __forceinline__ int64_t tile(const GradSequence &sequence, int head, int row) const {
+        const aiter_attention_problem &p = sequence.arguments.problem.forward;
+        const int64_t first = p.packed_q ? sequence.query.begin / ROWS + sequence.batch
+                                         : sequence.batch * ((p.seqlen_q + int64_t(ROWS) - 1) / ROWS);
+        return head * head_tiles + first + row / ROWS;
+    }
+};
+
 /* What one block does: `rows` own rows from block_row on, and the passing rows that see them. Blocks with most to do
  * come first: under a causal mask those of the last query rows, or of the first keys. */
 template <int PASS, int ROWS, int TOKENS> struct Share {
@@ -145,7 +199,8 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         own_rows = owns_queries(PASS) ? sequence.query.count : sequence.key.count;
         padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
         first = sees(block_row).low;
-        if (DROPOUT) first -= first % 16; /* where four words begin to decide: see dropout.h */
+        if (PASS == GRAD_ALL) first -= first % TOKENS; /* the tiles are those of all blocks */
+        else if (DROPOUT) first -= first % 16;         /* where four words begin to decide: see dropout.h */
         end = sees(lesser(block_row + ROWS, own_rows) - 1).high;
         tiles = block_row < own_rows && end > first ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
@@ -167,14 +222,24 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
                (owns_queries(PASS) ? query_head : first_head + passing_head);
     }
     __device__ __forceinline__ RowPair own() const {
-        return owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
+        RowPair pair = owns_queries(PASS) ? sequence.queries(query_head) : sequence.keys(kv_head);
+        if (PASS == GRAD_ALL) { /* keys that no row sees may be NaN, and meet gradients of 0 */
+            const Range seen = sequence.mask.keys_of_any(0, sequence.mask.rows);
+            pair.begin = seen.low, pair.count = lesser(pair.count, seen.high);
+        }
+        return pair;
+    }
+    /* The first row of a tile. GRAD_ALL begins with the last one: block after block comes to a tile, in the order of
+     * their keys, and those of the first keys have, under a causal mask, the most tiles. */
+    __device__ __forceinline__ int tile_row(int count) const {
+        return first + (PASS == GRAD_ALL ? tiles - 1 - count : count) * TOKENS;
     }
     /* Past `end`, and before the first that any own row takes part with, they count as missing: what nobody sees may be
      * NaN. */
     __device__ __forceinline__ RowPair passing() const {
         RowPair pair = owns_queries(PASS) ? sequence.keys(kv_head) : sequence.queries(first_head);
         pair.count = end;
-        if (DROPOUT) pair.begin = sees(block_row).low;
+        if (BEGINS_BEFORE<PASS>) pair.begin = sees(block_row).low;
         return pair;
     }
 };
