@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(Loop<PASS>::THREADS, Loop<PASS>::BLOCKS)
 }
 
 /* The gradients of queries, as GRAD_ALL has added them up, times the scale and rounded: a tile of rows. */
-constexpr int FINISH_THREADS = 256;
+constexpr int FINISH_THREADS = 128 * QuerySums::PARTS;
 template <int PASS = GRAD_ALL>
 __global__ void __launch_bounds__(FINISH_THREADS) finish_queries(const GradArguments arguments) {
     constexpr int COLUMNS = QuerySums::COLUMNS, CHUNKS = HEAD_DIM / 8;
@@ -211,16 +211,16 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish_queries(const GradArgum
     if (share.block_row >= share.padded_rows) return;
 
     const QuerySums sums(arguments);
-    const int half = thread_in_block() / 128, thread = thread_in_block() % 128;
+    const int part = thread_in_block() / 128, thread = thread_in_block() % 128;
     const float4 *from = reinterpret_cast<const float4 *>(
         sums.sums + sums.tile(share.sequence, share.query_head, share.block_row) * QuerySums::TILE_BYTES +
-        half * (QuerySums::TILE_BYTES / 2));
-    const int row = thread / 32 * 16 + thread % 32 / 4, column = half * COLUMNS / 2 + thread % 4 * 2;
+        part * QuerySums::PART_BYTES);
+    const int row = thread / 32 * 16 + thread % 32 / 4, column = part * 64 + thread % 4 * 2;
     const float factor = share.tiles > 0 ? to.factor : 0.0f;
     const bool first = share.block_row + row < share.own_rows && factor != 0;
     const bool second = share.block_row + row + 8 < share.own_rows && factor != 0;
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 16; ++n) {
+    for (int n = 0; n < 8; ++n) {
         const float4 x = factor != 0 ? from[n * 128 + thread] : make_float4(0, 0, 0, 0);
         Element *place = reinterpret_cast<Element *>(rounded[row]) + column + n * 8;
         *reinterpret_cast<uint32_t *>(place) = first ? to_elements(x.x * factor, x.y * factor) : 0;

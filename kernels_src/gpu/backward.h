@@ -129,6 +129,7 @@ __host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
  * it draws when it begins; whom it waits for has drawn one before it. */
 struct QuerySums {
     static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, 64), TILE_BYTES = ROWS * COLUMNS * 4;
+    static constexpr int PARTS = COLUMNS / 64, PART_BYTES = TILE_BYTES / PARTS; /* of 64 columns each */
     uint32_t *ticket, *turns;
     char *sums;
     int64_t head_tiles;

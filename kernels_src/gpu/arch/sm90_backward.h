@@ -59,11 +59,13 @@ struct BackwardWarpgroupTiles
     static constexpr int GRAD_SCORES_BYTES = PASS == GRAD_ALL ? GradScores::BYTES : 0;
     static constexpr int BARRIERS_AT = GRAD_SCORES_BYTES + (PASS == GRAD_ALL ? QuerySums::TILE_BYTES : 0);
     static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + BARRIERS_AT + STAGES * 16 + 3 * mbarrier::BYTES;
-    static_assert(PASS != GRAD_ALL || TOKENS == QuerySums::ROWS && WAVES == 8, "");
+    static_assert(PASS != GRAD_ALL || TOKENS == QuerySums::ROWS && WAVES == 8 && QuerySums::PARTS <= 2, "");
     using Scores = Accumulator<1, TOKENS>;
     using GradX = Accumulator<1, round_up(HEAD_DIM, 64)>;
     using GradY = Accumulator<1, round_up(VALUE_DIM, 64)>;
-    using GradQuery = Accumulator<1, QuerySums::COLUMNS / 2>; /* a warpgroup has half of the columns */
+    /* A warpgroup multiplies 64 columns of it: one of two parts or, where that is all, every other tile. */
+    static constexpr int PARTS = QuerySums::PARTS;
+    using GradQuery = Accumulator<1, QuerySums::COLUMNS / PARTS>;
 
     int current = 0;     /* stage */
     uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
@@ -76,8 +78,8 @@ struct BackwardWarpgroupTiles
         if (thread_in_block() == 0)
             for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
         if (PASS == GRAD_ALL && thread_in_block() == 0) {
-            mbarrier::make(multiplied(), WAVES * WAVE);
-            mbarrier::make(to_be_added(), WAVES * WAVE);
+            mbarrier::make(multiplied(), PARTS * TEAM * WAVE);
+            mbarrier::make(to_be_added(), PARTS * TEAM * WAVE);
             mbarrier::make(taken(), 1);
         }
         barrier();
@@ -165,29 +167,32 @@ struct BackwardWarpgroupTiles
         wgmma::shared_is_written();
         meet(2, WAVES * WAVE);
 
-        const int half = wave() / TEAM, column = half * QuerySums::COLUMNS / 2;
-        GradQuery dq;
-        const wgmma::Matrix s = wgmma::matrix(grad_scores()),
-                            k = wgmma::matrix(this->own + column / 64 * OwnX::BLOCK_BYTES + column % 64 * 2);
-        wgmma::begin();
+        const int warpgroup = wave() / TEAM, part = PARTS == 2 ? warpgroup : 0;
+        const bool mine = PARTS == 2 || from_lane(odd, 0) == static_cast<uint32_t>(warpgroup);
+        if (!mine) { /* all of it in either branch: the assembler does not follow products across one */
+            multiply_columns<PassingX>(a, tile, dx);
+        } else {
+            GradQuery dq;
+            const wgmma::Matrix s = wgmma::matrix(grad_scores()), k = wgmma::matrix(this->own + part * OwnX::BLOCK_BYTES);
+            wgmma::begin();
 #pragma unroll
-        for (int j = 0; j < Tiles::ROWS / 16; ++j)
-            wgmma::Product<QuerySums::COLUMNS / 2>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
-                                                                             k + j * 16 * 128 / 16, j > 0);
-        wgmma::end();
-        multiply_columns<PassingX>(a, tile, dx);
-        finish<1>(dq);
-        mbarrier::arrive(multiplied());
-
-        mbarrier::wait(taken(), odd ^ 1);
-        const SharedAddress to = grad_query() + half * (QuerySums::TILE_BYTES / 2) + thread_in_block() % 128 * 16;
+            for (int j = 0; j < Tiles::ROWS / 16; ++j)
+                wgmma::Product<64>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16, k + j * 16 * 128 / 16,
+                                                             j > 0);
+            wgmma::end();
+            multiply_columns<PassingX>(a, tile, dx);
+            finish<1>(dq);
+            mbarrier::arrive(multiplied());
+            mbarrier::wait(taken(), odd ^ 1);
+            const SharedAddress to = grad_query() + part * QuerySums::PART_BYTES + thread_in_block() % 128 * 16;
 #pragma unroll
-        for (int n = 0; n < GradQuery::TILES; ++n) {
-            const float(&c)[4] = dq.tile[0][n];
-            shared_store(to + n * 128 * 16, make_float4(c[0], c[1], c[2], c[3]));
+            for (int n = 0; n < GradQuery::TILES; ++n) {
+                const float(&c)[4] = dq.tile[0][n];
+                shared_store(to + n * 128 * 16, make_float4(c[0], c[1], c[2], c[3]));
+            }
+            wgmma::shared_is_written();
+            mbarrier::arrive(to_be_added());
         }
-        wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added());
         odd ^= 1;
     }
     /* ... and one lane adds it to the others' when it is this block's turn. */
