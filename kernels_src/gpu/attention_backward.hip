@@ -56,11 +56,29 @@ static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its 
 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
-constexpr bool ALL_IN_ONE_PASS = HEAD_DIM <= 128 && VALUE_DIM <= 128 && !AITER_TRY_TWO_PASSES;
+/* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
+constexpr bool HAS_ONE_PASS = HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || HEAD_DIM == 128 && !SOFTCAP && !DROPOUT);
 #else
 template <int PASS> using Loop = BackwardTileLoop<PASS>;
-constexpr bool ALL_IN_ONE_PASS = false;
+constexpr bool HAS_ONE_PASS = false;
 #endif
+
+/* Whether GRAD_ALL takes the place of the passes after the first. Its sums make more traffic, which counts for less the
+ * longer the sequences are. And blocks that see the same tiles of queries wait for each other when the first of them
+ * begin, some time like that of a tile for every block (see KeyBlocks): the tiles that a multiprocessor goes through in
+ * all must outnumber them. On an H100 (docs/hopper.md) one pass was never slower from 1024 keys on. */
+constexpr int ONE_PASS_KEYS = 1024;
+template <int PASS = GRAD_ALL> /* a template, so that it is not built where no loop has it */
+__host__ __device__ inline bool in_one_pass(const aiter_attention_problem &p) {
+    if constexpr (HAS_ONE_PASS) {
+        constexpr int ROWS = Loop<PASS>::ROWS;
+        const KeyBlocks blocks(p.batch * p.heads_kv, (p.seqlen_k + ROWS - 1) / ROWS);
+        const int seen_alike = blocks.parts - (MASKED ? lesser(p.seqlen_q / ROWS, blocks.parts) : 0);
+        const int64_t tiles = int64_t(p.seqlen_q / QuerySums::ROWS) * (p.heads_q / p.heads_kv) * blocks.sets();
+        return p.seqlen_k >= ONE_PASS_KEYS && tiles >= 8 * seen_alike;
+    }
+    return false;
+}
 
 /* ---- LSE and delta of the query rows: LANES neighbouring lanes take a row ---- */
 
@@ -73,7 +91,7 @@ __global__ void __launch_bounds__(TERM_THREADS) lse_and_delta(const GradArgument
     if (block() == 0 && thread_in_block() < HEAD_DIM / 8)
         global_store(static_cast<char *>(arguments.tensors.workspace) + zeros_at(problem) + thread_in_block() * 16,
                      Chunk{});
-    if (ALL_IN_ONE_PASS) {
+    if (in_one_pass(problem)) {
         uint32_t *counters = QuerySums(arguments).ticket;
         const int64_t count = QuerySums::counters(problem), step = int64_t(gridDim.x) * TERM_THREADS;
 #pragma unroll 1
@@ -250,20 +268,20 @@ template <int PASS> int launch_pass(const GradArguments &arguments, void *stream
 }
 
 /* A template, so that only the passes that are launched are built. */
-template <bool IN_ONE_PASS> int launch_gradients(const GradArguments &arguments, void *stream) {
-    if constexpr (IN_ONE_PASS) {
-        const int error = launch_pass<GRAD_ALL>(arguments, stream);
-        return error == 0 ? launch_finish(arguments, stream) : error;
-    } else {
-        int error = launch_pass<GRAD_QUERY>(arguments, stream);
-        if constexpr (Loop<GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
-            if (error == 0) error = launch_pass<GRAD_KEY_VALUE>(arguments, stream);
-        } else {
-            if (error == 0) error = launch_pass<GRAD_KEY>(arguments, stream);
-            if (error == 0) error = launch_pass<GRAD_VALUE>(arguments, stream);
+template <bool BUILD = HAS_ONE_PASS> int launch_gradients(const GradArguments &arguments, void *stream) {
+    if constexpr (BUILD)
+        if (in_one_pass(arguments.problem.forward)) {
+            const int error = launch_pass<GRAD_ALL>(arguments, stream);
+            return error == 0 ? launch_finish(arguments, stream) : error;
         }
-        return error;
+    int error = launch_pass<GRAD_QUERY>(arguments, stream);
+    if constexpr (Loop<GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
+        if (error == 0) error = launch_pass<GRAD_KEY_VALUE>(arguments, stream);
+    } else {
+        if (error == 0) error = launch_pass<GRAD_KEY>(arguments, stream);
+        if (error == 0) error = launch_pass<GRAD_VALUE>(arguments, stream);
     }
+    return error;
 }
 
 } // namespace aiter
@@ -275,7 +293,7 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
     const aiter_attention_problem &p = call->problem.forward;
-    return aiter::ALL_IN_ONE_PASS ? aiter::QuerySums::end(p) : aiter::zeros_at(p) + aiter::HEAD_DIM * 2;
+    return aiter::in_one_pass(p) ? aiter::QuerySums::end(p) : aiter::zeros_at(p) + aiter::HEAD_DIM * 2;
 }
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
@@ -292,7 +310,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::TERM_ROWS) - 1) / aiter::TERM_ROWS;
     const int64_t blocks = row_blocks * p.heads_q * p.batch;
     int error = aiter::launch(aiter::lse_and_delta, blocks, aiter::TERM_THREADS, 0, stream, arguments);
-    if (error == 0) error = aiter::launch_gradients<aiter::ALL_IN_ONE_PASS>(arguments, stream);
+    if (error == 0) error = aiter::launch_gradients(arguments, stream);
     return error;
 }
 

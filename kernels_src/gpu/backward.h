@@ -124,9 +124,10 @@ __host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
 }
 
 /* Where GRAD_ALL adds up the gradients of queries: behind those, in float32, a tile of rows of one head at a time, as
- * its lanes hold them. Blocks add to a tile in the order of their keys, so that the sum is the same in every run: `turn`
- * counts those that have. The first does not add but write. A block's place in the order of all blocks is a ticket that
- * it draws when it begins; whom it waits for has drawn one before it. */
+ * its lanes hold them. Blocks add to a tile in a fixed order, so that the sum is the same in every run: `turns` counts
+ * those that have. The first does not add but write. A block's place in the order of all blocks is a ticket that it
+ * draws when it begins, and it waits only for blocks of earlier tickets: of all that have begun and not ended, the one
+ * with the earliest ticket waits for none, so some block always gets on, however few there is room for. */
 struct QuerySums {
     static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, 64), TILE_BYTES = ROWS * COLUMNS * 4;
     static constexpr int PARTS = COLUMNS / 64, PART_BYTES = TILE_BYTES / PARTS; /* of 64 columns each */
@@ -167,6 +168,43 @@ struct QuerySums {
     }
 };
 
+/* One block's part of the work on a unit, a KV head of a sequence. */
+struct UnitBlock {
+    int unit, part;
+    bool from_last;
+};
+
+/* GRAD_ALL: which ticket gets which block of keys. The blocks of a unit add to a tile of queries in the order of their
+ * tickets, and an addition is seen by the next block only some 3 microseconds later, longer than a tile takes: blocks
+ * that come to a tile at one time wait for each other, those that come one after the other do not. So tickets are dealt
+ * in sets of units, as many as the device works on at one time, a block of each unit in turn; and set after set they
+ * change direction. Under a causal mask, in keys (downwards) and tiles of queries (to the right):
+ *
+ *        a set          the next set
+ *     0  < < < < < < <  6  > > > > > > >      tickets are drawn downwards on the left, upwards on the right
+ *     1      < < < < <  5      > > > > >      < the last tile comes first: in a column, blocks one below the other
+ *     2          < < <  4          > > >        begin when those of the set before end, which is one after the other
+ *     3              <  3              >      > the first tile comes first: each block is a step behind that below it
+ *
+ * Where blocks have equally many tiles, those of the first set queue up, once. The last set is one of the left kind, so
+ * that the shortest blocks fill the gaps at the end. A set's size is part of the order in which gradients are added, and
+ * therefore a constant, not the device's. */
+struct KeyBlocks {
+    static constexpr int AT_ONCE = 128; /* an H100 has 132 multiprocessors */
+    int units, parts, set_units;
+
+    __host__ __device__ KeyBlocks(int units, int parts)
+        : units(units), parts(parts), set_units(parts < AT_ONCE ? AT_ONCE / greater(parts, 1) : 1) {}
+    __host__ __device__ int sets() const { return (units + set_units - 1) / set_units; }
+    __device__ __forceinline__ UnitBlock block(int ticket) const {
+        const int set = ticket / (set_units * parts), in_set = ticket - set * set_units * parts;
+        const int width = lesser(set_units, units - set * set_units);
+        const bool from_last = (sets() - set) % 2 == 0;
+        const int part = in_set / width;
+        return {set * set_units + in_set % width, from_last ? parts - 1 - part : part, from_last};
+    }
+};
+
 /* What one block does: `rows` own rows from block_row on, and the passing rows that see them. Blocks with most to do
  * come first: under a causal mask those of the last query rows, or of the first keys. */
 template <int PASS, int ROWS, int TOKENS> struct Share {
@@ -174,8 +212,8 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
     int kv_head, first_head, query_head, heads_passing;
     int row_block, row_blocks, block_row; /* own side: the block's rows */
     int own_rows, padded_rows;            /* all that exist, all to be written */
-    int first, end,
-        tiles; /* passing rows that any own row takes part with, and how many tiles; the same for each head */
+    int first, end, tiles; /* passing rows that any own row takes part with, how many tiles; the same for each head */
+    bool from_last;        /* GRAD_ALL: which way the unit is gone through, see KeyBlocks */
 
     static __device__ __forceinline__ int heads(const aiter_attention_problem &problem) { /* that share passing rows */
         return owns_queries(PASS) ? problem.heads_q / problem.heads_kv : 1;
@@ -183,13 +221,17 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
     static __device__ __forceinline__ int blocks(const aiter_attention_problem &problem) {
         return ((owns_queries(PASS) ? problem.seqlen_q : problem.seqlen_k) + ROWS - 1) / ROWS;
     }
-    static __device__ __forceinline__ Work work(const aiter_attention_problem &problem, int block) {
-        return work_of_block(block, problem.batch * problem.heads_kv, heads(problem) * blocks(problem));
+    static __device__ __forceinline__ UnitBlock work(const aiter_attention_problem &problem, int block) {
+        const int units = problem.batch * problem.heads_kv, parts = heads(problem) * blocks(problem);
+        if (PASS == GRAD_ALL) return KeyBlocks(units, parts).block(block);
+        const Work work = work_of_block(block, units, parts);
+        return {work.unit, work.part, false};
     }
     __device__ __forceinline__ Share(const GradArguments &arguments, int block)
-        : sequence(arguments, work(arguments.problem.forward, block).unit / arguments.problem.forward.heads_kv) {
+        : Share(arguments, work(arguments.problem.forward, block)) {}
+    __device__ __forceinline__ Share(const GradArguments &arguments, const UnitBlock &work)
+        : sequence(arguments, work.unit / arguments.problem.forward.heads_kv), from_last(work.from_last) {
         const aiter_attention_problem &problem = arguments.problem.forward;
-        const Work work = Share::work(problem, block);
         const int group = problem.heads_q / problem.heads_kv;
         row_block = work.part / heads(problem), row_blocks = blocks(problem);
         kv_head = work.unit % problem.heads_kv;
@@ -199,11 +241,12 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         block_row = (owns_queries(PASS) ? row_blocks - 1 - row_block : row_block) * ROWS;
         own_rows = owns_queries(PASS) ? sequence.query.count : sequence.key.count;
         padded_rows = owns_queries(PASS) ? sequence.padded_queries() : sequence.padded_keys();
-        first = sees(block_row).low;
+        const int seen = sees(block_row).low;
+        first = seen;
         if (PASS == GRAD_ALL) first -= first % TOKENS; /* the tiles are those of all blocks */
         else if (DROPOUT) first -= first % 16;         /* where four words begin to decide: see dropout.h */
         end = sees(lesser(block_row + ROWS, own_rows) - 1).high;
-        tiles = block_row < own_rows && end > first ? (end - first + TOKENS - 1) / TOKENS : 0;
+        tiles = block_row < own_rows && end > seen ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
     /* The passing rows that an own row takes part with. */
     __device__ __forceinline__ Range sees(int own_row) const {
@@ -230,10 +273,14 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         }
         return pair;
     }
-    /* The first row of a tile. GRAD_ALL begins with the last one: block after block comes to a tile, in the order of
-     * their keys, and those of the first keys have, under a causal mask, the most tiles. */
+    /* The first row of a tile. */
     __device__ __forceinline__ int tile_row(int count) const {
-        return first + (PASS == GRAD_ALL ? tiles - 1 - count : count) * TOKENS;
+        return first + (PASS == GRAD_ALL && !from_last ? tiles - 1 - count : count) * TOKENS;
+    }
+    /* GRAD_ALL: how many of the unit's blocks come to a tile before this one. */
+    __device__ __forceinline__ int turn(int tile_row) const {
+        const Range keys = sequence.mask.keys_of_any(tile_row, tile_row + TOKENS);
+        return from_last ? (keys.high - 1) / ROWS - row_block : row_block - keys.low / ROWS;
     }
     /* Past `end`, and before the first that any own row takes part with, they count as missing: what nobody sees may be
      * NaN. */

@@ -15,19 +15,6 @@
 #include "gpu/arch/sm90.h"
 #include "gpu/backward_loop.h"
 
-#ifndef AITER_TRY_RUN_ON
-#define AITER_TRY_RUN_ON 0
-#endif
-#ifndef AITER_TRY_TWO_PASSES
-#define AITER_TRY_TWO_PASSES 0
-#endif
-#if defined(AITER_TRY_UNORDERED)
-#define AITER_TRY_AWAIT_TURN
-#else /* bounded while it is tried */
-#define AITER_TRY_AWAIT_TURN                                                                                           \
-    for (int i = 0; load_acquire(turns) != turn && !late; ++i) late = i > (1 << 17)
-#endif
-
 namespace aiter {
 
 template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
@@ -51,7 +38,7 @@ struct BackwardWarpgroupTiles
     static constexpr int WAVES = Shape::WAVES, TEAM = 4, COPIERS = Shape::COPIERS;
     static constexpr int TOKENS = 64, STAGES = Shape::STAGES;
     /* Groups of products that run on into the next tile: their operands are in registers that nothing else can use. */
-    static constexpr int RUN_ON = PASS == GRAD_ALL ? AITER_TRY_RUN_ON : PASS == GRAD_KEY_VALUE && Shape::WIDER > 64 ? 0 : 1;
+    static constexpr int RUN_ON = PASS == GRAD_ALL || PASS == GRAD_KEY_VALUE && Shape::WIDER > 64 ? 0 : 1;
     using Tiles = BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, WAVES * ROW_TILE, TOKENS, STAGES, COPIERS>;
     using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
     /* GRAD_ALL: dS of all own rows, and the gradient of the passing ones, behind the stages. */
@@ -71,7 +58,6 @@ struct BackwardWarpgroupTiles
     uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
     SharedAddress tile;  /* the current stage */
     int unreleased = -1; /* the stage before, while products that read it may run */
-    bool late = false;
     uint32_t odd = 0;    /* GRAD_ALL: which tile this is, modulo 2 */
 
     __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
@@ -197,8 +183,8 @@ struct BackwardWarpgroupTiles
     }
     /* ... and one lane adds it to the others' when it is this block's turn. */
     __device__ __forceinline__ void add_up(char *sum, uint32_t *turns, uint32_t turn) {
+        while (load_acquire(turns) != turn) {}
         mbarrier::wait(to_be_added(), odd);
-        AITER_TRY_AWAIT_TURN;
         bulk::order();
         if (turn == 0) bulk::store(sum, grad_query(), QuerySums::TILE_BYTES);
         else bulk::add(sum, grad_query(), QuerySums::TILE_BYTES);
@@ -207,7 +193,6 @@ struct BackwardWarpgroupTiles
         mbarrier::arrive(taken());
         bulk::wait();
         bulk::order();
-        __threadfence();
         store_release(turns, turn + 1);
         odd ^= 1;
     }
@@ -302,9 +287,7 @@ template <int PASS> struct BackwardWarpgroupLoop {
             for (int count = 0; count < share.tiles; ++count) {
                 const int row = share.tile_row(count);
                 const int64_t index = sums.tile(share.sequence, share.first_head + head, row);
-                /* Those before this block that see the tile. */
-                const int first = share.sequence.mask.keys_of_any(row, row + Tile::TOKENS).low / Tile::ROWS;
-                tile.add_up(sums.sums + index * QuerySums::TILE_BYTES, sums.turns + index, share.row_block - first);
+                tile.add_up(sums.sums + index * QuerySums::TILE_BYTES, sums.turns + index, share.turn(row));
             }
     }
 
