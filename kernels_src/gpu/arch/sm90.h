@@ -81,7 +81,7 @@ template <int COLUMNS> struct Product;
 #define AITER_WGMMA_TILES_256 AITER_WGMMA_TILES_240, AITER_WGMMA_TILE(30), AITER_WGMMA_TILE(31)
 /* A and B in shared memory; transposed: whether A and B are, in wgmma's sense, by columns. */
 #define AITER_PRODUCT_OF_TWO(name, n, i0, i1, i2, transposed)                                                          \
-    static __device__ __forceinline__ void name(float (*c)[4], Matrix a, Matrix b, bool add) {                         \
+    static __device__ __forceinline__ void name(float(*c)[4], Matrix a, Matrix b, bool add) {                          \
         asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #i2 ", 0;\nmov.b64 a, {%" #i0           \
                      ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1 ", " AITER_WGMMA_DESCRIPTOR                   \
                      "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n     \

@@ -25,7 +25,10 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
     static constexpr int COPIERS = PASS == GRAD_ALL ? 64 : 128; /* threads */
     /* Registers of a thread. A block of n threads starts with 65536 / n each and then deals them out anew. */
     static constexpr bool FEW = WIDER <= 64 && PASS != GRAD_ALL;
-    static constexpr int CONSUMER_REGISTERS = WAVES == 12 ? 152 : FEW ? 224 : PASS == GRAD_ALL && WIDER <= 64 ? 232 : 240;
+    static constexpr int CONSUMER_REGISTERS = WAVES == 12                       ? 152
+                                              : FEW                             ? 224
+                                              : PASS == GRAD_ALL && WIDER <= 64 ? 232
+                                                                                : 240;
     static constexpr int PRODUCER_REGISTERS = FEW ? 56 : PASS == GRAD_ALL && WIDER <= 64 ? 40 : 24;
 };
 
@@ -159,7 +162,8 @@ struct BackwardWarpgroupTiles
             multiply_columns<PassingX>(a, tile, dx);
         } else {
             GradQuery dq;
-            const wgmma::Matrix s = wgmma::matrix(grad_scores()), k = wgmma::matrix(this->own + part * OwnX::BLOCK_BYTES);
+            const wgmma::Matrix s = wgmma::matrix(grad_scores()),
+                                k = wgmma::matrix(this->own + part * OwnX::BLOCK_BYTES);
             wgmma::begin();
 #pragma unroll
             for (int j = 0; j < Tiles::ROWS / 16; ++j)
@@ -183,7 +187,8 @@ struct BackwardWarpgroupTiles
     }
     /* ... and one lane adds it to the others' when it is this block's turn. */
     __device__ __forceinline__ void add_up(char *sum, uint32_t *turns, uint32_t turn) {
-        while (load_acquire(turns) != turn) {}
+        while (load_acquire(turns) != turn) {
+        }
         mbarrier::wait(to_be_added(), odd);
         bulk::order();
         if (turn == 0) bulk::store(sum, grad_query(), QuerySums::TILE_BYTES);
@@ -305,7 +310,8 @@ template <int PASS> struct BackwardWarpgroupLoop {
                 const int first = share.tile_row(count);
                 tile.publish();
                 const int end = first + Tile::TOKENS;
-                if (PASS != GRAD_ALL && (end <= first_sees.low || first >= seen_end)) { /* the tile is the other waves' */
+                if (PASS != GRAD_ALL &&
+                    (end <= first_sees.low || first >= seen_end)) { /* the tile is the other waves' */
                     tile.template release<0>();
                     continue;
                 }
