@@ -71,11 +71,12 @@ constexpr int ONE_PASS_KEYS = 1024;
 template <int PASS = GRAD_ALL> /* a template, so that it is not built where no loop has it */
 __host__ __device__ inline bool in_one_pass(const aiter_attention_problem &p) {
     if constexpr (HAS_ONE_PASS) {
+        if (p.seqlen_k < ONE_PASS_KEYS || p.heads_kv <= 0) return false;
         constexpr int ROWS = Loop<PASS>::ROWS;
         const KeyBlocks blocks(p.batch * p.heads_kv, (p.seqlen_k + ROWS - 1) / ROWS);
         const int seen_alike = blocks.parts - (MASKED ? lesser(p.seqlen_q / ROWS, blocks.parts) : 0);
         const int64_t tiles = int64_t(p.seqlen_q / QuerySums::ROWS) * (p.heads_q / p.heads_kv) * blocks.sets();
-        return p.seqlen_k >= ONE_PASS_KEYS && tiles >= 8 * seen_alike;
+        return tiles >= 8 * seen_alike;
     }
     return false;
 }

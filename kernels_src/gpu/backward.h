@@ -228,10 +228,10 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         return {work.unit, work.part, false};
     }
     __device__ __forceinline__ Share(const GradArguments &arguments, int block)
-        : Share(arguments, work(arguments.problem.forward, block)) {}
-    __device__ __forceinline__ Share(const GradArguments &arguments, const UnitBlock &work)
-        : sequence(arguments, work.unit / arguments.problem.forward.heads_kv), from_last(work.from_last) {
+        : sequence(arguments, work(arguments.problem.forward, block).unit / arguments.problem.forward.heads_kv) {
         const aiter_attention_problem &problem = arguments.problem.forward;
+        const UnitBlock work = Share::work(problem, block);
+        if (PASS == GRAD_ALL) from_last = work.from_last;
         const int group = problem.heads_q / problem.heads_kv;
         row_block = work.part / heads(problem), row_blocks = blocks(problem);
         kv_head = work.unit % problem.heads_kv;
@@ -246,7 +246,9 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         if (PASS == GRAD_ALL) first -= first % TOKENS; /* the tiles are those of all blocks */
         else if (DROPOUT) first -= first % 16;         /* where four words begin to decide: see dropout.h */
         end = sees(lesser(block_row + ROWS, own_rows) - 1).high;
-        tiles = block_row < own_rows && end > seen ? (end - first + TOKENS - 1) / TOKENS : 0;
+        /* GRAD_ALL: a block that sees no row of a tile has no turn at it. */
+        tiles =
+            block_row < own_rows && end > (PASS == GRAD_ALL ? seen : first) ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
     /* The passing rows that an own row takes part with. */
     __device__ __forceinline__ Range sees(int own_row) const {

@@ -77,7 +77,9 @@ struct BackwardTiles {
         copy<TOKENS, HEAD_DIM>(to, rows.x, first, rows, thread);
         copy<TOKENS, VALUE_DIM>(to + PassingX::BYTES, rows.y, first, rows, thread);
 #pragma unroll
-        for (int word = thread; !owns_queries(PASS) && word < 2 * TOKENS; word += THREADS) { /* taken apart on the way */
+        for (int step = 0; step < 2 * TOKENS; step += THREADS) { /* taken apart on the way */
+            const int word = step + thread;
+            if (owns_queries(PASS) || word >= 2 * TOKENS) break;
             const int i = first + word / 2;
             const float *terms = reinterpret_cast<const float *>(rows.terms + i);
             copy_word_async(to + TERMS_AT + (word % 2 * TOKENS + word / 2) * 4, terms + word % 2, i < rows.count);
