@@ -20,7 +20,17 @@
  *                       so do zeros for rows that belong to no sequence
  *
  * A gradient is summed in one place, by one block, in one order: the result is the same in every run, with no atomics.
- * The price is that S and dP are computed in both passes, seven products of matrices where five would do.
+ * The price is that S and dP are computed in both passes, seven products of matrices where five would do. On sm_90a,
+ * long sequences are spared it (in_one_pass): the last two passes are then
+ *
+ *   GRAD_ALL             as GRAD_KEY_VALUE; a tile's gradients of queries, too, added to float32 sums in the workspace
+ *   finish_queries       the sums, times the scale, rounded
+ *
+ *                      tile 0   tile 1   tile 2 ...         Blocks add to a tile one after the other, in an order
+ *     block of keys 0    ->       ->       ->   dK, dV      that depends on the problem alone: again the result is the
+ *     block of keys 1    ->       ->       ->   dK, dV      same in every run. How they keep out of each other's way:
+ *                        |        |        |                KeyBlocks in backward.h; how they wait for each other:
+ *                        dQ       dQ       dQ               arch/sm90_backward.h.
  *
  * A softmax scale of zero makes all scores zero, whatever their products: the passes then read a row of zeros as every
  * query, which stands in the workspace.
@@ -63,10 +73,11 @@ template <int PASS> using Loop = BackwardTileLoop<PASS>;
 constexpr bool HAS_ONE_PASS = false;
 #endif
 
-/* Whether GRAD_ALL takes the place of the passes after the first. Its sums make more traffic, which counts for less the
- * longer the sequences are. And blocks that see the same tiles of queries wait for each other when the first of them
- * begin, some time like that of a tile for every block (see KeyBlocks): the tiles that a multiprocessor goes through in
- * all must outnumber them. On an H100 (docs/hopper.md) one pass was never slower from 1024 keys on. */
+/* Whether GRAD_ALL takes the place of the passes after the first (figures: docs/hopper.md, "Backward"). Its sums make
+ * traffic, which counts for less the longer the sequences are: on an H100, causal attention over 1024 tokens gained 4 %
+ * from it where no block waited. And blocks that see the same tiles queue up when the first of them begin, each for
+ * about as long as a tile takes (see KeyBlocks): all tiles that a multiprocessor goes through must outnumber them by
+ * far, or more is lost than gained. */
 constexpr int ONE_PASS_KEYS = 1024;
 template <int PASS = GRAD_ALL> /* a template, so that it is not built where no loop has it */
 __host__ __device__ inline bool in_one_pass(const aiter_attention_problem &p) {

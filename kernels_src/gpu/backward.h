@@ -126,8 +126,7 @@ __host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
 /* Where GRAD_ALL adds up the gradients of queries: behind those, in float32, a tile of rows of one head at a time, as
  * its lanes hold them. Blocks add to a tile in a fixed order, so that the sum is the same in every run: `turns` counts
  * those that have. The first does not add but write. A block's place in the order of all blocks is a ticket that it
- * draws when it begins, and it waits only for blocks of earlier tickets: of all that have begun and not ended, the one
- * with the earliest ticket waits for none, so some block always gets on, however few there is room for. */
+ * draws when it begins; whom it waits for has drawn one before it. */
 struct QuerySums {
     static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, 64), TILE_BYTES = ROWS * COLUMNS * 4;
     static constexpr int PARTS = COLUMNS / 64, PART_BYTES = TILE_BYTES / PARTS; /* of 64 columns each */
@@ -180,11 +179,11 @@ struct UnitBlock {
  * in sets of units, as many as the device works on at one time, a block of each unit in turn; and set after set they
  * change direction. Under a causal mask, in keys (downwards) and tiles of queries (to the right):
  *
- *        a set          the next set
- *     0  < < < < < < <  6  > > > > > > >      tickets are drawn downwards on the left, upwards on the right
- *     1      < < < < <  5      > > > > >      < the last tile comes first: in a column, blocks one below the other
- *     2          < < <  4          > > >        begin when those of the set before end, which is one after the other
- *     3              <  3              >      > the first tile comes first: each block is a step behind that below it
+ *          a set            the next set
+ *     0  < < < < < < <     7  > > > > > > >     Numbers: the order in which tickets are drawn.
+ *     1      < < < < <     6      > > > > >     <  The last tile comes first. Blocks come to it one after the other, for
+ *     2          < < <     5          > > >        they begin so: when the blocks of the set before end, from below.
+ *     3              <     4              >     >  The first tile comes first. Each block is two behind that below it.
  *
  * Where blocks have equally many tiles, those of the first set queue up, once. The last set is one of the left kind, so
  * that the shortest blocks fill the gaps at the end. A set's size is part of the order in which gradients are added, and

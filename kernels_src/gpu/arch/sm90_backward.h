@@ -7,7 +7,20 @@
  * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all of the producer's copies of
  * a tile have arrived, `empty` when all consuming threads are done with it. One lane could arrive for its wave, after a
  * wave_sync; but compute-sanitizer's racecheck follows each thread's own arrivals only, and reported the other lanes'
- * reads of LSE and delta. No difference in time was seen beyond the card's own spread. */
+ * reads of LSE and delta. No difference in time was seen beyond the card's own spread.
+ *
+ * GRAD_ALL, two consuming warpgroups, 128 keys; a tile of 64 queries, of 128 columns (of 64, the warpgroups take turns
+ * at dQ), S and dP with a row for each key:
+ *
+ *   warpgroup 0    S   P    dV += P dO    dS  -+- dQ, left half  = dS^T K   dK += dS Q   -+ dQ to
+ *   warpgroup 1    S   P    dV += P dO    dS  -+- dQ, right half = dS^T K   dK += dS Q   -+ shared memory
+ *                  dP                      through shared memory, bfloat16 or float16     |
+ *   copiers        Q, dO, LSE and delta of the tiles to come                              |
+ *   one lane       waits until all blocks before this one have added to the tile,  adds <-+  tells the next
+ *
+ * A block waits only for blocks with earlier tickets, and a ticket is drawn when a block begins. So the earliest of the
+ * blocks that have begun and not ended waits for none that is still at work: it ends, then so does the next, whatever
+ * the order in which blocks begin and however few of them the device, or a part of it, has room for. */
 #ifndef AITER_GPU_ARCH_SM90_BACKWARD_H
 #define AITER_GPU_ARCH_SM90_BACKWARD_H
 
