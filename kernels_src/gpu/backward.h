@@ -181,9 +181,9 @@ struct UnitBlock {
  *
  *          a set            the next set
  *     0  < < < < < < <     7  > > > > > > >     Numbers: the order in which tickets are drawn.
- *     1      < < < < <     6      > > > > >     <  The last tile comes first. Blocks come to it one after the other, for
- *     2          < < <     5          > > >        they begin so: when the blocks of the set before end, from below.
- *     3              <     4              >     >  The first tile comes first. Each block is two behind that below it.
+ *     1      < < < < <     6      > > > > >     <  The last tile comes first. Blocks come to it one after the other, as
+ *     2          < < <     5          > > >        they begin: when the blocks of the set before end, from below.
+ *     3              <     4              >     >  The first tile comes first. Each block is two behind the one below.
  *
  * Where blocks have equally many tiles, those of the first set queue up, once. The last set is one of the left kind, so
  * that the shortest blocks fill the gaps at the end. A set's size is part of the order in which gradients are added, and
