@@ -186,8 +186,8 @@ struct UnitBlock {
  *     3              <     4              >     >  The first tile comes first. Each block is two behind the one below.
  *
  * Where blocks have equally many tiles, those of the first set queue up, once. The last set is one of the left kind, so
- * that the shortest blocks fill the gaps at the end. A set's size is part of the order in which gradients are added, and
- * therefore a constant, not the device's. */
+ * that the shortest blocks fill the gaps at the end. A set's size is part of the order in which gradients are added,
+ * and therefore a constant, not the device's. */
 struct KeyBlocks {
     static constexpr int AT_ONCE = 128; /* an H100 has 132 multiprocessors */
     int units, parts, set_units;
