@@ -138,7 +138,7 @@ def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
 @on_targets([p for p in PARAMETERS if p[0] == "cuda" and p[2] in (64, 128)])
 def test_one_pass(target, dtype, head_dim, causal):
     """On sm_90a, the longest lengths decide whether all gradients come from one pass, as here. There are enough
-    sequences for it to go through some from the first keys on, through others from the last; a second run gives the same bits.
+    sequences for it to go through some from the first keys on, through others from the last. Twice the same bits.
     """
     lengths, how = [(150 + 13 * i, 400 - 21 * i) for i in range(18)], {"grad_lse": True, "longest": (1024, 1024)}
     for form in ("padded", "packed"):
