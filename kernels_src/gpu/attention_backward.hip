@@ -20,7 +20,17 @@
  *                       so do zeros for rows that belong to no sequence
  *
  * A gradient is summed in one place, by one block, in one order: the result is the same in every run, with no atomics.
- * The price is that S and dP are computed in both passes, seven products of matrices where five would do.
+ * The price is that S and dP are computed in both passes, seven products of matrices where five would do. On sm_90a,
+ * long sequences are spared it (in_one_pass): the last two passes are then
+ *
+ *   GRAD_ALL             as GRAD_KEY_VALUE; a tile's gradients of queries, too, added to float32 sums in the workspace
+ *   finish_queries       the sums, times the scale, rounded
+ *
+ *                      tile 0   tile 1   tile 2 ...         Blocks add to a tile one after the other, in an order
+ *     block of keys 0    ->       ->       ->   dK, dV      that depends on the problem alone: again the result is the
+ *     block of keys 1    ->       ->       ->   dK, dV      same in every run. How they keep out of each other's way:
+ *                        |        |        |                KeyBlocks in backward.h; how they wait for each other:
+ *                        dQ       dQ       dQ               arch/sm90_backward.h.
  *
  * A softmax scale of zero makes all scores zero, whatever their products: the passes then read a row of zeros as every
  * query, which stands in the workspace.
@@ -56,9 +66,31 @@ static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its 
 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
+/* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
+constexpr bool HAS_ONE_PASS = HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || HEAD_DIM == 128 && !SOFTCAP && !DROPOUT);
 #else
 template <int PASS> using Loop = BackwardTileLoop<PASS>;
+constexpr bool HAS_ONE_PASS = false;
 #endif
+
+/* Whether GRAD_ALL takes the place of the passes after the first (figures: docs/hopper.md, "Backward"). Its sums make
+ * traffic, which counts for less the longer the sequences are: on an H100, causal attention over 1024 tokens gained 4 %
+ * from it where no block waited. And blocks that see the same tiles queue up when the first of them begin, each for
+ * about as long as a tile takes (see KeyBlocks): all tiles that a multiprocessor goes through must outnumber them by
+ * far, or more is lost than gained. */
+constexpr int ONE_PASS_KEYS = 1024;
+template <int PASS = GRAD_ALL> /* a template, so that it is not built where no loop has it */
+__host__ __device__ inline bool in_one_pass(const aiter_attention_problem &p) {
+    if constexpr (HAS_ONE_PASS) {
+        if (p.seqlen_k < ONE_PASS_KEYS || p.heads_kv <= 0) return false;
+        constexpr int ROWS = Loop<PASS>::ROWS;
+        const KeyBlocks blocks(p.batch * p.heads_kv, (p.seqlen_k + ROWS - 1) / ROWS);
+        const int seen_alike = blocks.parts - (MASKED ? lesser(p.seqlen_q / ROWS, blocks.parts) : 0);
+        const int64_t tiles = int64_t(p.seqlen_q / QuerySums::ROWS) * (p.heads_q / p.heads_kv) * blocks.sets();
+        return tiles >= 8 * seen_alike;
+    }
+    return false;
+}
 
 /* ---- LSE and delta of the query rows: LANES neighbouring lanes take a row ---- */
 
@@ -66,16 +98,17 @@ constexpr int TERM_THREADS = 256;
 constexpr int TERM_LANES = VALUE_DIM <= 64 ? 8 : VALUE_DIM <= 128 ? 16 : 32;
 constexpr int TERM_ROWS = TERM_THREADS / TERM_LANES;
 
-/* In the workspace: LSE and delta of all query rows, then a row of zeros. */
-__host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
-    return (GradSequence::query_tokens(p) * p.heads_q * int64_t(sizeof(LseAndDelta)) + 15) / 16 * 16;
-}
-
 __global__ void __launch_bounds__(TERM_THREADS) lse_and_delta(const GradArguments arguments) {
     const aiter_attention_problem &problem = arguments.problem.forward;
     if (block() == 0 && thread_in_block() < HEAD_DIM / 8)
         global_store(static_cast<char *>(arguments.tensors.workspace) + zeros_at(problem) + thread_in_block() * 16,
                      Chunk{});
+    if (in_one_pass(problem)) {
+        uint32_t *counters = QuerySums(arguments).ticket;
+        const int64_t count = QuerySums::counters(problem), step = int64_t(gridDim.x) * TERM_THREADS;
+#pragma unroll 1
+        for (int64_t i = int64_t(block()) * TERM_THREADS + thread_in_block(); i < count; i += step) counters[i] = 0;
+    }
     const int row_blocks = (problem.seqlen_q + TERM_ROWS - 1) / TERM_ROWS;
     const int head = block() / row_blocks % problem.heads_q;
     const GradSequence sequence(arguments, block() / row_blocks / problem.heads_q);
@@ -129,8 +162,8 @@ __device__ __forceinline__ auto destination_of_y(const GradArguments &a) {
     return Destination<VALUE_DIM>{a.tensors.grad_value, a.problem.grad_value_strides, scale};
 }
 
-template <int PASS, int COLUMNS>
-__device__ __forceinline__ Rows rows_of(const ShareOf<PASS> &share, const Destination<COLUMNS> &to) {
+template <int PASS, int COLUMNS, class Share>
+__device__ __forceinline__ Rows rows_of(const Share &share, const Destination<COLUMNS> &to) {
     return owns_queries(PASS) ? share.sequence.query_rows(to.tensor, to.strides, share.query_head)
                               : share.sequence.key_rows(to.tensor, to.strides, share.kv_head);
 }
@@ -138,7 +171,7 @@ __device__ __forceinline__ Rows rows_of(const ShareOf<PASS> &share, const Destin
 template <int PASS, int COLUMNS, class Tile, class Gradient>
 __device__ __forceinline__ void store(const ShareOf<PASS> &share, const Tile &tile, Gradient &gradient,
                                       const Destination<COLUMNS> &to) {
-    const Rows rows = rows_of<PASS>(share, to);
+    const Rows rows = rows_of<PASS, COLUMNS>(share, to);
     const int wave_row = share.block_row + Tile::wave_row();
 #pragma unroll
     for (int slot = 0; slot < Gradient::SLOTS; ++slot) {
@@ -153,32 +186,88 @@ __device__ __forceinline__ void store(const ShareOf<PASS> &share, const Tile &ti
 }
 
 /* Zeros in the block's part of the packed rows that belong to no sequence. */
-template <int PASS, int COLUMNS>
-__device__ __forceinline__ void clear_rest(const ShareOf<PASS> &share, const Destination<COLUMNS> &to) {
+template <int PASS, int COLUMNS, class Share>
+__device__ __forceinline__ void clear_rest(const Share &share, const Destination<COLUMNS> &to, int threads) {
     const GradArguments &a = share.sequence.arguments;
     const aiter_attention_problem &p = a.problem.forward;
-    const Rows rows = rows_of<PASS>(share, to);
+    const Rows rows = rows_of<PASS, COLUMNS>(share, to);
     const Side side = owns_queries(PASS) ? query_side(p, a.tensors) : key_side(p, a.tensors);
     clear_rest<COLUMNS>(
         side, owns_queries(PASS) ? share.sequence.query : share.sequence.key, share.sequence.batch, p.batch,
-        share.row_block * Loop<PASS>::THREADS + thread_in_block(), share.row_blocks * Loop<PASS>::THREADS,
+        share.row_block * threads + thread_in_block(), share.row_blocks * threads,
         [&](int64_t row, int column) { global_store(rows.row_0 + row * rows.stride + column * 2, Chunk{}); });
+}
+
+/* Where blocks wait for each other, the order in which they have begun. */
+template <int PASS> __device__ __forceinline__ int number_of_block(const GradArguments &arguments, char *shared) {
+    if (PASS != GRAD_ALL) return block();
+#if !defined(AITER_GFX9)
+    int *number = reinterpret_cast<int *>(shared);
+    if (thread_in_block() == 0) *number = static_cast<int>(atomicAdd(QuerySums(arguments).ticket, 1u));
+    barrier();
+    const int result = *number;
+    barrier();
+    return result;
+#endif
 }
 
 template <int PASS>
 __global__ void __launch_bounds__(Loop<PASS>::THREADS, Loop<PASS>::BLOCKS)
     attention_backward(const GradArguments arguments) {
     AITER_SHARED(shared, Loop<PASS>::SHARED_BYTES);
-    const ShareOf<PASS> first_share(arguments, block());
-    if (gives_x(PASS)) clear_rest<PASS>(first_share, destination_of_x<PASS>(arguments));
-    if (gives_y(PASS)) clear_rest<PASS>(first_share, destination_of_y(arguments));
+    const int number = number_of_block<PASS>(arguments, shared);
+    const ShareOf<PASS> first_share(arguments, number);
+    constexpr int THREADS = Loop<PASS>::THREADS;
+    if (gives_x(PASS)) clear_rest<PASS, HEAD_DIM>(first_share, destination_of_x<PASS>(arguments), THREADS);
+    if (gives_y(PASS)) clear_rest<PASS, VALUE_DIM>(first_share, destination_of_y(arguments), THREADS);
     if (first_share.block_row >= first_share.padded_rows) return;
     Loop<PASS>::attend(first_share, shared_address(shared), [&](const auto &tile, auto &grad_x, auto &grad_y) {
         /* Worked out anew, so that the loop need not keep it in registers. */
-        const ShareOf<PASS> share(arguments, Loop<PASS>::forget(block()));
+        const ShareOf<PASS> share(arguments, Loop<PASS>::forget(number));
         if (gives_x(PASS)) store<PASS>(share, tile, grad_x, destination_of_x<PASS>(arguments));
         if (gives_y(PASS)) store<PASS>(share, tile, grad_y, destination_of_y(arguments));
     });
+}
+
+/* The gradients of queries, as GRAD_ALL has added them up, times the scale and rounded: a tile of rows. */
+constexpr int FINISH_THREADS = 128 * QuerySums::PARTS;
+template <int PASS = GRAD_ALL>
+__global__ void __launch_bounds__(FINISH_THREADS) finish_queries(const GradArguments arguments) {
+    constexpr int COLUMNS = QuerySums::COLUMNS, CHUNKS = HEAD_DIM / 8;
+    __shared__ uint4 rounded[QuerySums::ROWS][COLUMNS / 8 + 1]; /* rows in different banks */
+    const Share<GRAD_QUERY, QuerySums::ROWS, 64> share(arguments, block());
+    const Destination<HEAD_DIM> to = destination_of_x<GRAD_QUERY>(arguments);
+    clear_rest<GRAD_QUERY, HEAD_DIM>(share, to, FINISH_THREADS);
+    if (share.block_row >= share.padded_rows) return;
+
+    const QuerySums sums(arguments);
+    const int part = thread_in_block() / 128, thread = thread_in_block() % 128;
+    const float4 *from = reinterpret_cast<const float4 *>(
+        sums.sums + sums.tile(share.sequence, share.query_head, share.block_row) * QuerySums::TILE_BYTES +
+        part * QuerySums::PART_BYTES);
+    const int row = thread / 32 * 16 + thread % 32 / 4, column = part * 64 + thread % 4 * 2;
+    const float factor = share.tiles > 0 ? to.factor : 0.0f;
+    const bool first = share.block_row + row < share.own_rows && factor != 0;
+    const bool second = share.block_row + row + 8 < share.own_rows && factor != 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        const float4 x = factor != 0 ? from[n * 128 + thread] : make_float4(0, 0, 0, 0);
+        Element *place = reinterpret_cast<Element *>(rounded[row]) + column + n * 8;
+        *reinterpret_cast<uint32_t *>(place) = first ? to_elements(x.x * factor, x.y * factor) : 0;
+        *reinterpret_cast<uint32_t *>(place + 8 * sizeof(rounded[0]) / 2) =
+            second ? to_elements(x.z * factor, x.w * factor) : 0;
+    }
+    barrier();
+    const Rows rows = rows_of<GRAD_QUERY, HEAD_DIM>(share, to);
+#pragma unroll 1
+    for (int i = thread_in_block(); i < QuerySums::ROWS * CHUNKS; i += FINISH_THREADS)
+        if (share.block_row + i / CHUNKS < share.padded_rows)
+            global_store(rows.row(share.block_row + i / CHUNKS) + i % CHUNKS * 16, rounded[i / CHUNKS][i % CHUNKS]);
+}
+template <int PASS = GRAD_ALL> int launch_finish(const GradArguments &arguments, void *stream) {
+    const aiter_attention_problem &p = arguments.problem.forward;
+    const int64_t tiles = (p.seqlen_q + int64_t(QuerySums::ROWS) - 1) / QuerySums::ROWS;
+    return launch(finish_queries<PASS>, tiles * p.heads_q * p.batch, FINISH_THREADS, 0, stream, arguments);
 }
 
 template <int PASS> int launch_pass(const GradArguments &arguments, void *stream) {
@@ -190,6 +279,23 @@ template <int PASS> int launch_pass(const GradArguments &arguments, void *stream
                   Loop<PASS>::THREADS, Loop<PASS>::SHARED_BYTES, stream, arguments);
 }
 
+/* A template, so that only the passes that are launched are built. */
+template <bool BUILD = HAS_ONE_PASS> int launch_gradients(const GradArguments &arguments, void *stream) {
+    if constexpr (BUILD)
+        if (in_one_pass(arguments.problem.forward)) {
+            const int error = launch_pass<GRAD_ALL>(arguments, stream);
+            return error == 0 ? launch_finish(arguments, stream) : error;
+        }
+    int error = launch_pass<GRAD_QUERY>(arguments, stream);
+    if constexpr (Loop<GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
+        if (error == 0) error = launch_pass<GRAD_KEY_VALUE>(arguments, stream);
+    } else {
+        if (error == 0) error = launch_pass<GRAD_KEY>(arguments, stream);
+        if (error == 0) error = launch_pass<GRAD_VALUE>(arguments, stream);
+    }
+    return error;
+}
+
 } // namespace aiter
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
@@ -198,7 +304,8 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 }
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
-    return aiter::zeros_at(call->problem.forward) + aiter::HEAD_DIM * 2;
+    const aiter_attention_problem &p = call->problem.forward;
+    return aiter::in_one_pass(p) ? aiter::QuerySums::end(p) : aiter::zeros_at(p) + aiter::HEAD_DIM * 2;
 }
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
@@ -215,13 +322,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const int64_t row_blocks = (p.seqlen_q + int64_t(aiter::TERM_ROWS) - 1) / aiter::TERM_ROWS;
     const int64_t blocks = row_blocks * p.heads_q * p.batch;
     int error = aiter::launch(aiter::lse_and_delta, blocks, aiter::TERM_THREADS, 0, stream, arguments);
-    if (error == 0) error = aiter::launch_pass<aiter::GRAD_QUERY>(arguments, stream);
-    if constexpr (aiter::Loop<aiter::GRAD_KEY_VALUE>::BOTH_IN_ONE_PASS) {
-        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY_VALUE>(arguments, stream);
-    } else {
-        if (error == 0) error = aiter::launch_pass<aiter::GRAD_KEY>(arguments, stream);
-        if (error == 0) error = aiter::launch_pass<aiter::GRAD_VALUE>(arguments, stream);
-    }
+    if (error == 0) error = aiter::launch_gradients(arguments, stream);
     return error;
 }
 

@@ -132,7 +132,7 @@ template <class Tile, class Share> struct Issue {
         : share(share), tile(tile), passing(share.passing()) {}
     __device__ __forceinline__ void operator()() {
         if (head == share.heads_passing) return tile.skip();
-        tile.issue(passing, share.first + count * Tile::TOKENS);
+        tile.issue(passing, share.tile_row(count));
         if (++count < share.tiles) return;
         count = 0;
         if (++head < share.heads_passing) share.sequence.next_head(passing);

@@ -55,17 +55,18 @@ struct BackwardTiles {
                                                 int thread) {
         using Layout = BlockLayout<COUNT, COLUMNS>;
         constexpr int STEP = THREADS / 8;
+        constexpr bool BEFORE = BEGINS_BEFORE<PASS>;
         static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "whole steps");
         const int row = thread / 8, chunk = thread % 8;
         const SharedAddress to = tile + Layout::chunk(row, chunk);
         const char *from = rows.row(first + row) + chunk * 16;
-        const int left = pair.count - first - row, missing = DROPOUT ? pair.begin - first - row : 0;
+        const int left = pair.count - first - row, missing = BEFORE ? pair.begin - first - row : 0;
 #pragma unroll
         for (int step = 0; step < COUNT; step += STEP)
 #pragma unroll
             for (int block = 0; block < Layout::BLOCKS; ++block)
                 copy_async(to + step * 128 + block * Layout::BLOCK_BYTES, from + step * rows.stride + block * 128,
-                           step < left && (!DROPOUT || step >= missing) &&
+                           step < left && (!BEFORE || step >= missing) &&
                                (block * 64 + 64 <= COLUMNS || block * 64 + chunk * 8 < COLUMNS));
     }
     __device__ __forceinline__ void copy_own(const RowPair &rows, int first, int thread) const {
@@ -75,10 +76,13 @@ struct BackwardTiles {
     __device__ __forceinline__ void copy_passing(SharedAddress to, const RowPair &rows, int first, int thread) const {
         copy<TOKENS, HEAD_DIM>(to, rows.x, first, rows, thread);
         copy<TOKENS, VALUE_DIM>(to + PassingX::BYTES, rows.y, first, rows, thread);
-        if (!owns_queries(PASS) && thread < 2 * TOKENS) { /* taken apart on the way */
-            const int i = first + thread / 2;
+#pragma unroll
+        for (int step = 0; step < 2 * TOKENS; step += THREADS) { /* taken apart on the way */
+            const int word = step + thread;
+            if (owns_queries(PASS) || word >= 2 * TOKENS) break;
+            const int i = first + word / 2;
             const float *terms = reinterpret_cast<const float *>(rows.terms + i);
-            copy_word_async(to + TERMS_AT + (thread % 2 * TOKENS + thread / 2) * 4, terms + thread % 2, i < rows.count);
+            copy_word_async(to + TERMS_AT + (word % 2 * TOKENS + word / 2) * 4, terms + word % 2, i < rows.count);
         }
     }
 

@@ -37,7 +37,8 @@ __device__ __forceinline__ void changed(float &x) { asm volatile("" : "+f"(x)::"
 /* One instruction each, 16 deep, COLUMNS (a multiple of 16) wide; c: tiles of 8 columns, 4 values a lane.
  *   multiply              c = or += A B^T, A (64 x 16) and B (COLUMNS x 16) in shared memory by rows
  *   multiply_transposed   c += A B, A (64 x 16) in registers or in shared memory by rows, B (16 x COLUMNS) in shared
- *                         memory by rows */
+ *                         memory by rows
+ *   multiply_both_transposed   c = or += A^T B, A (16 x 64) and B (16 x COLUMNS) in shared memory by rows */
 template <int COLUMNS> struct Product;
 
 #if defined(AITER_DTYPE_BF16)
@@ -78,17 +79,21 @@ template <int COLUMNS> struct Product;
 #define AITER_WGMMA_TILES_224 AITER_WGMMA_TILES_208, AITER_WGMMA_TILE(26), AITER_WGMMA_TILE(27)
 #define AITER_WGMMA_TILES_240 AITER_WGMMA_TILES_224, AITER_WGMMA_TILE(28), AITER_WGMMA_TILE(29)
 #define AITER_WGMMA_TILES_256 AITER_WGMMA_TILES_240, AITER_WGMMA_TILE(30), AITER_WGMMA_TILE(31)
+/* A and B in shared memory; transposed: whether A and B are, in wgmma's sense, by columns. */
+#define AITER_PRODUCT_OF_TWO(name, n, i0, i1, i2, transposed)                                                          \
+    static __device__ __forceinline__ void name(float(*c)[4], Matrix a, Matrix b, bool add) {                          \
+        asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #i2 ", 0;\nmov.b64 a, {%" #i0           \
+                     ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1 ", " AITER_WGMMA_DESCRIPTOR                   \
+                     "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n     \
+                     "}, a, b, add, 1, 1, " transposed ";\n}"                                                          \
+                     : AITER_WGMMA_TILES_##n                                                                           \
+                     : "r"(a), "r"(b), "r"(static_cast<int>(add)));                                                    \
+    }
 /* i0 ... i4: the numbers of the operands after the result, which takes the first n / 2. */
 #define AITER_PRODUCT(n, i0, i1, i2, i3, i4)                                                                           \
     template <> struct Product<n> {                                                                                    \
-        static __device__ __forceinline__ void multiply(float (*c)[4], Matrix a, Matrix b, bool add) {                 \
-            asm volatile("{\n.reg .pred add;\n.reg .b64 a, b;\nsetp.ne.b32 add, %" #i2 ", 0;\nmov.b64 a, {%" #i0       \
-                         ", " AITER_WGMMA_DESCRIPTOR "};\nmov.b64 b, {%" #i1 ", " AITER_WGMMA_DESCRIPTOR               \
-                         "};\nwgmma.mma_async.sync.aligned.m64n" #n "k16" AITER_WGMMA_TYPES "{" AITER_WGMMA_RESULT_##n \
-                         "}, a, b, add, 1, 1, 0, 0;\n}"                                                                \
-                         : AITER_WGMMA_TILES_##n                                                                       \
-                         : "r"(a), "r"(b), "r"(static_cast<int>(add)));                                                \
-        }                                                                                                              \
+        AITER_PRODUCT_OF_TWO(multiply, n, i0, i1, i2, "0, 0")                                                          \
+        AITER_PRODUCT_OF_TWO(multiply_both_transposed, n, i0, i1, i2, "1, 1")                                          \
         static __device__ __forceinline__ void multiply_transposed(float (*c)[4], const uint32_t (&a)[4], Matrix b) {  \
             asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.eq.b32 add, 0, 0;\nmov.b64 b, {%" #i4                 \
                          ", " AITER_WGMMA_DESCRIPTOR "};\nwgmma.mma_async.sync.aligned.m64n" #n                        \
@@ -123,6 +128,7 @@ AITER_PRODUCT(224, 112, 113, 114, 115, 116)
 AITER_PRODUCT(240, 120, 121, 122, 123, 124)
 AITER_PRODUCT(256, 128, 129, 130, 131, 132)
 #undef AITER_PRODUCT
+#undef AITER_PRODUCT_OF_TWO
 #undef AITER_WGMMA_TILE
 
 } // namespace wgmma
@@ -133,6 +139,45 @@ template <int COLUMNS> __device__ __forceinline__ void changed(Accumulator<1, CO
     for (int n = 0; n < m.TILES; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) wgmma::changed(m.tile[0][n][i]);
+}
+
+/* Copies of whole lines between shared and global memory by the bulk copy engine, begun by one thread. */
+namespace bulk {
+
+__device__ __forceinline__ void store(void *to, SharedAddress from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+                 : "memory");
+}
+/* Adds float32 values to those in memory. */
+__device__ __forceinline__ void add(void *to, SharedAddress from, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to), "r"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+__device__ __forceinline__ void end() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+/* What this thread has begun has been read; has been written. */
+__device__ __forceinline__ void wait_for_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+/* Between these and other accesses to global memory. */
+__device__ __forceinline__ void order() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+} // namespace bulk
+
+/* A counter in global memory by which blocks order what they write. */
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
+    uint32_t x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_release(uint32_t *to, uint32_t x) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
+/* Four 8 x 8 matrices to shared memory: the reverse of load_matrices. */
+__device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
 }
 
 /* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
