@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from aiter.errors import UnsupportedDtypeError, UnsupportedError
-from aiter.jit.arch import is_gpu, is_nvidia
+from aiter.jit.arch import is_gpu
 from aiter.jit.spec import Spec
 
 if TYPE_CHECKING:
@@ -58,13 +58,6 @@ def kernel_spec(
     if is_gpu(arch) and kernel == "attention_backward" and head_dim > HEAD_DIM_MAX:
         raise UnsupportedError(
             f"head_dim {head_dim} has no backward pass on {arch}: its tiles do not fit; up to {HEAD_DIM_MAX} they do"
-        )
-    # Of 96/64 the gradient of keys was wrong on an H100 by both loops; the cause is not found. 192/128 was right.
-    differ = value_dim is not None and value_dim != head_dim and (head_dim % 64 or value_dim % 64)
-    if differ and is_nvidia(arch) and kernel == "attention_backward":
-        raise UnsupportedError(
-            f"head_dim {head_dim} with values of {value_dim} has no backward pass on {arch}: where the two differ, "
-            "both must be multiples of 64; pad them"
         )
     if is_gpu(arch) and dtype == "fp32":
         raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")

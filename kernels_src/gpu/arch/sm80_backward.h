@@ -101,7 +101,8 @@ struct BackwardTiles {
     }
 
     /* By way of the own rows in shared memory, needed no more: of the rows that begin with `row`, the columns that
-     * begin with `column`. */
+     * begin with `column`. Gradients whose rows differ in length each have a place of their own there, as one wave may
+     * be at the second while another is at the first. */
     template <int COLUMNS, class Gradient, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, int row, int column, RowPointer pointer) const {
         Accumulator<1, lesser(COLUMNS, Gradient::TILES * 8)> columns;
@@ -109,7 +110,10 @@ struct BackwardTiles {
         for (int n = 0; n < columns.TILES; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) columns.tile[0][n][i] = gradient.tile[0][n][i];
-        store_output<COLUMNS>(columns, own + row * RowLayout<COLUMNS>::BYTES, pointer, column);
+        static_assert(
+            ROWS * RowLayout<HEAD_DIM>::BYTES <= OwnX::BYTES && ROWS * RowLayout<VALUE_DIM>::BYTES <= OwnY::BYTES, "");
+        const SharedAddress place = own + (COLUMNS == HEAD_DIM ? 0 : OwnX::BYTES);
+        store_output<COLUMNS>(columns, place + row * RowLayout<COLUMNS>::BYTES, pointer, column);
     }
 };
 
