@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_as_accurate, assert_greedy
+from tiny_models import TINY
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 
@@ -10,16 +11,6 @@ import aiter.plan  # noqa: E402
 import aiter.transformers  # noqa: E402
 from aiter.cli.model_config import read_model  # noqa: E402
 from aiter.integrations.transformers import layers  # noqa: E402
-
-TINY = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
 
 
 def llama(implementation, **changes):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from accuracy import assert_greedy
+from tiny_models import TINY
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 pytest.importorskip("transformers.generation.continuous_batching", reason="this version has no continuous batching")
@@ -13,13 +14,7 @@ from aiter.integrations.transformers import continuous_batching  # noqa: E402
 from aiter.integrations.transformers.continuous_batching import FLASH_NAME  # noqa: E402
 
 SIZES = dict(
-    vocab_size=97,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
+    **TINY,
     max_position_embeddings=128,
     eos_token_id=None,
     bos_token_id=None,

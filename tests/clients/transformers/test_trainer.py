@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from tiny_models import TINY
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import aiter.transformers  # noqa: F401 - registers the names
@@ -19,18 +20,8 @@ def documents():
 def train(family, implementation, packed, folder, device="cpu", **arguments):
     """Losses of eight steps of four documents each; on a GPU in bfloat16, by autocast."""
     torch.manual_seed(3)
-    sizes = dict(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        pad_token_id=0,
-    )
     window = dict(sliding_window=8) if family == "mistral" else {}
-    config = transformers.AutoConfig.for_model(family, **sizes, **window)
+    config = transformers.AutoConfig.for_model(family, **TINY, pad_token_id=0, **window)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True) if packed else _padded
     options = dict(
