@@ -43,7 +43,7 @@ BACKENDS = {
     "unfused": SDPBackend.MATH,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,  # the only fused one that takes any mask
 }
-BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+BF16 = torch.bfloat16
 CACHE_BYTES = 100e6  # inputs smaller than this rotate among copies
 
 Call = Callable[[], object]
