@@ -1,5 +1,7 @@
 """What only a real GPU can show: streams, devices, threads, graphs, sizes beyond 2^31 elements, no synchronisation."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -104,6 +106,30 @@ def test_threads_share_kernels():
         thread.join()
     for result, reference_ in zip(results, expected, strict=True):
         torch.testing.assert_close(result, reference_, rtol=0, atol=0)
+
+
+FIRST_CALLS = """
+import threading, torch, aiter
+query = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
+graph, found = torch.cuda.CUDAGraph(), []
+with torch.cuda.graph(graph):  # the kernel's code comes to the GPU while the graph is captured
+    captured = aiter.flash_attn_func(query, query, query)
+graph.replay()
+thread = threading.Thread(target=lambda: found.append(aiter.flash_attn_func(query, query, query, causal=True)))
+thread.start(); thread.join()  # a thread that has never used the GPU
+heads_first = [query.transpose(1, 2)] * 3
+right = [torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal) for causal in (False, True)]
+expected = [output.transpose(1, 2) for output in right]
+for got, right in zip([captured, *found], expected, strict=True):
+    torch.testing.assert_close(got, right, atol=0.02, rtol=0.02)
+"""
+
+
+def test_first_launches_in_a_graph_and_in_a_new_thread():
+    query = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    for causal in (False, True):
+        aiter.flash_attn_func(query, query, query, causal=causal)  # compiles
+    subprocess.run([sys.executable, "-c", FIRST_CALLS], check=True, timeout=120)
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="one GPU only")

@@ -42,7 +42,7 @@ def recipe_for(spec: Spec, root: Path | None = None) -> Recipe:
     if not (root / main).is_file():
         known = ", ".join(sources.kernels(root, toolchain.folder, toolchain.suffix)) or "none"
         raise UnsupportedError(f"there is no kernel {spec.kernel!r} for {spec.arch}; kernels for it: {known}")
-    files = sources.collect(root, main)
+    files = sources.collect(root, main, *toolchain.beside)
     content = {
         "abi": ABI_VERSION,
         "spec": spec.to_json(),

@@ -23,14 +23,14 @@ def find_root() -> Path:
     raise UnsupportedError(f"the kernel sources are missing: no {package / 'kernels_src'}; reinstall aiter-jit")
 
 
-def collect(root: Path, main: str) -> dict[str, bytes]:
-    """The file `main` and every file under `root` that it includes, directly or not, by path relative to `root`.
+def collect(root: Path, *mains: str) -> dict[str, bytes]:
+    """The files `mains` and every file under `root` that they include, directly or not, by path relative to `root`.
 
     Includes that are not under `root` are the system's and not followed. Conditional includes count too: a kernel's key
     may change more often than its code, never less.
     """
     files: dict[str, bytes] = {}
-    todo = [main]
+    todo = list(mains)
     while todo:
         name = todo.pop()
         if name in files:

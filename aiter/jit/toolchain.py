@@ -37,6 +37,7 @@ class Toolchain:
     variable: str  # the environment variable that names the compiler
     folder: str  # of the kernel sources
     suffix: str
+    beside: tuple[str, ...] = ()  # sources that every kernel is linked with
     oldest: dict[str, int]  # first major release that knows our code, of each family of compilers that has such a one
     needed: str  # the same for people
 
@@ -182,6 +183,7 @@ class HipToolchain(Toolchain):
 
 class NvccToolchain(Toolchain):
     language, variable, folder, suffix = "CUDA", "AITER_NVCC", "gpu", ".hip"
+    beside = ("gpu/cuda_runtime.cpp",)
     oldest, needed = {"nvcc": 11}, "nvcc of CUDA 11 or newer"
 
     def candidates(self) -> Iterator[tuple[str, str]]:
@@ -208,13 +210,16 @@ class NvccToolchain(Toolchain):
         code = f"-gencode=arch={spec.arch.replace('sm_', 'compute_')},code={spec.arch}"
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
         # -O is the host's code alone, which does nothing but launch; the device's is optimised fully by default.
-        return ["-x", "cu", code, "-std=c++17", "-O1", "-cudart=static", host]
+        return [code, "-Xfatbin=-compress-all", "-std=c++17", "-O1", "-cudart=none", host]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
         # What the environment says goes where it can be seen, and is part of the compiler's stamp.
         host = self.host() if settings.text("NVCC_CCBIN") else None
-        link = ["-shared", *([f"-ccbin={host}"] if host else [])]
-        return [[compiler, *self.flags(spec), *_common(spec), *link, source, "-o", LIBRARY]]
+        line = [compiler, *self.flags(spec), *([f"-ccbin={host}"] if host else [])]
+        return [
+            [*line, *_common(spec), "-x", "cu", "-c", source, "-o", "kernel.o"],
+            [*line, "-shared", "kernel.o", *self.beside, "-ldl", "-o", LIBRARY],
+        ]
 
 
 CPP, HIP, NVCC = CppToolchain(), HipToolchain(), NvccToolchain()

@@ -1,5 +1,6 @@
 /* One source, two compilers: hipcc builds it for AMD, nvcc for NVIDIA. The sources use HIP's names for the few runtime
- * calls they make; this header gives those names their CUDA meaning where nvcc compiles.
+ * calls they make; this header gives those names their CUDA meaning where nvcc compiles. Behind them is not CUDA's
+ * runtime but cuda_runtime.cpp.
  *
  * Also here: shared memory of a kernel, whose size AMD compilers want to know and NVIDIA's launch must be told, and the
  * error codes that every GPU kernel library returns. */
@@ -13,7 +14,6 @@
 using hipError_t = cudaError_t;
 using hipStream_t = cudaStream_t;
 constexpr hipError_t hipSuccess = cudaSuccess;
-inline hipError_t hipGetLastError() { return cudaGetLastError(); }
 inline const char *hipGetErrorString(hipError_t error) { return cudaGetErrorString(error); }
 inline hipError_t hipGetDevice(int *device) { return cudaGetDevice(device); }
 inline hipError_t hipGetDeviceCount(int *count) { return cudaGetDeviceCount(count); }
@@ -60,10 +60,26 @@ inline const char *error_text(int code) {
 }
 
 #if !defined(__HIP__)
-/* Before every launch: the limit belongs to the current device, and setting it costs next to nothing. */
-template <class Kernel> int allow_shared(Kernel kernel, int shared) {
-    return shared <= 48 * 1024 ? cudaSuccess
-                               : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+/* early: the kernel may come up while the one before it runs. */
+template <class... Parameters, class... Arguments>
+int launch_on_nvidia(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void *stream,
+                     const Arguments &...arguments) {
+    if (shared > 48 * 1024) { /* the limit belongs to the current device */
+        const hipError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                                      cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+        if (error != hipSuccess) return error;
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #endif
 
@@ -73,14 +89,13 @@ int launch_with_shared(void (*kernel)(Parameters...), int64_t blocks, int thread
                        const Arguments &...arguments) {
     if (blocks == 0) return 0;
     if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
-    const dim3 grid(static_cast<unsigned>(blocks)), block(threads);
+    const dim3 grid(static_cast<unsigned>(blocks));
 #if !defined(__HIP__)
-    if (const int error = allow_shared(kernel, shared)) return error;
-    kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    return launch_on_nvidia(false, kernel, grid, threads, shared, stream, arguments...);
 #else
-    kernel<<<grid, block, shared, static_cast<hipStream_t>(stream)>>>(arguments...);
-#endif
+    kernel<<<grid, dim3(threads), shared, static_cast<hipStream_t>(stream)>>>(arguments...);
     return static_cast<int>(hipGetLastError());
+#endif
 }
 /* The same with `shared` bytes of AITER_SHARED memory, which on AMD are part of the kernel. */
 template <class... Parameters, class... Arguments>
@@ -100,18 +115,8 @@ int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, int 
 #if !defined(__HIP__)
     if (CUDA_ARCH >= 900) {
         if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
-        if (const int error = allow_shared(kernel, shared)) return error;
-        cudaLaunchAttribute early = {};
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = dim3(static_cast<unsigned>(blocks));
-        config.blockDim = dim3(threads);
-        config.dynamicSmemBytes = static_cast<size_t>(shared);
-        config.stream = static_cast<cudaStream_t>(stream);
-        config.attrs = &early;
-        config.numAttrs = 1;
-        return cudaLaunchKernelEx(&config, kernel, arguments...);
+        return launch_on_nvidia(true, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
+                                arguments...);
     }
 #endif
     return launch(kernel, blocks, threads, shared, stream, arguments...);

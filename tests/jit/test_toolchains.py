@@ -102,8 +102,9 @@ def test_a_hipcc_without_a_clang(tree, tmp_path, monkeypatch):
 
 
 def test_nvcc_is_told_the_exact_chip():
-    line = NVCC.commands(Spec("tiny", "fp16", 64, False, "sm_90a"), "gpu/tiny.hip", "nvcc")[0]
-    assert "-gencode=arch=compute_90a,code=sm_90a" in line and "-cudart=static" in line
+    compile_line, link_line = NVCC.commands(Spec("tiny", "fp16", 64, False, "sm_90a"), "gpu/tiny.hip", "nvcc")
+    assert "-gencode=arch=compute_90a,code=sm_90a" in compile_line
+    assert "-cudart=none" in link_line and "gpu/cuda_runtime.cpp" in link_line
 
 
 @pytest.mark.parametrize(

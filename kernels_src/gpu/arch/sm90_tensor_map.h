@@ -5,7 +5,7 @@
  *   a box      64 columns of some heads of some tokens, token by token, rows of 128 bytes with the swizzle of wgmma
  *              (arch/sm90.h)
  *
- * The map reaches the kernel as a parameter. What makes it is a function of the driver, found by way of the runtime. */
+ * The map reaches the kernel as a parameter. What makes it is a function of the driver. */
 #ifndef AITER_GPU_ARCH_SM90_TENSOR_MAP_H
 #define AITER_GPU_ARCH_SM90_TENSOR_MAP_H
 
@@ -18,19 +18,13 @@ namespace tensor_map {
 
 constexpr int COLUMNS = 64;
 
+extern "C" void *aiter_driver_function(const char *name); /* gpu/cuda_runtime.cpp */
+
 /* Whether it could be made: it cannot of a tensor with strides of 0 or of 2^40 bytes, for instance. */
 inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3], int64_t batch, int64_t tokens,
                  int64_t heads, int columns, int box_tokens, int box_heads = 1) {
-    static const auto encode = [] {
-        void *function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
-#else
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-    }();
+    static const auto encode =
+        reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(aiter_driver_function("cuTensorMapEncodeTiled"));
     if (encode == nullptr) return false;
     const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(batch)};
     /* The stride of a dimension of size 1 is never used, but must be one that could be. */
