@@ -3,7 +3,8 @@
 Each call gathers a few numbers from every rank: whether its arguments were refused, how many rows it has, and a digest
 of all that must be the same. They go by way of the CPU, so that a GPU is not waited for. There is no cache of what was
 agreed on before: a rank that is asked for something new would wait for those that are not. Only when the digests differ
-are the descriptions themselves exchanged, which then all ranks do."""
+are the descriptions themselves exchanged, which then all ranks do. The positions of a rank's rows, which are long and
+its own, are told by a digest too, and themselves once: all ranks see all digests, so all know if they were."""
 
 from __future__ import annotations
 
@@ -67,24 +68,48 @@ def gather_objects(groups: Sequence[Group], value: Any) -> list[Any]:
     return values
 
 
-def _digest(description: dict[str, Any]) -> list[int]:
-    digest = hashlib.blake2b(repr(sorted(description.items())).encode(), digest_size=16).digest()
-    return [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8)]
+# By the group and the others of a mesh: what each rank told, by the digests of all. Bounded, and the oldest goes first,
+# so that all ranks, whose calls are the same, have and lack the same.
+_told: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, ...], dict[Any, list[Any]]]]
+_told = weakref.WeakKeyDictionary()
+TOLD_MOST = 64
+
+
+def gather_once(groups: Sequence[Group], digests: Sequence[tuple[int, int]], value: Any) -> list[Any]:
+    """`gather_objects`, but once for values of these digests. digests: of all ranks, in their order."""
+    own = _told.setdefault(process_group(groups[0]), {})
+    told = own.setdefault(tuple(process_group(group).group_name for group in groups[1:]), {})
+    key = tuple(digests)
+    if key not in told:
+        values = gather_objects(groups, value)
+        if len(told) >= TOLD_MOST:
+            del told[next(iter(told))]
+        told[key] = values
+    return told[key]
+
+
+def digest_of(value: Any) -> tuple[int, int]:
+    """Of a value whose repr tells all of it."""
+    digest = hashlib.blake2b(repr(value).encode(), digest_size=16).digest()
+    low, high = (int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8))
+    return low, high
 
 
 class Known(NamedTuple):
-    """What a rank tells of itself, which may differ from rank to rank: how many rows it has, and how many ranks were
-    started on its machine."""
+    """What a rank tells of itself, which may differ from rank to rank: how many rows it has, how many ranks were
+    started on its machine, and a digest of its positions."""
 
     rows: int
     local_ranks: int
+    positions: tuple[int, int] = (0, 0)
 
 
 def agree(groups: Sequence[Group], own: Known, description: dict[str, Any], refused: Exception | None) -> list[Known]:
     """What each rank tells. Raises on all ranks if descriptions differ or a rank has refused its arguments."""
-    every = gather_numbers(groups, [refused is not None, *own, *_digest({} if refused else description)])
-    if not any(of_rank[0] for of_rank in every) and all(of_rank[3:] == every[0][3:] for of_rank in every):
-        return [Known(*of_rank[1:3]) for of_rank in every]
+    digest = digest_of([] if refused else sorted(description.items()))
+    every = gather_numbers(groups, [refused is not None, own.rows, own.local_ranks, *own.positions, *digest])
+    if not any(of_rank[0] for of_rank in every) and all(of_rank[5:] == every[0][5:] for of_rank in every):
+        return [Known(rows, local, (low, high)) for _, rows, local, low, high, *_ in every]
     told = None if refused is None else f"{type(refused).__name__}: {refused}"
     _refuse(gather_objects(groups, (told, description)), refused)
 

@@ -5,13 +5,15 @@
     compute       [ h0 ]     [ h1 ]     [ h2 ]     [ h3 ]
     return                    ....       ....       ....  ....  backward: gradients of keys to those who hold them
 
-With 2 * ranks pieces, both together are as large as one rank's keys and values. A piece holds the rows that are wanted,
-in order of position, this rank's own among them: which are also what others are sent.
+There are so many pieces that both together are as large as one rank's keys and values: 2 * ranks where all keys are
+wanted, few where a window wants its neighbours'. A piece holds the rows that are wanted, in order of position, this
+rank's own among them: which are also what others are sent. Keys and values lie side by side: a message brings both.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -66,13 +68,23 @@ def plan_of(layout: Layout, rank: int, mask: Mask, by_distance: bool) -> Plan:
     return Plan(tuple(calls), tuple(own), tuple(sends), tuple(receives), rows)
 
 
+@lru_cache(maxsize=256)
+def pieces_for(layout: Layout, mask: Mask) -> int:
+    """How many pieces the heads are cut into, so that two of them are no larger than a rank's keys and values."""
+    shares = [
+        sum(run.length for run in wanted(runs, mask)) / max(layout.rows(rank), 1)
+        for rank, runs in enumerate(layout.runs)
+    ]
+    return min(max(math.ceil(2 * max(shares)), 2), 2 * layout.world)
+
+
 def pieces_of(job: Job) -> list[Heads]:
     """The heads in the order in which their keys come."""
     if job.world == 1:
         return list(job.heads)
-    pieces = []
+    pieces, most = [], pieces_for(job.layout, job.asked.mask)
     for queries, keys in job.heads:
-        ratio, count = queries.length // max(keys.length, 1), min(keys.length, 2 * job.world)
+        ratio, count = queries.length // max(keys.length, 1), min(keys.length, most)
         cuts = [keys.length * i // count for i in range(count + 1)]
         for a, b in itertools.pairwise(cuts):
             of_queries = Run(queries.start + a * ratio, queries.start + b * ratio)
@@ -84,15 +96,14 @@ class _Arriving:
     """Keys and values of one piece: (rows, batch, heads, head_dim) each."""
 
     def __init__(self, job: Job, plan: Plan, heads: Heads, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.buffers = []
-        for tensor in (key, value):
-            batch, _, _, dim = tensor.shape
-            buffer = tensor.new_empty((plan.rows, batch, heads.keys.length, dim))
+        dims = key.shape[3], value.shape[3]
+        both = key.new_empty((plan.rows, key.shape[0], heads.keys.length, sum(dims)))
+        self.buffers = both.split(dims, dim=3)
+        for tensor, buffer in zip((key, value), self.buffers, strict=True):
             for rows, place in plan.own:
                 buffer[place.start : place.stop] = products.cut(tensor, rows, heads.keys).transpose(0, 1)
-            self.buffers.append(buffer)
         sends, receives = (
-            [(peer, buffer[part.start : part.stop]) for peer, part in messages for buffer in self.buffers]
+            [(peer, both[part.start : part.stop]) for peer, part in messages]
             for messages in (plan.sends, plan.receives)
         )
         self.batch = Batch(job.group, sends, receives)
@@ -206,7 +217,7 @@ def backward(
                 total[product.keys.start : product.keys.stop] += part.transpose(0, 1)
         if returning is not None:
             returning.add((grad_key, grad_value))
-        returning = _Returning(job, plan, heads, sums or coming.buffers, key.dtype)
+        returning = _Returning(job, plan, heads, sums or list(coming.buffers), key.dtype)
     if returning is not None:
         returning.add((grad_key, grad_value))
     return Gradients(grad_query, grad_key, grad_value)

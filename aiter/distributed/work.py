@@ -20,7 +20,7 @@ import torch.distributed as dist
 from aiter import checks, library
 from aiter.distributed import allgather, cost, ring
 from aiter.distributed import layout as layouts
-from aiter.distributed.agree import Known, agree, gather_objects
+from aiter.distributed.agree import Known, agree, digest_of, gather_once
 from aiter.distributed.alltoall import Exchange, heads_of
 from aiter.distributed.exchange import Group, GroupOrMesh, connect, global_rank, groups_of, place_in, size_of
 from aiter.distributed.job import Job
@@ -91,6 +91,7 @@ class Request(NamedTuple):
     runs: tuple[Run, ...] | None  # this rank's, where positions are given
     numbers: Numbers
     gradients: bool
+    return_lse: bool
 
     def description(self) -> dict[str, Any]:
         """All that must be the same on all ranks."""
@@ -111,6 +112,7 @@ class Request(NamedTuple):
             "scheme": self.numbers.scheme,
             "batch_invariant": self.numbers.batch_invariant,
             "gradients wanted": self.gradients,
+            "return_lse": self.return_lse,
         }
 
 
@@ -155,6 +157,7 @@ def _request(
     layout: object,
     scheme: object,
     cu_seqlens: torch.Tensor | Sequence[int] | None,
+    return_lse: bool,
     keywords: OptionKeywords,
 ) -> Request:
     packed = f"{checks.BSHD}, or packed {checks.PACKED}"
@@ -170,6 +173,7 @@ def _request(
             "self-attention, where each rank has queries, keys and values of the same positions"
         )
     checks.flag("causal", causal)
+    checks.flag("return_lse", return_lse)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(causal, keywords)
     refuse_others(options)
@@ -196,7 +200,7 @@ def _request(
                 f"layout is {layout.dtype} {tuple(layout.shape)}; positions must be int64 ({query.shape[1]},), one for "
                 "each row of query"
             )
-        runs = layouts.runs_of(layout.tolist())
+        runs = layouts.runs_of(layout)
         layout = POSITIONS
     else:
         layout = layouts.check_name(layout)
@@ -205,7 +209,7 @@ def _request(
     needs = [query, key, value, *([] if options.sinks is None else [options.sinks])]
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needs)
     alibi = options.readable().alibi_slopes
-    return Request(query, key, value, options.sinks, alibi, ends, runs, numbers, gradients)
+    return Request(query, key, value, options.sinks, alibi, ends, runs, numbers, gradients, return_lse)
 
 
 @lru_cache(maxsize=256)
@@ -265,9 +269,11 @@ def _machine(group: Group, local: int) -> cost.Machine:
     return cost.Machine(node=min(nodes.values()))
 
 
-def _layout(groups: Sequence[Group], request: Request, rows: list[int]) -> Layout:
+def _layout(groups: Sequence[Group], request: Request, known: list[Known]) -> Layout:
     if request.runs is not None:
-        return layouts.from_runs(gather_objects(groups, request.runs))
+        digests = [of_rank.positions for of_rank in known]
+        return layouts.from_runs(tuple(gather_once(groups, digests, request.runs)))
+    rows = [of_rank.rows for of_rank in known]
     made = layouts.named(request.numbers.layout, sum(rows), len(rows))
     expected = [made.rows(rank) for rank in range(len(rows))]
     if rows != expected:
@@ -302,13 +308,16 @@ def prepare(
     layout: object,
     scheme: object,
     cu_seqlens: torch.Tensor | Sequence[int] | None,
+    return_lse: bool,
     keywords: OptionKeywords,
     gradients: bool | None = None,
 ) -> tuple[Request, Work]:
     """All that comes before data moves. gradients: whether they are wanted, where tensors do not say it."""
     request, refused = None, None
     try:
-        request = _request(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, keywords)
+        request = _request(
+            *(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, keywords)
+        )
         if gradients is not None:
             request = request._replace(gradients=gradients)
         # Before ranks wait for each other: a compiler may take longer than a collective's patience.
@@ -316,10 +325,12 @@ def prepare(
     except Exception as error:
         refused = error
     description = {} if request is None else request.description()
-    own = Known(0 if request is None else request.query.shape[1], local_ranks())
+    own = Known(0, local_ranks())
+    if request is not None:
+        own = Known(request.query.shape[1], local_ranks(), digest_of(request.runs))
     known = agree(groups, own, description, refused)
     assert request is not None
-    layout_ = _layout(groups, request, [of_rank.rows for of_rank in known])
+    layout_ = _layout(groups, request, known)
     work = _work(groups, layout_, request, min(of_rank.local_ranks for of_rank in known))
     for group in groups:
         connect(group, request.query.device)
