@@ -147,11 +147,7 @@ class _Returning:
 
     def __init__(self, job: Job, plan: Plan, heads: Heads, sums: list[torch.Tensor], dtype: torch.dtype) -> None:
         self.plan, self.heads, self.sums = plan, heads, sums
-        sends = [
-            (peer, buffer[part.start : part.stop].to(dtype).contiguous())
-            for peer, part in plan.receives
-            for buffer in sums
-        ]
+        sends = [(peer, buffer[part.start : part.stop].to(dtype)) for peer, part in plan.receives for buffer in sums]
         self.parts = [
             (peer, part, which, buffer.new_empty((part.length, *buffer.shape[1:]), dtype=dtype))
             for peer, part in plan.sends

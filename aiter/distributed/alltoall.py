@@ -90,7 +90,7 @@ class Exchange(NamedTuple):
                     if peer == self.rank:
                         result[place.start : place.stop] = part
                     else:
-                        sends.append((peer, part.contiguous()))
+                        sends.append((peer, part))
                 if peer != self.rank:
                     for run in self.runs[peer]:
                         place = within(run, where)
@@ -113,7 +113,7 @@ class Exchange(NamedTuple):
                     continue
                 for run in self.runs[peer]:
                     place = within(run, where)
-                    sends.append((peer, first[place.start : place.stop].contiguous()))
+                    sends.append((peer, first[place.start : place.stop]))
                 part = first.new_empty((rows, first.shape[1], span.length, *first.shape[3:]))
                 arrived.append(part)
                 for run, row in placed(own_runs):

@@ -71,8 +71,14 @@ def place_in(groups: Sequence[Group]) -> tuple[int, int]:
     return rank, world
 
 
+# Between two ranks, of a batch: more messages than these go as one, as each costs the host 10 µs or more at either end,
+# and what lies in many runs of positions is many; one costs a copy at either end.
+SEPARATE_MOST = 4
+
+
 class Batch:
-    """Sends and receives, each (rank in the group, contiguous tensor), under way from the moment this is made."""
+    """Sends and receives, each (rank in the group, tensor), under way from the moment this is made; received tensors
+    are contiguous, and there after `wait`."""
 
     def __init__(
         self,
@@ -80,19 +86,45 @@ class Batch:
         sends: Sequence[tuple[int, torch.Tensor]] = (),
         receives: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> None:
-        operations = [
-            dist.P2POp(operation, tensor, global_rank(group, peer), group)
-            for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
-            for peer, tensor in messages
-            if tensor.numel()
-        ]
+        self._apart: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # what came as one, and where it belongs
+        operations = []
+        for peer, tensors in _by_peer(receives, group):
+            if len(tensors) > SEPARATE_MOST:
+                one = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+                self._apart.append((one, tensors))
+                tensors = [one]
+            operations += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor in tensors]
+        for peer, tensors in _by_peer(sends, group):
+            if len(tensors) > SEPARATE_MOST:
+                one = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+                for part, tensor in zip(_parts(one, tensors), tensors, strict=True):
+                    part.copy_(tensor)
+                tensors = [one]
+            operations += [dist.P2POp(dist.isend, tensor.contiguous(), peer, group) for tensor in tensors]
         self._held = [operation.tensor for operation in operations]
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
-        self._works, self._held = [], []
+        for one, tensors in self._apart:
+            for part, tensor in zip(_parts(one, tensors), tensors, strict=True):
+                tensor.copy_(part)
+        self._works, self._held, self._apart = [], [], []
+
+
+def _by_peer(messages: Sequence[tuple[int, torch.Tensor]], group: Group) -> list[tuple[int, list[torch.Tensor]]]:
+    """The messages that are any, by the other rank (as all groups number it) and by dtype: alike at both ends."""
+    found: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+    for peer, tensor in messages:
+        if tensor.numel():
+            found.setdefault((peer, tensor.dtype), []).append(tensor)
+    return [(global_rank(group, peer), tensors) for (peer, _), tensors in found.items()]
+
+
+def _parts(one: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of one tensor, as large as these one after the other."""
+    return [part.view(t.shape) for part, t in zip(one.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 _connected: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
