@@ -135,6 +135,11 @@ def test_positions_are_told_once():
     assert ranks.run(2, cases.positions_are_told_once) == [[1, 2, 2, 2, 3, 3]] * 2
 
 
+@pytest.mark.parametrize("scheme", cases.SCHEMES)
+def test_a_rank_that_made_ready_for_other_rows_begins_again(scheme):
+    assert ranks.run(2, cases.others_have_other_rows, scheme) == [[35] * 4, [36, 35, 36, 35]]
+
+
 def test_what_one_rank_refuses_ends_the_call_on_all():
     *others, own = ranks.run(3, cases.disagreement, "refused")
     assert own.startswith("ValueError: key has dtype") or "key" in own, own

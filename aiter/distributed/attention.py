@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from aiter import library
 from aiter.distributed import allgather, ring
+from aiter.distributed.agree import Changed
 from aiter.distributed.alltoall import Exchange
-from aiter.distributed.exchange import GroupOrMesh, groups_of, process_group
+from aiter.distributed.exchange import GroupOrMesh, groups_of, held, process_group
 from aiter.distributed.job import Gradients, Job
 from aiter.distributed.layout import LayoutName, Run
 from aiter.distributed.products import Heads
-from aiter.distributed.work import POSITIONS, Scheme, Work, prepare, refuse_others
+from aiter.distributed.work import POSITIONS, Scheme, Work, prepare, refuse_others, settle
 from aiter.options import OptionKeywords, read_options
 
 if TYPE_CHECKING:
@@ -148,12 +149,17 @@ def context_parallel_attention(
         return _traced(
             *(query, key, value, group, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, options),
         )
-    request, work = prepare(
-        *(query, key, value, groups_of(group), causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, options)
+    groups = groups_of(group)
+    request, work, confirm = prepare(
+        *(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, options),
+        ahead=True,
     )
-    output, lse = _ContextParallel.apply(
-        *(request.query, request.key, request.value, request.sinks, request.alibi_slopes, work, return_lse)
-    )
+    tensors = request.query, request.key, request.value, request.sinks, request.alibi_slopes
+    try:
+        with held(groups[0], confirm):
+            output, lse = _ContextParallel.apply(*tensors, work, return_lse)
+    except Changed as now:
+        output, lse = _ContextParallel.apply(*tensors, settle(groups, request, now.known), return_lse)
     if query.dim() == 3:
         output, lse = output.squeeze(0), lse.squeeze(0) if return_lse else None
     return (output, lse) if return_lse else output
@@ -208,10 +214,11 @@ def _prepared(query, key, value, sinks, alibi_slopes, cu_seqlens, positions, gro
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
     }
-    return prepare(
+    request, work, _ = prepare(
         *(query, key, value, [dist.distributed_c10d._resolve_process_group(name) for name in groups], causal, scale),
         *(layout if positions is None else positions, scheme, cu_seqlens, True, keywords, gradients),
     )
+    return request, work
 
 
 def _operator(query, key, value, *rest):

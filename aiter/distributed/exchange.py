@@ -12,7 +12,8 @@ by its batch."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -76,6 +77,28 @@ def place_in(groups: Sequence[Group]) -> tuple[int, int]:
 SEPARATE_MOST = 4
 
 
+_held: weakref.WeakKeyDictionary[dist.ProcessGroup, Callable[[], None]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def held(group: Group, confirm: Callable[[], None] | None) -> Iterator[None]:
+    """Nothing is sent over the group before `confirm` has returned: the first batch calls it, or else the end."""
+    own = process_group(group)
+    if confirm is not None:
+        _held[own] = confirm
+    try:
+        yield
+        _release(group)
+    finally:
+        _held.pop(own, None)
+
+
+def _release(group: Group) -> None:
+    confirm = _held.pop(process_group(group), None)
+    if confirm is not None:
+        confirm()
+
+
 class Batch:
     """Sends and receives, each (rank in the group, tensor), under way from the moment this is made; received tensors
     are contiguous, and there after `wait`."""
@@ -97,19 +120,18 @@ class Batch:
         for peer, tensors in _by_peer(sends, group):
             if len(tensors) > SEPARATE_MOST:
                 one = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
-                for part, tensor in zip(_parts(one, tensors), tensors, strict=True):
-                    part.copy_(tensor)
+                torch._foreach_copy_(_parts(one, tensors), tensors)
                 tensors = [one]
             operations += [dist.P2POp(dist.isend, tensor.contiguous(), peer, group) for tensor in tensors]
         self._held = [operation.tensor for operation in operations]
+        _release(group)
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
         for one, tensors in self._apart:
-            for part, tensor in zip(_parts(one, tensors), tensors, strict=True):
-                tensor.copy_(part)
+            torch._foreach_copy_(tensors, _parts(one, tensors))
         self._works, self._held, self._apart = [], [], []
 
 

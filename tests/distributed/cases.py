@@ -225,6 +225,19 @@ def positions_are_told_once():
     return counts
 
 
+def others_have_other_rows(scheme):
+    """The same rows on rank 0, which makes ready for what it knows; those of others, and the length, are others."""
+    query, key, value, _, _ = whole((1, 71, 4, 2, 32, 32), torch.float32)
+    counts = []
+    for total in (71, 70, 71, 70):
+        parts = [shard(t[:, :total], 1) for t in (query, key, value)]
+        counts.append(parts[0].shape[1])
+        output = context_parallel_attention(*parts, causal=True, scheme=scheme)
+        expected = aiter.flash_attn_func(*(t[:, :total] for t in (query, key, value)), True)
+        compare("output", output, shard(expected, 1), 8, value.abs().max())
+    return counts
+
+
 def dies(scheme):
     """The last rank ends while the others wait for its keys: they end with the backend's own error."""
     tensors = [torch.randn(1, 8, 2, 32).requires_grad_() for _ in range(3)]
