@@ -5,11 +5,11 @@
     python benchmarks/context_parallel.py --draw context_parallel-2.json context_parallel-4.json PICTURE.png
 
 On GPUs over NCCL: bfloat16, head_dim 128, cuDNN in the peers. Without GPUs over gloo, with small shapes: that shows
-that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and the share of
-what our own kernel does alone with the tokens of one rank (efficiency); with --out also writes context_parallel.json
-and, where matplotlib is installed, context_parallel.png; --draw makes one picture of several such files. Times are the
-medians of repeated calls, of the slowest rank, from an idle GPU to an idle GPU: the host's time until the first launch
-is in them, which in a model runs ahead.
+that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and, in brackets,
+the share of what our own kernel does alone with the tokens of one rank (efficiency), twice: of calls in a row, as the
+layers of a model make them, and of a call from an idle GPU to an idle GPU, which the host's time until the first launch
+is part of. Medians, of the slowest rank. With --out also writes context_parallel.json and, where matplotlib is
+installed, context_parallel.png; --draw makes one picture of several such files.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from aiter.distributed import context_parallel_attention, positions_of, shard
 GPU = torch.cuda.is_available()
 DTYPE, HEAD_DIM = (torch.bfloat16, 128) if GPU else (torch.float32, 64)
 SCHEMES = ("allgather", "alltoall", "ring")
+IN_A_ROW = 6 if GPU else 2
 
 
 class Case(NamedTuple):
@@ -77,23 +78,28 @@ def cases(tokens: list[int], heads: list[tuple[int, int]]) -> list[Case]:
     return found
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call, of the slowest rank."""
+def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Time of a call, of the slowest rank: one of several in a row, as layers of a model follow each other and the host
+    runs ahead of the GPU; and one alone, from an idle GPU to an idle GPU. Medians."""
     for _ in range(2):
         call()
-    times = []
-    for _ in range(9):
+
+    def timed(calls: int) -> float:
         dist.barrier()
         if GPU:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         if GPU:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    result = torch.tensor([statistics.median(times)], device=device, dtype=torch.float64)
+        return (time.perf_counter() - start) / calls
+
+    medians = [statistics.median(timed(calls) for _ in range(times)) for calls, times in ((IN_A_ROW, 5), (1, 5))]
+    result = torch.tensor(medians, device=device, dtype=torch.float64)
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
-    return float(result)
+    in_a_row, alone = result.tolist()
+    return in_a_row, alone
 
 
 def step(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], backward: bool) -> Callable[[], object]:
@@ -145,7 +151,7 @@ def plain_alltoall(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     return PlainAllToAll.apply(sdpa(*tensors).transpose(1, 2), True)
 
 
-def pytorch_seconds(case: Case, mesh, device: torch.device) -> float:
+def pytorch_seconds(case: Case, mesh, device: torch.device) -> tuple[float, float]:
     """PyTorch's context_parallel, whose operators take as many KV heads as query heads. Inside, tensors are cut."""
     from torch.distributed.tensor.experimental import context_parallel
 
@@ -168,6 +174,10 @@ def pytorch_seconds(case: Case, mesh, device: torch.device) -> float:
         return seconds(both, device)
 
 
+def rates_of(flops: float, times: tuple[float, float]) -> tuple[float, float]:
+    return flops / times[0], flops / times[1]
+
+
 def measure(case: Case, mesh, device: torch.device) -> dict:
     world = dist.get_world_size()
     torch.manual_seed(0)
@@ -181,7 +191,7 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
 
     options = {} if case.window is None else {"window_size": (case.window - 1, 0)}
     alone = step(lambda *t: aiter.flash_attn_func(*t, True, **options), randn(own_rows), case.backward)
-    base = case.flops(own_rows) / seconds(alone, device)
+    base = rates_of(case.flops(own_rows), seconds(alone, device))
     layout = "contiguous" if case.window else "zigzag"
     rates, memory = {}, {}
     tensors = randn(own_rows)
@@ -199,15 +209,15 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
         if GPU:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        rates[scheme] = share / seconds(call, device)
+        rates[scheme] = rates_of(share, seconds(call, device))
         if GPU:
             memory[scheme] = torch.cuda.max_memory_allocated() - before
     if case.window is None and case.documents is None:
         if case.heads_kv % world == 0:
-            rates["plain all-to-all"] = share / seconds(step(plain_alltoall, tensors, case.backward), device)
+            rates["plain all-to-all"] = rates_of(share, seconds(step(plain_alltoall, tensors, case.backward), device))
         if GPU:
             try:
-                rates["PyTorch context_parallel"] = share / pytorch_seconds(case, mesh, device)
+                rates["PyTorch context_parallel"] = rates_of(share, pytorch_seconds(case, mesh, device))
             except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as error:
                 if dist.get_rank() == 0:
                     print(f"{case.name}: PyTorch's context_parallel: {error}", file=sys.stderr)
@@ -221,8 +231,10 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
         "backward": case.backward,
         "window": case.window,
         "special": case.window is not None or case.documents is not None,
-        "one GPU, FLOP/s": base,
-        "FLOP/s": rates,
+        "one GPU, FLOP/s": base[0],
+        "FLOP/s": {name: rate for name, (rate, _) in rates.items()},
+        "one GPU, from idle to idle": base[1],
+        "from idle to idle": {name: rate for name, (_, rate) in rates.items()},
         "bytes beside the inputs": memory,
     }
 
@@ -319,7 +331,8 @@ def main() -> None:
             row, base = rows[-1], rows[-1]["one GPU, FLOP/s"]
             print(f"{row['case']:48} alone {base / 1e12:7.2f} TFLOP/s", end="")
             for name, rate in row["FLOP/s"].items():
-                print(f"   {name} {rate / 1e12:.2f} ({rate / base:.2f})", end="")
+                idle = row["from idle to idle"][name] / row["one GPU, from idle to idle"]
+                print(f"   {name} {rate / 1e12:.2f} ({rate / base:.2f}; {idle:.2f})", end="")
             print(flush=True)
     if given.out and dist.get_rank() == 0:
         given.out.mkdir(parents=True, exist_ok=True)
