@@ -5,11 +5,11 @@
     python benchmarks/context_parallel.py --draw context_parallel-2.json context_parallel-4.json PICTURE.png
 
 On GPUs over NCCL: bfloat16, head_dim 128, cuDNN in the peers. Without GPUs over gloo, with small shapes: that shows
-that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and, in brackets,
-the share of what our own kernel does alone with the tokens of one rank (efficiency), twice: of calls in a row, as the
-layers of a model make them, and of a call from an idle GPU to an idle GPU, which the host's time until the first launch
-is part of. Medians, of the slowest rank. With --out also writes context_parallel.json and, where matplotlib is
-installed, context_parallel.png; --draw makes one picture of several such files.
+that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and, in
+brackets, the share of what our own kernel does alone with the tokens of one rank (efficiency), twice: of calls in a
+row, as the layers of a model make them, and of a call from an idle GPU to an idle GPU, of which the host's time until
+the first launch is part. Medians, of the slowest rank. With --out also writes context_parallel.json and, where
+matplotlib is installed, context_parallel.png; --draw makes one picture of several such files.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from aiter.distributed import context_parallel_attention, positions_of, shard
 GPU = torch.cuda.is_available()
 DTYPE, HEAD_DIM = (torch.bfloat16, 128) if GPU else (torch.float32, 64)
 SCHEMES = ("allgather", "alltoall", "ring")
-IN_A_ROW = 6 if GPU else 2
+IN_A_ROW = 5 if GPU else 2
 
 
 class Case(NamedTuple):
@@ -95,7 +95,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, fl
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
-    medians = [statistics.median(timed(calls) for _ in range(times)) for calls, times in ((IN_A_ROW, 5), (1, 5))]
+    medians = [statistics.median(timed(calls) for _ in range(times)) for calls, times in ((IN_A_ROW, 3), (1, 5))]
     result = torch.tensor(medians, device=device, dtype=torch.float64)
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
     in_a_row, alone = result.tolist()

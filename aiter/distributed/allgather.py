@@ -2,7 +2,8 @@
 
     heads    h0         h1         h2         h3                2 pieces of all heads are there at once:
     arrive   =====      =====      =====      =====             that which is computed, and the next one
-    compute       [ h0 ]     [ h1 ]     [ h2 ]     [ h3 ]
+    compute       [ h0 -]    [ h2 -]                            two lanes: the end of one piece leaves room
+                       [ h1 -]    [ h3 -]                       for the beginning of the next
     return                    ....       ....       ....  ....  backward: gradients of keys to those who hold them
 
 There are so many pieces that both together are as large as one rank's keys and values: 2 * ranks where all keys are
@@ -22,14 +23,16 @@ import torch
 from aiter.distributed import products
 from aiter.distributed.exchange import Batch
 from aiter.distributed.job import Gradients, Job
+from aiter.distributed.lanes import Lanes, Moment, after, hand_over, reached
 from aiter.distributed.layout import Layout, Run, placed
 from aiter.distributed.needs import Mask, shared, wanted
 from aiter.distributed.products import Heads, Product, product_of
 
 
 class Plan(NamedTuple):
-    """products: of each run of queries. own: (rows here, rows of the buffer). sends: (rank, rows of the buffer);
-    receives: the same of what others hold; in order of position. rows: of the buffer."""
+    """products: of each run of queries, those with most keys first, so that little is left to one row at the end. own:
+    (rows here, rows of the buffer). sends: (rank, rows of the buffer); receives: the same of what others hold; in order
+    of position. rows: of the buffer."""
 
     products: tuple[Product, ...]
     own: tuple[tuple[Run, Run], ...]
@@ -64,6 +67,7 @@ def plan_of(layout: Layout, rank: int, mask: Mask, by_distance: bool) -> Plan:
             if product is not None:
                 calls.append(product)
     own = [(within(part, held), within(part, buffer)) for part in shared(mine, layout.runs[rank])]
+    calls.sort(key=lambda product: -product.keys.length)
     rows = sum(run.length for run, _ in buffer)
     return Plan(tuple(calls), tuple(own), tuple(sends), tuple(receives), rows)
 
@@ -107,6 +111,7 @@ class _Arriving:
             for messages in (plan.sends, plan.receives)
         )
         self.batch = Batch(job.group, sends, receives)
+        self.ready = reached(key.device)  # but for what others send
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         self.batch.wait()
@@ -128,18 +133,41 @@ def forward(job: Job, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         output.zero_()
         lse.fill_(-torch.inf)
     pieces = pieces_of(job)
-    arriving = None if job.world == 1 or not pieces else _Arriving(job, plan, pieces[0], key, value)
-    for index, heads in enumerate(pieces):
-        keys, values, of = key, value, heads
-        if arriving is not None:
+    if job.world == 1:
+        for heads in pieces:
+            _attend(job, plan, heads, heads, query, key, value, output, lse)
+        return output, lse
+    before: Moment = None  # is the piece before done, whose memory the one after takes
+    arriving = _Arriving(job, plan, pieces[0], key, value) if pieces else None
+    with Lanes(query.device) as lanes:
+        for index, heads in enumerate(pieces):
             coming = arriving
+            assert coming is not None
             if index + 1 < len(pieces):
+                after(query.device, before)
                 arriving = _Arriving(job, plan, pieces[index + 1], key, value)
-            (keys, values), of = coming.wait(), _local(heads)
-        for product in plan.products:
-            _, part = products.forward(job.asked, product, of, query, keys, values, output)
-            products.cut_lse(lse, product.rows, heads.queries).copy_(part)
+            with lanes.next(coming.ready):
+                keys, values = coming.wait()
+                _attend(job, plan, heads, _local(heads), query, keys, values, output, lse)
+                before = reached(query.device)
     return output, lse
+
+
+def _attend(
+    job: Job,
+    plan: Plan,
+    heads: Heads,
+    of: Heads,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """The products of some heads; of: the same as they lie in key and value."""
+    for product in plan.products:
+        _, part = products.forward(job.asked, product, of, query, key, value, output)
+        products.cut_lse(lse, product.rows, heads.queries).copy_(part)
 
 
 class _Returning:
@@ -193,27 +221,37 @@ def backward(
                     products.cut(gradient, product.keys, heads.keys).add_(part)
         return Gradients(grad_query, grad_key, grad_value)
     arriving, returning = _Arriving(job, plan, pieces[0], key, value), None
-    for index, heads in enumerate(pieces):
-        coming = arriving
-        if index + 1 < len(pieces):
-            arriving = _Arriving(job, plan, pieces[index + 1], key, value)
-        keys, values = coming.wait()
-        sums = None
-        for product in plan.products:
-            parts = products.backward(
-                *(job.asked, product, _local(heads), grad_output, grad_lse, query, keys, values, output, lse, True)
-            )
-            products.cut(grad_query, product.rows, heads.queries).copy_(parts[0])
-            if product.keys.length == plan.rows and len(plan.products) == 1:
-                sums = [part.transpose(0, 1) for part in parts[1:]]
-                continue
-            if sums is None:
-                sums = [buffer.new_zeros(buffer.shape, dtype=torch.float32) for buffer in coming.buffers]
-            for total, part in zip(sums, parts[1:], strict=True):
-                total[product.keys.start : product.keys.stop] += part.transpose(0, 1)
+    with Lanes(query.device) as lanes:
+        for index, heads in enumerate(pieces):
+            coming = arriving
+            if index + 1 < len(pieces):
+                arriving = _Arriving(job, plan, pieces[index + 1], key, value)
+            with lanes.next(coming.ready):
+                keys, values = coming.wait()
+                sums: list[torch.Tensor] = []
+                for product in plan.products:
+                    parts = products.backward(
+                        *(job.asked, product, _local(heads), grad_output, grad_lse, query, keys, values),
+                        *(output, lse, True),
+                    )
+                    products.cut(grad_query, product.rows, heads.queries).copy_(parts[0])
+                    sums = _add(sums, product, plan, [part.transpose(0, 1) for part in parts[1:]])
+                done = reached(query.device)
+            if returning is not None:
+                returning.add((grad_key, grad_value))
+            after(query.device, done)
+            returning = _Returning(job, plan, heads, hand_over(sums) or list(coming.buffers), key.dtype)
         if returning is not None:
             returning.add((grad_key, grad_value))
-        returning = _Returning(job, plan, heads, sums or list(coming.buffers), key.dtype)
-    if returning is not None:
-        returning.add((grad_key, grad_value))
     return Gradients(grad_query, grad_key, grad_value)
+
+
+def _add(sums: list[torch.Tensor], product: Product, plan: Plan, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a piece's keys and values, with those of one more product; float32 where there are several."""
+    if not sums and product.keys.length == plan.rows:
+        return parts if len(plan.products) == 1 else [part.float() for part in parts]
+    if not sums:
+        sums = [part.new_zeros((plan.rows, *part.shape[1:]), dtype=torch.float32) for part in parts]
+    for total, part in zip(sums, parts, strict=True):
+        total[product.keys.start : product.keys.stop] += part
+    return sums
