@@ -1,11 +1,15 @@
 """Attention over a split sequence: ours by each scheme, PyTorch's context_parallel and a plain all-to-all, in one run.
 
     torchrun --nproc-per-node 4 benchmarks/context_parallel.py [--out FOLDER] [--tokens 16384,32768,65536,131072]
+        [--heads 32/8,16/16] [--only REGEX, of names of cases: "^forward," leaves the backward passes out]
+    python benchmarks/context_parallel.py --draw context_parallel-2.json context_parallel-4.json PICTURE.png
 
 On GPUs over NCCL: bfloat16, head_dim 128, cuDNN in the peers. Without GPUs over gloo, with small shapes: that shows
-that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and the share of
-what our own kernel does alone with the tokens of one rank (efficiency); with --out also writes context_parallel.json
-and, where matplotlib is installed, context_parallel.png. Times are the medians of repeated calls, of the slowest rank.
+that it runs, and what the schemes cost beside each other, no more. Prints, on rank 0, FLOP/s of a rank and, in
+brackets, the share of what our own kernel does alone with the tokens of one rank (efficiency), twice: of calls in a
+row, as the layers of a model make them, and of a call from an idle GPU to an idle GPU, of which the host's time until
+the first launch is part. Medians, of the slowest rank. With --out also writes context_parallel.json and, where
+matplotlib is installed, context_parallel.png; --draw makes one picture of several such files.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -35,6 +40,7 @@ from aiter.distributed import context_parallel_attention, positions_of, shard
 GPU = torch.cuda.is_available()
 DTYPE, HEAD_DIM = (torch.bfloat16, 128) if GPU else (torch.float32, 64)
 SCHEMES = ("allgather", "alltoall", "ring")
+IN_A_ROW = 5 if GPU else 2
 
 
 class Case(NamedTuple):
@@ -72,23 +78,28 @@ def cases(tokens: list[int], heads: list[tuple[int, int]]) -> list[Case]:
     return found
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Median time of a call, of the slowest rank."""
+def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
+    """Time of a call, of the slowest rank: one of several in a row, as layers of a model follow each other and the host
+    runs ahead of the GPU; and one alone, from an idle GPU to an idle GPU. Medians."""
     for _ in range(2):
         call()
-    times = []
-    for _ in range(9):
+
+    def timed(calls: int) -> float:
         dist.barrier()
         if GPU:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         if GPU:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    result = torch.tensor([statistics.median(times)], device=device, dtype=torch.float64)
+        return (time.perf_counter() - start) / calls
+
+    medians = [statistics.median(timed(calls) for _ in range(times)) for calls, times in ((IN_A_ROW, 3), (1, 5))]
+    result = torch.tensor(medians, device=device, dtype=torch.float64)
     dist.all_reduce(result, op=dist.ReduceOp.MAX)
-    return float(result)
+    in_a_row, alone = result.tolist()
+    return in_a_row, alone
 
 
 def step(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], backward: bool) -> Callable[[], object]:
@@ -140,14 +151,11 @@ def plain_alltoall(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
     return PlainAllToAll.apply(sdpa(*tensors).transpose(1, 2), True)
 
 
-def pytorch_seconds(case: Case, mesh, device: torch.device) -> float:
+def pytorch_seconds(case: Case, mesh, device: torch.device) -> tuple[float, float]:
     """PyTorch's context_parallel, whose operators take as many KV heads as query heads. Inside, tensors are cut."""
     from torch.distributed.tensor.experimental import context_parallel
 
-    tensors = [
-        torch.randn(1, case.heads_q, case.tokens, HEAD_DIM, device=device, dtype=DTYPE, requires_grad=case.backward)
-        for _ in range(3)
-    ]
+    tensors = [torch.randn(1, case.heads_q, case.tokens, HEAD_DIM, device=device, dtype=DTYPE) for _ in range(3)]
 
     def call(query, key, value):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -161,7 +169,13 @@ def pytorch_seconds(case: Case, mesh, device: torch.device) -> float:
         sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
         context_parallel(mesh, buffers=tensors, buffer_seq_dims=[2] * 3, no_restore_buffers=set(tensors)),
     ):
+        for tensor in tensors:  # only now: the cut resizes them, which a leaf that takes a gradient refuses
+            tensor.requires_grad_(case.backward)
         return seconds(both, device)
+
+
+def rates_of(flops: float, times: tuple[float, float]) -> tuple[float, float]:
+    return flops / times[0], flops / times[1]
 
 
 def measure(case: Case, mesh, device: torch.device) -> dict:
@@ -177,7 +191,7 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
 
     options = {} if case.window is None else {"window_size": (case.window - 1, 0)}
     alone = step(lambda *t: aiter.flash_attn_func(*t, True, **options), randn(own_rows), case.backward)
-    base = case.flops(own_rows) / seconds(alone, device)
+    base = rates_of(case.flops(own_rows), seconds(alone, device))
     layout = "contiguous" if case.window else "zigzag"
     rates, memory = {}, {}
     tensors = randn(own_rows)
@@ -195,17 +209,18 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
         if GPU:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-        rates[scheme] = share / seconds(call, device)
+        rates[scheme] = rates_of(share, seconds(call, device))
         if GPU:
             memory[scheme] = torch.cuda.max_memory_allocated() - before
     if case.window is None and case.documents is None:
         if case.heads_kv % world == 0:
-            rates["plain all-to-all"] = share / seconds(step(plain_alltoall, tensors, case.backward), device)
+            rates["plain all-to-all"] = rates_of(share, seconds(step(plain_alltoall, tensors, case.backward), device))
         if GPU:
             try:
-                rates["PyTorch context_parallel"] = share / pytorch_seconds(case, mesh, device)
+                rates["PyTorch context_parallel"] = rates_of(share, pytorch_seconds(case, mesh, device))
             except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as error:
-                print(f"PyTorch's context_parallel: {error}", file=sys.stderr)
+                if dist.get_rank() == 0:
+                    print(f"{case.name}: PyTorch's context_parallel: {error}", file=sys.stderr)
     return {
         "case": case.name,
         "ranks": world,
@@ -216,8 +231,10 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
         "backward": case.backward,
         "window": case.window,
         "special": case.window is not None or case.documents is not None,
-        "one GPU, FLOP/s": base,
-        "FLOP/s": rates,
+        "one GPU, FLOP/s": base[0],
+        "FLOP/s": {name: rate for name, (rate, _) in rates.items()},
+        "one GPU, from idle to idle": base[1],
+        "from idle to idle": {name: rate for name, (_, rate) in rates.items()},
         "bytes beside the inputs": memory,
     }
 
@@ -245,33 +262,44 @@ def check(mesh, device: torch.device) -> None:
                 assert error <= 4 * torch.finfo(DTYPE).eps, f"{scheme}, {options}, {name}: error {error}"
 
 
-def picture(path: Path, rows: list[dict]) -> None:
-    """Efficiency by tokens, a panel for each direction and number of heads. Windows and documents: in the table."""
+def picture(path: Path, runs: list[dict]) -> None:
+    """Efficiency by tokens: a row of panels for each run, a panel for each direction and number of heads. Windows and
+    documents: in the table."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels: dict[str, list[dict]] = {}
-    for row in rows:
-        if not row["special"]:
-            direction = "forward + backward" if row["backward"] else "forward"
-            panels.setdefault(f"{direction}, {row['heads_q']}/{row['heads_kv']} heads", []).append(row)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False)
-    for panel, (title, of_panel) in zip(axes[0], panels.items(), strict=True):
-        for name in dict.fromkeys(name for row in of_panel for name in row["FLOP/s"]):
-            have = [row for row in of_panel if name in row["FLOP/s"]]
-            efficiency = [row["FLOP/s"][name] / row["one GPU, FLOP/s"] for row in have]
-            panel.plot([row["tokens"] for row in have], efficiency, marker="o", label=name)
-        panel.set_xscale("log", base=2)
+    cases = [[case for case in run["cases"] if not case["special"]] for run in runs]
+    panels = list(dict.fromkeys((case["heads_q"], case["heads_kv"], case["backward"]) for of in cases for case in of))
+    names = list(dict.fromkeys(name for of in cases for case in of for name in case["FLOP/s"]))
+    shape = {"squeeze": False, "sharey": True, "sharex": True}
+    figure, axes = plt.subplots(len(runs), len(panels), figsize=(3.2 * len(panels) + 0.6, 3 * len(runs) + 0.9), **shape)
+    lines = {}
+    for of_run, run, own in zip(axes, runs, cases, strict=True):
+        for panel, (heads_q, heads_kv, backward) in zip(of_run, panels, strict=True):
+            rows = [
+                case
+                for case in own
+                if (case["heads_q"], case["heads_kv"], case["backward"]) == (heads_q, heads_kv, backward)
+            ]
+            for number, name in enumerate(names):
+                have = [row for row in rows if name in row["FLOP/s"]]
+                share = [row["FLOP/s"][name] / row["one GPU, FLOP/s"] for row in have]
+                (line,) = panel.plot([row["tokens"] for row in have], share, marker="o", color=f"C{number}")
+                lines.setdefault(name, line)
+            panel.axhline(1, color="0.8", zorder=0)
+            panel.set_xscale("log", base=2)
+            panel.set_title(
+                f"{'forward + backward' if backward else 'forward'}, {heads_q}/{heads_kv} heads", fontsize=9
+            )
+        of_run[0].set_ylabel(f"{run['cases'][0]['ranks']} x {run['device']}\nof our kernel alone", fontsize=9)
+    for panel in axes[-1]:
         panel.set_xlabel("tokens")
-        panel.set_title(title, fontsize=9)
-    axes[0][0].set_ylabel("of our kernel alone with a rank's tokens")
-    axes[0][0].set_ylim(bottom=0)
-    axes[0][-1].legend(fontsize=7)
-    figure.suptitle(f"{rows[0]['ranks']} ranks, {'NCCL' if GPU else 'gloo on a CPU'}", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    axes[0][0].set_ylim(0, axes[0][0].get_ylim()[1])  # of all panels
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=len(names), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -279,7 +307,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tokens", default="16384,32768,65536,131072" if GPU else "1024")
     parser.add_argument("--heads", default="32/8,16/16" if GPU else "8/4")
+    parser.add_argument("--only", default="", metavar="REGEX", help="the cases in whose names it is found")
+    parser.add_argument("--draw", type=Path, nargs="+", help="JSON files, then the picture: measures nothing")
     given = parser.parse_args()
+    if given.draw:
+        *files, path = given.draw
+        picture(path, [json.loads(file.read_text()) for file in files])
+        return
     device = torch.device("cpu")
     if GPU:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -290,19 +324,23 @@ def main() -> None:
     heads = [tuple(int(part) for part in pair.split("/")) for pair in given.heads.split(",")]
     rows = []
     for case in cases([int(count) for count in given.tokens.split(",")], heads):
+        if not re.search(given.only, case.name):
+            continue
         rows.append(measure(case, mesh, device))
         if dist.get_rank() == 0:
             row, base = rows[-1], rows[-1]["one GPU, FLOP/s"]
             print(f"{row['case']:48} alone {base / 1e12:7.2f} TFLOP/s", end="")
             for name, rate in row["FLOP/s"].items():
-                print(f"   {name} {rate / 1e12:.2f} ({rate / base:.2f})", end="")
+                idle = row["from idle to idle"][name] / row["one GPU, from idle to idle"]
+                print(f"   {name} {rate / 1e12:.2f} ({rate / base:.2f}; {idle:.2f})", end="")
             print(flush=True)
     if given.out and dist.get_rank() == 0:
         given.out.mkdir(parents=True, exist_ok=True)
         name = torch.cuda.get_device_name() if GPU else "CPU, gloo"
-        (given.out / "context_parallel.json").write_text(json.dumps({"device": name, "cases": rows}, indent=1))
+        run = {"device": name, "cases": rows}
+        (given.out / "context_parallel.json").write_text(json.dumps(run, indent=1))
         try:
-            picture(given.out / "context_parallel.png", rows)
+            picture(given.out / "context_parallel.png", [run])
         except ImportError:
             print("no picture: matplotlib is not installed")
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """What context parallelism is predicted to cost on 8 to 1024 GPUs: aiter/distributed/cost.py, printed.
 
     python benchmarks/context_parallel_model.py [--tokens-per-gpu 16384] [--heads 32/8] [--forward]
-        [--flops 550e12 --within 300e9 --between 40e9 --node 8] [--measured context_parallel.json]
+        [--flops 550e12 --within 200e9 --between 40e9 --node 8] [--measured context_parallel.json]
 
 Every figure of the table is predicted: nothing here was measured, but what --measured reads, a file that
 benchmarks/context_parallel.py has written; its rows are printed beside the predictions for the same case.

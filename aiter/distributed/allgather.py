@@ -2,16 +2,19 @@
 
     heads    h0         h1         h2         h3                2 pieces of all heads are there at once:
     arrive   =====      =====      =====      =====             that which is computed, and the next one
-    compute       [ h0 ]     [ h1 ]     [ h2 ]     [ h3 ]
+    compute       [ h0 -]    [ h2 -]                            two lanes: the end of one piece leaves room
+                       [ h1 -]    [ h3 -]                       for the beginning of the next
     return                    ....       ....       ....  ....  backward: gradients of keys to those who hold them
 
-With 2 * ranks pieces, both together are as large as one rank's keys and values. A piece holds the rows that are wanted,
-in order of position, this rank's own among them: which are also what others are sent.
+There are so many pieces that both together are as large as one rank's keys and values: 2 * ranks where all keys are
+wanted, few where a window wants its neighbours'. A piece holds the rows that are wanted, in order of position, this
+rank's own among them: which are also what others are sent. Keys and values lie side by side: a message brings both.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,14 +23,16 @@ import torch
 from aiter.distributed import products
 from aiter.distributed.exchange import Batch
 from aiter.distributed.job import Gradients, Job
+from aiter.distributed.lanes import Lanes, Moment, after, hand_over, reached
 from aiter.distributed.layout import Layout, Run, placed
 from aiter.distributed.needs import Mask, shared, wanted
 from aiter.distributed.products import Heads, Product, product_of
 
 
 class Plan(NamedTuple):
-    """products: of each run of queries. own: (rows here, rows of the buffer). sends: (rank, rows of the buffer);
-    receives: the same of what others hold; in order of position. rows: of the buffer."""
+    """products: of each run of queries, those with most keys first, so that little is left to one row at the end. own:
+    (rows here, rows of the buffer). sends: (rank, rows of the buffer); receives: the same of what others hold; in order
+    of position. rows: of the buffer."""
 
     products: tuple[Product, ...]
     own: tuple[tuple[Run, Run], ...]
@@ -62,17 +67,28 @@ def plan_of(layout: Layout, rank: int, mask: Mask, by_distance: bool) -> Plan:
             if product is not None:
                 calls.append(product)
     own = [(within(part, held), within(part, buffer)) for part in shared(mine, layout.runs[rank])]
+    calls.sort(key=lambda product: -product.keys.length)
     rows = sum(run.length for run, _ in buffer)
     return Plan(tuple(calls), tuple(own), tuple(sends), tuple(receives), rows)
+
+
+@lru_cache(maxsize=256)
+def pieces_for(layout: Layout, mask: Mask) -> int:
+    """How many pieces the heads are cut into, so that two of them are no larger than a rank's keys and values."""
+    shares = [
+        sum(run.length for run in wanted(runs, mask)) / max(layout.rows(rank), 1)
+        for rank, runs in enumerate(layout.runs)
+    ]
+    return min(max(math.ceil(2 * max(shares)), 2), 2 * layout.world)
 
 
 def pieces_of(job: Job) -> list[Heads]:
     """The heads in the order in which their keys come."""
     if job.world == 1:
         return list(job.heads)
-    pieces = []
+    pieces, most = [], pieces_for(job.layout, job.asked.mask)
     for queries, keys in job.heads:
-        ratio, count = queries.length // max(keys.length, 1), min(keys.length, 2 * job.world)
+        ratio, count = queries.length // max(keys.length, 1), min(keys.length, most)
         cuts = [keys.length * i // count for i in range(count + 1)]
         for a, b in itertools.pairwise(cuts):
             of_queries = Run(queries.start + a * ratio, queries.start + b * ratio)
@@ -84,18 +100,18 @@ class _Arriving:
     """Keys and values of one piece: (rows, batch, heads, head_dim) each."""
 
     def __init__(self, job: Job, plan: Plan, heads: Heads, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.buffers = []
-        for tensor in (key, value):
-            batch, _, _, dim = tensor.shape
-            buffer = tensor.new_empty((plan.rows, batch, heads.keys.length, dim))
+        dims = key.shape[3], value.shape[3]
+        both = key.new_empty((plan.rows, key.shape[0], heads.keys.length, sum(dims)))
+        self.buffers = both.split(dims, dim=3)
+        for tensor, buffer in zip((key, value), self.buffers, strict=True):
             for rows, place in plan.own:
                 buffer[place.start : place.stop] = products.cut(tensor, rows, heads.keys).transpose(0, 1)
-            self.buffers.append(buffer)
         sends, receives = (
-            [(peer, buffer[part.start : part.stop]) for peer, part in messages for buffer in self.buffers]
+            [(peer, both[part.start : part.stop]) for peer, part in messages]
             for messages in (plan.sends, plan.receives)
         )
         self.batch = Batch(job.group, sends, receives)
+        self.ready = reached(key.device)  # but for what others send
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         self.batch.wait()
@@ -117,18 +133,41 @@ def forward(job: Job, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         output.zero_()
         lse.fill_(-torch.inf)
     pieces = pieces_of(job)
-    arriving = None if job.world == 1 or not pieces else _Arriving(job, plan, pieces[0], key, value)
-    for index, heads in enumerate(pieces):
-        keys, values, of = key, value, heads
-        if arriving is not None:
+    if job.world == 1:
+        for heads in pieces:
+            _attend(job, plan, heads, heads, query, key, value, output, lse)
+        return output, lse
+    before: Moment = None  # is the piece before done, whose memory the one after takes
+    arriving = _Arriving(job, plan, pieces[0], key, value) if pieces else None
+    with Lanes(query.device) as lanes:
+        for index, heads in enumerate(pieces):
             coming = arriving
+            assert coming is not None
             if index + 1 < len(pieces):
+                after(query.device, before)
                 arriving = _Arriving(job, plan, pieces[index + 1], key, value)
-            (keys, values), of = coming.wait(), _local(heads)
-        for product in plan.products:
-            _, part = products.forward(job.asked, product, of, query, keys, values, output)
-            products.cut_lse(lse, product.rows, heads.queries).copy_(part)
+            with lanes.next(coming.ready):
+                keys, values = coming.wait()
+                _attend(job, plan, heads, _local(heads), query, keys, values, output, lse)
+                before = reached(query.device)
     return output, lse
+
+
+def _attend(
+    job: Job,
+    plan: Plan,
+    heads: Heads,
+    of: Heads,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """The products of some heads; of: the same as they lie in key and value."""
+    for product in plan.products:
+        _, part = products.forward(job.asked, product, of, query, key, value, output)
+        products.cut_lse(lse, product.rows, heads.queries).copy_(part)
 
 
 class _Returning:
@@ -136,11 +175,7 @@ class _Returning:
 
     def __init__(self, job: Job, plan: Plan, heads: Heads, sums: list[torch.Tensor], dtype: torch.dtype) -> None:
         self.plan, self.heads, self.sums = plan, heads, sums
-        sends = [
-            (peer, buffer[part.start : part.stop].to(dtype).contiguous())
-            for peer, part in plan.receives
-            for buffer in sums
-        ]
+        sends = [(peer, buffer[part.start : part.stop].to(dtype)) for peer, part in plan.receives for buffer in sums]
         self.parts = [
             (peer, part, which, buffer.new_empty((part.length, *buffer.shape[1:]), dtype=dtype))
             for peer, part in plan.sends
@@ -186,27 +221,37 @@ def backward(
                     products.cut(gradient, product.keys, heads.keys).add_(part)
         return Gradients(grad_query, grad_key, grad_value)
     arriving, returning = _Arriving(job, plan, pieces[0], key, value), None
-    for index, heads in enumerate(pieces):
-        coming = arriving
-        if index + 1 < len(pieces):
-            arriving = _Arriving(job, plan, pieces[index + 1], key, value)
-        keys, values = coming.wait()
-        sums = None
-        for product in plan.products:
-            parts = products.backward(
-                *(job.asked, product, _local(heads), grad_output, grad_lse, query, keys, values, output, lse, True)
-            )
-            products.cut(grad_query, product.rows, heads.queries).copy_(parts[0])
-            if product.keys.length == plan.rows and len(plan.products) == 1:
-                sums = [part.transpose(0, 1) for part in parts[1:]]
-                continue
-            if sums is None:
-                sums = [buffer.new_zeros(buffer.shape, dtype=torch.float32) for buffer in coming.buffers]
-            for total, part in zip(sums, parts[1:], strict=True):
-                total[product.keys.start : product.keys.stop] += part.transpose(0, 1)
+    with Lanes(query.device) as lanes:
+        for index, heads in enumerate(pieces):
+            coming = arriving
+            if index + 1 < len(pieces):
+                arriving = _Arriving(job, plan, pieces[index + 1], key, value)
+            with lanes.next(coming.ready):
+                keys, values = coming.wait()
+                sums: list[torch.Tensor] = []
+                for product in plan.products:
+                    parts = products.backward(
+                        *(job.asked, product, _local(heads), grad_output, grad_lse, query, keys, values),
+                        *(output, lse, True),
+                    )
+                    products.cut(grad_query, product.rows, heads.queries).copy_(parts[0])
+                    sums = _add(sums, product, plan, [part.transpose(0, 1) for part in parts[1:]])
+                done = reached(query.device)
+            if returning is not None:
+                returning.add((grad_key, grad_value))
+            after(query.device, done)
+            returning = _Returning(job, plan, heads, hand_over(sums) or list(coming.buffers), key.dtype)
         if returning is not None:
             returning.add((grad_key, grad_value))
-        returning = _Returning(job, plan, heads, sums or coming.buffers, key.dtype)
-    if returning is not None:
-        returning.add((grad_key, grad_value))
     return Gradients(grad_query, grad_key, grad_value)
+
+
+def _add(sums: list[torch.Tensor], product: Product, plan: Plan, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a piece's keys and values, with those of one more product; float32 where there are several."""
+    if not sums and product.keys.length == plan.rows:
+        return parts if len(plan.products) == 1 else [part.float() for part in parts]
+    if not sums:
+        sums = [part.new_zeros((plan.rows, *part.shape[1:]), dtype=torch.float32) for part in parts]
+    for total, part in zip(sums, parts, strict=True):
+        total[product.keys.start : product.keys.stop] += part
+    return sums

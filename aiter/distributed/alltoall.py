@@ -90,7 +90,7 @@ class Exchange(NamedTuple):
                     if peer == self.rank:
                         result[place.start : place.stop] = part
                     else:
-                        sends.append((peer, part.contiguous()))
+                        sends.append((peer, part))
                 if peer != self.rank:
                     for run in self.runs[peer]:
                         place = within(run, where)
@@ -100,19 +100,20 @@ class Exchange(NamedTuple):
 
     def to_rows(self, tensors: list[torch.Tensor], of_keys: list[bool], heads: list[int]) -> list[torch.Tensor]:
         """The way back, to (batch, rows, all heads, …); what several ranks have of a head is summed in float32."""
-        sends, receives, arrived, where = [], [], [], self.positions
+        arrived: list[torch.Tensor | None] = []
+        sends, receives, where = [], [], self.positions
         own_runs = self.runs[self.rank]
         rows = sum(run.length for run in own_runs)
+        places = [within(run, where) for run in own_runs]
         for tensor, kind in zip(tensors, of_keys, strict=True):
             first = tensor.transpose(0, 1)
             for peer, span in enumerate(self.spans(kind)):
-                places = [within(run, where) for run in own_runs]
                 if peer == self.rank:
-                    arrived.append(torch.cat([first[:0], *(first[place.start : place.stop] for place in places)]))
+                    arrived.append(None)  # is not sent, and not copied but to its place
                     continue
                 for run in self.runs[peer]:
                     place = within(run, where)
-                    sends.append((peer, first[place.start : place.stop].contiguous()))
+                    sends.append((peer, first[place.start : place.stop]))
                 part = first.new_empty((rows, first.shape[1], span.length, *first.shape[3:]))
                 arrived.append(part)
                 for run, row in placed(own_runs):
@@ -123,9 +124,15 @@ class Exchange(NamedTuple):
             parts = arrived[index * len(self.heads) : (index + 1) * len(self.heads)]
             shape = (tensor.shape[0], rows, count, *tensor.shape[3:])
             spans = self.spans(kind)
-            once = sum(span.length for span in spans) == count
-            total = tensor.new_zeros(shape, dtype=tensor.dtype if once else torch.float32)
-            for part, span in zip(parts, spans, strict=True):
-                total[:, :, span.start : span.stop] += part.transpose(0, 1)
+            once = sum(span.length for span in spans) == count  # then each head is written, by one part
+            total = tensor.new_empty(shape) if once else tensor.new_zeros(shape, dtype=torch.float32)
+            put = torch.Tensor.copy_ if once else torch.Tensor.add_
+            for got, span in zip(parts, spans, strict=True):
+                of_heads = total[:, :, span.start : span.stop]
+                if got is not None:
+                    put(of_heads, got.transpose(0, 1))
+                    continue
+                for place, (run, row) in zip(places, placed(own_runs), strict=True):
+                    put(of_heads[:, row : row + run.length], tensor[:, place.start : place.stop])
             results.append(total.to(tensor.dtype))
         return results

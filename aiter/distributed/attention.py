@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from aiter import library
 from aiter.distributed import allgather, ring
+from aiter.distributed.agree import Changed
 from aiter.distributed.alltoall import Exchange
-from aiter.distributed.exchange import GroupOrMesh, groups_of, process_group
+from aiter.distributed.exchange import GroupOrMesh, groups_of, held, process_group
 from aiter.distributed.job import Gradients, Job
 from aiter.distributed.layout import LayoutName, Run
 from aiter.distributed.products import Heads
-from aiter.distributed.work import POSITIONS, Scheme, Work, prepare, refuse_others
+from aiter.distributed.work import POSITIONS, Scheme, Work, prepare, refuse_others, settle
 from aiter.options import OptionKeywords, read_options
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ def _forward(
     value: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Output and log-sum-exp of this rank's rows, and what the backward pass reads. Tensors are (batch, rows, …)."""
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+    """Output and log-sum-exp of this rank's rows, and what the backward pass reads. Tensors are (batch, rows, …).
+    with_lse: whether a log-sum-exp that would have to be sent is wanted."""
     scheme = ring if work.rows == "ring" else allgather
     heads_q, heads_kv = query.shape[2], key.shape[2]
     exchange = work.exchange(heads_q, heads_kv)
@@ -45,8 +48,10 @@ def _forward(
     job = _job_of_heads(work, exchange, alibi_slopes, sinks)
     tensors = exchange.to_heads([query, key, value], [False, True, True])
     output, lse = scheme.forward(job, *tensors)
-    mine, mine_lse = exchange.to_rows([output, lse.transpose(1, 2)], [False, False], [heads_q, heads_q])
-    return mine, mine_lse.transpose(1, 2).contiguous(), (*tensors, output, lse)
+    saved = (*tensors, output, lse)
+    given = [output, lse.transpose(1, 2)] if with_lse else [output]
+    mine, *mine_lse = exchange.to_rows(given, [False] * len(given), [heads_q] * len(given))
+    return mine, mine_lse[0].transpose(1, 2).contiguous() if with_lse else None, saved
 
 
 def _job_of_heads(work: Work, exchange: Exchange, alibi_slopes: torch.Tensor | None, sinks: torch.Tensor | None) -> Job:
@@ -81,14 +86,13 @@ def _backward(
 class _ContextParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sinks, alibi_slopes, work, return_lse):
-        output, lse, saved = _forward(work, query, key, value, alibi_slopes, sinks)
+        with_lse = return_lse or sinks is not None
+        output, lse, saved = _forward(work, query, key, value, alibi_slopes, sinks, with_lse)
         ctx.work, ctx.heads, ctx.return_lse = work, (query.shape[2], key.shape[2]), return_lse
         ctx.set_materialize_grads(False)
         own = (None, None) if sinks is None else (output, lse)
         ctx.save_for_backward(*saved, *own, sinks, alibi_slopes)
-        if not return_lse:
-            ctx.mark_non_differentiable(lse)
-        return output, lse
+        return output, lse if return_lse else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -145,14 +149,19 @@ def context_parallel_attention(
         return _traced(
             *(query, key, value, group, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, options),
         )
-    request, work = prepare(
-        *(query, key, value, groups_of(group), causal, softmax_scale, layout, scheme, cu_seqlens, options)
+    groups = groups_of(group)
+    request, work, confirm = prepare(
+        *(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, options),
+        ahead=True,
     )
-    output, lse = _ContextParallel.apply(
-        *(request.query, request.key, request.value, request.sinks, request.alibi_slopes, work, return_lse)
-    )
+    tensors = request.query, request.key, request.value, request.sinks, request.alibi_slopes
+    try:
+        with held(groups[0], confirm):
+            output, lse = _ContextParallel.apply(*tensors, work, return_lse)
+    except Changed as now:
+        output, lse = _ContextParallel.apply(*tensors, settle(groups, request, now.known), return_lse)
     if query.dim() == 3:
-        output, lse = output.squeeze(0), lse.squeeze(0)
+        output, lse = output.squeeze(0), lse.squeeze(0) if return_lse else None
     return (output, lse) if return_lse else output
 
 
@@ -205,16 +214,18 @@ def _prepared(query, key, value, sinks, alibi_slopes, cu_seqlens, positions, gro
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
     }
-    return prepare(
+    request, work, _ = prepare(
         *(query, key, value, [dist.distributed_c10d._resolve_process_group(name) for name in groups], causal, scale),
-        *(layout if positions is None else positions, scheme, cu_seqlens, keywords, gradients),
+        *(layout if positions is None else positions, scheme, cu_seqlens, True, keywords, gradients),
     )
+    return request, work
 
 
 def _operator(query, key, value, *rest):
     request, work = _prepared(query, key, value, *rest)
     tensors = request.query, request.key, request.value
-    output, lse, _ = _forward(work, *tensors, request.alibi_slopes, request.sinks)
+    output, lse, _ = _forward(work, *tensors, request.alibi_slopes, request.sinks, True)
+    assert lse is not None
     return (output.squeeze(0), lse.squeeze(0)) if query.dim() == 3 else (output, lse)
 
 

@@ -1,7 +1,7 @@
 """How long each scheme takes, from a few constants: what scheme="auto" goes by, and what larger machines are predicted
 by.
 
-    time = max(products, messages that move meanwhile) + what is waited for + batches and calls
+    time = start + max(products, bytes that move meanwhile) + what is waited for + messages and calls
 
 Products are FLOPs of the busiest rank over what kernels sustain; messages are bytes that a rank receives over what its
 link brings, within a node, or between nodes where some messages leave one. Keys of all-gather and ring move while
@@ -13,18 +13,23 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from aiter.distributed.exchange import SEPARATE_MOST
+
 
 class Machine(NamedTuple):
-    """Of a GPU: FLOP/s that kernels sustain; bytes/s that it receives within a node, and from other nodes; bytes/s of
-    its memory; seconds for a batch of messages, and for a call; how many share a node. Defaults: an H100 with NVLink
-    and a network of 400 Gbit/s a GPU, rounded from what others have published; not measured by us."""
+    """Of a GPU: FLOP/s that kernels sustain; bytes/s that it receives within a node, copies at both ends in it, and
+    from other nodes; bytes/s of its memory; seconds for a send or a receive, for a launch, and from a call to its first
+    launch; how many share a node. Defaults: `within`, `message` and `start` are fitted to forward passes on 2 and 4
+    H200 with NVLink (docs/context_parallel.md, its table); `between`, a network of 400 Gbit/s a GPU, and `memory` are
+    rounded from what others have published."""
 
     flops: float = 550e12
-    within: float = 300e9
+    within: float = 200e9
     between: float = 40e9
     memory: float = 2.4e12
-    message: float = 30e-6
+    message: float = 20e-6
     call: float = 12e-6
+    start: float = 1.5e-3
     node: int = 8
 
 
@@ -75,12 +80,20 @@ def predict(scheme: str, problem: Problem, world: int, machine: Machine, inner: 
     keys = p.batch * p.heads_kv * p.tokens * (p.head_dim + p.value_dim) * p.bytes  # of all ranks
     rows = p.batch * p.heads_q * p.tokens / world * (p.head_dim + p.value_dim) * p.bytes  # queries and output of one
     calls = (1 + BACKWARD_CALLS * back) * machine.call
-    batch = (1 + BACKWARD_CALLS * back) * machine.message
+    message = (1 + BACKWARD_CALLS * back) * machine.message
     link = machine.within if world <= machine.node else machine.between
+
+    def batch(peers: float, between_two: int) -> float:
+        """Of so many messages, to and from each of so many ranks."""
+        return 2 * peers * (between_two if between_two <= SEPARATE_MOST else 1) * message
 
     def exchange(ranks: int, link: float) -> float:
         copies = max(1.0, ranks / max(p.heads_kv, 1))  # a KV head goes to all whose query heads read it
-        return (rows + keys / world * copies) * (ranks - 1) / ranks * (1 + BACKWARD_ROWS * back) / link + 2 * batch
+        return (
+            (rows + keys / world * copies) * (ranks - 1) / ranks * (1 + BACKWARD_ROWS * back) / link
+            + batch(ranks - 1, 3 * p.runs)
+            + batch(ranks - 1, p.runs)
+        )
 
     def ring(ranks: int, inner: int) -> float:
         """After an exchange among `inner` ranks, each has that share of the heads, and of keys so many more rows."""
@@ -93,21 +106,23 @@ def predict(scheme: str, problem: Problem, world: int, machine: Machine, inner: 
         merges = 1 + steps * min(p.seen, 1.0)  # of all rows: a causal mask leaves half of them in a step
         merging = MERGE_BYTES * p.batch * p.heads_q * p.tokens / world * p.value_dim * merges / machine.memory
         products = compute * p.imbalance + merging
-        return max(products, moved) + (steps + 1) * p.runs * calls + steps * batch
+        return max(products, moved) + (steps + 1) * p.runs * calls + steps * batch(1, 2)
 
     if scheme == "alltoall":
         busiest = -(-p.heads_q // world) * world / max(p.heads_q, 1)
-        return Prediction(compute * busiest + exchange(world, link) + calls, compute)
+        return Prediction(machine.start + compute * busiest + exchange(world, link) + calls, compute)
     if scheme == "alltoall+ring":
         inner_link = machine.within if inner <= machine.node else machine.between
-        return Prediction(ring(world // inner, inner) + exchange(inner, inner_link), compute)
+        return Prediction(machine.start + ring(world // inner, inner) + exchange(inner, inner_link), compute)
     if scheme == "ring":
-        return Prediction(ring(world, 1), compute)
+        return Prediction(machine.start + ring(world, 1), compute)
     if scheme == "allgather":
-        pieces = max(min(p.heads_kv, 2 * world), 1)
+        pieces = max(min(p.heads_kv, math.ceil(2 * (1 + p.span * world)), 2 * world), 1)
         moved = keys * p.span * (1 + BACKWARD_KEYS * back) / link
         waited = keys * p.span * (1 + back) / link / pieces  # the first piece; backward, the last one's gradients
-        return Prediction(max(compute * p.imbalance, moved) + waited + pieces * (p.runs * calls + batch), compute)
+        messages = batch(min(math.ceil(p.span * world), world - 1), p.runs)
+        of_pieces = pieces * (p.runs * calls + messages * (1 + back))  # gradients go back in two messages
+        return Prediction(machine.start + max(compute * p.imbalance, moved) + waited + of_pieces, compute)
     raise ValueError(f"scheme is {scheme!r}; there are {', '.join(SCHEMES)} and alltoall+ring")
 
 

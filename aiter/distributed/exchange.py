@@ -12,7 +12,8 @@ by its batch."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -71,8 +72,36 @@ def place_in(groups: Sequence[Group]) -> tuple[int, int]:
     return rank, world
 
 
+# Between two ranks, of a batch: more messages than these go as one, as each costs the host 10 µs or more at either end,
+# and what lies in many runs of positions is many; one costs a copy at either end.
+SEPARATE_MOST = 4
+
+
+_held: weakref.WeakKeyDictionary[dist.ProcessGroup, Callable[[], None]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def held(group: Group, confirm: Callable[[], None] | None) -> Iterator[None]:
+    """Nothing is sent over the group before `confirm` has returned: the first batch calls it, or else the end."""
+    own = process_group(group)
+    if confirm is not None:
+        _held[own] = confirm
+    try:
+        yield
+        _release(group)
+    finally:
+        _held.pop(own, None)
+
+
+def _release(group: Group) -> None:
+    confirm = _held.pop(process_group(group), None)
+    if confirm is not None:
+        confirm()
+
+
 class Batch:
-    """Sends and receives, each (rank in the group, contiguous tensor), under way from the moment this is made."""
+    """Sends and receives, each (rank in the group, tensor), under way from the moment this is made; received tensors
+    are contiguous, and there after `wait`."""
 
     def __init__(
         self,
@@ -80,19 +109,44 @@ class Batch:
         sends: Sequence[tuple[int, torch.Tensor]] = (),
         receives: Sequence[tuple[int, torch.Tensor]] = (),
     ) -> None:
-        operations = [
-            dist.P2POp(operation, tensor, global_rank(group, peer), group)
-            for operation, messages in ((dist.irecv, receives), (dist.isend, sends))
-            for peer, tensor in messages
-            if tensor.numel()
-        ]
+        self._apart: list[tuple[torch.Tensor, list[torch.Tensor]]] = []  # what came as one, and where it belongs
+        operations = []
+        for peer, tensors in _by_peer(receives, group):
+            if len(tensors) > SEPARATE_MOST:
+                one = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+                self._apart.append((one, tensors))
+                tensors = [one]
+            operations += [dist.P2POp(dist.irecv, tensor, peer, group) for tensor in tensors]
+        for peer, tensors in _by_peer(sends, group):
+            if len(tensors) > SEPARATE_MOST:
+                one = tensors[0].new_empty(sum(tensor.numel() for tensor in tensors))
+                torch._foreach_copy_(_parts(one, tensors), tensors)
+                tensors = [one]
+            operations += [dist.P2POp(dist.isend, tensor.contiguous(), peer, group) for tensor in tensors]
         self._held = [operation.tensor for operation in operations]
+        _release(group)
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
-        self._works, self._held = [], []
+        for one, tensors in self._apart:
+            torch._foreach_copy_(tensors, _parts(one, tensors))
+        self._works, self._held, self._apart = [], [], []
+
+
+def _by_peer(messages: Sequence[tuple[int, torch.Tensor]], group: Group) -> list[tuple[int, list[torch.Tensor]]]:
+    """The messages that are any, by the other rank (as all groups number it) and by dtype: alike at both ends."""
+    found: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}
+    for peer, tensor in messages:
+        if tensor.numel():
+            found.setdefault((peer, tensor.dtype), []).append(tensor)
+    return [(global_rank(group, peer), tensors) for (peer, _), tensors in found.items()]
+
+
+def _parts(one: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of one tensor, as large as these one after the other."""
+    return [part.view(t.shape) for part, t in zip(one.split([t.numel() for t in tensors]), tensors, strict=True)]
 
 
 _connected: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()

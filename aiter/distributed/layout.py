@@ -110,23 +110,28 @@ def by_documents(name: str, ends: tuple[int, ...], total: int, world: int) -> La
     return Layout(tuple(joined(own) for own in runs))
 
 
-def runs_of(positions: Sequence[int]) -> tuple[Run, ...]:
-    """Raises ValueError where positions do not ascend."""
-    runs: list[Run] = []
-    for position in positions:
-        if runs and position == runs[-1].stop:
-            runs[-1] = Run(runs[-1].start, position + 1)
-        elif position < 0 or (runs and position < runs[-1].stop):
-            raise ValueError(
-                f"layout, as positions, has {position} after {runs[-1].stop - 1 if runs else 'nothing'}; the positions "
-                "of a rank must ascend, from 0: sort its rows by position"
-            )
-        else:
-            runs.append(Run(position, position + 1))
-    return tuple(runs)
+def runs_of(positions: torch.Tensor) -> tuple[Run, ...]:
+    """Raises ValueError where positions, int64 or int32 (rows,), do not ascend. By a few operators on the host, as they
+    are as many as a rank has rows."""
+    positions = positions.cpu()
+    if not positions.numel():
+        return ()
+    steps = positions.diff()
+    if positions[0] < 0 or bool((steps <= 0).any()):
+        place = 0 if positions[0] < 0 else int((steps <= 0).nonzero()[0]) + 1
+        before = int(positions[place - 1]) if place else "nothing"
+        raise ValueError(
+            f"layout, as positions, has {int(positions[place])} after {before}; the positions of a rank must ascend, "
+            "from 0: sort its rows by position"
+        )
+    (ends,) = (steps != 1).nonzero(as_tuple=True)
+    starts = [int(positions[0]), *positions[ends + 1].tolist()]
+    stops = [*(positions[ends] + 1).tolist(), int(positions[-1]) + 1]
+    return tuple(map(Run, starts, stops))
 
 
-def from_runs(runs: Sequence[tuple[Run, ...]]) -> Layout:
+@lru_cache(maxsize=64)
+def from_runs(runs: tuple[tuple[Run, ...], ...]) -> Layout:
     """Raises ValueError unless the ranks together hold all positions once."""
     expected = 0
     for run, rank in sorted((run, rank) for rank, of_rank in enumerate(runs) for run in of_rank):
@@ -138,7 +143,7 @@ def from_runs(runs: Sequence[tuple[Run, ...]]) -> Layout:
                 f"{run.start} on rank {rank}); the ranks must hold all positions from 0 on, each once"
             )
         expected = run.stop
-    return Layout(tuple(runs))
+    return Layout(runs)
 
 
 def check_name(layout: object) -> str:

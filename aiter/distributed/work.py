@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from aiter import checks, library
 from aiter.distributed import allgather, cost, ring
 from aiter.distributed import layout as layouts
-from aiter.distributed.agree import Known, agree, gather_objects
+from aiter.distributed.agree import Changed, Known, ask, digest_of, gather_once, memory_of, remember
 from aiter.distributed.alltoall import Exchange, heads_of
 from aiter.distributed.exchange import Group, GroupOrMesh, connect, global_rank, groups_of, place_in, size_of
 from aiter.distributed.job import Job
@@ -33,6 +33,7 @@ from aiter.options import NO_LIMIT, OptionKeywords, Options, read_options
 Scheme: TypeAlias = Literal["auto", "allgather", "alltoall", "ring", "alltoall+ring"]
 SCHEMES = ("auto", "allgather", "alltoall", "ring", "alltoall+ring")
 POSITIONS = "positions"
+NOTHING = (0, 0)  # instead of a digest
 
 
 class Numbers(NamedTuple):
@@ -91,6 +92,7 @@ class Request(NamedTuple):
     runs: tuple[Run, ...] | None  # this rank's, where positions are given
     numbers: Numbers
     gradients: bool
+    return_lse: bool
 
     def description(self) -> dict[str, Any]:
         """All that must be the same on all ranks."""
@@ -111,7 +113,15 @@ class Request(NamedTuple):
             "scheme": self.numbers.scheme,
             "batch_invariant": self.numbers.batch_invariant,
             "gradients wanted": self.gradients,
+            "return_lse": self.return_lse,
         }
+
+    def digest(self) -> tuple[int, int]:
+        return digest_of(sorted(self.description().items()))
+
+    def known(self) -> Known:
+        """What may differ from rank to rank."""
+        return Known(self.query.shape[1], local_ranks(), NOTHING if self.runs is None else digest_of(self.runs))
 
 
 # Options that a split sequence can have; where rows stand, `layout` says.
@@ -155,6 +165,7 @@ def _request(
     layout: object,
     scheme: object,
     cu_seqlens: torch.Tensor | Sequence[int] | None,
+    return_lse: bool,
     keywords: OptionKeywords,
 ) -> Request:
     packed = f"{checks.BSHD}, or packed {checks.PACKED}"
@@ -170,6 +181,7 @@ def _request(
             "self-attention, where each rank has queries, keys and values of the same positions"
         )
     checks.flag("causal", causal)
+    checks.flag("return_lse", return_lse)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(causal, keywords)
     refuse_others(options)
@@ -196,7 +208,7 @@ def _request(
                 f"layout is {layout.dtype} {tuple(layout.shape)}; positions must be int64 ({query.shape[1]},), one for "
                 "each row of query"
             )
-        runs = layouts.runs_of(layout.tolist())
+        runs = layouts.runs_of(layout)
         layout = POSITIONS
     else:
         layout = layouts.check_name(layout)
@@ -205,7 +217,7 @@ def _request(
     needs = [query, key, value, *([] if options.sinks is None else [options.sinks])]
     gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needs)
     alibi = options.readable().alibi_slopes
-    return Request(query, key, value, options.sinks, alibi, ends, runs, numbers, gradients)
+    return Request(query, key, value, options.sinks, alibi, ends, runs, numbers, gradients, return_lse)
 
 
 @lru_cache(maxsize=256)
@@ -265,9 +277,11 @@ def _machine(group: Group, local: int) -> cost.Machine:
     return cost.Machine(node=min(nodes.values()))
 
 
-def _layout(groups: Sequence[Group], request: Request, rows: list[int]) -> Layout:
+def _layout(groups: Sequence[Group], request: Request, known: list[Known]) -> Layout:
     if request.runs is not None:
-        return layouts.from_runs(gather_objects(groups, request.runs))
+        digests = [of_rank.positions for of_rank in known]
+        return layouts.from_runs(tuple(gather_once(groups, digests, request.runs)))
+    rows = [of_rank.rows for of_rank in known]
     made = layouts.named(request.numbers.layout, sum(rows), len(rows))
     expected = [made.rows(rank) for rank in range(len(rows))]
     if rows != expected:
@@ -302,31 +316,56 @@ def prepare(
     layout: object,
     scheme: object,
     cu_seqlens: torch.Tensor | Sequence[int] | None,
+    return_lse: bool,
     keywords: OptionKeywords,
     gradients: bool | None = None,
-) -> tuple[Request, Work]:
-    """All that comes before data moves. gradients: whether they are wanted, where tensors do not say it."""
-    request, refused = None, None
+    ahead: bool = False,
+) -> tuple[Request, Work, Callable[[], None] | None]:
+    """All that comes before data moves. gradients: whether they are wanted, where tensors do not say it. ahead: that
+    ranks agree need not be waited for where this rank was asked for the same before. What is then returned as third
+    must be called before data moves: it raises what ranks disagree about, or `Changed`, for which there is `settle`."""
+    request, refused, before = None, None, None
+    own, description, digest = Known(0, local_ranks()), {}, NOTHING
     try:
-        request = _request(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, keywords)
+        request = _request(
+            *(query, key, value, groups, causal, softmax_scale, layout, scheme, cu_seqlens, return_lse, keywords)
+        )
         if gradients is not None:
             request = request._replace(gradients=gradients)
+        own, description, digest = request.known(), request.description(), request.digest()
+        before = memory_of(groups).settled.get((own, digest, request.query.device))
         # Before ranks wait for each other: a compiler may take longer than a collective's patience.
-        _build(groups, request)
+        if before is None:
+            _build(groups, request)
     except Exception as error:
         refused = error
-    description = {} if request is None else request.description()
-    own = Known(0 if request is None else request.query.shape[1], local_ranks())
-    known = agree(groups, own, description, refused)
-    assert request is not None
-    layout_ = _layout(groups, request, [of_rank.rows for of_rank in known])
-    work = _work(groups, layout_, request, min(of_rank.local_ranks for of_rank in known))
+    answer = ask(groups, own, description, digest, refused)
+    if request is None or before is None or not ahead or len(groups) > 1:
+        known = answer()
+        assert request is not None
+        return request, settle(groups, request, known), None
+    expected, work = before
+
+    def confirm() -> None:
+        known = answer()
+        if known != expected:
+            raise Changed(known)
+
+    return request, work._replace(groups=tuple(groups)), confirm
+
+
+def settle(groups: Sequence[Group], request: Request, known: list[Known]) -> Work:
+    """Who does what, when all ranks are known to be asked for the same."""
+    layout = _layout(groups, request, known)
+    work = _work(groups, layout, request, min(of_rank.local_ranks for of_rank in known))
     for group in groups:
         connect(group, request.query.device)
-    return request, work
+    key = request.known(), request.digest(), request.query.device
+    remember(memory_of(groups).settled, key, (known, work._replace(groups=())))
+    return work
 
 
 def refuse(group: GroupOrMesh, error: Exception) -> NoReturn:
     """Raises what keeps this rank from its call, and on the others that this rank cannot make it."""
-    agree(groups_of(group), Known(0, local_ranks()), {}, error)
+    ask(groups_of(group), Known(0, local_ranks()), {}, NOTHING, error)()
     raise error

@@ -184,6 +184,8 @@ def disagreement(kind):
             query.requires_grad_()
         elif kind == "scheme":
             options["scheme"] = "allgather"
+        elif kind == "lse":
+            options["return_lse"] = True
         elif kind == "refused":
             tensors[1] = key.to(torch.float64)
         elif kind == "positions":
@@ -200,6 +202,40 @@ def disagreement(kind):
         raised = "nothing"
     assert torch.equal(context_parallel_attention(query.detach(), key, value, **asked), good)
     return raised
+
+
+def positions_are_told_once():
+    """How often ranks tell each other their positions: when any rank's are new, and then all do."""
+    from aiter.distributed import agree
+
+    rank, gather, told = dist.get_rank(), agree.gather_objects, []
+    agree.gather_objects = lambda groups, value: told.append(value) or gather(groups, value)
+    tensors = [torch.randn(1, 8, heads, 32) for heads in (4, 2, 2)]
+    halves = [torch.arange(8 * rank, 8 * rank + 8), torch.arange(rank, 16, 2)]
+    uneven = [*range(4), *range(8, 12)] if rank == 0 else [*range(4, 8), *range(12, 16)]
+    counts, outputs = [], []
+    try:
+        for layout in (halves[0], halves[1], halves[1].clone(), halves[0].int(), torch.tensor(uneven), halves[0]):
+            outputs.append(context_parallel_attention(*tensors, causal=True, layout=layout))
+            counts.append(len(told))
+    finally:
+        agree.gather_objects = gather
+    assert torch.equal(outputs[1], outputs[2]) and torch.equal(outputs[0], outputs[3])
+    assert torch.equal(outputs[0], outputs[5]) and not torch.equal(outputs[0], outputs[1])
+    return counts
+
+
+def others_have_other_rows(scheme):
+    """The same rows on rank 0, which makes ready for what it knows; those of others, and the length, are others."""
+    query, key, value, _, _ = whole((1, 71, 4, 2, 32, 32), torch.float32)
+    counts = []
+    for total in (71, 70, 71, 70):
+        parts = [shard(t[:, :total], 1) for t in (query, key, value)]
+        counts.append(parts[0].shape[1])
+        output = context_parallel_attention(*parts, causal=True, scheme=scheme)
+        expected = aiter.flash_attn_func(*(t[:, :total] for t in (query, key, value)), True)
+        compare("output", output, shard(expected, 1), 8, value.abs().max())
+    return counts
 
 
 def dies(scheme):
