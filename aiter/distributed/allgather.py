@@ -113,9 +113,10 @@ class _Arriving:
         self.batch = Batch(job.group, sends, receives)
         self.ready = reached(key.device)  # but for what others send
 
-    def wait(self) -> tuple[torch.Tensor, ...]:
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
         self.batch.wait()
-        return tuple(buffer.transpose(0, 1) for buffer in self.buffers)
+        keys, values = self.buffers
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
 
 def _local(heads: Heads) -> Heads:
@@ -135,7 +136,7 @@ def forward(job: Job, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     pieces = pieces_of(job)
     if job.world == 1:
         for heads in pieces:
-            _attend(job, plan, heads, heads, query, key, value, output, lse)
+            _attend(job, plan, heads, heads, query, (key, value), output, lse)
         return output, lse
     before: Moment = None  # is the piece before done, whose memory the one after takes
     arriving = _Arriving(job, plan, pieces[0], key, value) if pieces else None
@@ -147,8 +148,7 @@ def forward(job: Job, query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
                 after(query.device, before)
                 arriving = _Arriving(job, plan, pieces[index + 1], key, value)
             with lanes.next(coming.ready):
-                keys, values = coming.wait()
-                _attend(job, plan, heads, _local(heads), query, keys, values, output, lse)
+                _attend(job, plan, heads, _local(heads), query, coming.wait(), output, lse)  # keeps no keys
                 before = reached(query.device)
     return output, lse
 
@@ -159,14 +159,13 @@ def _attend(
     heads: Heads,
     of: Heads,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    keys_and_values: tuple[torch.Tensor, torch.Tensor],
     output: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """The products of some heads; of: the same as they lie in key and value."""
+    """The products of some heads; of: the same as they lie in keys and values."""
     for product in plan.products:
-        _, part = products.forward(job.asked, product, of, query, key, value, output)
+        _, part = products.forward(job.asked, product, of, query, *keys_and_values, output)
         products.cut_lse(lse, product.rows, heads.queries).copy_(part)
 
 
