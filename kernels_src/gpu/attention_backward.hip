@@ -57,6 +57,8 @@
 #include "gpu/backward_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
+#elif defined(AITER_GFX9)
+#include "gpu/arch/gfx9_paired_backward.h"
 #endif
 
 namespace aiter {
@@ -68,6 +70,9 @@ static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its 
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
 /* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
 constexpr bool HAS_ONE_PASS = HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || HEAD_DIM == 128 && !SOFTCAP && !DROPOUT);
+#elif defined(AITER_GFX9)
+template <int PASS> using Loop = BackwardLoopOf<PASS>;
+constexpr bool HAS_ONE_PASS = false;
 #else
 template <int PASS> using Loop = BackwardTileLoop<PASS>;
 constexpr bool HAS_ONE_PASS = false;
@@ -224,8 +229,10 @@ __global__ void __launch_bounds__(Loop<PASS>::THREADS, Loop<PASS>::BLOCKS)
     Loop<PASS>::attend(first_share, shared_address(shared), [&](const auto &tile, auto &grad_x, auto &grad_y) {
         /* Worked out anew, so that the loop need not keep it in registers. */
         const ShareOf<PASS> share(arguments, Loop<PASS>::forget(number));
-        if (gives_x(PASS)) store<PASS>(share, tile, grad_x, destination_of_x<PASS>(arguments));
-        if (gives_y(PASS)) store<PASS>(share, tile, grad_y, destination_of_y(arguments));
+        if constexpr (gives_x(PASS) && HAS_GRADIENT<decltype(grad_x)>)
+            store<PASS>(share, tile, grad_x, destination_of_x<PASS>(arguments));
+        if constexpr (gives_y(PASS) && HAS_GRADIENT<decltype(grad_y)>)
+            store<PASS>(share, tile, grad_y, destination_of_y(arguments));
     });
 }
 

@@ -139,6 +139,11 @@ template <class Tile, class Share> struct Issue {
     }
 };
 
+/* Takes the place of a gradient that other waves of the block have. */
+struct NoGradient {};
+template <class Gradient> constexpr bool HAS_GRADIENT = true;
+template <> inline constexpr bool HAS_GRADIENT<NoGradient &> = false;
+
 template <int PASS> struct BackwardTileLoop {
     using Tile = Backward<HEAD_DIM, VALUE_DIM, PASS>;
     using Scores = typename Tile::Scores;
