@@ -88,6 +88,8 @@ def _main_loop(rows: list[_Row]) -> tuple[list[_Row], int] | None:
             body = [row for row in rows if branch.target <= row.index <= branch.index]
             if 2 * body[0].count < branch.count:
                 continue  # a jump back from what the compiler has moved out of the way, rarely taken
+            if 2 * branch.count < max((row.count for row in body if row.pipe == "matrix"), default=0):
+                continue  # a loop around the one that multiplies, or a branch that is rarely come to
             loops.append((sum(row.count for row in body if row.pipe == "matrix"), sum(row.count for row in body), body))
     if not loops:
         return None

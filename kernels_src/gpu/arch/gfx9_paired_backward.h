@@ -32,7 +32,7 @@ namespace aiter {
 template <int COLUMNS> struct PassingTensor {
     static constexpr int TOKENS = 32;
     using Layout = PermutedTile<COLUMNS, COLUMNS, TOKENS>;
-    using Products = TileProducts<COLUMNS, COLUMNS, TOKENS, Layout>;
+    using Products = TileProducts<COLUMNS, COLUMNS, TOKENS, Layout, 4>;
     static constexpr int ROW_BYTES = Layout::KEY_BYTES, BYTES = ROW_BYTES + Layout::VALUE_BYTES;
 };
 
@@ -75,70 +75,7 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
     }
 };
 
-/* A thread's part of one tensor's tiles: four rows of 16 bytes, to be stored by rows or transposed. */
-struct PassingCopy {
-    static constexpr int TOKENS = PairedTile::TOKENS;
-    template <bool TRANSPOSED, int COLUMNS>
-    using Part = typename PassingTensor<COLUMNS>::Layout::template Part<TRANSPOSED, PairedTile::THREADS / 4>;
-
-    const bool is_y, transposed; /* the same for a wave */
-    int row, chunk, chunks;      /* of the tile; chunks of a row in memory */
-    bool exists, loads;          /* has a place in shared memory; in memory, too */
-    SharedAddress to;
-    u32x4 piece[4];
-    int begin, end; /* rows of the tile on its way that exist, in the tile */
-
-    __device__ __forceinline__ PassingCopy(SharedAddress shared, bool is_y, bool transposed)
-        : is_y(is_y), transposed(transposed) {
-        of_kind([&](auto part_of, int columns) {
-            const decltype(part_of.part()) part = part_of.part();
-            row = part.row, chunk = part.chunk, exists = part.exists();
-            loads = exists && chunk < columns / 8;
-            to = part.place(shared + (this->is_y ? PairedTile::Y_AT : 0));
-        });
-    }
-    template <bool TRANSPOSED, int COLUMNS> struct Kind {
-        static __device__ __forceinline__ auto part() {
-            return Part<TRANSPOSED, COLUMNS>(thread_in_block() % (PairedTile::THREADS / 4));
-        }
-    };
-    /* Calls f(Kind, columns). */
-    template <class F> __device__ __forceinline__ void of_kind(F f) const {
-        const auto of_layout = [&](auto by_rows, auto by_columns, int columns) {
-            if (transposed) f(by_columns, columns);
-            else f(by_rows, columns);
-        };
-        if (HEAD_DIM == VALUE_DIM || !is_y)
-            of_layout(Kind<false, HEAD_DIM>(), Kind<true, HEAD_DIM>(), HEAD_DIM);
-        else of_layout(Kind<false, VALUE_DIM>(), Kind<true, VALUE_DIM>(), VALUE_DIM);
-    }
-    __device__ __forceinline__ void load(const RowPair &rows, int first) {
-        begin = DROPOUT ? rows.begin - first : 0, end = rows.count - first;
-        const Rows &from = is_y ? rows.y : rows.x;
-        const char *base = opaque_scalar(from.row(first));
-        const auto stride = static_cast<uint32_t>(from.stride);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const auto place = static_cast<uint32_t>(lesser(row + k, end - 1));
-            piece[k] = u32x4{0, 0, 0, 0};
-            if (loads) piece[k] = global_load<u32x4>(base + ((place & (TOKENS - 1)) * (stride & 0xffffff) + chunk * 16));
-        }
-    }
-    __device__ __forceinline__ void store() {
-        if (__builtin_expect(end < TOKENS || DROPOUT && begin > 0, false))
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-                if (row + k >= end || DROPOUT && row + k < begin) piece[k] = u32x4{0, 0, 0, 0};
-        of_kind([&](auto part_of, int) {
-            const decltype(part_of.part()) part = part_of.part();
-            if (exists)
-#pragma unroll
-                for (int k = 0; k < 4; ++k) part.store(to, piece, k);
-        });
-    }
-};
-
-/* The tiles of all passing heads, one after the other. */
+/* The tiles of all passing heads, one after the other; then the last for ever. */
 template <class Share> struct PassingTiles {
     const Share &share;
     int left, first; /* tiles, this one with them; its first row */
@@ -147,11 +84,80 @@ template <class Share> struct PassingTiles {
 
     __device__ __forceinline__ explicit PassingTiles(const Share &share)
         : share(share), left(share.heads_passing * share.tiles), first(share.first), rows(share.passing()) {}
+    __device__ __forceinline__ bool begins() const { return head == 0 && count == 0; }
     __device__ __forceinline__ void next() {
-        --left, first += PairedTile::TOKENS;
-        if (++count < share.tiles) return;
+        if (--left <= 0) return;
+        ++count, first += PairedTile::TOKENS;
+        if (count < share.tiles) return;
         count = 0, first = share.first;
-        if (++head < share.heads_passing) share.sequence.next_head(rows);
+        ++head;
+        share.sequence.next_head(rows);
+    }
+};
+
+/* A thread's part of x's tiles or, where IS_Y, of y's: four rows of 16 bytes, to be stored by rows or TRANSPOSED. The
+ * next tile is loaded where the one before was stored; past the last, something is for nothing. */
+template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
+    static constexpr int TOKENS = PairedTile::TOKENS, ROWS = 4;
+    static constexpr int COLUMNS = IS_Y ? VALUE_DIM : HEAD_DIM;
+    static constexpr bool TERMS = !IS_Y && !TRANSPOSED; /* copies LSE and delta, too */
+    using Part = typename PassingTensor<COLUMNS>::Layout::template Part<TRANSPOSED, PairedTile::THREADS / 4>;
+
+    PassingTiles<Share> tiles;
+    const Part part;
+    const SharedAddress to, terms;
+    u32x4 piece[ROWS] = {};
+    f32x2 piece_terms = {};
+    int begin = 0, end = TOKENS; /* rows of the tile on its way that exist, in the tile */
+    const char *base;            /* of that tile */
+    const LseAndDelta *base_terms;
+
+    __device__ __forceinline__ PassingCopy(const Share &share, SharedAddress shared)
+        : tiles(share), part(thread_in_block() % (PairedTile::THREADS / 4)),
+          to(part.place(shared + (IS_Y ? PairedTile::Y_AT : 0))),
+          terms(opaque(shared + PairedTile::TERMS_AT + thread_in_block() % WAVE * 4)) {}
+
+    static __device__ __forceinline__ bool takes_terms() {
+        return TERMS && thread_in_block() % (PairedTile::THREADS / 4) < TOKENS;
+    }
+    __device__ __forceinline__ const Rows &rows() const { return IS_Y ? tiles.rows.y : tiles.rows.x; }
+    /* To the next tile, which load() is then about. */
+    __device__ __forceinline__ void go_on() {
+        begin = DROPOUT ? tiles.rows.begin - tiles.first : 0, end = tiles.rows.count - tiles.first;
+        base = rows().row(tiles.first);
+        base_terms = tiles.rows.terms + tiles.first;
+        tiles.next();
+    }
+    __device__ __forceinline__ void load(int k) {
+        const auto place = static_cast<uint32_t>(lesser(part.row + k, end - 1)) & (TOKENS - 1);
+        piece[k] = u32x4{0, 0, 0, 0};
+        if (part.exists() && (Part::LANES == COLUMNS / 8 || part.chunk < COLUMNS / 8))
+            piece[k] = global_load<u32x4>(
+                base + (place * (static_cast<uint32_t>(rows().stride) & 0xffffff) + part.chunk * 16));
+        if (TERMS && k == ROWS - 1)
+            piece_terms = global_load<f32x2>(base_terms + lesser(thread_in_block() % TOKENS, end - 1));
+    }
+    __device__ __forceinline__ void load() {
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) load(k);
+    }
+    __device__ __forceinline__ void clear_rest() {
+        if (__builtin_expect(end < TOKENS || DROPOUT && begin > 0, false))
+#pragma unroll
+            for (int k = 0; k < ROWS; ++k)
+                if (part.row + k >= end || DROPOUT && part.row + k < begin) piece[k] = u32x4{0, 0, 0, 0};
+    }
+    __device__ __forceinline__ void store(int k) const {
+        if (part.exists()) part.store(to, piece, k);
+    }
+    __device__ __forceinline__ void store() const {
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) store(k);
+    }
+    __device__ __forceinline__ void store_terms(int parity) const {
+        if (!takes_terms()) return;
+        shared_store(terms + parity * 2 * PairedTile::TERM_BYTES, piece_terms.x);
+        shared_store(terms + parity * 2 * PairedTile::TERM_BYTES + PairedTile::TERM_BYTES, piece_terms.y);
     }
 };
 
@@ -177,15 +183,18 @@ struct PairedLoop {
         Tile tile;
         tile.shared = shared;
         NoGradient none;
+        const bool first_half = wave() % Tile::PAIRS < Tile::PAIRS / 2;
         if (wave() < Tile::PAIRS) {
             GradY grad_y;
             grad_y.clear();
-            if (share.tiles > 0) probabilities(share, tile, grad_y);
+            if (share.tiles > 0)
+                first_half ? probabilities<true>(share, tile, grad_y) : probabilities<false>(share, tile, grad_y);
             finish(tile, none, grad_y);
         } else {
             GradX grad_x;
             grad_x.clear();
-            if (share.tiles > 0) gradients(share, tile, grad_x);
+            if (share.tiles > 0)
+                first_half ? gradients<true>(share, tile, grad_x) : gradients<false>(share, tile, grad_x);
             finish(tile, grad_x, none);
         }
     }
@@ -220,68 +229,65 @@ struct PairedLoop {
         __device__ __forceinline__ bool masked(int tile) const { return tile < last.low || tile + TOKENS > first.high; }
     };
 
-    /* M: s = rows of a tile times own ones, of the tile if `sees`, and gradient += p columns of the one before, if `saw`.
-     * Ends with the barrier, which the last products, whose operands have been read, do not keep waiting. */
-    template <class OfRows, class OfColumns, class Own, class Gradient>
+    /* M: s = rows of a tile times own ones, of the tile if `sees`, and gradient += p columns of the one before, if `saw`;
+     * beside them, the copies. Ends with the barrier, which the last products, whose operands have been read, do not
+     * keep waiting. */
+    template <class OfRows, class OfColumns, class Own, class Gradient, class Copy>
     static __device__ __forceinline__ void multiply(SharedAddress rows, SharedAddress columns, bool sees, bool saw,
                                                     const Own &own, Scores &s, const u32x4 (&p)[TOKENS / 16],
-                                                    Gradient &gradient) {
+                                                    Gradient &gradient, Copy &copy) {
         using Products = typename OfColumns::Products;
         using ScoreProducts = typename OfRows::Products;
+        constexpr int SCORE_PRODUCTS = ScoreProducts::SCORE_PRODUCTS;
+        constexpr int STRIDE = SCORE_PRODUCTS / Copy::ROWS; /* products before a row is stored */
         __builtin_amdgcn_s_setprio(2);
         auto outputs = Products::template outputs<Gradient>(columns);
-        static_assert(outputs.AHEAD <= ScoreProducts::SCORE_PRODUCTS, "begun while scores are multiplied");
+        const auto copy_at_once = [&] {
+            copy.store();
+            outputs.begin();
+        };
+        if (STRIDE == 0) copy_at_once();
         if (__builtin_expect(sees, true)) {
             auto scores = ScoreProducts::scores(rows);
             scores.begin();
             ScoreProducts::multiply(scores, own, s, [&](int i) {
-                constexpr int READ = ScoreProducts::SCORE_PRODUCTS - outputs.AHEAD;
+                if (STRIDE == 0) return;
+                if (i % STRIDE == STRIDE - 1 && i / STRIDE < Copy::ROWS) copy.store(i / STRIDE);
+                constexpr int READ = SCORE_PRODUCTS - outputs.AHEAD;
                 if (i >= READ) outputs.begin(i - READ);
             });
-        } else {
-            outputs.begin();
+        } else if (STRIDE > 0) {
+            copy_at_once();
         }
         if (__builtin_expect(saw, true)) {
-            constexpr int LATER = lesser(READS_AHEAD, 2);
+            constexpr int LATER = outputs.AHEAD;
             Products::multiply(
                 outputs, [&](int, int j) { return p[j]; }, gradient,
                 [&](int i) {
+                    if (i < Copy::ROWS) copy.load(i);
                     if (i == outputs.PRODUCTS - LATER) meet();
                 });
+#pragma unroll
+            for (int k = outputs.PRODUCTS; k < Copy::ROWS; ++k) copy.load(k);
         } else {
+            copy.load();
             meet();
         }
         __builtin_amdgcn_s_setprio(0);
     }
 
+    template <bool BY_ROWS>
     static __device__ __forceinline__ void probabilities(const Share &share, Tile &tile, GradY &grad_y) {
         tile.own_x.load(tile.shared, own_rows(share, share.own().x), {~0u, 0u});
-        const bool by_rows = wave() % Tile::PAIRS < Tile::PAIRS / 2;
         const Seen seen(share);
         Rows rows(share, share.block_row + Tile::wave_row());
-        PassingCopy copy(tile.shared, !by_rows, !by_rows);
-        Tiles coming(share);
-        f32x2 coming_terms;
-        const auto load = [&] {
-            if (coming.left <= 0) return;
-            copy.load(coming.rows, coming.first);
-            if (by_rows && thread_in_block() < TOKENS)
-                coming_terms = global_load<f32x2>(coming.rows.terms + coming.first + lesser(thread_in_block(), copy.end - 1));
-            coming.next();
-        };
-        const auto store = [&](int parity) {
-            copy.store();
-            if (by_rows && thread_in_block() < TOKENS) {
-                const SharedAddress to = tile.shared + Tile::TERMS_AT + parity * 2 * Tile::TERM_BYTES + thread_in_block() * 4;
-                shared_store(to, coming_terms.x);
-                shared_store(to + Tile::TERM_BYTES, coming_terms.y);
-            }
-        };
-        load();
-        if (by_rows) {
-            store(0);
-            load();
+        PassingCopy<BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared);
+        if (BY_ROWS) { /* from the first tile on; the others, from the one before */
+            copy.go_on();
+            copy.load();
+            copy.clear_rest();
         }
+        copy.go_on();
         meet();
 
         u32x4 p16[TOKENS / 16];
@@ -291,7 +297,7 @@ struct PairedLoop {
         for (Tiles at(share);; at.next()) {
             const bool sees = at.left > 0 && seen.some(at.first);
             multiply<TensorX, TensorY>(tile.shared, tile.shared + Tile::Y_AT + TensorY::ROW_BYTES, sees, saw, tile.own_x,
-                                       p, p16, grad_y);
+                                       p, p16, grad_y, copy);
             if (at.left == 0) break;
             if (__builtin_expect(sees, true)) {
                 Scores derivative;
@@ -306,26 +312,28 @@ struct PairedLoop {
             }
             saw = sees;
             parity ^= 1;
-            if (!by_rows || at.left > 1) store(parity);
-            load();
+            copy.clear_rest();
+            copy.go_on();
             meet();
         }
         meet();
     }
 
+    template <bool BY_ROWS>
     static __device__ __forceinline__ void gradients(const Share &share, Tile &tile, GradX &grad_x) {
         tile.own_y.load(tile.shared, own_rows(share, share.own().y), {~0u, 0u});
-        const bool by_rows = wave() % Tile::PAIRS < Tile::PAIRS / 2;
         const Seen seen(share);
         Rows rows(share, share.block_row + Tile::wave_row());
-        PassingCopy copy(tile.shared, by_rows, !by_rows);
-        Tiles coming(share);
-        const auto load = [&] {
-            if (coming.left <= 0) return;
-            copy.load(coming.rows, coming.first);
-            coming.next();
-        };
-        load();
+        PassingCopy<!BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared);
+        copy.go_on();
+        copy.load();
+        if (BY_ROWS) { /* a tile ahead */
+            copy.clear_rest();
+            copy.store();
+            copy.store_terms(0);
+            copy.go_on();
+            copy.load();
+        }
         meet();
 
         u32x4 ds16[TOKENS / 16];
@@ -342,15 +350,13 @@ struct PairedLoop {
 #pragma unroll
                 for (int j = 0; j < TOKENS / 16; ++j) ds16[j] = round_operand(ds, 0, j);
             }
-            const bool begins = at.count == 0 && at.head == 0, ends = at.left == 0;
-            if (by_rows ? !ends : !begins) {
-                copy.store();
-                load();
-            }
+            copy.clear_rest();
+            copy.go_on();
             meet();
-            const bool sees = !ends && seen.some(at.first);
+            const bool ends = at.left == 0, sees = !ends && seen.some(at.first);
+            copy.store_terms(parity);
             multiply<TensorY, TensorX>(tile.shared + Tile::Y_AT, tile.shared + TensorX::ROW_BYTES, sees, saw, tile.own_y,
-                                       ds, ds16, grad_x);
+                                       ds, ds16, grad_x, copy);
             if (ends) break;
             saw = sees;
             before = at.first;

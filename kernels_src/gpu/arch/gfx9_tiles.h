@@ -68,8 +68,8 @@ constexpr int READS_AHEAD = 4;
 
 /* COUNT products, each with an operand that read(i) loads from LDS some products before multiply(i, operand) uses it:
  * the first AHEAD in begin(). Left to itself the compiler reads an operand right before its product and waits. */
-template <int COUNT, class Read> struct ReadAhead {
-    static constexpr int PRODUCTS = COUNT, AHEAD = lesser(READS_AHEAD, COUNT);
+template <int COUNT, int READS, class Read> struct ReadAhead {
+    static constexpr int PRODUCTS = COUNT, AHEAD = lesser(READS, COUNT);
     static constexpr int MAY_PASS = 0x002 | 0x004 | 0x400; /* vector, scalar, transcendental */
     Read read;
     u32x4 operand[COUNT];
@@ -89,8 +89,9 @@ template <int COUNT, class Read> struct ReadAhead {
         }
     }
 };
-template <int COUNT, class Read> __device__ __forceinline__ ReadAhead<COUNT, Read> read_ahead(Read read) {
-    return ReadAhead<COUNT, Read>(read);
+template <int COUNT, int READS, class Read>
+__device__ __forceinline__ ReadAhead<COUNT, READS, Read> read_ahead(Read read) {
+    return ReadAhead<COUNT, READS, Read>(read);
 }
 
 template <int ROW_TILES, int COLUMNS> struct Accumulator {
@@ -305,7 +306,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS> struct PermutedTile {
 };
 
 /* The two products with a tile. */
-template <int HEAD_DIM, int VALUE_DIM, int KEYS, class Layout> struct TileProducts {
+template <int HEAD_DIM, int VALUE_DIM, int KEYS, class Layout, int READS = READS_AHEAD> struct TileProducts {
     static constexpr int STEPS = round_up(HEAD_DIM, 16) / 16; /* of the contraction of S */
     static constexpr int SCORE_PRODUCTS = KEYS / 32 * STEPS;
     static_assert(KEYS % 32 == 0, "whole MFMA tiles");
@@ -314,7 +315,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, class Layout> struct TileProduc
      * i-th. */
     static __device__ __forceinline__ auto scores(SharedAddress key_tile) {
         const SharedAddress from = Layout::keys(key_tile);
-        return read_ahead<SCORE_PRODUCTS>([=](int i) { return Layout::key(from, i / STEPS, i % STEPS); });
+        return read_ahead<SCORE_PRODUCTS, READS>([=](int i) { return Layout::key(from, i / STEPS, i % STEPS); });
     }
     template <class Products, int ROW_TILES, int TEAM, class Before>
     static __device__ __forceinline__ void multiply(Products &products, const Query<HEAD_DIM, ROW_TILES, TEAM> &query,
@@ -340,7 +341,7 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS, class Layout> struct TileProduc
     template <class Output>
     static __device__ __forceinline__ auto outputs(SharedAddress value_tile, int first_column = 0) {
         const SharedAddress from = Layout::values(value_tile, first_column);
-        return read_ahead<Columns<Output>::COUNT>([=](int i) {
+        return read_ahead<Columns<Output>::COUNT, READS>([=](int i) {
             constexpr int TILES = Output::TILES;
             return Columns<Output>::exists(first_column, i) ? Layout::value(from, i % TILES, i / TILES) : u32x4{};
         });
