@@ -42,33 +42,62 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
     using TensorY = PassingTensor<VALUE_DIM>;
     static constexpr int PAIRS = 4, THREADS = 2 * PAIRS * WAVE;
     static constexpr int Y_AT = TensorX::BYTES, EXCHANGE_AT = Y_AT + TensorY::BYTES;
-    static constexpr int PAIR_BYTES = TOKENS * ROW_TILE * 4, TERMS_AT = EXCHANGE_AT + PAIRS * PAIR_BYTES;
-    static constexpr int TERM_BYTES = TOKENS * 4; /* LSE of a tile, then delta; of two tiles */
-    static constexpr int SHARED_BYTES = TERMS_AT + 2 * 2 * TERM_BYTES;
+    static constexpr int PAIR_BYTES = TOKENS * ROW_TILE * 4, SHARED_BYTES = EXCHANGE_AT + PAIRS * PAIR_BYTES;
     static_assert(ROWS == PAIRS * ROW_TILE, "32 own rows for each pair");
 
-    SharedAddress terms; /* of the tile at hand */
+    const SharedAddress exchange; /* where this lane's part of the pair's P is */
+    f32x2 terms;                  /* LSE and delta of the passing row own_term() */
+    float own;                    /* that of the two which the wave wants */
 
+    __device__ __forceinline__ explicit PairedTile(SharedAddress memory)
+        : exchange(opaque(memory + EXCHANGE_AT + pair() * PAIR_BYTES + lane() * 16)) {
+        shared = memory;
+    }
     static __device__ __forceinline__ int pair() { return wave() % PAIRS; }
     static __device__ __forceinline__ int wave_row() { return pair() * ROW_TILE; }
-    __device__ __forceinline__ void term(int which, int column, float (&run)[COLUMN_RUN]) const {
-        const auto four = shared_load<f32x4_run>(terms + which * TERM_BYTES + column * 4);
-#pragma unroll
-        for (int i = 0; i < COLUMN_RUN; ++i) run[i] = four[i];
+
+    /* Of 16 lanes, lane i has the term of the passing row that value i of an accumulator belongs to, and all others take
+     * it from there: that is an operand of the instruction that wants it. */
+    static __device__ __forceinline__ int own_term() { return Scores::column(lane() % 16) + Scores::lane_column(); }
+    /* Both are one load, so both must stay, or it would be waited for as soon as the other's register is wanted. */
+    __device__ __forceinline__ void use_term(int which) { own = opaque(terms)[which]; }
+    template <int LANE> __device__ __forceinline__ float term_of() const {
+        constexpr int BROADCAST = 0x150; /* row_newbcast */
+        return __builtin_bit_cast(float, __builtin_amdgcn_mov_dpp(__builtin_bit_cast(int, own), BROADCAST + LANE, 0xf,
+                                                                  0xf, true));
     }
-    /* P of the pair's tile. */
-    __device__ __forceinline__ SharedAddress exchange() const {
-        return opaque(shared + EXCHANGE_AT + pair() * PAIR_BYTES + lane() * 16);
+    template <int FIRST> __device__ __forceinline__ void run_of(float (&run)[COLUMN_RUN]) const {
+        run[0] = term_of<FIRST>(), run[1] = term_of<FIRST + 1>();
+        run[2] = term_of<FIRST + 2>(), run[3] = term_of<FIRST + 3>();
     }
-    static __device__ __forceinline__ void put(SharedAddress to, const Scores &p) {
+    __device__ __forceinline__ void term(int, int column, float (&run)[COLUMN_RUN]) const {
+        switch ((column - Scores::lane_column()) / 8) { /* constants, once the loop around it is unrolled */
+        case 0: return run_of<0>(run);
+        case 1: return run_of<4>(run);
+        case 2: return run_of<8>(run);
+        default: return run_of<12>(run);
+        }
+    }
+    /* One by one: the other wave of the SIMD multiplies meanwhile. */
+    static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {
+        x = exp2(__builtin_fmaf(x, scale, -log_x));
+        __builtin_amdgcn_sched_barrier(0);
+        y = exp2(__builtin_fmaf(y, scale, -log_y));
+        __builtin_amdgcn_sched_barrier(0);
+    }
+    static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
+        x = p_x * (x - d_x), y = p_y * (y - d_y);
+    }
+    __device__ __forceinline__ void put(const Scores &p) const {
 #pragma unroll
         for (int i = 0; i < 16; i += 4)
-            shared_store(to + i * WAVE * 4, f32x4_run{p.get(0, i), p.get(0, i + 1), p.get(0, i + 2), p.get(0, i + 3)});
+            shared_store(exchange + i * WAVE * 4,
+                         f32x4_run{p.get(0, i), p.get(0, i + 1), p.get(0, i + 2), p.get(0, i + 3)});
     }
-    static __device__ __forceinline__ void take(SharedAddress from, Scores &p) {
+    __device__ __forceinline__ void take(Scores &p) const {
 #pragma unroll
         for (int i = 0; i < 16; i += 4) {
-            const auto four = shared_load<f32x4_run>(from + i * WAVE * 4);
+            const auto four = shared_load<f32x4_run>(exchange + i * WAVE * 4);
 #pragma unroll
             for (int j = 0; j < 4; ++j) p.set(0, i + j, four[j]);
         }
@@ -78,20 +107,29 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
 /* The tiles of all passing heads, one after the other; then the last for ever. */
 template <class Share> struct PassingTiles {
     const Share &share;
-    int left, first; /* tiles, this one with them; its first row */
+    const int tiles, heads;
+    int left, first; /* tiles of all heads, this one with them; its first row */
     int head = 0, count = 0;
     RowPair rows; /* of the head */
 
     __device__ __forceinline__ explicit PassingTiles(const Share &share)
-        : share(share), left(share.heads_passing * share.tiles), first(share.first), rows(share.passing()) {}
-    __device__ __forceinline__ bool begins() const { return head == 0 && count == 0; }
+        : share(share), tiles(uniform(share.tiles)), heads(uniform(share.heads_passing)), left(heads * tiles),
+          first(uniform(share.first)), rows(share.passing()) {
+        rows.count = uniform(rows.count);
+    }
     __device__ __forceinline__ void next() {
         if (--left <= 0) return;
         ++count, first += PairedTile::TOKENS;
-        if (count < share.tiles) return;
-        count = 0, first = share.first;
+        if (__builtin_expect(count < tiles, true)) return;
+        count = 0, first = uniform(share.first);
         ++head;
         share.sequence.next_head(rows);
+    }
+    /* LSE and delta of one of the tile's rows. */
+    __device__ __forceinline__ f32x2 terms(int row) const {
+        const auto place = static_cast<uint32_t>(lesser(row, rows.count - 1 - first));
+        const auto *tile = reinterpret_cast<const char *>(rows.terms + first);
+        return global_load<f32x2>(tile + place * static_cast<uint32_t>(sizeof(LseAndDelta)));
     }
 };
 
@@ -100,32 +138,24 @@ template <class Share> struct PassingTiles {
 template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
     static constexpr int TOKENS = PairedTile::TOKENS, ROWS = 4;
     static constexpr int COLUMNS = IS_Y ? VALUE_DIM : HEAD_DIM;
-    static constexpr bool TERMS = !IS_Y && !TRANSPOSED; /* copies LSE and delta, too */
     using Part = typename PassingTensor<COLUMNS>::Layout::template Part<TRANSPOSED, PairedTile::THREADS / 4>;
 
     PassingTiles<Share> tiles;
     const Part part;
-    const SharedAddress to, terms;
+    const SharedAddress to;
     u32x4 piece[ROWS] = {};
-    f32x2 piece_terms = {};
     int begin = 0, end = TOKENS; /* rows of the tile on its way that exist, in the tile */
     const char *base;            /* of that tile */
-    const LseAndDelta *base_terms;
 
     __device__ __forceinline__ PassingCopy(const Share &share, SharedAddress shared)
         : tiles(share), part(thread_in_block() % (PairedTile::THREADS / 4)),
-          to(part.place(shared + (IS_Y ? PairedTile::Y_AT : 0))),
-          terms(opaque(shared + PairedTile::TERMS_AT + thread_in_block() % WAVE * 4)) {}
+          to(part.place(shared + (IS_Y ? PairedTile::Y_AT : 0))) {}
 
-    static __device__ __forceinline__ bool takes_terms() {
-        return TERMS && thread_in_block() % (PairedTile::THREADS / 4) < TOKENS;
-    }
     __device__ __forceinline__ const Rows &rows() const { return IS_Y ? tiles.rows.y : tiles.rows.x; }
     /* To the next tile, which load() is then about. */
     __device__ __forceinline__ void go_on() {
         begin = DROPOUT ? tiles.rows.begin - tiles.first : 0, end = tiles.rows.count - tiles.first;
         base = rows().row(tiles.first);
-        base_terms = tiles.rows.terms + tiles.first;
         tiles.next();
     }
     __device__ __forceinline__ void load(int k) {
@@ -134,8 +164,6 @@ template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
         if (part.exists() && (Part::LANES == COLUMNS / 8 || part.chunk < COLUMNS / 8))
             piece[k] = global_load<u32x4>(
                 base + (place * (static_cast<uint32_t>(rows().stride) & 0xffffff) + part.chunk * 16));
-        if (TERMS && k == ROWS - 1)
-            piece_terms = global_load<f32x2>(base_terms + lesser(thread_in_block() % TOKENS, end - 1));
     }
     __device__ __forceinline__ void load() {
 #pragma unroll
@@ -153,11 +181,6 @@ template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
     __device__ __forceinline__ void store() const {
 #pragma unroll
         for (int k = 0; k < ROWS; ++k) store(k);
-    }
-    __device__ __forceinline__ void store_terms(int parity) const {
-        if (!takes_terms()) return;
-        shared_store(terms + parity * 2 * PairedTile::TERM_BYTES, piece_terms.x);
-        shared_store(terms + parity * 2 * PairedTile::TERM_BYTES + PairedTile::TERM_BYTES, piece_terms.y);
     }
 };
 
@@ -180,8 +203,7 @@ struct PairedLoop {
 
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
-        Tile tile;
-        tile.shared = shared;
+        Tile tile(shared);
         NoGradient none;
         const bool first_half = wave() % Tile::PAIRS < Tile::PAIRS / 2;
         if (wave() < Tile::PAIRS) {
@@ -229,9 +251,9 @@ struct PairedLoop {
         __device__ __forceinline__ bool masked(int tile) const { return tile < last.low || tile + TOKENS > first.high; }
     };
 
-    /* M: s = rows of a tile times own ones, of the tile if `sees`, and gradient += p columns of the one before, if `saw`;
-     * beside them, the copies. Ends with the barrier, which the last products, whose operands have been read, do not
-     * keep waiting. */
+    /* The barrier, then M: s = rows of a tile times own ones, of the tile if `sees`, and gradient += p columns of the one before, if `saw`;
+     * beside them, the copies. Then the next barrier, which the last products, whose operands have been read, do not keep
+     * waiting. */
     template <class OfRows, class OfColumns, class Own, class Gradient, class Copy>
     static __device__ __forceinline__ void multiply(SharedAddress rows, SharedAddress columns, bool sees, bool saw,
                                                     const Own &own, Scores &s, const u32x4 (&p)[TOKENS / 16],
@@ -240,15 +262,16 @@ struct PairedLoop {
         using ScoreProducts = typename OfRows::Products;
         constexpr int SCORE_PRODUCTS = ScoreProducts::SCORE_PRODUCTS;
         constexpr int STRIDE = SCORE_PRODUCTS / Copy::ROWS; /* products before a row is stored */
-        __builtin_amdgcn_s_setprio(2);
+        auto scores = ScoreProducts::scores(rows);
         auto outputs = Products::template outputs<Gradient>(columns);
+        meet();
+        __builtin_amdgcn_s_setprio(2);
         const auto copy_at_once = [&] {
             copy.store();
             outputs.begin();
         };
         if (STRIDE == 0) copy_at_once();
         if (__builtin_expect(sees, true)) {
-            auto scores = ScoreProducts::scores(rows);
             scores.begin();
             ScoreProducts::multiply(scores, own, s, [&](int i) {
                 if (STRIDE == 0) return;
@@ -265,7 +288,10 @@ struct PairedLoop {
                 outputs, [&](int, int j) { return p[j]; }, gradient,
                 [&](int i) {
                     if (i < Copy::ROWS) copy.load(i);
-                    if (i == outputs.PRODUCTS - LATER) meet();
+                    if (i == outputs.PRODUCTS - LATER) {
+                        meet();
+                        __builtin_amdgcn_s_setprio(3);
+                    }
                 });
 #pragma unroll
             for (int k = outputs.PRODUCTS; k < Copy::ROWS; ++k) copy.load(k);
@@ -285,37 +311,34 @@ struct PairedLoop {
         if (BY_ROWS) { /* from the first tile on; the others, from the one before */
             copy.go_on();
             copy.load();
-            copy.clear_rest();
         }
-        copy.go_on();
-        meet();
-
         u32x4 p16[TOKENS / 16];
         Scores p;
-        bool saw = false;
-        int parity = 0;
-        for (Tiles at(share);; at.next()) {
-            const bool sees = at.left > 0 && seen.some(at.first);
-            multiply<TensorX, TensorY>(tile.shared, tile.shared + Tile::Y_AT + TensorY::ROW_BYTES, sees, saw, tile.own_x,
-                                       p, p16, grad_y, copy);
-            if (at.left == 0) break;
-            if (__builtin_expect(sees, true)) {
+        bool saw = false, ends;
+        int before = 0, head = 0; /* of the tile before */
+        Tiles at(share);
+        do {
+            if (__builtin_expect(saw, true)) {
                 Scores derivative;
-                tile.terms = tile.shared + Tile::TERMS_AT + parity * 2 * Tile::TERM_BYTES;
-                rows.begin_head(at.head);
-                rows.probabilities(tile, p, derivative, at.first);
-                if (seen.masked(at.first)) rows.hide(p, at.first);
-                if (DROPOUT) rows.drop(p, at.first);
-                Tile::put(tile.exchange(), p);
+                rows.begin_head(head);
+                tile.use_term(0);
+                rows.probabilities(tile, p, derivative, before);
+                if (seen.masked(before)) rows.hide(p, before);
+                if (DROPOUT) rows.drop(p, before);
+                tile.put(p);
 #pragma unroll
                 for (int j = 0; j < TOKENS / 16; ++j) p16[j] = round_operand(DROPOUT ? Rows::kept(p) : p, 0, j);
             }
-            saw = sees;
-            parity ^= 1;
             copy.clear_rest();
             copy.go_on();
-            meet();
-        }
+            ends = at.left == 0;
+            const bool sees = !ends && seen.some(at.first);
+            tile.terms = at.terms(Tile::own_term());
+            multiply<TensorX, TensorY>(tile.shared, tile.shared + Tile::Y_AT + TensorY::ROW_BYTES, sees, saw, tile.own_x,
+                                       p, p16, grad_y, copy);
+            saw = sees, before = at.first, head = at.head;
+            at.next();
+        } while (!ends);
         meet();
     }
 
@@ -330,7 +353,6 @@ struct PairedLoop {
         if (BY_ROWS) { /* a tile ahead */
             copy.clear_rest();
             copy.store();
-            copy.store_terms(0);
             copy.go_on();
             copy.load();
         }
@@ -338,13 +360,14 @@ struct PairedLoop {
 
         u32x4 ds16[TOKENS / 16];
         Scores ds;
-        bool saw = false;
-        int parity = 1, before = 0; /* of the tile before */
-        for (Tiles at(share);; at.next()) {
+        bool saw = false, ends;
+        int before = 0; /* of the tile before */
+        Tiles at(share);
+        do {
             if (__builtin_expect(saw, true)) {
                 Scores p, derivative;
-                tile.terms = tile.shared + Tile::TERMS_AT + parity * 2 * Tile::TERM_BYTES;
-                Tile::take(tile.exchange(), p);
+                tile.take(p);
+                tile.use_term(1);
                 rows.grad_scores(tile, p, derivative, ds);
                 if (seen.masked(before)) rows.hide(ds, before); /* 0 * inf or 0 * NaN */
 #pragma unroll
@@ -352,16 +375,14 @@ struct PairedLoop {
             }
             copy.clear_rest();
             copy.go_on();
-            meet();
-            const bool ends = at.left == 0, sees = !ends && seen.some(at.first);
-            copy.store_terms(parity);
+            ends = at.left == 0;
+            const bool sees = !ends && seen.some(at.first);
+            tile.terms = at.terms(Tile::own_term());
             multiply<TensorY, TensorX>(tile.shared + Tile::Y_AT, tile.shared + TensorX::ROW_BYTES, sees, saw, tile.own_y,
                                        ds, ds16, grad_x, copy);
-            if (ends) break;
-            saw = sees;
-            before = at.first;
-            parity ^= 1;
-        }
+            saw = sees, before = at.first;
+            at.next();
+        } while (!ends);
     }
 };
 
