@@ -238,26 +238,22 @@ struct PairedLoop {
         __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
     }
 
-    /* Which tiles the wave's rows see, and which of them all rows see all of. */
-    struct Seen {
-        Range first, last;
-        int end;
-        __device__ __forceinline__ explicit Seen(const Share &share) {
+    /* Whether some row of the wave does not see all of a tile. */
+    struct Edges {
+        int low, high;
+        __device__ __forceinline__ explicit Edges(const Share &share) {
             const int row = share.block_row + Tile::wave_row();
-            first = share.sees(row), last = share.sees(lesser(row + ROW_TILE, share.own_rows) - 1);
-            end = row < share.own_rows ? last.high : 0;
+            low = uniform(share.sees(lesser(row + ROW_TILE, share.own_rows) - 1).low);
+            high = uniform(share.sees(row).high);
         }
-        __device__ __forceinline__ bool some(int tile) const { return tile + TOKENS > first.low && tile < end; }
-        __device__ __forceinline__ bool masked(int tile) const { return tile < last.low || tile + TOKENS > first.high; }
+        __device__ __forceinline__ bool cut(int tile) const { return tile < low || tile + TOKENS > high; }
     };
 
-    /* The barrier, then M: s = rows of a tile times own ones, of the tile if `sees`, and gradient += p columns of the one before, if `saw`;
-     * beside them, the copies. Then the next barrier, which the last products, whose operands have been read, do not keep
-     * waiting. */
+    /* The barrier, then M: s = rows of a tile times own ones, and gradient += p columns of the tile before; beside them,
+     * the copies. Then the next barrier, which the last products, whose operands have been read, do not keep waiting. */
     template <class OfRows, class OfColumns, class Own, class Gradient, class Copy>
-    static __device__ __forceinline__ void multiply(SharedAddress rows, SharedAddress columns, bool sees, bool saw,
-                                                    const Own &own, Scores &s, const u32x4 (&p)[TOKENS / 16],
-                                                    Gradient &gradient, Copy &copy) {
+    static __device__ __forceinline__ void multiply(SharedAddress rows, SharedAddress columns, const Own &own, Scores &s,
+                                                    const u32x4 (&p)[TOKENS / 16], Gradient &gradient, Copy &copy) {
         using Products = typename OfColumns::Products;
         using ScoreProducts = typename OfRows::Products;
         constexpr int SCORE_PRODUCTS = ScoreProducts::SCORE_PRODUCTS;
@@ -266,131 +262,117 @@ struct PairedLoop {
         auto outputs = Products::template outputs<Gradient>(columns);
         meet();
         __builtin_amdgcn_s_setprio(2);
-        const auto copy_at_once = [&] {
+        scores.begin();
+        if (STRIDE == 0) {
             copy.store();
             outputs.begin();
-        };
-        if (STRIDE == 0) copy_at_once();
-        if (__builtin_expect(sees, true)) {
-            scores.begin();
-            ScoreProducts::multiply(scores, own, s, [&](int i) {
-                if (STRIDE == 0) return;
-                if (i % STRIDE == STRIDE - 1 && i / STRIDE < Copy::ROWS) copy.store(i / STRIDE);
-                constexpr int READ = SCORE_PRODUCTS - outputs.AHEAD;
-                if (i >= READ) outputs.begin(i - READ);
+        }
+        ScoreProducts::multiply(scores, own, s, [&](int i) {
+            if (STRIDE == 0) return;
+            if (i % STRIDE == STRIDE - 1 && i / STRIDE < Copy::ROWS) copy.store(i / STRIDE);
+            constexpr int READ = SCORE_PRODUCTS - outputs.AHEAD;
+            if (i >= READ) outputs.begin(i - READ);
+        });
+        if (outputs.PRODUCTS < Copy::ROWS) copy.load();
+        Products::multiply(
+            outputs, [&](int, int j) { return p[j]; }, gradient,
+            [&](int i) {
+                if (outputs.PRODUCTS >= Copy::ROWS && i < Copy::ROWS) copy.load(i);
+                if (i == outputs.PRODUCTS - outputs.AHEAD) {
+                    meet();
+                    __builtin_amdgcn_s_setprio(3);
+                }
             });
-        } else if (STRIDE > 0) {
-            copy_at_once();
-        }
-        if (__builtin_expect(saw, true)) {
-            constexpr int LATER = outputs.AHEAD;
-            Products::multiply(
-                outputs, [&](int, int j) { return p[j]; }, gradient,
-                [&](int i) {
-                    if (i < Copy::ROWS) copy.load(i);
-                    if (i == outputs.PRODUCTS - LATER) {
-                        meet();
-                        __builtin_amdgcn_s_setprio(3);
-                    }
-                });
-#pragma unroll
-            for (int k = outputs.PRODUCTS; k < Copy::ROWS; ++k) copy.load(k);
-        } else {
-            copy.load();
-            meet();
-        }
         __builtin_amdgcn_s_setprio(0);
+    }
+    /* After the last tile: gradient += p columns of it. */
+    template <class OfColumns, class Gradient>
+    static __device__ __forceinline__ void multiply(SharedAddress columns, const u32x4 (&p)[TOKENS / 16],
+                                                    Gradient &gradient) {
+        auto outputs = OfColumns::Products::template outputs<Gradient>(columns);
+        outputs.begin();
+        OfColumns::Products::multiply(
+            outputs, [&](int, int j) { return p[j]; }, gradient, [](int) {});
     }
 
     template <bool BY_ROWS>
     static __device__ __forceinline__ void probabilities(const Share &share, Tile &tile, GradY &grad_y) {
         tile.own_x.load(tile.shared, own_rows(share, share.own().x), {~0u, 0u});
-        const Seen seen(share);
+        const Edges edges(share);
         Rows rows(share, share.block_row + Tile::wave_row());
         PassingCopy<BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared);
-        if (BY_ROWS) { /* from the first tile on; the others, from the one before */
+        if (BY_ROWS) { /* from the first tile on; the others, from the one before, of zeros */
             copy.go_on();
             copy.load();
+            copy.clear_rest();
         }
-        u32x4 p16[TOKENS / 16];
-        Scores p;
-        bool saw = false, ends;
-        int before = 0, head = 0; /* of the tile before */
-        Tiles at(share);
-        do {
-            if (__builtin_expect(saw, true)) {
-                Scores derivative;
-                rows.begin_head(head);
-                tile.use_term(0);
-                rows.probabilities(tile, p, derivative, before);
-                if (seen.masked(before)) rows.hide(p, before);
-                if (DROPOUT) rows.drop(p, before);
-                tile.put(p);
+        copy.go_on();
+        const SharedAddress columns = tile.shared + Tile::Y_AT + TensorY::ROW_BYTES;
+        u32x4 p16[TOKENS / 16] = {};
+        for (Tiles at(share); at.left > 0; at.next()) {
+            Scores p, derivative;
+            tile.terms = at.terms(Tile::own_term());
+            multiply<TensorX, TensorY>(tile.shared, columns, tile.own_x, p, p16, grad_y, copy);
+            rows.begin_head(at.head);
+            tile.use_term(0);
+            rows.probabilities(tile, p, derivative, at.first);
+            if (__builtin_expect(edges.cut(at.first), false)) rows.hide(p, at.first);
+            if (DROPOUT) rows.drop(p, at.first);
+            tile.put(p);
 #pragma unroll
-                for (int j = 0; j < TOKENS / 16; ++j) p16[j] = round_operand(DROPOUT ? Rows::kept(p) : p, 0, j);
-            }
+            for (int j = 0; j < TOKENS / 16; ++j) p16[j] = round_operand(DROPOUT ? Rows::kept(p) : p, 0, j);
             copy.clear_rest();
             copy.go_on();
-            ends = at.left == 0;
-            const bool sees = !ends && seen.some(at.first);
-            tile.terms = at.terms(Tile::own_term());
-            multiply<TensorX, TensorY>(tile.shared, tile.shared + Tile::Y_AT + TensorY::ROW_BYTES, sees, saw, tile.own_x,
-                                       p, p16, grad_y, copy);
-            saw = sees, before = at.first, head = at.head;
-            at.next();
-        } while (!ends);
+        }
+        meet();
+        copy.store();
+        multiply<TensorY>(columns, p16, grad_y);
         meet();
     }
 
     template <bool BY_ROWS>
     static __device__ __forceinline__ void gradients(const Share &share, Tile &tile, GradX &grad_x) {
         tile.own_y.load(tile.shared, own_rows(share, share.own().y), {~0u, 0u});
-        const Seen seen(share);
+        const Edges edges(share);
         Rows rows(share, share.block_row + Tile::wave_row());
         PassingCopy<!BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared);
+        if (!BY_ROWS) copy.store(); /* zeros: what stands before the first tile */
         copy.go_on();
         copy.load();
+        copy.clear_rest();
+        copy.go_on();
         if (BY_ROWS) { /* a tile ahead */
-            copy.clear_rest();
             copy.store();
-            copy.go_on();
             copy.load();
+            copy.clear_rest();
+            copy.go_on();
         }
         meet();
-
-        u32x4 ds16[TOKENS / 16];
-        Scores ds;
-        bool saw = false, ends;
-        int before = 0; /* of the tile before */
-        Tiles at(share);
-        do {
-            if (__builtin_expect(saw, true)) {
-                Scores p, derivative;
-                tile.take(p);
-                tile.use_term(1);
-                rows.grad_scores(tile, p, derivative, ds);
-                if (seen.masked(before)) rows.hide(ds, before); /* 0 * inf or 0 * NaN */
+        const SharedAddress columns = tile.shared + TensorX::ROW_BYTES;
+        u32x4 ds16[TOKENS / 16] = {};
+        for (Tiles at(share); at.left > 0; at.next()) {
+            Scores p, derivative, ds;
+            tile.terms = at.terms(Tile::own_term());
+            multiply<TensorY, TensorX>(tile.shared + Tile::Y_AT, columns, tile.own_y, ds, ds16, grad_x, copy);
+            tile.take(p);
+            tile.use_term(1);
+            rows.grad_scores(tile, p, derivative, ds);
+            if (__builtin_expect(edges.cut(at.first), false)) rows.hide(ds, at.first); /* 0 * inf or 0 * NaN */
 #pragma unroll
-                for (int j = 0; j < TOKENS / 16; ++j) ds16[j] = round_operand(ds, 0, j);
-            }
+            for (int j = 0; j < TOKENS / 16; ++j) ds16[j] = round_operand(ds, 0, j);
             copy.clear_rest();
             copy.go_on();
-            ends = at.left == 0;
-            const bool sees = !ends && seen.some(at.first);
-            tile.terms = at.terms(Tile::own_term());
-            multiply<TensorY, TensorX>(tile.shared + Tile::Y_AT, tile.shared + TensorX::ROW_BYTES, sees, saw, tile.own_y,
-                                       ds, ds16, grad_x, copy);
-            saw = sees, before = at.first;
-            at.next();
-        } while (!ends);
+        }
+        meet();
+        multiply<TensorX>(columns, ds16, grad_x);
     }
 };
 
-/* A soft cap's derivative would have to be exchanged, too. */
+/* Not for fewer columns, where products are so short that the barriers cost more than two waves gain; a soft cap's
+ * derivative would have to be exchanged, too. */
+constexpr bool PAIRED = greater(HEAD_DIM, VALUE_DIM) > 64 && greater(HEAD_DIM, VALUE_DIM) <= 128 && !SOFTCAP;
 template <int PASS>
-using BackwardLoopOf =
-    std::conditional_t<PASS == GRAD_KEY_VALUE && greater(HEAD_DIM, VALUE_DIM) <= 128 && !SOFTCAP, PairedLoop,
-                       BackwardTileLoop<PASS>>;
+using BackwardLoopOf = std::conditional_t<PAIRED && PASS == GRAD_KEY_VALUE, PairedLoop, BackwardTileLoop<PASS>>;
 
 } // namespace aiter
 
