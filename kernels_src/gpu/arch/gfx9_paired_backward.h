@@ -106,6 +106,7 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
 
 /* The tiles of all passing heads, one after the other; then the last for ever. */
 template <class Share> struct PassingTiles {
+    static constexpr int TOKENS = 32;
     const Share &share;
     const int tiles, heads;
     int left, first; /* tiles of all heads, this one with them; its first row */
@@ -119,7 +120,7 @@ template <class Share> struct PassingTiles {
     }
     __device__ __forceinline__ void next() {
         if (--left <= 0) return;
-        ++count, first += PairedTile::TOKENS;
+        ++count, first += TOKENS;
         if (__builtin_expect(count < tiles, true)) return;
         count = 0, first = uniform(share.first);
         ++head;
@@ -136,9 +137,9 @@ template <class Share> struct PassingTiles {
 /* A thread's part of x's tiles or, where IS_Y, of y's: four rows of 16 bytes, to be stored by rows or TRANSPOSED. The
  * next tile is loaded where the one before was stored; past the last, something is for nothing. */
 template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
-    static constexpr int TOKENS = PairedTile::TOKENS, ROWS = 4;
+    static constexpr int TOKENS = 32, ROWS = 4, COPIERS = 128; /* threads that copy one tensor in one way */
     static constexpr int COLUMNS = IS_Y ? VALUE_DIM : HEAD_DIM;
-    using Part = typename PassingTensor<COLUMNS>::Layout::template Part<TRANSPOSED, PairedTile::THREADS / 4>;
+    using Part = typename PassingTensor<COLUMNS>::Layout::template Part<TRANSPOSED, COPIERS>;
 
     PassingTiles<Share> tiles;
     const Part part;
@@ -147,9 +148,9 @@ template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
     int begin = 0, end = TOKENS; /* rows of the tile on its way that exist, in the tile */
     const char *base;            /* of that tile */
 
-    __device__ __forceinline__ PassingCopy(const Share &share, SharedAddress shared)
-        : tiles(share), part(thread_in_block() % (PairedTile::THREADS / 4)),
-          to(part.place(shared + (IS_Y ? PairedTile::Y_AT : 0))) {}
+    /* The tile in shared memory begins with its rows, and those are followed by what is transposed. */
+    __device__ __forceinline__ PassingCopy(const Share &share, SharedAddress tile)
+        : tiles(share), part(thread_in_block() % COPIERS), to(part.place(tile)) {}
 
     __device__ __forceinline__ const Rows &rows() const { return IS_Y ? tiles.rows.y : tiles.rows.x; }
     /* To the next tile, which load() is then about. */
@@ -175,14 +176,45 @@ template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
             for (int k = 0; k < ROWS; ++k)
                 if (part.row + k >= end || DROPOUT && part.row + k < begin) piece[k] = u32x4{0, 0, 0, 0};
     }
-    __device__ __forceinline__ void store(int k) const {
-        if (part.exists()) part.store(to, piece, k);
+    /* `offset` bytes further, in another buffer. */
+    __device__ __forceinline__ void store(int k, int offset = 0) const {
+        if (part.exists()) part.store(to + offset, piece, k);
     }
-    __device__ __forceinline__ void store() const {
+    __device__ __forceinline__ void store_all(int offset = 0) const {
 #pragma unroll
-        for (int k = 0; k < ROWS; ++k) store(k);
+        for (int k = 0; k < ROWS; ++k) store(k, offset);
     }
 };
+
+/* What the wave has stored is there and what it has read has come; its loads may be on their way. */
+__device__ __forceinline__ void meet() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_sched_barrier(0);
+    __builtin_amdgcn_s_waitcnt(0xc07f); /* lgkmcnt(0) */
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_sched_barrier(0);
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+/* Whether some row of a wave does not see all of a tile. */
+struct TileEdges {
+    int low, high;
+    template <class Share> __device__ __forceinline__ TileEdges(const Share &share, int wave_row) {
+        const int row = share.block_row + wave_row;
+        low = uniform(share.sees(lesser(row + ROW_TILE, share.own_rows) - 1).low);
+        high = uniform(share.sees(row).high);
+    }
+    __device__ __forceinline__ bool cut(int tile) const { return tile < low || tile + 32 > high; }
+};
+
+/* Rows of one own tensor, for Query::load. */
+template <class Share>
+__device__ __forceinline__ auto own_rows(const Share &share, const Rows &tensor, int wave_row) {
+    const int first = share.block_row + wave_row, count = share.own_rows;
+    return [tensor, first, count](int r) {
+        return first + r < count ? reinterpret_cast<const Element *>(tensor.row(first + r)) : nullptr;
+    };
+}
 
 struct PairedLoop {
     static constexpr int PASS = GRAD_KEY_VALUE;
@@ -221,34 +253,6 @@ struct PairedLoop {
         }
     }
 
-    static __device__ __forceinline__ auto own_rows(const Share &share, const aiter::Rows &tensor) {
-        const int first = share.block_row + Tile::wave_row(), count = share.own_rows;
-        return [tensor, first, count](int r) {
-            return first + r < count ? reinterpret_cast<const Element *>(tensor.row(first + r)) : nullptr;
-        };
-    }
-
-    /* What the wave has stored is there and what it has read has come; its loads may be on their way. */
-    static __device__ __forceinline__ void meet() {
-        __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
-        __builtin_amdgcn_sched_barrier(0);
-        __builtin_amdgcn_s_waitcnt(0xc07f); /* lgkmcnt(0) */
-        __builtin_amdgcn_s_barrier();
-        __builtin_amdgcn_sched_barrier(0);
-        __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
-    }
-
-    /* Whether some row of the wave does not see all of a tile. */
-    struct Edges {
-        int low, high;
-        __device__ __forceinline__ explicit Edges(const Share &share) {
-            const int row = share.block_row + Tile::wave_row();
-            low = uniform(share.sees(lesser(row + ROW_TILE, share.own_rows) - 1).low);
-            high = uniform(share.sees(row).high);
-        }
-        __device__ __forceinline__ bool cut(int tile) const { return tile < low || tile + TOKENS > high; }
-    };
-
     /* The barrier, then M: s = rows of a tile times own ones, and gradient += p columns of the tile before; beside them,
      * the copies. Then the next barrier, which the last products, whose operands have been read, do not keep waiting. */
     template <class OfRows, class OfColumns, class Own, class Gradient, class Copy>
@@ -264,7 +268,7 @@ struct PairedLoop {
         __builtin_amdgcn_s_setprio(2);
         scores.begin();
         if (STRIDE == 0) {
-            copy.store();
+            copy.store_all();
             outputs.begin();
         }
         ScoreProducts::multiply(scores, own, s, [&](int i) {
@@ -297,10 +301,10 @@ struct PairedLoop {
 
     template <bool BY_ROWS>
     static __device__ __forceinline__ void probabilities(const Share &share, Tile &tile, GradY &grad_y) {
-        tile.own_x.load(tile.shared, own_rows(share, share.own().x), {~0u, 0u});
-        const Edges edges(share);
+        tile.own_x.load(tile.shared, own_rows(share, share.own().x, Tile::wave_row()), {~0u, 0u});
+        const TileEdges edges(share, Tile::wave_row());
         Rows rows(share, share.block_row + Tile::wave_row());
-        PassingCopy<BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared);
+        PassingCopy<BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared + (BY_ROWS ? Tile::Y_AT : 0));
         if (BY_ROWS) { /* from the first tile on; the others, from the one before, of zeros */
             copy.go_on();
             copy.load();
@@ -325,24 +329,24 @@ struct PairedLoop {
             copy.go_on();
         }
         meet();
-        copy.store();
+        copy.store_all();
         multiply<TensorY>(columns, p16, grad_y);
         meet();
     }
 
     template <bool BY_ROWS>
     static __device__ __forceinline__ void gradients(const Share &share, Tile &tile, GradX &grad_x) {
-        tile.own_y.load(tile.shared, own_rows(share, share.own().y), {~0u, 0u});
-        const Edges edges(share);
+        tile.own_y.load(tile.shared, own_rows(share, share.own().y, Tile::wave_row()), {~0u, 0u});
+        const TileEdges edges(share, Tile::wave_row());
         Rows rows(share, share.block_row + Tile::wave_row());
-        PassingCopy<!BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared);
-        if (!BY_ROWS) copy.store(); /* zeros: what stands before the first tile */
+        PassingCopy<!BY_ROWS, !BY_ROWS, Share> copy(share, tile.shared + (BY_ROWS ? 0 : Tile::Y_AT));
+        if (!BY_ROWS) copy.store_all(); /* zeros: what stands before the first tile */
         copy.go_on();
         copy.load();
         copy.clear_rest();
         copy.go_on();
         if (BY_ROWS) { /* a tile ahead */
-            copy.store();
+            copy.store_all();
             copy.load();
             copy.clear_rest();
             copy.go_on();
@@ -368,11 +372,148 @@ struct PairedLoop {
     }
 };
 
+/* The gradient of queries: eight waves in two groups of four, one of each on every SIMD, that alternate as those of the
+ * forward pass do (arch/gfx9_forward.h). */
+struct QueryTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_QUERY> {
+    using TensorX = PassingTensor<HEAD_DIM>;
+    using TensorY = PassingTensor<VALUE_DIM>;
+    static constexpr int WAVES = 8, THREADS = WAVES * WAVE, ROWS = WAVES * ROW_TILE;
+    /* A buffer: keys by rows and transposed, values by rows. */
+    static constexpr int Y_AT = TensorX::BYTES, BUFFER_BYTES = Y_AT + TensorY::ROW_BYTES;
+    static constexpr int SHARED_BYTES = 2 * BUFFER_BYTES;
+    static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
+    __device__ __forceinline__ explicit QueryTile(SharedAddress memory) { shared = memory; }
+    __device__ __forceinline__ void term(int, int, float (&)[COLUMN_RUN]) const {}
+    static __device__ __forceinline__ void exponentiate(float &x, float &y, float scale, float log_x, float log_y) {
+        PairedTile::exponentiate(x, y, scale, log_x, log_y);
+    }
+    static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
+        PairedTile::weigh(x, y, p_x, p_y, d_x, d_y);
+    }
+};
+
+struct NoCopy {
+    static constexpr int ROWS = 4;
+    __device__ __forceinline__ void go_on() {}
+    __device__ __forceinline__ void load(int = 0) {}
+    __device__ __forceinline__ void clear_rest() {}
+    __device__ __forceinline__ void store(int, int = 0) const {}
+    __device__ __forceinline__ void store_all(int = 0) const {}
+};
+
+struct QueryLoop {
+    static constexpr int PASS = GRAD_QUERY;
+    using Tile = QueryTile;
+    using Scores = Tile::Scores;
+    using GradX = Tile::GradX;
+    using GradY = Tile::GradY;
+    using TensorX = Tile::TensorX;
+    using TensorY = Tile::TensorY;
+    using Share = aiter::Share<PASS, Tile::ROWS, Tile::TOKENS>;
+    using Rows = RowWise<PASS, Tile, Share>;
+    using Tiles = PassingTiles<Share>;
+    static constexpr int TOKENS = Tile::TOKENS, THREADS = Tile::THREADS, ROWS = Tile::ROWS, BLOCKS = 1;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr bool BOTH_IN_ONE_PASS = true;
+    static __device__ __forceinline__ int forget(int x) { return Tile::forget(x); }
+
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        Tile tile(shared);
+        GradX grad_x;
+        NoGradient none;
+        grad_x.clear();
+        if (share.tiles > 0) {
+            const int kind = wave() / 2;
+            if (kind == 0) attend<0>(share, tile, PassingCopy<false, false, Share>(share, shared), grad_x);
+            else if (kind == 1)
+                attend<0>(share, tile, PassingCopy<true, false, Share>(share, shared + Tile::Y_AT), grad_x);
+            else if (kind == 2) attend<1>(share, tile, PassingCopy<false, true, Share>(share, shared), grad_x);
+            else attend<1>(share, tile, NoCopy(), grad_x);
+        }
+        finish(tile, grad_x, none);
+    }
+
+    template <int GROUP, class Copy>
+    static __device__ __forceinline__ void attend(const Share &share, Tile &tile, Copy copy, GradX &grad_x) {
+        using ProductsX = typename TensorX::Products;
+        using ProductsY = typename TensorY::Products;
+        tile.own_x.load(tile.shared, own_rows(share, share.own().x, Tile::wave_row()), {~0u, 0u});
+        tile.own_y.load(tile.shared, own_rows(share, share.own().y, Tile::wave_row()), {~0u, 0u});
+        const TileEdges edges(share, Tile::wave_row());
+        Rows rows(share, share.block_row + Tile::wave_row());
+        if (GROUP == 1) copy.store_all(Tile::BUFFER_BYTES); /* zeros: what stands before the first tile */
+        copy.go_on();
+        copy.load();
+        copy.clear_rest();
+        copy.go_on();
+        if (GROUP == 0) { /* a tile ahead */
+            copy.store_all();
+            copy.load();
+            copy.clear_rest();
+            copy.go_on();
+        }
+        meet();
+
+        u32x4 ds16[TOKENS / 16] = {};
+        int at_buffer = 0;
+        rows.begin_head(0);
+        for (Tiles at(share); at.left > 0; at.next()) {
+            const int other_buffer = Tile::BUFFER_BYTES - at_buffer, to = GROUP == 0 ? other_buffer : at_buffer;
+            const SharedAddress buffer = tile.shared + at_buffer;
+            Scores p, derivative, ds;
+            auto scores = ProductsX::scores(buffer);
+            auto gradients = ProductsY::scores(buffer + Tile::Y_AT);
+            auto outputs = ProductsX::template outputs<GradX>(tile.shared + other_buffer + TensorX::ROW_BYTES);
+            __builtin_amdgcn_s_setprio(2);
+            scores.begin();
+            ProductsX::multiply(scores, tile.own_x, p, [&](int i) {
+                constexpr int READ = ProductsX::SCORE_PRODUCTS - gradients.AHEAD;
+                if (i >= READ) gradients.begin(i - READ);
+            });
+            ProductsY::multiply(gradients, tile.own_y, ds, [&](int i) {
+                constexpr int STRIDE = ProductsY::SCORE_PRODUCTS / Copy::ROWS;
+                constexpr int READ = ProductsY::SCORE_PRODUCTS - outputs.AHEAD;
+                static_assert(STRIDE > 0 && READ >= 0, "");
+                if (i % STRIDE == 0 && i / STRIDE < Copy::ROWS) copy.store(i / STRIDE, to);
+                if (i >= READ) outputs.begin(i - READ);
+            });
+            ProductsX::multiply(
+                outputs, [&](int, int j) { return ds16[j]; }, grad_x,
+                [&](int i) {
+                    if (i < Copy::ROWS) copy.load(i);
+                    if (GROUP == 1 && i == outputs.PRODUCTS - outputs.AHEAD) {
+                        meet();
+                        __builtin_amdgcn_s_setprio(3);
+                    }
+                });
+            __builtin_amdgcn_s_setprio(GROUP);
+            const bool cut = edges.cut(at.first);
+            rows.probabilities(tile, p, derivative, at.first);
+            if (__builtin_expect(cut, false)) rows.hide(p, at.first);
+            if (DROPOUT) rows.drop(p, at.first);
+            rows.grad_scores(tile, p, derivative, ds);
+            if (__builtin_expect(cut, false)) rows.hide(ds, at.first); /* 0 * inf or 0 * NaN */
+#pragma unroll
+            for (int j = 0; j < TOKENS / 16; ++j) ds16[j] = round_operand(ds, 0, j);
+            copy.clear_rest();
+            copy.go_on();
+            if (GROUP == 0) meet();
+            at_buffer = other_buffer;
+        }
+        const SharedAddress last = tile.shared + Tile::BUFFER_BYTES - at_buffer;
+        PairedLoop::multiply<TensorX>(last + TensorX::ROW_BYTES, ds16, grad_x);
+    }
+};
+
 /* Not for fewer columns, where products are so short that the barriers cost more than two waves gain; a soft cap's
  * derivative would have to be exchanged, too. */
 constexpr bool PAIRED = greater(HEAD_DIM, VALUE_DIM) > 64 && greater(HEAD_DIM, VALUE_DIM) <= 128 && !SOFTCAP;
 template <int PASS>
-using BackwardLoopOf = std::conditional_t<PAIRED && PASS == GRAD_KEY_VALUE, PairedLoop, BackwardTileLoop<PASS>>;
+using BackwardLoopOf =
+    std::conditional_t<!PAIRED, BackwardTileLoop<PASS>,
+                       std::conditional_t<PASS == GRAD_KEY_VALUE, PairedLoop,
+                                          std::conditional_t<PASS == GRAD_QUERY, QueryLoop, BackwardTileLoop<PASS>>>>;
 
 } // namespace aiter
 
