@@ -28,9 +28,12 @@
 
 namespace aiter {
 
+/* Passing rows of a tile: as many as give its products some length. */
+constexpr int PASSING_TOKENS = greater(HEAD_DIM, VALUE_DIM) <= 64 ? 64 : 32;
+
 /* A tensor's tile in shared memory: by rows, then transposed. */
 template <int COLUMNS> struct PassingTensor {
-    static constexpr int TOKENS = 32;
+    static constexpr int TOKENS = PASSING_TOKENS;
     using Layout = PermutedTile<COLUMNS, COLUMNS, TOKENS>;
     using Products = TileProducts<COLUMNS, COLUMNS, TOKENS, Layout, 4>;
     static constexpr int ROW_BYTES = Layout::KEY_BYTES, BYTES = ROW_BYTES + Layout::VALUE_BYTES;
@@ -40,14 +43,17 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
     using Base = BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE>;
     using TensorX = PassingTensor<HEAD_DIM>;
     using TensorY = PassingTensor<VALUE_DIM>;
+    static constexpr int TOKENS = PASSING_TOKENS;
+    using Scores = Accumulator<1, TOKENS>;
     static constexpr int PAIRS = 4, THREADS = 2 * PAIRS * WAVE;
     static constexpr int Y_AT = TensorX::BYTES, EXCHANGE_AT = Y_AT + TensorY::BYTES;
     static constexpr int PAIR_BYTES = TOKENS * ROW_TILE * 4, SHARED_BYTES = EXCHANGE_AT + PAIRS * PAIR_BYTES;
     static_assert(ROWS == PAIRS * ROW_TILE, "32 own rows for each pair");
 
+    static constexpr int TERMS = TOKENS / 32;
     const SharedAddress exchange; /* where this lane's part of the pair's P is */
-    f32x2 terms;                  /* LSE and delta of the passing row own_term() */
-    float own;                    /* that of the two which the wave wants */
+    f32x2 terms[TERMS];           /* LSE and delta of the passing rows own_term(n) */
+    float own[TERMS];             /* that of the two which the wave wants */
 
     __device__ __forceinline__ explicit PairedTile(SharedAddress memory)
         : exchange(opaque(memory + EXCHANGE_AT + pair() * PAIR_BYTES + lane() * 16)) {
@@ -56,26 +62,37 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
     static __device__ __forceinline__ int pair() { return wave() % PAIRS; }
     static __device__ __forceinline__ int wave_row() { return pair() * ROW_TILE; }
 
-    /* Of 16 lanes, lane i has the term of the passing row that value i of an accumulator belongs to, and all others take
-     * it from there: that is an operand of the instruction that wants it. */
-    static __device__ __forceinline__ int own_term() { return Scores::column(lane() % 16) + Scores::lane_column(); }
-    /* Both are one load, so both must stay, or it would be waited for as soon as the other's register is wanted. */
-    __device__ __forceinline__ void use_term(int which) { own = opaque(terms)[which]; }
-    template <int LANE> __device__ __forceinline__ float term_of() const {
-        constexpr int BROADCAST = 0x150; /* row_newbcast */
-        return __builtin_bit_cast(float, __builtin_amdgcn_mov_dpp(__builtin_bit_cast(int, own), BROADCAST + LANE, 0xf,
-                                                                  0xf, true));
+    /* Of 16 lanes, lane i has the term of the passing row that value 16 n + i of an accumulator belongs to, and all
+     * others take it from there: that is an operand of the instruction that wants it. */
+    static __device__ __forceinline__ int own_term(int n) {
+        return n * 32 + Scores::column(lane() % 16) + Scores::lane_column();
     }
-    template <int FIRST> __device__ __forceinline__ void run_of(float (&run)[COLUMN_RUN]) const {
-        run[0] = term_of<FIRST>(), run[1] = term_of<FIRST + 1>();
-        run[2] = term_of<FIRST + 2>(), run[3] = term_of<FIRST + 3>();
+    template <class Tiles> __device__ __forceinline__ void load_terms(const Tiles &tiles) {
+#pragma unroll
+        for (int n = 0; n < TERMS; ++n) terms[n] = tiles.terms(own_term(n));
+    }
+    /* Both are one load, so both must stay, or it would be waited for as soon as the other's register is wanted. */
+    __device__ __forceinline__ void use_term(int which) {
+#pragma unroll
+        for (int n = 0; n < TERMS; ++n) own[n] = opaque(terms[n])[which];
+    }
+    template <int LANE> static __device__ __forceinline__ float term_of(float own) {
+        constexpr int BROADCAST = 0x150; /* row_newbcast */
+        return __builtin_bit_cast(
+            float, __builtin_amdgcn_mov_dpp(__builtin_bit_cast(int, own), BROADCAST + LANE, 0xf, 0xf, true));
+    }
+    template <int FIRST> static __device__ __forceinline__ void run_of(float own, float (&run)[COLUMN_RUN]) {
+        run[0] = term_of<FIRST>(own), run[1] = term_of<FIRST + 1>(own);
+        run[2] = term_of<FIRST + 2>(own), run[3] = term_of<FIRST + 3>(own);
     }
     __device__ __forceinline__ void term(int, int column, float (&run)[COLUMN_RUN]) const {
-        switch ((column - Scores::lane_column()) / 8) { /* constants, once the loop around it is unrolled */
-        case 0: return run_of<0>(run);
-        case 1: return run_of<4>(run);
-        case 2: return run_of<8>(run);
-        default: return run_of<12>(run);
+        const int value = column - Scores::lane_column(); /* a constant, once the loop around it is unrolled */
+        const float from = own[value / 32];
+        switch (value % 32 / 8) {
+        case 0: return run_of<0>(from, run);
+        case 1: return run_of<4>(from, run);
+        case 2: return run_of<8>(from, run);
+        default: return run_of<12>(from, run);
         }
     }
     /* One by one: the other wave of the SIMD multiplies meanwhile. */
@@ -90,13 +107,13 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
     }
     __device__ __forceinline__ void put(const Scores &p) const {
 #pragma unroll
-        for (int i = 0; i < 16; i += 4)
+        for (int i = 0; i < Scores::VALUES; i += 4)
             shared_store(exchange + i * WAVE * 4,
                          f32x4_run{p.get(0, i), p.get(0, i + 1), p.get(0, i + 2), p.get(0, i + 3)});
     }
     __device__ __forceinline__ void take(Scores &p) const {
 #pragma unroll
-        for (int i = 0; i < 16; i += 4) {
+        for (int i = 0; i < Scores::VALUES; i += 4) {
             const auto four = shared_load<f32x4_run>(exchange + i * WAVE * 4);
 #pragma unroll
             for (int j = 0; j < 4; ++j) p.set(0, i + j, four[j]);
@@ -106,7 +123,7 @@ struct PairedTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_KEY_VALUE> {
 
 /* The tiles of all passing heads, one after the other; then the last for ever. */
 template <class Share> struct PassingTiles {
-    static constexpr int TOKENS = 32;
+    static constexpr int TOKENS = PASSING_TOKENS;
     const Share &share;
     const int tiles, heads;
     int left, first; /* tiles of all heads, this one with them; its first row */
@@ -137,7 +154,7 @@ template <class Share> struct PassingTiles {
 /* A thread's part of x's tiles or, where IS_Y, of y's: four rows of 16 bytes, to be stored by rows or TRANSPOSED. The
  * next tile is loaded where the one before was stored; past the last, something is for nothing. */
 template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
-    static constexpr int TOKENS = 32, ROWS = 4, COPIERS = 128; /* threads that copy one tensor in one way */
+    static constexpr int TOKENS = PASSING_TOKENS, ROWS = 4, COPIERS = 128; /* threads that copy one tensor in one way */
     static constexpr int COLUMNS = IS_Y ? VALUE_DIM : HEAD_DIM;
     using Part = typename PassingTensor<COLUMNS>::Layout::template Part<TRANSPOSED, COPIERS>;
 
@@ -204,7 +221,7 @@ struct TileEdges {
         low = uniform(share.sees(lesser(row + ROW_TILE, share.own_rows) - 1).low);
         high = uniform(share.sees(row).high);
     }
-    __device__ __forceinline__ bool cut(int tile) const { return tile < low || tile + 32 > high; }
+    __device__ __forceinline__ bool cut(int tile) const { return tile < low || tile + PASSING_TOKENS > high; }
 };
 
 /* Rows of one own tensor, for Query::load. */
@@ -315,7 +332,7 @@ struct PairedLoop {
         u32x4 p16[TOKENS / 16] = {};
         for (Tiles at(share); at.left > 0; at.next()) {
             Scores p, derivative;
-            tile.terms = at.terms(Tile::own_term());
+            tile.load_terms(at);
             multiply<TensorX, TensorY>(tile.shared, columns, tile.own_x, p, p16, grad_y, copy);
             rows.begin_head(at.head);
             tile.use_term(0);
@@ -356,7 +373,7 @@ struct PairedLoop {
         u32x4 ds16[TOKENS / 16] = {};
         for (Tiles at(share); at.left > 0; at.next()) {
             Scores p, derivative, ds;
-            tile.terms = at.terms(Tile::own_term());
+            tile.load_terms(at);
             multiply<TensorY, TensorX>(tile.shared + Tile::Y_AT, columns, tile.own_y, ds, ds16, grad_x, copy);
             tile.take(p);
             tile.use_term(1);
@@ -377,6 +394,8 @@ struct PairedLoop {
 struct QueryTile : BackwardBase<HEAD_DIM, VALUE_DIM, GRAD_QUERY> {
     using TensorX = PassingTensor<HEAD_DIM>;
     using TensorY = PassingTensor<VALUE_DIM>;
+    static constexpr int TOKENS = PASSING_TOKENS;
+    using Scores = Accumulator<1, TOKENS>;
     static constexpr int WAVES = 8, THREADS = WAVES * WAVE, ROWS = WAVES * ROW_TILE;
     /* A buffer: keys by rows and transposed, values by rows. */
     static constexpr int Y_AT = TensorX::BYTES, BUFFER_BYTES = Y_AT + TensorY::ROW_BYTES;
@@ -506,9 +525,9 @@ struct QueryLoop {
     }
 };
 
-/* Not for fewer columns, where products are so short that the barriers cost more than two waves gain; a soft cap's
+/* A soft cap
  * derivative would have to be exchanged, too. */
-constexpr bool PAIRED = greater(HEAD_DIM, VALUE_DIM) > 64 && greater(HEAD_DIM, VALUE_DIM) <= 128 && !SOFTCAP;
+constexpr bool PAIRED = greater(HEAD_DIM, VALUE_DIM) <= 128 && !SOFTCAP;
 template <int PASS>
 using BackwardLoopOf =
     std::conditional_t<!PAIRED, BackwardTileLoop<PASS>,
