@@ -57,8 +57,9 @@
 #include "gpu/backward_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
-#elif defined(AITER_GFX9)
-#include "gpu/arch/gfx9_paired_backward.h"
+#elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
+#include "gpu/arch/gfx9_key_gradients.h"
+#include "gpu/arch/gfx9_query_gradient.h"
 #endif
 
 namespace aiter {
@@ -70,8 +71,9 @@ static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its 
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
 /* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
 constexpr bool HAS_ONE_PASS = HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || HEAD_DIM == 128 && !SOFTCAP && !DROPOUT);
-#elif defined(AITER_GFX9)
-template <int PASS> using Loop = BackwardLoopOf<PASS>;
+#elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
+/* Beyond, a SIMD's registers hold one wave; a soft cap's derivative takes too many, too. */
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_QUERY, QueryLoop, PairedLoop>;
 constexpr bool HAS_ONE_PASS = false;
 #else
 template <int PASS> using Loop = BackwardTileLoop<PASS>;
