@@ -15,7 +15,8 @@
  *             wave 3    | grads   |        |        |        |     either          own x and y, as suits the arch
  *                       +---------+--------+--------+--------+
  *
- *   each tile           see backward_loop.h, or the loop that an arch has of its own (arch/sm90_backward.h)
+ *   each tile           see backward_loop.h, or the loop that an arch has of its own (arch/sm90_backward.h,
+ *                       arch/gfx9_query_gradient.h, arch/gfx9_key_gradients.h)
  *   at the end          the gradients of the own rows, times the scale where they are of queries or keys, go to memory;
  *                       so do zeros for rows that belong to no sequence
  *
