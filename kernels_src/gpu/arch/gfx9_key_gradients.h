@@ -2,22 +2,21 @@
  * of a pair has the probabilities, the other their gradients, one of each on every SIMD: each keeps one tensor and one
  * gradient in registers, so that two fit on a SIMD, and while one multiplies (M) the other has the vector unit (V).
  *
- *                       tile n                                   n + 1
- *   probabilities   M: S(n), dV += P(n-1) dO  |  V: P(n) = exp2(S - LSE)     | M ...
- *   gradients       V: dS(n-1) = P (dP-delta) |  M: dP(n), dK += dS(n-1) Q   | V ...
- *                               barriers      A                              B
+ *                       tile n                                  n + 1
+ *   probabilities   M: S(n), dV += P(n-1) dO  |  V: P(n) = exp2(S - LSE)    |  M ...
+ *   gradients       V: dS(n-1) = P (dP-delta) |  M: dP(n), dK += dS(n-1) Q  |  V ...
+ *   barriers                                  A                             B
  *
- *   exchange     P(n) goes to the other wave through shared memory in float32, as its lanes hold it
- *   copies       In V, half of the waves of either kind store a tensor by rows, the others a tensor transposed, from
- *                registers that load the next tile at once. A part of shared memory is written between the same two
- *                barriers in which nobody reads it, so there is one buffer for each:
+ *   barriers     Before the last few products of M, so that the other wave follows without a gap. Those come first, by
+ *                priority, then the other products of M, then V.
+ *   exchange     P(n) goes to the other wave through shared memory, in float32, as its lanes hold it.
+ *   copies       In M. Half of the waves of either kind store a tensor by rows, the others a tensor transposed. A part of
+ *                shared memory is written between two barriers where nobody reads it, so one buffer is enough for each:
  *
- *                written by             before A            read before B        | written before B    read before A
- *                probabilities                                                   | Q by rows (n+1)     S(n+1)
- *                                                                                | dO transposed (n)   dV: P(n) dO
- *                gradients              dO by rows (n)      dP(n)                |
- *                                       Q transposed (n-1)  dK: dS(n-1) Q        |
- */
+ *                before A   probabilities store dO by rows (n), Q transposed (n-1), and read Q by rows, dO transposed
+ *                before B   gradients store Q by rows (n+1), dO transposed (n), and read dO by rows, Q transposed
+ *
+ *   LSE, delta   A lane has those of one passing row, and lends them to its neighbours: see own_term. */
 #ifndef AITER_GPU_ARCH_GFX9_KEY_GRADIENTS_H
 #define AITER_GPU_ARCH_GFX9_KEY_GRADIENTS_H
 
