@@ -12,7 +12,7 @@
 #include "gpu/arch/sm90_backward.h"
 #include "gpu/arch/sm90_forward.h"
 #elif defined(AITER_GFX9)
-#include "gpu/arch/gfx9_forward.h"
+#include "gpu/arch/gfx9_paired_forward.h"
 #endif
 
 namespace aiter {

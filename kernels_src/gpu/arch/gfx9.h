@@ -40,6 +40,16 @@ __device__ __forceinline__ void barrier() {
     __builtin_amdgcn_s_barrier();
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
+/* A barrier for shared memory alone: what the wave has stored is there and what it has read has come; its loads may be on
+ * their way. */
+__device__ __forceinline__ void meet() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_sched_barrier(0);
+    __builtin_amdgcn_s_waitcnt(0xc07f); /* lgkmcnt(0) */
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_sched_barrier(0);
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
 /* Within one wave the LDS executes in order; only the compiler must keep it. */
 __device__ __forceinline__ void wave_sync() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");

@@ -66,7 +66,8 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS> struct PaddedTile {
 
     /* What a thread copies: a chunk of every so many rows. */
     template <bool VALUES, int THREADS> struct Part {
-        static constexpr int CHUNKS = VALUES ? VALUE_CHUNKS : KEY_CHUNKS, LANES = round_up(CHUNKS, 8);
+        static constexpr int CHUNKS = VALUES ? VALUE_CHUNKS : KEY_CHUNKS;
+        static constexpr int LANES = CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
         static constexpr int APART = THREADS / LANES, ROWS = KEYS / APART;
         static constexpr int PITCH = VALUES ? VALUE_PITCH : KEY_PITCH;
         static_assert(THREADS % LANES == 0 && KEYS % APART == 0, "as many rows for every thread");
@@ -82,6 +83,9 @@ template <int HEAD_DIM, int VALUE_DIM, int KEYS> struct PaddedTile {
         }
     };
 };
+template <int HEAD_DIM, int VALUE_DIM, int KEYS> using AlternatingLayout = PaddedTile<HEAD_DIM, VALUE_DIM, KEYS>;
+#else
+template <int HEAD_DIM, int VALUE_DIM, int KEYS> using AlternatingLayout = PermutedTile<HEAD_DIM, VALUE_DIM, KEYS>;
 #endif
 
 /* Where a thread finds its rows of a tile of keys or, where VALUES, of values: row + k * APART, or the last token of the
@@ -195,11 +199,7 @@ struct AlternatingLoop
     using Base = LoopOfWaves<AlternatingLoop, HEAD_DIM, VALUE_DIM, AlternatingShape<HEAD_DIM, VALUE_DIM>>;
     using Base::KEYS, Base::WAVE_ROWS, Base::WAVES;
     using typename Base::Output, typename Base::Queries, typename Base::Softmax;
-#if defined(AITER_GFX950)
-    using Layout = PaddedTile<HEAD_DIM, VALUE_DIM, KEYS>;
-#else
-    using Layout = PermutedTile<HEAD_DIM, VALUE_DIM, KEYS>;
-#endif
+    using Layout = AlternatingLayout<HEAD_DIM, VALUE_DIM, KEYS>;
     using Products = TileProducts<HEAD_DIM, VALUE_DIM, KEYS, Layout>;
     using Scores = AlternatingScores<KEYS>;
     static constexpr int GROUP = Base::THREADS / 2; /* threads of one */
@@ -244,15 +244,6 @@ struct AlternatingLoop
 #endif
     static_assert(LATER <= READS_AHEAD, "operands are read before the barrier");
 
-    /* What the wave has stored is there and what it has read has come; its loads may be on their way. */
-    static __device__ __forceinline__ void meet() {
-        __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
-        __builtin_amdgcn_sched_barrier(0);
-        __builtin_amdgcn_s_waitcnt(0xc07f); /* lgkmcnt(0) */
-        __builtin_amdgcn_s_barrier();
-        __builtin_amdgcn_sched_barrier(0);
-        __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
-    }
     template <int PRIORITY> static __device__ __forceinline__ void set_priority() {
         __builtin_amdgcn_sched_barrier(0);
         __builtin_amdgcn_s_setprio(PRIORITY);
@@ -393,17 +384,6 @@ struct AlternatingLoop
         }
     }
 };
-
-#if defined(AITER_GFX90A)
-/* Its alternating loop depends on how the compiler moves registers: it has no move of two that may run beside a matrix
- * instruction. */
-constexpr int MOST_ALTERNATING = 0;
-#else
-constexpr int MOST_ALTERNATING = 128; /* beyond, registers hold one wave a SIMD */
-#endif
-template <int HEAD_DIM, int VALUE_DIM>
-using LoopOf = std::conditional_t<(greater(HEAD_DIM, VALUE_DIM) <= MOST_ALTERNATING),
-                                  AlternatingLoop<HEAD_DIM, VALUE_DIM>, TileLoop<HEAD_DIM, VALUE_DIM>>;
 
 } // namespace aiter
 

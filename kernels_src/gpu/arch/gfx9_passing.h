@@ -112,16 +112,6 @@ struct NoCopy {
     __device__ __forceinline__ void store_all(int = 0) const {}
 };
 
-/* What the wave has stored is there and what it has read has come; its loads may be on their way. */
-__device__ __forceinline__ void meet() {
-    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
-    __builtin_amdgcn_sched_barrier(0);
-    __builtin_amdgcn_s_waitcnt(0xc07f); /* lgkmcnt(0) */
-    __builtin_amdgcn_s_barrier();
-    __builtin_amdgcn_sched_barrier(0);
-    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
-}
-
 /* Whether some row of a wave does not see all of a tile. */
 struct TileEdges {
     int low, high;
