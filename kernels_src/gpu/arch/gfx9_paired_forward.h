@@ -11,8 +11,8 @@
  *                priority, then the other products of M, then V.
  *   exchange     P(n) goes to the other wave through shared memory, in 16 bit, as operands; so does what the output must
  *                be multiplied by, 1 but in the few tiles that move a maximum.
- *   copies       Between A and B the waves of the probabilities store K(n+1), before A those of the output V(n-1): when
- *                nobody reads them, so that one buffer is enough. */
+ *   copies       Between A and B the waves of the probabilities store K(n+1), which they have loaded in M; before A those of
+ *                the output store V(n-1): when nobody reads them, so that one buffer is enough. */
 #ifndef AITER_GPU_ARCH_GFX9_PAIRED_FORWARD_H
 #define AITER_GPU_ARCH_GFX9_PAIRED_FORWARD_H
 
@@ -100,15 +100,18 @@ struct PairedForwardLoop
         copy.load();
         copy.store(to);
         go_to(block_keys.low + KEYS);
-        copy.load();
         for (int first = block_keys.low; first < block_keys.high; first += KEYS) {
             auto products = Products::scores(shared);
             Scores s;
             meet();
             __builtin_amdgcn_s_setprio(2);
             products.begin();
-            Products::multiply(products, queries, s,
-                               [&](int i) { before_product<products.PRODUCTS, products.AHEAD>(i); });
+            Products::multiply(products, queries, s, [&](int i) {
+                constexpr int STRIDE = (products.PRODUCTS - products.AHEAD) / Copy<false>::ROWS;
+                static_assert(STRIDE > 0, "a product before each load");
+                if (i % STRIDE == 0 && i / STRIDE < Copy<false>::ROWS) copy.load(i / STRIDE);
+                before_product<products.PRODUCTS, products.AHEAD>(i);
+            });
             __builtin_amdgcn_s_setprio(0);
             Base::finish_scores(s, first, wave_row, keys_of_all, sequence, score);
             float shrink[Output::SLOTS];
@@ -119,7 +122,6 @@ struct PairedForwardLoop
             shared_store(factor_to, shrink[0]);
             copy.store(to);
             go_to(first + 2 * KEYS);
-            copy.load();
         }
         meet();
         meet(); /* the last factor has been read */
