@@ -22,6 +22,6 @@ def test_every_shape_fits(arch, tmp_path):
         pytest.skip(f"no {toolchain.language} compiler: set {toolchain.variable}")
     flags = toolchain.flags(Spec("check_shapes", "bf16", 64, True, arch))
     words = [compiler.path, *flags, f"-I{SOURCES}", f"-I{SOURCES / 'include'}", "-c" if is_amd(arch) else "-cubin"]
-    words += ["-o", str(tmp_path / "nothing"), str(HERE / "check_shapes.hip")]
+    words += ["-o", str(tmp_path / "nothing"), *([] if is_amd(arch) else ["-x", "cu"]), str(HERE / "check_shapes.hip")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
