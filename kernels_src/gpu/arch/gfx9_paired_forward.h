@@ -1,6 +1,6 @@
-/* The loop over the tiles of keys on AMD CDNA beyond 128 and up to 256 dimensions: eight waves in pairs that have the same
- * 32 query rows. One of a pair has the queries and makes the probabilities, the other has the output: so two waves fit
- * on a SIMD, and one multiplies (M) while the other does not.
+/* The loop over the tiles of keys on AMD CDNA beyond 128 (gfx90a: 64) and up to 256 dimensions: eight waves in pairs that
+ * have the same 32 query rows. One of a pair has the queries and makes the probabilities, the other has the output: so
+ * two waves fit on a SIMD, and one multiplies (M) while the other does not.
  *
  *                      tile n                                     n + 1
  *   probabilities   M: S(n) = K Q^T     |  V: softmax(n), P(n)  |  M: S(n+1)        |  V ...
@@ -24,7 +24,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct PairedShape : Shape<HEAD_DIM, VALU
 #if defined(AITER_GFX950)
     static constexpr int KEYS = 64;
 #else
-    static constexpr int KEYS = 32; /* of 64 KB of LDS, with the probabilities */
+    static constexpr int KEYS = greater(HEAD_DIM, VALUE_DIM) <= 128 ? 64 : 32; /* in 64 KB of LDS, with P */
 #endif
     static constexpr int BLOCKS = 1;
 };
@@ -165,12 +165,12 @@ struct PairedForwardLoop
 
 #if defined(AITER_GFX90A)
 /* Its alternating loop depends on how the compiler moves registers: it has no move of two that may run beside a matrix
- * instruction. */
-constexpr int MOST_ALTERNATING = 0;
+ * instruction. Up to 64 dimensions four waves without barriers do more. */
+constexpr int MOST_ALTERNATING = 0, LEAST_PAIRED = 65;
 #else
-constexpr int MOST_ALTERNATING = 128;
+constexpr int MOST_ALTERNATING = 128, LEAST_PAIRED = 129;
 #endif
-constexpr int LEAST_PAIRED = 129, MOST_PAIRED = 256;
+constexpr int MOST_PAIRED = 256; /* beyond, an output takes more registers than half a SIMD has */
 template <int HEAD_DIM, int VALUE_DIM, int WIDER = greater(HEAD_DIM, VALUE_DIM)>
 using LoopOf =
     std::conditional_t<(WIDER <= MOST_ALTERNATING), AlternatingLoop<HEAD_DIM, VALUE_DIM>,
