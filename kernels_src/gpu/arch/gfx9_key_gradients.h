@@ -135,29 +135,21 @@ struct PairedLoop {
                                                     Copy &copy) {
         using Products = typename OfColumns::Products;
         using ScoreProducts = typename OfRows::Products;
-        constexpr int SCORE_PRODUCTS = ScoreProducts::SCORE_PRODUCTS;
-        constexpr int STRIDE = SCORE_PRODUCTS / Copy::ROWS; /* products before a row is stored */
         auto scores = ScoreProducts::scores(rows);
         auto outputs = Products::template outputs<Gradient>(columns);
         meet();
         __builtin_amdgcn_s_setprio(2);
         scores.begin();
-        if (STRIDE == 0) {
-            copy.store_all();
-            outputs.begin();
-        }
         ScoreProducts::multiply(scores, own, s, [&](int i) {
-            if (STRIDE == 0) return;
-            if (i % STRIDE == STRIDE - 1 && i / STRIDE < Copy::ROWS) copy.store(i / STRIDE);
-            constexpr int READ = SCORE_PRODUCTS - outputs.AHEAD;
-            if (i >= READ) outputs.begin(i - READ);
+            spread<scores.PRODUCTS, Copy::ROWS>(i, [&](int k) { copy.store(k); });
+            at_last<scores.PRODUCTS, outputs.AHEAD>(i, [&](int k) { outputs.begin(k); });
         });
-        if (outputs.PRODUCTS < Copy::ROWS) copy.load();
         Products::multiply(
             outputs, [&](int, int j) { return p[j]; }, gradient,
             [&](int i) {
-                if (outputs.PRODUCTS >= Copy::ROWS && i < Copy::ROWS) copy.load(i);
-                if (i == outputs.PRODUCTS - outputs.AHEAD) {
+                constexpr int LAST = outputs.PRODUCTS - outputs.AHEAD; /* whose operand is read beside these */
+                spread<greater(LAST, 1), Copy::ROWS>(i, [&](int k) { copy.load(k); });
+                if (i == LAST) {
                     meet();
                     __builtin_amdgcn_s_setprio(3);
                 }

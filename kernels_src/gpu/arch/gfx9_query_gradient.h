@@ -92,21 +92,18 @@ struct QueryLoop {
             __builtin_amdgcn_s_setprio(2);
             scores.begin();
             ProductsX::multiply(scores, tile.own_x, p, [&](int i) {
-                constexpr int READ = ProductsX::SCORE_PRODUCTS - gradients.AHEAD;
-                if (i >= READ) gradients.begin(i - READ);
+                at_last<scores.PRODUCTS, gradients.AHEAD>(i, [&](int k) { gradients.begin(k); });
             });
             ProductsY::multiply(gradients, tile.own_y, ds, [&](int i) {
-                constexpr int STRIDE = ProductsY::SCORE_PRODUCTS / Copy::ROWS;
-                constexpr int READ = ProductsY::SCORE_PRODUCTS - outputs.AHEAD;
-                static_assert(STRIDE > 0 && READ >= 0, "");
-                if (i % STRIDE == 0 && i / STRIDE < Copy::ROWS) copy.store(i / STRIDE, to);
-                if (i >= READ) outputs.begin(i - READ);
+                spread<gradients.PRODUCTS, Copy::ROWS>(i, [&](int k) { copy.store(k, to); });
+                at_last<gradients.PRODUCTS, outputs.AHEAD>(i, [&](int k) { outputs.begin(k); });
             });
             ProductsX::multiply(
                 outputs, [&](int, int j) { return ds16[j]; }, grad_x,
                 [&](int i) {
-                    if (i < Copy::ROWS) copy.load(i);
-                    if (GROUP == 1 && i == outputs.PRODUCTS - outputs.AHEAD) {
+                    constexpr int LAST = outputs.PRODUCTS - outputs.AHEAD; /* whose operand is read beside these */
+                    spread<greater(LAST, 1), Copy::ROWS>(i, [&](int k) { copy.load(k); });
+                    if (GROUP == 1 && i == LAST) {
                         meet();
                         __builtin_amdgcn_s_setprio(3);
                     }

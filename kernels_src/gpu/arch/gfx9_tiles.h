@@ -94,6 +94,19 @@ __device__ __forceinline__ ReadAhead<COUNT, READS, Read> read_ahead(Read read) {
     return ReadAhead<COUNT, READS, Read>(read);
 }
 
+/* What is done beside PRODUCTS products, before the i-th of them: of COUNT things f(k) those that are due, when they are
+ * spread over all, or when each waits for the last that leaves the others one of their own. */
+template <int PRODUCTS, int COUNT, class F> __device__ __forceinline__ void spread(int i, F f) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k)
+        if (k * PRODUCTS / COUNT == i) f(k);
+}
+template <int PRODUCTS, int COUNT, class F> __device__ __forceinline__ void at_last(int i, F f) {
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k)
+        if (greater(PRODUCTS - COUNT + k, 0) == i) f(k);
+}
+
 template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static constexpr int SLOTS = ROW_TILES;
     static constexpr int TILES = round_up(COLUMNS, 32) / 32;
