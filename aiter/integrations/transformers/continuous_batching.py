@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from aiter import flash_attn
 from aiter.integrations.transformers.layers import attention, refuse_others
-from aiter.integrations.transformers.masks import padding_mask
+from aiter.integrations.transformers.masks import is_capturing, padding_mask
 
 FLASH_NAME = "aiter_flash2"
 PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.17 makes of it while it batches
@@ -62,6 +62,11 @@ def batched_attention(
             **others,
         )
     refuse_others(dropout=dropout or None, attention_mask=attention_mask, **others)
+    if query.is_cpu and is_capturing():
+        raise ValueError(
+            "transformers captures a CUDA graph of a model on the CPU, which would compute nothing when replayed: give "
+            "ContinuousBatchingConfig(use_cuda_graph=False), or move the model to the GPU"
+        )
     assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
     assert max_length_q is not None and max_length_k is not None
     options: dict[str, Any] = {
@@ -139,9 +144,10 @@ def paged_attention(
 
 def admit() -> None:
     """Registers the names, and sees to it that transformers looks for no package of them."""
-    for name, function in ((FLASH_NAME, batched_attention), (PAGED_NAME, paged_attention)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, padding_mask)
+    AttentionInterface.register(FLASH_NAME, batched_attention)
+    AttentionMaskInterface.register(FLASH_NAME, padding_mask)
+    # No mask function: transformers then makes no mask, which nobody would read and a CUDA graph could not hold.
+    AttentionInterface.register(PAGED_NAME, paged_attention)
     check = PreTrainedModel._check_and_adjust_attn_implementation
     if hasattr(check, "before_aiter"):
         return
