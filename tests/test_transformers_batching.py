@@ -28,7 +28,7 @@ FAMILIES = {
     "gemma2": dict(query_pre_attn_scalar=16, attn_logit_softcapping=5.0, **WINDOW),
     "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=2, **WINDOW),
 }
-# Before transformers 5.18 pages were blocks.
+# Once pages were blocks.
 PAGE_SIZE = "page_size" if hasattr(transformers.ContinuousBatchingConfig, "page_size") else "block_size"
 
 
@@ -111,10 +111,13 @@ def test_a_step_can_be_captured(family, monkeypatch):
 
     def watched(*arguments, **keywords):
         steps.append(1)
-        with NoValueIsLookedAt():
+        with pytest.MonkeyPatch.context() as patch, NoValueIsLookedAt():
+            for question in ("is_initialized", "is_current_stream_capturing"):
+                patch.setattr(torch.cuda, question, lambda: True)
             return forward(*arguments, **keywords)
 
     monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(continuous_batching, "is_capturing", lambda: False)  # what it says of a model on the CPU
     ours = batched(model, prompts)
     assert steps
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from aiter.integrations.transformers.layers import attention, refuse_others
 from aiter.integrations.transformers.masks import is_capturing, padding_mask
 
 FLASH_NAME = "aiter_flash2"
-PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.17 makes of it while it batches
+PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.18 makes of it while it batches
 
 
 def batched_attention(
@@ -46,6 +46,7 @@ def batched_attention(
     block_table: torch.Tensor | None = None,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
+    cache: Any = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
     """`layers.attention`; for a batch that transformers schedules (it has a read_index), what its flash functions do.
@@ -53,7 +54,8 @@ def batched_attention(
     Then query is (1, heads_q, tokens, head_dim), and cu_seq_lens_q int32 (requests + 1,). key and value are
     (1, heads_kv, tokens_k, head_dim), cached ones included, and cu_seq_lens_k says whose; or, with block_table int32
     (requests, pages), they are one new token of each request, which goes into k_cache and v_cache (pages, page_size,
-    heads_kv, head_dim) behind its earlier ones.
+    heads_kv, head_dim) behind its earlier ones. With cache, transformers' own, as 5.19 to 5.23 hand it over, all that is
+    asked of that first, for this layer.
     """
     if read_index is None:
         return attention(
@@ -61,6 +63,13 @@ def batched_attention(
             *(max_length_q, max_length_k, position_ids, sliding_window, softcap, s_aux),
             **others,
         )
+    if cache is not None:
+        step = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, "block_table": block_table}
+        step |= {"read_index": read_index, "write_index": write_index}
+        key, value = cache.update(key, value, module.layer_idx, step)
+        cu_seq_lens_k, max_length_k, block_table = step["cu_seq_lens_k"], step["max_length_k"], step["block_table"]
+        k_cache, v_cache = step.get("k_cache"), step.get("v_cache")
+        attention_mask = None  # lengths say it
     refuse_others(dropout=dropout or None, attention_mask=attention_mask, **others)
     if query.is_cpu and is_capturing():
         raise ValueError(
@@ -109,7 +118,7 @@ def paged_attention(
     sliding_window: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """`batched_attention` as transformers up to 5.17 calls it: the new tokens alone, and the cache that they go to."""
+    """`batched_attention` as transformers up to 5.18 calls it: the new tokens alone, and the cache that they go to."""
     kind = "full_attention" if sliding_window is None else "sliding_attention"
     if isinstance(cu_seq_lens_k, dict):
         cu_seq_lens_k = cu_seq_lens_k[kind]
@@ -120,11 +129,14 @@ def paged_attention(
         packed = cache.update(key, value, module.layer_idx, read_index, write_index)
         key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in packed)
     else:
-        group, layer = cache.layer_index_to_group_indices[module.layer_idx]
-        k_cache, v_cache = (
-            slots[layer].view(-1, cache.block_size, *slots[layer].shape[1:])
-            for slots in (cache.key_cache, cache.value_cache)
-        )
+        if hasattr(cache, "get_cache_for_block_table"):  # 5.18
+            group, k_cache, v_cache = cache.get_cache_for_block_table(module.layer_idx)
+        else:
+            group, layer = cache.layer_index_to_group_indices[module.layer_idx]
+            k_cache, v_cache = (
+                slots[layer].view(-1, cache.block_size, *slots[layer].shape[1:])
+                for slots in (cache.key_cache, cache.value_cache)
+            )
         caches = {"block_table": block_table[group], "k_cache": k_cache, "v_cache": v_cache}
     return batched_attention(
         module,
