@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CLIENTS = ("transformers", "diffusers", "sglang", "vllm")  # where one is missing, its page is skipped
-# Programs that need a model, a process of their own and this package installed: the test that sees to it, with the client.
+# Programs that need a model, a process of their own and this package installed, and the tests that see to it.
 PROGRAMS = {"docs/vllm.md": "tests/clients/vllm/test_plugin.py::test_program"}
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)

@@ -54,8 +54,8 @@ def batched_attention(
     Then query is (1, heads_q, tokens, head_dim), and cu_seq_lens_q int32 (requests + 1,). key and value are
     (1, heads_kv, tokens_k, head_dim), cached ones included, and cu_seq_lens_k says whose; or, with block_table int32
     (requests, pages), they are one new token of each request, which goes into k_cache and v_cache (pages, page_size,
-    heads_kv, head_dim) behind its earlier ones. With cache, transformers' own, as 5.19 to 5.23 hand it over, all that is
-    asked of that first, for this layer.
+    heads_kv, head_dim) behind its earlier ones. With cache (5.19 to 5.23 hand theirs over), all of that is asked of
+    it first, for this layer.
     """
     if read_index is None:
         return attention(
