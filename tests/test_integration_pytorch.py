@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import aiter
 from aiter import plan
 from aiter.dropout import draw_rng_state, keep_mask, scale
-from aiter.integrations import pytorch
+from aiter.integrations import masks, pytorch
 from aiter.integrations.pytorch import activated
 
 HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")
@@ -180,8 +180,100 @@ def test_without_gradients(mode, device, launches):
     torch.testing.assert_close(output, scaled_dot_product_attention(query, key, value, is_causal=True))
 
 
+def on_device(keywords, query):
+    """With masks where the query is, additive ones of its dtype."""
+    masks = {name: given for name, given in keywords.items() if isinstance(given, torch.Tensor)}
+    return keywords | {
+        name: mask.to(query.device, mask.dtype if mask.dtype == torch.bool else query.dtype)
+        for name, mask in masks.items()
+    }
+
+
+def additive(mask, hidden):
+    return torch.zeros(mask.shape).masked_fill(~mask, hidden)
+
+
+TOKENS = torch.arange(23) < torch.tensor([[23], [9]])  # (batch, seq_k), padded behind the tokens
+BEHIND = torch.arange(23) >= torch.tensor([[4], [17]])  # and before them
+GAPS = torch.arange(46).view(2, 23) % 3 > 0
+NONE = torch.tensor([[True] * 23, [False] * 23])
+SEEN = {  # as (batch, heads, seq_q, seq_k), 19 queries and 23 keys
+    "all": torch.ones(19, 23, dtype=torch.bool),
+    "padding": TOKENS[:, None, None],
+    "padding before": BEHIND[:, None, None],
+    "gaps": GAPS[:, None, None],
+    "no key": NONE[:, None, None],
+    "the same for all sequences": GAPS[:1, None, None],
+    "a row": GAPS[:1],
+    "expanded": GAPS[:, None, None].expand(2, 4, 19, 23),
+    "written out": (GAPS[:, None, None] & torch.ones(19, 1, dtype=torch.bool)),
+    "additive": additive(GAPS[:, None, None], float("-inf")),
+    "additive, the lowest": additive(BEHIND[:, None, None].expand(2, 1, 19, 23), torch.finfo(torch.bfloat16).min),
+    "causal": torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "causal, from the first key": torch.ones(19, 23, dtype=torch.bool).tril(),
+    "causal, additive": additive(torch.ones(19, 23, dtype=torch.bool).tril(4), float("-inf")),
+    "causal and padding": TOKENS[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "causal and padding before": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "causal, first key, padding": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_masks_that_are_padding_or_causal_are_ours(name, device, launches):
+    tensors = qkv(seq_k=23, device=device)
+    keywords = on_device({"attn_mask": SEEN[name]}, tensors[0])
+    with activated():
+        got = with_gradients(scaled_dot_product_attention, tensors, keywords)
+    assert launches == ["forward", "backward"]
+    exact = with_gradients(
+        scaled_dot_product_attention, [tensor.double() for tensor in tensors], on_device(keywords, tensors[0].double())
+    )
+    own = with_gradients(scaled_dot_product_attention, tensors, keywords)
+    for ours, right, theirs in zip(got, exact, own, strict=True):
+        assert_gradient_as_accurate(ours, right, theirs)
+
+
+def test_a_mask_is_looked_at_once_and_again_when_it_changes(device, launches):
+    query, key, value = (tensor.detach() for tensor in qkv(device=device))
+    mask = torch.ones(19, 19, dtype=torch.bool, device=device)
+    looks = []
+    with activated(), pytest.MonkeyPatch.context() as patch:
+        look_at = masks._look_at
+        patch.setattr(masks, "_look_at", lambda *arguments: looks.append(1) or look_at(*arguments))
+        for _ in range(2):
+            scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        assert len(looks) == 1
+        mask.tril_()
+        changed = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        assert len(looks) == 2
+    torch.testing.assert_close(changed, scaled_dot_product_attention(query, key, value, is_causal=True))
+    assert launches == ["forward"] * 3
+
+
+def test_a_padding_mask_compiled(device, launches):
+    torch._dynamo.reset()
+    query, key, value = qkv(seq_k=23, device=device)
+    mask = GAPS[:, None, None].to(device)
+    compiled = torch.compile(scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+    with activated():
+        compiled(query, key, value, attn_mask=mask).sum().backward()
+    assert launches == ["forward", "backward"]
+    gradient = query.grad
+    query.grad = None
+    scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+    torch.testing.assert_close(gradient, query.grad)
+
+
+NOT_READ = "attn_mask is neither padding nor causal"
 REFUSED = {
-    "attn_mask": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril()}, "attn_mask is given"),
+    "a window": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril().triu(-5)}, NOT_READ),
+    "gaps under a triangle": (
+        qkv,
+        {"attn_mask": (torch.arange(19) % 3 > 0) & torch.ones(19, 19).tril().bool()},
+        NOT_READ,
+    ),
+    "a bias": (qkv, {"attn_mask": torch.linspace(-1, 0, 19)[None]}, NOT_READ),
+    "heads of their own": (qkv, {"attn_mask": torch.ones(1, 4, 1, 19, dtype=torch.bool)}, NOT_READ),
     "dropout of all": (qkv, {"dropout_p": 1.0}, "dropout_p is 1.0"),
     "float64": (partial(qkv, dtype=torch.float64), {}, "float64"),
     "float32": (partial(qkv, dtype=torch.float32), {}, "float32 on cuda"),
@@ -197,7 +289,7 @@ def test_what_is_not_ours_goes_to_pytorch_and_says_so_once(name, device, launche
         pytest.skip("PyTorch's own GPU kernels refuse it")
     make, keywords, reason = REFUSED[name]
     tensors = make(device=device)
-    keywords = {key: given.to(device) if isinstance(given, torch.Tensor) else given for key, given in keywords.items()}
+    keywords = on_device(keywords, tensors[0])
     own = with_gradients(scaled_dot_product_attention, tensors, keywords)
     with activated(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

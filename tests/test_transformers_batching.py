@@ -11,7 +11,8 @@ pytest.importorskip("transformers.generation.continuous_batching", reason="this 
 
 import aiter.transformers  # noqa: E402
 from aiter import flash_attn  # noqa: E402
-from aiter.integrations.transformers import continuous_batching, masks  # noqa: E402
+from aiter.integrations import masks  # noqa: E402
+from aiter.integrations.transformers import continuous_batching  # noqa: E402
 from aiter.integrations.transformers.continuous_batching import FLASH_NAME  # noqa: E402
 
 SIZES = dict(

@@ -17,8 +17,9 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 
 from aiter import flash_attn
+from aiter.integrations.masks import is_capturing
 from aiter.integrations.transformers.layers import attention, refuse_others
-from aiter.integrations.transformers.masks import is_capturing, padding_mask
+from aiter.integrations.transformers.masks import padding_mask
 
 FLASH_NAME = "aiter_flash2"
 PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.18 makes of it while it batches

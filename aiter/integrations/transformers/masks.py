@@ -19,13 +19,11 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from aiter.integrations.masks import HIDDEN, tokens_first, values_are_hidden
 from aiter.options import NO_LIMIT
 
 NAME = "aiter"
 USE_OTHERS = "use attn_implementation='sdpa' or 'eager'"
-
-# What an additive mask must hold at least to hide a key wholly, whatever the scores: exp(-10^4) is 0.
-HIDDEN = -1e4
 
 REFUSED_MASK = (
     f"attn_implementation={NAME!r} takes causal and bidirectional masks, windows, padding and packed documents; this "
@@ -41,15 +39,6 @@ REFUSED_GAPS = (
     f"{USE_OTHERS}"
 )
 NO_WINDOW = (NO_LIMIT, NO_LIMIT)
-
-
-def values_are_hidden() -> bool:
-    """Whether no value can be looked at: traced, there is none yet; a CUDA graph in the making would break by it."""
-    return torch.compiler.is_compiling() or is_capturing()
-
-
-def is_capturing() -> bool:
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class OwnAttentionError(ValueError, AttributeError):
@@ -183,7 +172,7 @@ def padding_mask(
             made = made._replace(holds=whole if holds is None else holds & whole)
         elif not bool(whole):
             return made._replace(refused=REFUSED_GAPS)
-    seqlens_k, order_k = _tokens_first(valid, blind)
+    seqlens_k, order_k = tokens_first(valid, blind)
     made = made._replace(seqlens_k=seqlens_k, order_k=order_k)
     if not causal:  # a query that is padding sees what the others see: nobody reads what comes of it
         if not hides:
@@ -192,21 +181,13 @@ def padding_mask(
     valid_q = valid.index_select(1, torch.arange(q_length, device=valid.device) + begin)
     if not blind and bool(valid_q.all()):
         return made
-    seqlens_q, order_q = _tokens_first(valid_q, blind)
+    seqlens_q, order_q = tokens_first(valid_q, blind)
     return made._replace(seqlens_q=seqlens_q, order_q=order_q)
 
 
 def _for_each_row(value: int | torch.Tensor, batch: int, device: torch.device | None) -> torch.Tensor:
     """int32 (batch,)."""
     return torch.as_tensor(value, dtype=torch.int32, device=device).reshape(-1).expand(batch).contiguous()
-
-
-def _tokens_first(valid: torch.Tensor, blind: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """How many tokens each row of `valid` (batch, seq) has, and the order that puts them first; None: they are."""
-    count = valid.sum(1, dtype=torch.int32)
-    if not blind and bool((valid[:, 1:] <= valid[:, :-1]).all()):
-        return count, None
-    return count, (~valid).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def _documents_seen(
