@@ -40,9 +40,14 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def fits(mask: torch.Tensor, *sizes: int) -> bool:
+    """Whether it can be broadcast to these: (batch, heads, seq_q, seq_k)."""
+    pairs = zip(reversed(mask.shape), reversed(sizes), strict=False)
+    return 2 <= mask.dim() <= len(sizes) and all(size in (1, of) for size, of in pairs)
+
+
 def read(mask: torch.Tensor, batch: int, seq_q: int, seq_k: int) -> Seen | None:
-    """What a mask says that can be broadcast to (batch, heads, seq_q, seq_k): bool, True where a query sees a key, or a
-    floating type, to be added to the scores.
+    """What a mask says that `fits`: bool, True where a query sees a key, or a floating type, to be added to the scores.
 
     A bool mask of one row for all queries is padding, whatever it holds. The values of others are looked at, once for
     all layers that are given the same tensor, which waits for a GPU; None where they are hidden."""
@@ -89,7 +94,9 @@ def _look_at(mask: torch.Tensor, batch: int, seq_q: int, seq_k: int) -> Seen | N
     return None
 
 
-def arrange(seen: Seen, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def arrange(
+    seen: Seen, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """key and value (batch, seq_k, heads, head_dim) with the tokens first, and the options of `flash_attn_func`. On the
     CPU what is in this order already is not copied; a GPU is not waited for."""
     options: dict[str, Any] = {}

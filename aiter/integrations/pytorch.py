@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from aiter import checks
 from aiter.integrations import masks
 from aiter.operations import flash_attn_func
-from aiter.options import NO_LIMIT, OptionKeywords
+from aiter.options import NO_LIMIT
 
 NAME = "aiter"
 _DEVICES = ("CPU", "CUDA")
@@ -172,7 +172,8 @@ def _choose(
     seen = None
     if plain and not reason and attn_mask is not None:
         plain = not is_causal and _is_a_mask(attn_mask, query, key)
-        seen = masks.read(attn_mask, _batch(query), query.shape[-2], key.shape[-2]) if plain else None
+        batch = query.shape[0] if query.dim() == 4 else 1
+        seen = masks.read(attn_mask, batch, query.shape[-2], key.shape[-2]) if plain else None
         reason = None if seen else _OTHER_MASK
     if reason or not plain:
         if reason and plain:
@@ -199,7 +200,7 @@ def _choose(
         output = run(query, key, value, 0.0, is_causal, scale=scale)[0]
     else:
         query, key, value = _swap(query, key, value)
-        options: OptionKeywords = {} if square else {"query_offsets": _first_at_first(query)}
+        options: dict[str, Any] = {} if square else {"query_offsets": _first_at_first(query)}
         if seen is not None:
             is_causal = seen.causal
             key, value, options = masks.arrange(seen, query, key, value)
@@ -234,20 +235,13 @@ def _is_a_call_of_flash_attention(
     )
 
 
-def _batch(query: torch.Tensor) -> int:
-    return query.shape[0] if query.dim() == 4 else 1
-
-
 def _is_a_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether PyTorch would take it."""
-    whole = (_batch(query), query.shape[-3], query.shape[-2], key.shape[-2])
-    sizes = list(zip(reversed(mask.shape), reversed(whole), strict=False))
     return (
         mask.dtype in (torch.bool, query.dtype)
         and mask.device == query.device
         and mask.layout == torch.strided
-        and 2 <= mask.dim() <= query.dim()
-        and all(size in (1, of) for size, of in sizes)
+        and masks.fits(mask, *(query.shape[:1] if query.dim() == 4 else ()), *query.shape[-3:-1], key.shape[-2])
     )
 
 

@@ -65,7 +65,11 @@ def batched_attention(
             **others,
         )
     if cache is not None:
-        step = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k, "block_table": block_table}
+        step: dict[str, Any] = {
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_k": max_length_k,
+            "block_table": block_table,
+        }
         step |= {"read_index": read_index, "write_index": write_index}
         key, value = cache.update(key, value, module.layer_idx, step)
         cu_seq_lens_k, max_length_k, block_table = step["cu_seq_lens_k"], step["max_length_k"], step["block_table"]
