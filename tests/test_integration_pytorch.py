@@ -10,7 +10,7 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, assert_gradient_as_accurate
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import aiter
 from aiter import plan
@@ -501,6 +501,51 @@ def test_flops_of_lengths():
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == pairs * 4 * 2 * (16 + 16)
+
+
+def test_flops_of_rocms_operators():
+    query, pool, scale = torch.randn(2, 4, 16), torch.randn(2, 6, 8, 2, 16), torch.ones(1)
+    rest = None, "auto", "NHD", 0.0, scale, scale
+    table, lengths = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.tensor([12, 5], dtype=torch.int32)
+    starts, pages = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([3, 1, 0], dtype=torch.int32)
+    first = torch.empty_like(query), query.new_empty(0), query, *pool, 0.25
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.aiter.paged_attention_v1(*first, table, None, lengths, 16, *rest)
+    assert counter.get_total_flops() == (12 + 5) * 4 * 2 * (16 + 16)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.aiter.paged_attention_ragged(*first, starts, pages, lengths % 8 + 1, 8, 1, *rest)
+    assert counter.get_total_flops() == (8 + 5 + 6) * 4 * 2 * (16 + 16)
+
+
+def test_flops_of_every_operator():
+    """Those without a formula multiply no matrices."""
+    pytest.importorskip("torch.distributed.device_mesh")
+    import aiter.distributed.attention  # noqa: F401 - it has operators of its own
+
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aiter::")}
+    counted = {operator._qualified_op_name for operator in flop_registry if hasattr(operator, "_qualified_op_name")}
+    assert names - counted == {"aiter::append_to_cache", "aiter::reshape_and_cache"}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+@pytest.mark.parametrize("documents", [None, [0, 7, 12]])
+def test_flops_of_context_parallelism_compiled(documents):
+    """Eager calls are made of the operations; compiled, they are one operator."""
+    from aiter.distributed import context_parallel_attention
+
+    shape = (12, 4, 16) if documents else (2, 12, 4, 16)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    documents = documents and torch.tensor(documents, dtype=torch.int32)
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = torch.compile(context_parallel_attention, backend="aot_eager")
+        with FlopCounterMode(display=False) as counter:
+            compiled(query, key, value, cu_seqlens=documents).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    pairs = 7 * 7 + 5 * 5 if documents is not None else 2 * 12 * 12
+    assert counter.get_total_flops() == pairs * 4 * 2 * 16 * 7
 
 
 def test_flops_of_pytorchs_operator_are_its_own(device, launches):
