@@ -206,6 +206,7 @@ SEEN = {  # as (batch, heads, seq_q, seq_k), 19 queries and 23 keys
     "the same for all sequences": GAPS[:1, None, None],
     "a row": GAPS[:1],
     "expanded": GAPS[:, None, None].expand(2, 4, 19, 23),
+    "each head's, written out": GAPS[:, None, None].repeat(1, 4, 1, 1),
     "written out": (GAPS[:, None, None] & torch.ones(19, 1, dtype=torch.bool)),
     "additive": additive(GAPS[:, None, None], float("-inf")),
     "additive, the lowest": additive(BEHIND[:, None, None].expand(2, 1, 19, 23), torch.finfo(torch.bfloat16).min),
@@ -231,6 +232,20 @@ def test_masks_that_are_padding_or_causal_are_ours(name, device, launches):
     own = with_gradients(scaled_dot_product_attention, tensors, keywords)
     for ours, right, theirs in zip(got, exact, own, strict=True):
         assert_gradient_as_accurate(ours, right, theirs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_multi_head_attention_with_padding(causal, device, launches):
+    """It writes its masks out for every head, to be added."""
+    module = torch.nn.MultiheadAttention(64, 4, batch_first=True).to(device, randn(1, device=device).dtype)
+    tokens = randn(2, 10, 64, device=device)
+    padding = torch.arange(10, device=device) >= torch.tensor([[10], [7]], device=device)
+    triangle = torch.ones(10, 10, dtype=torch.bool, device=device).triu(1) if causal else None
+    given = {"key_padding_mask": padding, "attn_mask": triangle, "need_weights": False}
+    with activated():
+        ours = module(tokens, tokens, tokens, **given)[0]
+    assert launches == ["forward"]
+    torch.testing.assert_close(ours, module(tokens, tokens, tokens, **given)[0])
 
 
 def test_a_mask_is_looked_at_once_and_again_when_it_changes(device, launches):
@@ -273,7 +288,7 @@ REFUSED = {
         NOT_READ,
     ),
     "a bias": (qkv, {"attn_mask": torch.linspace(-1, 0, 19)[None]}, NOT_READ),
-    "heads of their own": (qkv, {"attn_mask": torch.ones(1, 4, 1, 19, dtype=torch.bool)}, NOT_READ),
+    "heads of their own": (qkv, {"attn_mask": torch.arange(19) < torch.arange(3, 7).view(4, 1, 1)}, NOT_READ),
     "dropout of all": (qkv, {"dropout_p": 1.0}, "dropout_p is 1.0"),
     "float64": (partial(qkv, dtype=torch.float64), {}, "float64"),
     "float32": (partial(qkv, dtype=torch.float32), {}, "float32 on cuda"),

@@ -52,9 +52,10 @@ def read(mask: torch.Tensor, batch: int, seq_q: int, seq_k: int) -> Seen | None:
     A bool mask of one row for all queries is padding, whatever it holds. The values of others are looked at, once for
     all layers that are given the same tensor, which waits for a GPU; None where they are hidden."""
     mask = mask[(None,) * (4 - mask.dim())]
-    if mask.requires_grad or (mask.shape[1] != 1 and mask.stride(1) != 0):
-        return None  # a bias to be learned; heads of their own
-    if mask.dtype == torch.bool and (mask.shape[2] == 1 or mask.stride(2) == 0):
+    if mask.requires_grad:
+        return None  # a bias to be learned
+    same = [size == 1 or stride == 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    if mask.dtype == torch.bool and same[1] and same[2]:
         return Seen(mask[:, 0, 0].expand(batch, seq_k))
     return None if values_are_hidden(mask) else _look(mask, batch, seq_q, seq_k)
 
@@ -66,18 +67,21 @@ def _look(mask: torch.Tensor, *sizes: int) -> Seen | None:
     """`_look_at`, once for a tensor that does not change; each call may bring another view of it."""
     global _last_look
     if mask.is_inference():  # whether it has changed is not known
-        return _look_at(mask[:, 0], *sizes)
+        return _look_at(mask, *sizes)
     whole = mask if mask._base is None else mask._base
     view = (mask._version, mask.shape, mask.stride(), mask.storage_offset(), sizes)
     known, known_view, found = _last_look
     if known is None or known() is not whole or known_view != view:
-        found = _look_at(mask.detach()[:, 0], *sizes)
+        found = _look_at(mask.detach(), *sizes)
         _last_look = weakref.ref(whole), view, found
     return found
 
 
 def _look_at(mask: torch.Tensor, batch: int, seq_q: int, seq_k: int) -> Seen | None:
-    """mask: (batch or 1, seq_q or 1, seq_k or 1)."""
+    """mask: (batch or 1, heads or 1, seq_q or 1, seq_k or 1)."""
+    if mask.shape[1] != 1 and mask.stride(1) != 0 and not torch.equal(mask, mask[:, :1].expand_as(mask)):
+        return None  # heads see what others do not
+    mask = mask[:, 0]
     visible = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((visible.any(2, keepdim=True) & (visible | (mask <= HIDDEN))).all()):
         return None  # scores that count; or a row without a key, of which a finite mask makes an average
