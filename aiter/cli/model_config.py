@@ -70,8 +70,8 @@ class Model:
 
 
 def read_model(path: Path) -> Model:
-    """The needs of the model that a config.json describes, or the one in a folder; ModelConfigError where there is nothing
-    to build."""
+    """The needs of the model that a config.json, or the one in a folder, describes; ModelConfigError where there is
+    nothing to build."""
     if path.is_dir():
         path /= "config.json"
     try:
