@@ -215,6 +215,10 @@ SEEN = {  # as (batch, heads, seq_q, seq_k), 19 queries and 23 keys
     "causal, additive": additive(torch.ones(19, 23, dtype=torch.bool).tril(4), float("-inf")),
     "causal and padding": TOKENS[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4),
     "causal and padding before": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "a window": torch.ones(19, 23, dtype=torch.bool).tril(4).triu(0),
+    "a window, from the first key": torch.ones(19, 23, dtype=torch.bool).tril().triu(-6),
+    "a window and padding": TOKENS[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4).triu(-2),
+    "a window and padding before": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4).triu(-2),
     "causal, first key, padding": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(),
 }
 
@@ -255,14 +259,15 @@ def test_a_mask_is_looked_at_once_and_again_when_it_changes(device, launches):
     with activated(), pytest.MonkeyPatch.context() as patch:
         look_at = masks._look_at
         patch.setattr(masks, "_look_at", lambda *arguments: looks.append(1) or look_at(*arguments))
-        for _ in range(2):
-            scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                scaled_dot_product_attention(query, key, value, attn_mask=mask)
         assert len(looks) == 1
         mask.tril_()
         changed = scaled_dot_product_attention(query, key, value, attn_mask=mask)
         assert len(looks) == 2
     torch.testing.assert_close(changed, scaled_dot_product_attention(query, key, value, is_causal=True))
-    assert launches == ["forward"] * 3
+    assert launches == ["forward"] * 4
 
 
 def test_a_padding_mask_compiled(device, launches):
@@ -281,7 +286,7 @@ def test_a_padding_mask_compiled(device, launches):
 
 NOT_READ = "attn_mask is neither padding nor causal"
 REFUSED = {
-    "a window": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril().triu(-5)}, NOT_READ),
+    "a window to both sides": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril(3).triu(-5)}, NOT_READ),
     "gaps under a triangle": (
         qkv,
         {"attn_mask": (torch.arange(19) % 3 > 0) & torch.ones(19, 19).tril().bool()},

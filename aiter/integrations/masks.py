@@ -2,8 +2,8 @@
 
     attn_mask ── read ──> Seen ── arrange ──> key and value with the tokens first, options of the operation
 
-Padding and triangles, with each other or alone, as bool or to be added to scores. Anything else is None: whoever asks
-refuses it by name or leaves it to others.
+Padding, triangles and causal windows, padded or not, as bool or to be added to scores. Anything else is None: whoever
+asks refuses it by name or leaves it to others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Seen(NamedTuple):
     keys: torch.Tensor | None = None  # bool (batch, seq_k); None: all
     causal: bool = False
     offset: int = 0  # the key that the first query of a causal mask sees last
+    window: int = 0  # how many keys it sees at most, its own counted; 0: no limit
 
 
 def values_are_hidden(tensor: torch.Tensor | None = None) -> bool:
@@ -51,25 +52,25 @@ def read(mask: torch.Tensor, batch: int, seq_q: int, seq_k: int) -> Seen | None:
 
     A bool mask of one row for all queries is padding, whatever it holds. The values of others are looked at, once for
     all layers that are given the same tensor, which waits for a GPU; None where they are hidden."""
-    mask = mask[(None,) * (4 - mask.dim())]
+    given, mask = mask, mask[(None,) * (4 - mask.dim())]
     if mask.requires_grad:
         return None  # a bias to be learned
     same = [size == 1 or stride == 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     if mask.dtype == torch.bool and same[1] and same[2]:
         return Seen(mask[:, 0, 0].expand(batch, seq_k))
-    return None if values_are_hidden(mask) else _look(mask, batch, seq_q, seq_k)
+    return None if values_are_hidden(mask) else _look(given, mask, batch, seq_q, seq_k)
 
 
 _last_look: tuple = (None, None, None)
 
 
-def _look(mask: torch.Tensor, *sizes: int) -> Seen | None:
-    """`_look_at`, once for a tensor that does not change; each call may bring another view of it."""
+def _look(given: torch.Tensor, mask: torch.Tensor, *sizes: int) -> Seen | None:
+    """`_look_at` the mask, once for a given tensor that does not change; each call may bring another view of it."""
     global _last_look
-    if mask.is_inference():  # whether it has changed is not known
+    if given.is_inference():  # whether it has changed is not known
         return _look_at(mask, *sizes)
-    whole = mask if mask._base is None else mask._base
-    view = (mask._version, mask.shape, mask.stride(), mask.storage_offset(), sizes)
+    whole = given if given._base is None else given._base
+    view = (given._version, mask.shape, mask.stride(), mask.storage_offset(), sizes)
     known, known_view, found = _last_look
     if known is None or known() is not whole or known_view != view:
         found = _look_at(mask.detach(), *sizes)
@@ -91,10 +92,12 @@ def _look_at(mask: torch.Tensor, batch: int, seq_q: int, seq_k: int) -> Seen | N
     if torch.equal(visible, keys[:, None].expand_as(visible)):
         return Seen(every)
     together = ((keys[:, 1:] & ~keys[:, :-1]).sum(1) + keys[:, 0] <= 1).all()  # else places would move
+    most = int(visible.sum(2).max())
     for offset in {seq_k - seq_q, 0}:
         triangle = torch.ones_like(visible[0]).tril(offset)
-        if bool(together) and torch.equal(visible, keys[:, None] & triangle):
-            return Seen(every, True, offset)
+        for window, shape in ((0, triangle), (most, triangle.triu(offset - most + 1))):
+            if bool(together) and torch.equal(visible, keys[:, None] & shape):
+                return Seen(every, True, offset, window)
     return None
 
 
@@ -114,6 +117,8 @@ def arrange(
         if seen.keys is not None:
             first = seen.keys.int().argmax(1)
         options["query_offsets"] = (seen.offset - first).to(torch.int32)
+    if seen.window:
+        options["window_size"] = (seen.window - 1, 0)
     return key, value, options
 
 

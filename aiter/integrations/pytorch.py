@@ -38,7 +38,7 @@ _REPLACES_KERNELS = hasattr(torch.library, "get_kernel")
 _registry: Any = torch.nn.attention
 _HAS_REGISTRY = hasattr(_registry, "register_flash_attention_impl")
 
-_OTHER_MASK = "attn_mask is neither padding nor causal, or its values cannot be looked at (torch.compile)"
+_OTHER_MASK = "attn_mask is neither padding nor causal nor a window, or its values cannot be looked at (torch.compile)"
 _said: set[str] = set()
 _active: _Installed | None = None  # where PyTorch has no registry of its own
 
