@@ -78,7 +78,7 @@ def _read(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> masks.S
     if seen is None:
         raise ValueError(
             f"attention backend {NAME!r} takes an attn_mask that says which keys are tokens, bool {(batch, seq_k)} or "
-            f"{(batch, 1, 1, seq_k)}, or one with the same for all heads that is padding or causal, not this "
+            f"{(batch, 1, 1, seq_k)}, or one with the same for all heads that is padding, causal or a window, not this "
             f"{mask.dtype} {tuple(mask.shape)}: {_USE_OTHERS}"
         )
     return seen

@@ -181,7 +181,7 @@ def test_grouped_heads_and_log_sum_exps():
 
 REFUSED = {
     r"torch.float32 \(2, 13\)": {"attn_mask": torch.zeros(2, 13)},
-    r"torch.bool \(9, 13\)": {"attn_mask": torch.ones(9, 13, dtype=torch.bool).tril(4).triu()},
+    r"torch.bool \(9, 13\)": {"attn_mask": torch.ones(9, 13, dtype=torch.bool).tril(5).triu(-2)},
     r"torch.bool \(3, 13\)": {"attn_mask": torch.ones(3, 13, dtype=torch.bool)},
     "not both": {"attn_mask": torch.ones(2, 13, dtype=torch.bool), "is_causal": True},
 }
