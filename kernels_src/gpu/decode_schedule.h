@@ -88,8 +88,8 @@ struct Deal {
     bool whole;    /* ranges are of whole units */
 
     __host__ __device__ Deal(const aiter_attention_problem &p, bool alike, int64_t steps, int64_t most) {
-        const int64_t line_units = static_cast<int64_t>(p.heads_kv) * row_parts(p);
-        units = p.batch * line_units;
+        const int64_t line_units = static_cast<int64_t>(p.heads_kv) * greater(row_parts(p), 1);
+        units = p.batch * static_cast<int64_t>(p.heads_kv) * row_parts(p);
         const int64_t useful = greater(steps / LEAST_STEPS, units),
                       even = lesser(useful, most) / line_units * line_units;
         blocks = p.batch_invariant ? steps : even >= lesser(useful, most) * 15 / 16 ? even : lesser(useful, most);
