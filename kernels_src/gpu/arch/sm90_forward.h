@@ -107,13 +107,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         return MASKED || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
     }
 
-    /* Keys of a page that are copied together: rows of shared memory are permuted in eights. A window begins at one of
-     * their multiples. */
-    static int box_of(int page_size) {
-        int box = WINDOW ? 16 : KEYS;
-        while (KEYS % box != 0 || page_size % box != 0) --box;
-        return box % 8 == 0 ? box : 0;
-    }
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
 
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
@@ -123,16 +116,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Launch launch;
         static_cast<Arguments &>(launch) = call;
         launch.tiles = static_cast<int>(tiles);
-        launch.box = PAGED ? box_of(p.page_size) : KEYS;
-        const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
-        const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
+        launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
         const bool mapped =
-            launch.box != 0 &&
+            tensor_map::make_keys_and_values(launch.key, launch.value, call, launch.box) &&
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
-                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits) &&
-            tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, launch.box) &&
-            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, launch.box);
+                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
         int device = 0, blocks = 0;
         hipError_t error = hipGetDevice(&device);
