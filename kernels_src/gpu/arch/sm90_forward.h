@@ -34,14 +34,15 @@
 
 namespace aiter {
 
-/* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more: three warpgroups hide it
- * better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
+/* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more, and with a cap up to 128: three
+ * warpgroups hide it better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
  * shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
 template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
-    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= 96 ? 3 : 2;
+    static constexpr bool CAPPED = SOFTCAP && !ALIBI; /* with slopes it makes no difference */
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= (CAPPED ? 128 : 96) ? 3 : 2;
     static constexpr int KEYS = WIDER <= 64                        ? 128
                                 : WIDER <= 96                      ? 96
-                                : WIDER <= 128                     ? 128
+                                : WIDER <= 128                     ? (CAPPED ? 64 : 128)
                                 : WIDER <= 192 && VALUE_DIM <= 128 ? 112
                                 : WIDER <= 192                     ? 96
                                                                    : 64;
@@ -94,6 +95,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         int tiles;      /* row tiles in all */
         int section;    /* units whose tiles are taken together; see place() */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
+        SmallCap small_cap;
     };
 
     /* The first of this wave's rows, in the block's. */
@@ -116,6 +118,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Launch launch;
         static_cast<Arguments &>(launch) = call;
         launch.tiles = static_cast<int>(tiles);
+        launch.small_cap = SmallCap(p);
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
         const bool mapped =
@@ -537,6 +540,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     });
             };
 
+            /* Scores become weights. Is the output to be multiplied by `shrink`? */
+            const auto weigh = [&](int first, bool masked) __attribute__((always_inline)) {
+                if (SmallCap::POSSIBLE && launch.small_cap.holds) {
+                    launch.small_cap.finish(score, s);
+                    if (masked) hide(first);
+                    softmax.add(s);
+                    return false;
+                }
+                finish(first);
+                if (masked) hide(first);
+                return softmax.advance(s, shrink);
+            };
+
             await_queries(score.query_bits);
             const Ring first_keys = take();
             await_turn();
@@ -546,9 +562,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
-            finish(keys.low);
-            hide(keys.low);
-            softmax.advance(s, shrink);
+            weigh(keys.low, true);
             round(s, p);
             const auto step = [&](int first, bool masked) __attribute__((always_inline)) {
                 const Ring key_tile = take();
@@ -562,9 +576,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 wgmma::wait<1>();
                 key_tile.release();
                 changed(s);
-                finish(first);
-                if (masked) hide(first);
-                const bool grown = softmax.advance(s, shrink);
+                const bool grown = weigh(first, masked);
                 wgmma::wait<0>();
                 values.release();
                 changed(o);
