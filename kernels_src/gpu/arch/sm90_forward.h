@@ -35,8 +35,8 @@
 namespace aiter {
 
 /* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more, and with a cap up to 128: three
- * warpgroups hide it better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
- * shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
+ * warpgroups hide it better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for
+ * two dimensions), by shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
 template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
     static constexpr bool CAPPED = SOFTCAP && !ALIBI; /* with slopes it makes no difference */
     static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= (CAPPED ? 128 : 96) ? 3 : 2;
