@@ -67,7 +67,8 @@ static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
 /* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
-constexpr bool HAS_ONE_PASS = HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || HEAD_DIM > 64 && HEAD_DIM <= 128 && !SOFTCAP && !DROPOUT);
+constexpr bool HAS_ONE_PASS =
+    HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT);
 #else
 template <int PASS> using Loop = BackwardTileLoop<PASS>;
 constexpr bool HAS_ONE_PASS = false;

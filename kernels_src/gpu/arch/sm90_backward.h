@@ -9,8 +9,8 @@
  * wave_sync; but compute-sanitizer's racecheck follows each thread's own arrivals only, and reported the other lanes'
  * reads of LSE and delta. No difference in time was seen beyond the card's own spread.
  *
- * GRAD_ALL, two consuming warpgroups, 128 keys; a tile of 64 queries, of 128 columns (of 64, the warpgroups take turns
- * at dQ), S and dP with a row for each key:
+ * GRAD_ALL, two consuming warpgroups, 128 keys; a tile of 64 queries, of 128 columns (of up to 96, the warpgroups take
+ * turns at dQ: half of 96 columns would begin inside a block of 64), S and dP with a row for each key:
  *
  *   warpgroup 0    S   P    dV += P dO    dS  -+- dQ, left half  = dS^T K   dK += dS Q   -+ dQ to
  *   warpgroup 1    S   P    dV += P dO    dS  -+- dQ, right half = dS^T K   dK += dS Q   -+ shared memory
@@ -180,8 +180,8 @@ struct BackwardWarpgroupTiles
             wgmma::begin();
 #pragma unroll
             for (int j = 0; j < Tiles::ROWS / 16; ++j)
-                wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(
-                    dq.tile[0], s + j * 16 * 128 / 16, k + j * 16 * 128 / 16, j > 0);
+                wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
+                                                                                  k + j * 16 * 128 / 16, j > 0);
             wgmma::end();
             multiply_columns<PassingX>(a, tile, dx);
             finish<1>(dq);
