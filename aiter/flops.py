@@ -7,6 +7,7 @@ hides included. Lengths count where their values can be looked at; of a traced c
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import torch
@@ -32,6 +33,49 @@ def _backward(grad_output, grad_lse, query, key, value, *arguments, **keywords) 
     pairs = _pairs(query, key, _named(torch.ops.aiter.attention_backward, given, keywords))
     # Scores again, and the gradients of query and key; those of the weights and of value.
     return 2 * pairs * query.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def count_shares(forward: Any, backward: Any) -> None:
+    """For `aiter.distributed`, whose operators these are: of each rank, its share of all pairs."""
+
+    @register_flop_formula(forward, get_raw=True)
+    def _(query, key, value, *arguments, **keywords) -> int:
+        pairs = _share(query, key, _named(forward, (query, key, value, *arguments), keywords))
+        return 2 * pairs * query.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+    @register_flop_formula(backward, get_raw=True)
+    def _(grad_output, grad_lse, query, key, value, *arguments, **keywords) -> int:
+        given = (grad_output, grad_lse, query, key, value, *arguments)
+        pairs = _share(query, key, _named(backward, given, keywords))
+        return 2 * pairs * query.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
+
+
+def _share(query: torch.Tensor, key: torch.Tensor, given: dict[str, Any]) -> int:
+    groups = (torch.distributed.distributed_c10d._resolve_process_group(name) for name in given["groups"])
+    ranks = prod(group.size() for group in groups)
+    documents = _lengths(None, given.get("cu_seqlens"))
+    if documents is not None:
+        return sum(length * length for length in documents) // ranks
+    batch = query.shape[0] if query.dim() == 4 else 1
+    return batch * query.shape[-3] * key.shape[-3] * ranks
+
+
+def count_pages(by_table: Any, by_lists: Any) -> None:
+    """For `aiter.integrations.rocm`, whose operators these are: one query of each sequence."""
+
+    def count(query: torch.Tensor, value_cache: torch.Tensor, keys: list[int] | None) -> int:
+        return 2 * sum(keys or ()) * query.shape[-2] * (query.shape[-1] + value_cache.shape[-1])
+
+    @register_flop_formula(by_table, get_raw=True)
+    def _(*arguments, **keywords) -> int:
+        given = _named(by_table, arguments, keywords)
+        return count(given["query"], given["value_cache"], _values(given["context_lens"]))
+
+    @register_flop_formula(by_lists, get_raw=True)
+    def _(*arguments, **keywords) -> int:
+        given = _named(by_lists, arguments, keywords)
+        keys = _listed(given["kv_indptr"], given.get("kv_last_page_lens"), given["block_size"])
+        return count(given["query"], given["value_cache"], keys)
 
 
 def _named(operator: Any, arguments: tuple, keywords: dict[str, Any]) -> dict[str, Any]:

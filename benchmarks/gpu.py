@@ -160,7 +160,8 @@ def dims() -> Iterator[Case]:
 
 
 def options() -> Iterator[Case]:
-    """What models add to attention; unit: FLOPs of the keys that are seen, so that the plain rows compare."""
+    """What models add to attention; unit: FLOPs of the keys that are seen, so that the plain rows compare (of a window,
+    docs/gpu.md says how)."""
     heads, head_dim = 16, 128
     sinks, slopes = torch.randn(heads, device="cuda"), torch.rand(heads, device="cuda")
     for length, window in ((16384, None), (32768, 1024)):

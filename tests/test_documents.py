@@ -1,6 +1,7 @@
 """The documents hold: their Python runs, their links lead somewhere, their gathered figures are the measured ones."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CLIENTS = ("transformers", "diffusers", "sglang", "vllm")  # where one is missing, its page is skipped
+# Programs that need a model, a process of their own and this package installed, and the tests that see to it.
+PROGRAMS = {"docs/vllm.md": "tests/clients/vllm/test_plugin.py::test_program"}
 _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -25,7 +28,12 @@ def test_python_runs(page):
     for client in CLIENTS:
         if re.search(rf"^(import|from) (aiter\.)?{client}\b", code, re.MULTILINE):
             pytest.importorskip(client)
-    run_page(page)
+    if name(page) in PROGRAMS:
+        command = [sys.executable, "-m", "pytest", "-n", "0", PROGRAMS[name(page)]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-4000:]
+    else:
+        run_page(page)
 
 
 def run_page(page: Path) -> None:

@@ -52,7 +52,36 @@ def _process(rank, port):
             assert len(got) == len(expected)
             for ours, right in zip(got, expected, strict=True):
                 torch.testing.assert_close(ours.full_tensor(), right, rtol=1e-5, atol=1e-5)
+    _eight_bits(mesh, rank)
     torch.distributed.destroy_process_group()
+
+
+def _eight_bits(mesh, rank):
+    """Caches of 8-bit floats, whose scales are one number, one for each head, or of each sequence and head."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    query, (key, value) = torch.randn(4, 9, 4, 16), torch.randn(2, 4, 9, 2, 16).to(torch.float8_e4m3fn)
+    for k_descale, by_heads, by_sequences in (
+        (torch.tensor([0.3]), Replicate(), Replicate()),
+        (torch.tensor([0.3, 2.0]), Shard(0), Replicate()),
+        (torch.rand(4, 2) + 0.1, Shard(1), Shard(0)),
+    ):
+        v_descale = k_descale + 0.5
+        expected = aiter.flash_attn_func(query, key, value, causal=True, k_descale=k_descale, v_descale=v_descale)
+        for dim, scales in ((2, by_heads), (0, by_sequences)):
+            placements = [Shard(dim)] * 3 + [scales] * 2
+            split = [
+                DTensor.from_local(
+                    tensor.chunk(2, placement.dim)[rank].contiguous() if isinstance(placement, Shard) else tensor,
+                    mesh,
+                    [placement],
+                )
+                for tensor, placement in zip((query, key, value, k_descale, v_descale), placements, strict=True)
+            ]
+            scaled = dict(zip(("k_descale", "v_descale"), split[3:], strict=True))
+            got = aiter.flash_attn_func(*split[:3], causal=True, **scaled)
+            assert got.placements == (Shard(dim),), "nothing is gathered"
+            torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_two_processes():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from accuracy import assert_as_accurate, assert_gradient_as_accurate
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import aiter
 from aiter import plan
 from aiter.dropout import draw_rng_state, keep_mask, scale
-from aiter.integrations import pytorch
+from aiter.integrations import masks, pytorch
 from aiter.integrations.pytorch import activated
 
 HAS_REGISTRY = hasattr(torch.nn.attention, "register_flash_attention_impl")
@@ -180,8 +180,120 @@ def test_without_gradients(mode, device, launches):
     torch.testing.assert_close(output, scaled_dot_product_attention(query, key, value, is_causal=True))
 
 
+def on_device(keywords, query):
+    """With masks where the query is, additive ones of its dtype."""
+    masks = {name: given for name, given in keywords.items() if isinstance(given, torch.Tensor)}
+    return keywords | {
+        name: mask.to(query.device, mask.dtype if mask.dtype == torch.bool else query.dtype)
+        for name, mask in masks.items()
+    }
+
+
+def additive(mask, hidden):
+    return torch.zeros(mask.shape).masked_fill(~mask, hidden)
+
+
+TOKENS = torch.arange(23) < torch.tensor([[23], [9]])  # (batch, seq_k), padded behind the tokens
+BEHIND = torch.arange(23) >= torch.tensor([[4], [17]])  # and before them
+GAPS = torch.arange(46).view(2, 23) % 3 > 0
+NONE = torch.tensor([[True] * 23, [False] * 23])
+SEEN = {  # as (batch, heads, seq_q, seq_k), 19 queries and 23 keys
+    "all": torch.ones(19, 23, dtype=torch.bool),
+    "padding": TOKENS[:, None, None],
+    "padding before": BEHIND[:, None, None],
+    "gaps": GAPS[:, None, None],
+    "no key": NONE[:, None, None],
+    "the same for all sequences": GAPS[:1, None, None],
+    "a row": GAPS[:1],
+    "expanded": GAPS[:, None, None].expand(2, 4, 19, 23),
+    "each head's, written out": GAPS[:, None, None].repeat(1, 4, 1, 1),
+    "written out": (GAPS[:, None, None] & torch.ones(19, 1, dtype=torch.bool)),
+    "additive": additive(GAPS[:, None, None], float("-inf")),
+    "additive, the lowest": additive(BEHIND[:, None, None].expand(2, 1, 19, 23), torch.finfo(torch.bfloat16).min),
+    "causal": torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "causal, from the first key": torch.ones(19, 23, dtype=torch.bool).tril(),
+    "causal, additive": additive(torch.ones(19, 23, dtype=torch.bool).tril(4), float("-inf")),
+    "causal and padding": TOKENS[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "causal and padding before": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4),
+    "a window": torch.ones(19, 23, dtype=torch.bool).tril(4).triu(0),
+    "a window, from the first key": torch.ones(19, 23, dtype=torch.bool).tril().triu(-6),
+    "a window and padding": TOKENS[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4).triu(-2),
+    "a window and padding before": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(4).triu(-2),
+    "causal, first key, padding": BEHIND[:, None, None] & torch.ones(19, 23, dtype=torch.bool).tril(),
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_masks_that_are_padding_or_causal_are_ours(name, device, launches):
+    tensors = qkv(seq_k=23, device=device)
+    keywords = on_device({"attn_mask": SEEN[name]}, tensors[0])
+    with activated():
+        got = with_gradients(scaled_dot_product_attention, tensors, keywords)
+    assert launches == ["forward", "backward"]
+    exact = with_gradients(
+        scaled_dot_product_attention, [tensor.double() for tensor in tensors], on_device(keywords, tensors[0].double())
+    )
+    own = with_gradients(scaled_dot_product_attention, tensors, keywords)
+    for ours, right, theirs in zip(got, exact, own, strict=True):
+        assert_gradient_as_accurate(ours, right, theirs)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_multi_head_attention_with_padding(causal, device, launches):
+    """It writes its masks out for every head, to be added."""
+    module = torch.nn.MultiheadAttention(64, 4, batch_first=True).to(device, randn(1, device=device).dtype)
+    tokens = randn(2, 10, 64, device=device)
+    padding = torch.arange(10, device=device) >= torch.tensor([[10], [7]], device=device)
+    triangle = torch.ones(10, 10, dtype=torch.bool, device=device).triu(1) if causal else None
+    given = {"key_padding_mask": padding, "attn_mask": triangle, "need_weights": False}
+    with activated():
+        ours = module(tokens, tokens, tokens, **given)[0]
+    assert launches == ["forward"]
+    torch.testing.assert_close(ours, module(tokens, tokens, tokens, **given)[0])
+
+
+def test_a_mask_is_looked_at_once_and_again_when_it_changes(device, launches):
+    query, key, value = (tensor.detach() for tensor in qkv(device=device))
+    mask = torch.ones(19, 19, dtype=torch.bool, device=device)
+    looks = []
+    with activated(), pytest.MonkeyPatch.context() as patch:
+        look_at = masks._look_at
+        patch.setattr(masks, "_look_at", lambda *arguments: looks.append(1) or look_at(*arguments))
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+            with mode():
+                scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        assert len(looks) == 1
+        mask.tril_()
+        changed = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        assert len(looks) == 2
+    torch.testing.assert_close(changed, scaled_dot_product_attention(query, key, value, is_causal=True))
+    assert launches == ["forward"] * 4
+
+
+def test_a_padding_mask_compiled(device, launches):
+    torch._dynamo.reset()
+    query, key, value = qkv(seq_k=23, device=device)
+    mask = GAPS[:, None, None].to(device)
+    compiled = torch.compile(scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+    with activated():
+        compiled(query, key, value, attn_mask=mask).sum().backward()
+    assert launches == ["forward", "backward"]
+    gradient = query.grad
+    query.grad = None
+    scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+    torch.testing.assert_close(gradient, query.grad)
+
+
+NOT_READ = "attn_mask is neither padding nor causal"
 REFUSED = {
-    "attn_mask": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril()}, "attn_mask is given"),
+    "a window to both sides": (qkv, {"attn_mask": torch.ones(19, 19, dtype=torch.bool).tril(3).triu(-5)}, NOT_READ),
+    "gaps under a triangle": (
+        qkv,
+        {"attn_mask": (torch.arange(19) % 3 > 0) & torch.ones(19, 19).tril().bool()},
+        NOT_READ,
+    ),
+    "a bias": (qkv, {"attn_mask": torch.linspace(-1, 0, 19)[None]}, NOT_READ),
+    "heads of their own": (qkv, {"attn_mask": torch.arange(19) < torch.arange(3, 7).view(4, 1, 1)}, NOT_READ),
     "dropout of all": (qkv, {"dropout_p": 1.0}, "dropout_p is 1.0"),
     "float64": (partial(qkv, dtype=torch.float64), {}, "float64"),
     "float32": (partial(qkv, dtype=torch.float32), {}, "float32 on cuda"),
@@ -197,7 +309,7 @@ def test_what_is_not_ours_goes_to_pytorch_and_says_so_once(name, device, launche
         pytest.skip("PyTorch's own GPU kernels refuse it")
     make, keywords, reason = REFUSED[name]
     tensors = make(device=device)
-    keywords = {key: given.to(device) if isinstance(given, torch.Tensor) else given for key, given in keywords.items()}
+    keywords = on_device(keywords, tensors[0])
     own = with_gradients(scaled_dot_product_attention, tensors, keywords)
     with activated(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -409,6 +521,51 @@ def test_flops_of_lengths():
         with FlopCounterMode(display=False) as counter:
             call()
         assert counter.get_total_flops() == pairs * 4 * 2 * (16 + 16)
+
+
+def test_flops_of_rocms_operators():
+    query, pool, scale = torch.randn(2, 4, 16), torch.randn(2, 6, 8, 2, 16), torch.ones(1)
+    rest = None, "auto", "NHD", 0.0, scale, scale
+    table, lengths = torch.tensor([[0, 1], [2, 3]], dtype=torch.int32), torch.tensor([12, 5], dtype=torch.int32)
+    starts, pages = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([3, 1, 0], dtype=torch.int32)
+    first = torch.empty_like(query), query.new_empty(0), query, *pool, 0.25
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.aiter.paged_attention_v1(*first, table, None, lengths, 16, *rest)
+    assert counter.get_total_flops() == (12 + 5) * 4 * 2 * (16 + 16)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.aiter.paged_attention_ragged(*first, starts, pages, lengths % 8 + 1, 8, 1, *rest)
+    assert counter.get_total_flops() == (8 + 5 + 6) * 4 * 2 * (16 + 16)
+
+
+def test_flops_of_every_operator():
+    """Those without a formula multiply no matrices."""
+    pytest.importorskip("torch.distributed.device_mesh")
+    import aiter.distributed.attention  # noqa: F401 - it has operators of its own
+
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aiter::")}
+    counted = {operator._qualified_op_name for operator in flop_registry if hasattr(operator, "_qualified_op_name")}
+    assert names - counted == {"aiter::append_to_cache", "aiter::reshape_and_cache"}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
+@pytest.mark.parametrize("documents", [None, [0, 7, 12]])
+def test_flops_of_context_parallelism_compiled(documents):
+    """Eager calls are made of the operations; compiled, they are one operator."""
+    from aiter.distributed import context_parallel_attention
+
+    shape = (12, 4, 16) if documents else (2, 12, 4, 16)
+    query, key, value = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    documents = documents and torch.tensor(documents, dtype=torch.int32)
+    torch._dynamo.reset()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        compiled = torch.compile(context_parallel_attention, backend="aot_eager")
+        with FlopCounterMode(display=False) as counter:
+            compiled(query, key, value, cu_seqlens=documents).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    pairs = 7 * 7 + 5 * 5 if documents is not None else 2 * 12 * 12
+    assert counter.get_total_flops() == pairs * 4 * 2 * 16 * 7
 
 
 def test_flops_of_pytorchs_operator_are_its_own(device, launches):

@@ -4,12 +4,14 @@ import pytest
 import torch
 from accuracy import assert_greedy
 from tiny_models import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
 pytest.importorskip("transformers.generation.continuous_batching", reason="this version has no continuous batching")
 
 import aiter.transformers  # noqa: E402
 from aiter import flash_attn  # noqa: E402
+from aiter.integrations import masks  # noqa: E402
 from aiter.integrations.transformers import continuous_batching  # noqa: E402
 from aiter.integrations.transformers.continuous_batching import FLASH_NAME  # noqa: E402
 
@@ -27,8 +29,19 @@ FAMILIES = {
     "gemma2": dict(query_pre_attn_scalar=16, attn_logit_softcapping=5.0, **WINDOW),
     "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=2, **WINDOW),
 }
-# Before transformers 5.18 pages were blocks.
+# Once pages were blocks.
 PAGE_SIZE = "page_size" if hasattr(transformers.ContinuousBatchingConfig, "page_size") else "block_size"
+
+
+class NoValueIsLookedAt(TorchDispatchMode):
+    """What a CUDA graph could not capture is an error."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket not in NEED_VALUES, f"{function} looks at values"
+        return function(*args, **kwargs or {})
+
+
+NEED_VALUES = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal}
 
 
 def model_of(family):
@@ -49,6 +62,8 @@ def prompts_of(count, longest):
 
 
 def batched(model, prompts, **scheduling):
+    if model.device.type == "cpu":
+        scheduling.setdefault("use_cuda_graph", False)  # which transformers makes wherever there is a GPU
     generation = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     scheduling = {"num_blocks": 64, PAGE_SIZE: 16, "max_batch_tokens": 64, "use_async_batching": False, **scheduling}
     results = model.generate_batch(
@@ -87,6 +102,49 @@ def test_tokens_are_those_of_plain_generation(family, count, monkeypatch):
     ours = batched(model, prompts)
     assert calls and model.config._attn_implementation == FLASH_NAME
     assert ours == one_by_one(model, prompts, "eager")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_step_can_be_captured(family, monkeypatch):
+    """On a GPU transformers captures its steps in CUDA graphs: no layer and no mask may look at values."""
+    model, prompts, steps = model_of(family), prompts_of(5, 30), []
+    forward = model.forward
+
+    def watched(*arguments, **keywords):
+        steps.append(1)
+        with pytest.MonkeyPatch.context() as patch, NoValueIsLookedAt():
+            for question in ("is_initialized", "is_current_stream_capturing"):
+                patch.setattr(torch.cuda, question, lambda: True)
+            return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(model, "forward", watched)
+    monkeypatch.setattr(continuous_batching, "is_capturing", lambda: False)  # what it says of a model on the CPU
+    ours = batched(model, prompts)
+    assert steps
+    monkeypatch.undo()
+    assert ours == one_by_one(model, prompts, "eager")
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_plain_models_can_be_captured(padding, monkeypatch):
+    """Masks too look at no value then, and say the same."""
+    model = model_of("llama")
+    tokens, mask = torch.randint(1, 97, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask, position_ids=positions).logits
+        monkeypatch.setattr(masks, "is_capturing", lambda: True)
+        with NoValueIsLookedAt():
+            captured = model(tokens, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(captured[mask.bool()], expected[mask.bool()])
+
+
+def test_a_graph_of_a_model_on_the_cpu_is_refused(monkeypatch):
+    """transformers captures one wherever a GPU is; replayed, it would compute nothing."""
+    monkeypatch.setattr(continuous_batching, "is_capturing", lambda: True)
+    with pytest.raises(AssertionError, match=r"ContinuousBatchingConfig\(use_cuda_graph=False\)"):
+        batched(model_of("llama"), prompts_of(1, 5))
 
 
 def test_decoding_over_pages(monkeypatch):

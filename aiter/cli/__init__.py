@@ -118,8 +118,8 @@ def _add_prewarm(commands) -> None:
     add("--softcap", choices=flags, help="calls with softcap; default: no, or as --model says")
     add("--alibi", choices=flags, help="calls with alibi_slopes; default: no")
     add("--backward", action="store_true", help="the kernels of the backward pass too")
-    add("--model", metavar="FILE", help="a Hugging Face config.json: head_dims, masks, soft caps and dtypes of all its "
-        "parts")  # fmt: skip
+    add("--model", metavar="FILE", help="a Hugging Face config.json, or its folder: head_dims, masks, soft caps and "
+        "dtypes of all its parts")  # fmt: skip
     add("--replay", metavar="FILE", help="exactly the kernels that a program has written there (AITER_RECORD=FILE)")
     add("--jobs", metavar="N", type=_positive, help="compilers at a time; default: what CPUs and memory are enough for")
     add("--cache-dir", metavar="DIR", help="the cache to fill; default: AITER_CACHE_DIR or the user's")

@@ -70,7 +70,10 @@ class Model:
 
 
 def read_model(path: Path) -> Model:
-    """The needs of the model that a config.json describes; ModelConfigError where there is nothing to build."""
+    """The needs of the model that a config.json, or the one in a folder, describes; ModelConfigError where there is
+    nothing to build."""
+    if path.is_dir():
+        path /= "config.json"
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):

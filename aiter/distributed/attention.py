@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from aiter import library
+from aiter import flops, library
 from aiter.distributed import allgather, ring
 from aiter.distributed.agree import Changed
 from aiter.distributed.alltoall import Exchange
@@ -249,6 +249,7 @@ def _operator_backward(grad_output, grad_lse, query, key, value, output, lse, *r
 for _device in ("CPU", "CUDA"):
     _library.impl("context_parallel_attention", _operator, _device)
     _library.impl("context_parallel_attention_backward", _operator_backward, _device)
+flops.count_shares(torch.ops.aiter.context_parallel_attention, torch.ops.aiter.context_parallel_attention_backward)
 
 
 @torch.library.register_fake(_OPERATOR, lib=_library)

@@ -7,8 +7,8 @@
                           ── the same, with a parallel config ──> diffusers' templates ──> _forward, _backward
 
 The dispatcher's names are an Enum; one is added to it, so that all of its functions know the backend. (Its own
-"aiter_fa2_hub" is ROCm's library, fetched from a server.) Masks that say which keys are tokens are served; what the
-kernels have no form of raises ValueError by name.
+"aiter_fa2_hub" is ROCm's library, fetched from a server.) Masks that are padding or causal are served; what the kernels
+have no form of raises ValueError by name.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
+from aiter.integrations import masks
 from aiter.operations import flash_attn_func
 from aiter.parts import attention_backward
 
@@ -40,8 +41,8 @@ def _attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """query (batch, seq_q, heads_q, head_dim), key and value (batch, seq_k, heads_kv, head_dim), and so the output.
 
-    attn_mask: bool (batch, seq_k) or (batch, 1, 1, seq_k), which keys are tokens. Fewer heads of keys are taken with or
-    without enable_gqa. The log-sum-exp is (batch, heads_q, seq_q).
+    attn_mask: bool (batch, seq_k), which keys are tokens, or what `masks.read` knows. Fewer heads of keys are taken
+    with or without enable_gqa. The log-sum-exp is (batch, heads_q, seq_q).
     """
     if _parallel_config is not None:
         for name, given in (("attn_mask", attn_mask is not None), ("dropout_p", dropout_p)):
@@ -57,8 +58,9 @@ def _attention(
     if attn_mask is not None:
         if is_causal:
             raise ValueError(f"attention backend {NAME!r} takes attn_mask or is_causal, not both: {_USE_OTHERS}")
-        order, options["seqlens_k"] = _tokens_first(attn_mask, query, key)
-        key, value = (tensor.gather(1, order.expand_as(tensor)) for tensor in (key, value))
+        seen = _read(attn_mask, query, key)
+        is_causal = seen.causal
+        key, value, options = masks.arrange(seen, query, key, value)
     elif is_causal and query.shape[1] != key.shape[1]:  # as PyTorch has it, the first query stands at the first key
         options["query_offsets"] = torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
     if dropout_p:
@@ -66,20 +68,20 @@ def _attention(
     return flash_attn_func(query, key, value, is_causal, scale, return_lse=return_lse, **options)
 
 
-def _tokens_first(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The order (batch, seq_k, 1, 1) that puts the tokens of each sequence first, and how many there are.
-
-    No value is looked at here, which would wait for the GPU."""
-    batch, seq_k = key.shape[:2]
-    shapes = (batch, seq_k), (batch, 1, 1, seq_k)
-    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
+def _read(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> masks.Seen:
+    (batch, seq_q, heads), seq_k = query.shape[:3], key.shape[1]
+    if mask.dtype == torch.bool and mask.shape == (batch, seq_k):
+        return masks.Seen(mask)
+    seen = None
+    if mask.dtype in (torch.bool, query.dtype) and masks.fits(mask, batch, heads, seq_q, seq_k):
+        seen = masks.read(mask, batch, seq_q, seq_k)
+    if seen is None:
         raise ValueError(
-            f"attention backend {NAME!r} takes an attn_mask that says which keys are tokens, bool {shapes[0]} or "
-            f"{shapes[1]}, not {mask.dtype} {tuple(mask.shape)}: {_USE_OTHERS}"
+            f"attention backend {NAME!r} takes an attn_mask that says which keys are tokens, bool {(batch, seq_k)} or "
+            f"{(batch, 1, 1, seq_k)}, or one with the same for all heads that is padding, causal or a window, not this "
+            f"{mask.dtype} {tuple(mask.shape)}: {_USE_OTHERS}"
         )
-    keys = mask.reshape(batch, seq_k)
-    order = (~keys).to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, :, None, None], keys.sum(1, dtype=torch.int32)
+    return seen
 
 
 def _forward(

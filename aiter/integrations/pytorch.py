@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from aiter import checks
+from aiter.integrations import masks
 from aiter.operations import flash_attn_func
-from aiter.options import NO_LIMIT, OptionKeywords
+from aiter.options import NO_LIMIT
 
 NAME = "aiter"
 _DEVICES = ("CPU", "CUDA")
@@ -37,6 +38,7 @@ _REPLACES_KERNELS = hasattr(torch.library, "get_kernel")
 _registry: Any = torch.nn.attention
 _HAS_REGISTRY = hasattr(_registry, "register_flash_attention_impl")
 
+_OTHER_MASK = "attn_mask is neither padding nor causal nor a window, or its values cannot be looked at (torch.compile)"
 _said: set[str] = set()
 _active: _Installed | None = None  # where PyTorch has no registry of its own
 
@@ -165,10 +167,14 @@ def _choose(
 ) -> torch.Tensor:
     """In the place of `aten::scaled_dot_product_attention`, which is made of other operators, with their gradients."""
     plain = _is_a_call_of_flash_attention(query, key, value, enable_gqa)
-    reason = "attn_mask is given" if attn_mask is not None else None
-    if dropout_p >= 1:
-        reason = reason or f"dropout_p is {dropout_p}"
+    reason = f"dropout_p is {dropout_p}" if dropout_p >= 1 else None
     reason = reason or _unlike_ours(query.dtype, query.device, query.shape[-1], value.shape[-1])
+    seen = None
+    if plain and not reason and attn_mask is not None:
+        plain = not is_causal and _is_a_mask(attn_mask, query, key)
+        batch = query.shape[0] if query.dim() == 4 else 1
+        seen = masks.read(attn_mask, batch, query.shape[-2], key.shape[-2]) if plain else None
+        reason = None if seen else _OTHER_MASK
     if reason or not plain:
         if reason and plain:
             _say(reason)
@@ -177,13 +183,15 @@ def _choose(
         )
     if query.dim() == 3:
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
-        return _choose(query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa).squeeze(0)
+        return _choose(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa).squeeze(
+            0
+        )
 
     value_dim = value.shape[-1]
     scale = _scale(scale, query)
     query, key, value = (_readable(tensor) for tensor in (query, key, value))
     square = not is_causal or query.shape[2] == key.shape[2]
-    as_pytorchs = _REPLACES_KERNELS and not dropout_p and query.shape[-1] == value.shape[-1]
+    as_pytorchs = _REPLACES_KERNELS and not dropout_p and query.shape[-1] == value.shape[-1] and seen is None
     if as_pytorchs and (square or query.is_cpu):
         if query.is_cpu:
             run = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -192,7 +200,10 @@ def _choose(
         output = run(query, key, value, 0.0, is_causal, scale=scale)[0]
     else:
         query, key, value = _swap(query, key, value)
-        options: OptionKeywords = {} if square else {"query_offsets": _first_at_first(query)}
+        options: dict[str, Any] = {} if square else {"query_offsets": _first_at_first(query)}
+        if seen is not None:
+            is_causal = seen.causal
+            key, value, options = masks.arrange(seen, query, key, value)
         if dropout_p:
             options["dropout_p"] = dropout_p
         output = flash_attn_func(query, key, value, is_causal, scale, **options).transpose(1, 2)
@@ -221,6 +232,16 @@ def _is_a_call_of_flash_attention(
         and key.shape[:-1] == value.shape[:-1]
         and (dims == 3 or query.shape[0] == key.shape[0])
         and (query.shape[-3] % key.shape[-3] == 0 if enable_gqa else query.shape[-3] == key.shape[-3])
+    )
+
+
+def _is_a_mask(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether PyTorch would take it."""
+    return (
+        mask.dtype in (torch.bool, query.dtype)
+        and mask.device == query.device
+        and mask.layout == torch.strided
+        and masks.fits(mask, *(query.shape[:1] if query.dim() == 4 else ()), *query.shape[-3:-1], key.shape[-2])
     )
 
 
@@ -283,7 +304,7 @@ def _dense_backward(grad_out, query, key, value, out, lse, is_causal, scale, que
 
 
 def _cpu_forward(pytorchs, query, key, value, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    reason = "attn_mask is given" if attn_mask is not None else _dense_refusal(query, value, dropout_p)
+    reason = _OTHER_MASK if attn_mask is not None else _dense_refusal(query, value, dropout_p)
     if reason:
         return pytorchs(reason)
     first = _first_at_first(query) if is_causal and query.shape[2] != key.shape[2] else None
@@ -292,7 +313,7 @@ def _cpu_forward(pytorchs, query, key, value, dropout_p=0.0, is_causal=False, *,
 
 
 def _cpu_backward(pytorchs, grad_out, query, key, value, out, lse, dropout_p, is_causal, *, attn_mask=None, scale=None):
-    reason = "attn_mask is given" if attn_mask is not None else _dense_refusal(query, value, dropout_p)
+    reason = _OTHER_MASK if attn_mask is not None else _dense_refusal(query, value, dropout_p)
     if reason:
         return pytorchs(reason)
     first = _first_at_first(query) if is_causal and query.shape[2] != key.shape[2] else None

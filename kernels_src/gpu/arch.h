@@ -33,6 +33,8 @@
  *   exponentiate(slot, scale, reference)   each value x becomes exp2(x * scale - reference); returns their sum
  *   row(slot)                  the row of this lane's slot; lanes of equal row(slot) share that row
  *   column(i) + lane_column()  the column of this lane's value i; column(i) is a compile-time constant
+ *   values_between(low, high)  a bit for each value of a slot: whether its column (less lane_column()) is one of these.
+ *                              Where MASKS_OF_BITS, which is where selecting by a bit is cheap
  *   row_max(x), row_sum(x)     over the lanes that share a row (all of them get the result); row_max<4>, where another
  *                              kind of tile spreads its rows over four
  *   lane_leads_row()           is this the first of the lanes that share a row

@@ -71,7 +71,8 @@ static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
 /* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
-constexpr bool HAS_ONE_PASS = HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || HEAD_DIM == 128 && !SOFTCAP && !DROPOUT);
+constexpr bool HAS_ONE_PASS =
+    HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT);
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 /* Beyond, a SIMD's registers hold one wave; a soft cap's derivative takes too many, too. */
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_QUERY, QueryLoop, PairedLoop>;
@@ -255,12 +256,12 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish_queries(const GradArgum
     const float4 *from = reinterpret_cast<const float4 *>(
         sums.sums + sums.tile(share.sequence, share.query_head, share.block_row) * QuerySums::TILE_BYTES +
         part * QuerySums::PART_BYTES);
-    const int row = thread / 32 * 16 + thread % 32 / 4, column = part * 64 + thread % 4 * 2;
+    const int row = thread / 32 * 16 + thread % 32 / 4, column = part * QuerySums::PART_COLUMNS + thread % 4 * 2;
     const float factor = share.tiles > 0 ? to.factor : 0.0f;
     const bool first = share.block_row + row < share.own_rows && factor != 0;
     const bool second = share.block_row + row + 8 < share.own_rows && factor != 0;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < QuerySums::PART_COLUMNS / 8; ++n) {
         const float4 x = factor != 0 ? from[n * 128 + thread] : make_float4(0, 0, 0, 0);
         Element *place = reinterpret_cast<Element *>(rounded[row]) + column + n * 8;
         *reinterpret_cast<uint32_t *>(place) = first ? to_elements(x.x * factor, x.y * factor) : 0;

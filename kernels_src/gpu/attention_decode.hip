@@ -2,13 +2,16 @@
  * the reading is spread evenly over the whole GPU.
  *
  * A unit is one KV head of one sequence, with the query heads that share it: rows are (token, head) pairs, and up to
- * PART_ROWS of them take part at once. Its keys come in steps of STEP_KEYS. All steps of all units, by their real
- * lengths, are laid end to end and cut into equal ranges, one for each block that the GPU can hold:
+ * PART_ROWS of them take part at once. Its keys come in steps of STEP_KEYS. The steps of one head in all sequences, by
+ * their real lengths, are laid end to end, and each such line is cut into equal ranges, one for each block that the GPU
+ * can hold:
  *
- *     units    |  sequence 0, head 0  |  sequence 0, head 1  | s. 1, head 0 | s. 1, head 1 | ...
- *     ranges   |  block 0    |  block 1    |  block 2    |  block 3    |  block 4    |  ...
+ *     head 0   |  sequence 0  | s. 1 |   sequence 2   | ...    |  sequence 0 ...          head 1
+ *     ranges   |  range 0   |  range 1   |  range 2   | ...    |  range 0   |  range 1 ...
  *
- * so whatever the lengths, all blocks have equally much to read. What a block has of a unit it computes like this:
+ * so whatever the lengths, all blocks have equally much to read, and blocks that run side by side read the same tokens
+ * for one head each: where these lie side by side in memory, it opens a page once for all of them. Units of equal
+ * length are not cut where they nearly fill all blocks. What a block has of a unit it computes like this:
  *
  *     a step         tile 0   tile 1   tile 2   tile 3  | next step ...    A tile is KEYS tokens of K and V. With one
  *     row tile 0     wave 0   wave 1   wave 2   wave 3  |                  row tile each wave takes every fourth tile;
@@ -28,10 +31,16 @@
  * batch_invariant, every range is one step of INVARIANT_KEYS keys, so that a unit is cut in the same places whatever
  * else there is.
  *
- * A second kernel, merge, adds up the parts of each unit that a cut went through, in the order of the blocks: results
- * do not depend on timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
+ * Parts of a unit that was cut are added up in the order of the ranges, whoever does it: results do not depend on
+ * timing. Nothing here waits for the host or leaves anything behind, so all of it can be captured.
  *
- * An arch may go through the keys of a part in a way of its own: arch/sm90_latent.h does for latent attention.
+ *     by a second kernel, merge     any arch
+ *     by the last of its blocks     sm_90a, few rows: who it is, a counter in memory tells
+ *     by the blocks of a cluster    sm_90a, few rows and few units of equal length: each unit has a cluster of its own,
+ *                                   whose blocks hand their parts to each other through shared memory
+ *
+ * An arch may go through the keys of a part in a way of its own: arch/sm90_decode.h does up to 256 dimensions,
+ * arch/sm90_latent.h for latent attention.
  *
  * What arch/ *_decode.h provides:
  *   Decode<HEAD_DIM, VALUE_DIM>       ROWS of a row tile, KEYS of a tile, WAVES of a block, BLOCKS of a CU/SM; RUN and
@@ -56,7 +65,6 @@ static_assert(!DROPOUT, "dropout is for training: the forward kernel knows it");
 /* What a block has of a unit: those of the keys first_key ... end_key - 1 that any row sees. */
 struct Piece {
     Schedule::Place place;
-    int index; /* of the unit in its sequence */
     int first_key, end_key;
     bool begins, whole; /* is it the unit's beginning; all of it */
     bool again;         /* not the block's first */
@@ -64,6 +72,8 @@ struct Piece {
 
 #if defined(AITER_LATENT)
 using Loop = LatentLoop;
+#elif defined(AITER_RING)
+using Loop = RingLoop<HEAD_DIM, VALUE_DIM>;
 #else
 /* ---- the loop over a piece's keys ---- */
 
@@ -72,7 +82,7 @@ using Rows = KeyValueRows<PAGED>;
 using Stream = Memory::Stream;
 using Scores = Tile::Scores;
 
-constexpr int EXCHANGED = Memory::EXCHANGED;
+constexpr int TEAMS = Tile::TEAMS;
 
 /* The team's tiles among keys first_key ... end-1, for the rows from `wave_row` on. */
 __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, int first_key, int end, int wave_row,
@@ -102,42 +112,12 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
     }
 }
 
-/* Adds up what the groups of waves have: those with a higher number hand theirs to those with a lower one. */
-__device__ __forceinline__ void add_up(char *shared, int group, int groups, int row_tiles, Softmax &softmax,
-                                       Output &o) {
-    for (int distance = groups / 2; distance > 0; distance /= 2) {
-        barrier();
-        const bool gives = group >= distance && group < 2 * distance, takes = group < distance;
-        float *box = reinterpret_cast<float *>(shared) +
-                     (wave() - (gives ? distance * row_tiles * Tile::TEAM : 0)) * EXCHANGED * WAVE + lane();
-        if (gives)
-#pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) {
-                float *values = box + slot * (Output::VALUES + 2) * WAVE;
-                values[0] = softmax.maximum[slot];
-                values[WAVE] = softmax.sum[slot];
-#pragma unroll
-                for (int i = 0; i < Output::VALUES; ++i) values[(i + 2) * WAVE] = o.get(slot, i);
-            }
-        barrier();
-        if (takes)
-#pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) {
-                const float *values = box + slot * (Output::VALUES + 2) * WAVE;
-                const float theirs = values[0], next = __builtin_fmaxf(softmax.maximum[slot], theirs);
-                const float reference = next == -INFINITE ? 0.0f : next;
-                const float a = exp2(softmax.maximum[slot] - reference), b = exp2(theirs - reference);
-                softmax.maximum[slot] = next;
-                softmax.sum[slot] = softmax.sum[slot] * a + values[WAVE] * b;
-#pragma unroll
-                for (int i = 0; i < Output::VALUES; ++i)
-                    o.set(slot, i, o.get(slot, i) * a + values[(i + 2) * WAVE] * b);
-            }
-    }
-}
-
 struct Loop {
-    static constexpr int SHARED_BYTES = Memory::SHARED_BYTES;
+    static constexpr int SHARED_BYTES = Memory::SHARED_BYTES, WRITERS = THREADS;
+
+    /* The kernel's parameter: the call, and what a loop adds to it. */
+    using Launch = Arguments;
+    static Launch launch_of(const aiter_attention_call &call, int, uint32_t *) { return call; }
 
     /* Of the columns that a team's wave has. Not by wave(), which all lanes must ask together. */
     static __device__ __forceinline__ int first_column() {
@@ -147,7 +127,8 @@ struct Loop {
     /* Goes through the block's pieces: for_each_piece(visit) calls visit(unit, piece) for one after the other. Whoever
      * has rows of a result then calls write(piece, first row, softmax, o), in whole waves. */
     template <class Pieces, class Write>
-    static __device__ __forceinline__ void run(char *shared, const Score &score, Pieces for_each_piece, Write write) {
+    static __device__ __forceinline__ void run(const Launch &, char *shared, const Score &score, Pieces for_each_piece,
+                                               Write write) {
         for_each_piece([&](const Unit &unit, const Piece &piece) {
             int row_tiles = 1; /* a power of two, as TEAMS is */
             while (row_tiles * Tile::ROWS < unit.rows) row_tiles *= 2;
@@ -161,7 +142,7 @@ struct Loop {
             if (piece.first_key < piece.end_key)
                 attend(unit, shared_address(shared), piece.first_key, piece.end_key, wave_row, group, groups, scored,
                        softmax, o);
-            add_up(shared, group, groups, row_tiles, softmax, o);
+            add_up(shared, group, groups, row_tiles * Tile::TEAM, softmax, o, [] { barrier(); });
             write(piece, group == 0, wave_row, row_tiles * Tile::ROWS, softmax, o);
         });
     }
@@ -217,14 +198,16 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, const Scor
     }
 }
 
-__device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts, int place, int wave_row,
-                                           Softmax &softmax, const Output &o) {
+/* output_row(row), softmax_row(row): where the part's are. */
+template <class OutputRow, class SoftmaxRow>
+__device__ __forceinline__ void store_part(const Unit &unit, int wave_row, Softmax &softmax, const Output &o,
+                                           OutputRow output_row, SoftmaxRow softmax_row) {
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
         const float sum = row_sum<Tile::LANES>(softmax.sum[slot]);
         if (row >= unit.rows) continue;
-        float *to = parts.output_row(block(), place, row);
+        float *to = output_row(row);
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
             Pack<float, RUN> run;
@@ -232,130 +215,240 @@ __device__ __forceinline__ void store_part(const Unit &unit, const Parts &parts,
             for (int j = 0; j < RUN; ++j) run.item[j] = o.get(slot, i + j);
             if (column_of_lane(i) < VALUE_DIM) *reinterpret_cast<Pack<float, RUN> *>(to + column_of_lane(i)) = run;
         }
-        if (Tile::leads_row())
-            *reinterpret_cast<Pack<float, 2> *>(parts.softmax_row(block(), place, row)) = {
-                {softmax.maximum[slot], sum}};
+        if (Tile::leads_row()) *reinterpret_cast<Pack<float, 2> *>(softmax_row(row)) = {{softmax.maximum[slot], sum}};
     }
 }
+
+/* ---- units that were cut ---- */
+
+/* The parts of a unit in the workspace: place 1 of block `first`, and place 0 of those after it. */
+struct PartsOfBlocks {
+    const Parts &parts;
+    int first;
+    __device__ __forceinline__ const float *output_row(int i, int row) const {
+        return parts.output_row(first + i, i == 0, row);
+    }
+    __device__ __forceinline__ const float *softmax_row(int i, int row) const {
+        return parts.softmax_row(first + i, i == 0, row);
+    }
+};
+
+/* Adds up that many parts of a unit: rows `first_row` ... + rows - 1, by as many waves as `sums` has places for, which
+ * all take part. Of each row, some waves take parts in turn, their lanes dimensions. meet(): where they do. */
+struct MergeSums {
+    static constexpr int DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
+    float of_wave[DIMENSIONS * WAVE];
+};
+template <int WAVES, class Parts, class Meet>
+__device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts, int all, int first_row, int rows,
+                                           MergeSums *sums, Meet meet) {
+    constexpr int DIMENSIONS = MergeSums::DIMENSIONS;
+    int slices = WAVES;
+    while (slices > 1 && rows * slices > WAVES) slices /= 2;
+    const int slice = wave() % slices;
+#pragma unroll 1
+    for (int passed = 0; passed < rows; passed += WAVES / slices) {
+        const int index = passed + wave() / slices, row = first_row + index;
+        const bool sees_keys = unit.sees_keys(row);
+        const int count = sees_keys && index < rows ? all : 0;
+
+        float maximum = -INFINITE, total = 0.0f;
+        for (int i = lane(); i < count; i += WAVE) maximum = __builtin_fmaxf(maximum, parts.softmax_row(i, row)[0]);
+#pragma unroll
+        for (int distance = 1; distance < WAVE; distance *= 2)
+            maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
+        const float reference = maximum == -INFINITE ? 0.0f : maximum;
+        for (int i = lane(); i < count; i += WAVE) {
+            const float *part = parts.softmax_row(i, row);
+            total += part[1] * exp2(part[0] - reference);
+        }
+        total = wave_sum(total);
+        const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
+
+        float sum[DIMENSIONS] = {};
+#pragma unroll 4
+        for (int i = slice; i < count; i += slices) {
+            const float weight = exp2(parts.softmax_row(i, row)[0] - reference);
+            const float *part = parts.output_row(i, row);
+#pragma unroll
+            for (int d = 0; d < DIMENSIONS; ++d)
+                if (lane() + d * WAVE < VALUE_DIM) sum[d] += weight * part[lane() + d * WAVE];
+        }
+#pragma unroll
+        for (int d = 0; d < DIMENSIONS; ++d) sums[wave()].of_wave[lane() + d * WAVE] = sum[d];
+        meet();
+        if (slice == 0 && index < rows && row < unit.padded_rows) {
+            const float share = unit.share(row, log_sum);
+            bool spoiled = false;
+#pragma unroll
+            for (int d = 0; d < DIMENSIONS; ++d) {
+                sum[d] = 0.0f;
+                for (int w = 0; w < slices; ++w) sum[d] += sums[wave() + w].of_wave[lane() + d * WAVE];
+                if (sees_keys) sum[d] *= reciprocal(total) * share;
+                spoiled |= sum[d] != sum[d];
+            }
+            if (lane() == 0) unit.store_lse(row, log_sum);
+            const bool repaired = MASKED && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE &&
+                                  unit.repair(row, Score(unit.arguments.problem), log_sum);
+#pragma unroll
+            for (int d = 0; d < DIMENSIONS; ++d)
+                if (!repaired && lane() + d * WAVE < VALUE_DIM)
+                    unit.output(row)[lane() + d * WAVE] = to_element(sum[d]);
+        }
+        if (passed + WAVES / slices < rows) meet();
+    }
+}
+
+#if defined(AITER_RING)
+/* The parts of a unit in the shared memory of a cluster's blocks: where readers have handed theirs to each other. */
+struct ClusterParts {
+    float *own;
+    __device__ __forceinline__ explicit ClusterParts(char *shared)
+        : own(reinterpret_cast<float *>(shared + Loop::EXCHANGE_AT)) {}
+    __device__ __forceinline__ float *output(int row) const { return own + row * VALUE_DIM; }
+    __device__ __forceinline__ float *softmax(int row) const { return own + Tile::ROWS * VALUE_DIM + row * 2; }
+    __device__ __forceinline__ MergeSums *sums() const { return reinterpret_cast<MergeSums *>(softmax(Tile::ROWS)); }
+    __device__ __forceinline__ const float *output_row(int i, int row) const { return cluster::of(output(row), i); }
+    __device__ __forceinline__ const float *softmax_row(int i, int row) const { return cluster::of(softmax(row), i); }
+};
+static_assert(Tile::ROWS * (VALUE_DIM + 2) * 4 + Loop::READERS * sizeof(MergeSums) <= Loop::EXCHANGE_BYTES, "");
+
+/* By all readers of a cluster's blocks, each of which has a part of the unit: each block then has some of its rows. */
+__device__ __forceinline__ void share_in_cluster(const Unit &unit, char *shared, bool has_rows, int size,
+                                                 Softmax &softmax, const Output &o) {
+    const ClusterParts parts(shared);
+    if (has_rows) {
+        wave_sync(); /* where it has read what others have handed to it */
+        store_part(
+            unit, 0, softmax, o, [&](int row) { return parts.output(row); },
+            [&](int row) { return parts.softmax(row); });
+    }
+    cluster::meet();
+    const int each = (unit.padded_rows + size - 1) / size, first_row = cluster::rank() * each;
+    merge_rows<Loop::READERS>(unit, parts, size, first_row, lesser(each, unit.padded_rows - first_row), parts.sums(),
+                              [] { Loop::meet_readers(); });
+    cluster::meet(); /* nobody reads this block's any more */
+}
+#endif
+
+#if defined(AITER_RING)
+/* By all readers, who have written a part of the unit to the workspace: whoever comes last adds up all of them. */
+__device__ __forceinline__ void merge_as_last(const Unit &unit, const Loop::Launch &launch, const Schedule &schedule,
+                                              const Parts &parts, const Schedule::Place &place, char *shared) {
+    const int first = schedule.block_of(place.begin), last = schedule.block_of(place.begin + place.steps - 1);
+    if (Loop::count_arrival(launch.arrived + first, shared) != last - first) return;
+    merge_rows<Loop::READERS>(unit, PartsOfBlocks{parts, first}, last - first + 1, 0, unit.padded_rows,
+                              reinterpret_cast<MergeSums *>(shared + Loop::EXCHANGE_AT), [] { Loop::meet_readers(); });
+}
+#endif
 
 /* ---- the kernel ---- */
 
 template <class Visit>
 __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const Schedule &schedule, Visit visit) {
-    const int end = schedule.range_begin(block() + 1), keys_of_step = step_keys(arguments.problem);
-    int step = schedule.range_begin(block());
-    Schedule::Place place = schedule.find(INT32_MAX, step);
+    const int keys_of_step = step_keys(arguments.problem);
+    int step, end;
+    Schedule::Place place;
+    if (schedule.cluster > 1) {
+        const int unit = block() / schedule.cluster, rank = block() % schedule.cluster;
+        const int units = arguments.problem.heads_kv * schedule.parts; /* of a sequence */
+        place = {unit / units, unit % units, 0, schedule.steps_in(unit / units)};
+        step = static_cast<int>(int64_t(place.steps) * rank / schedule.cluster);
+        end = static_cast<int>(int64_t(place.steps) * (rank + 1) / schedule.cluster);
+    } else {
+        const int range = schedule.own_range();
+        step = schedule.range_begin(range);
+        end = schedule.range_begin(range + 1);
+        if (step >= end) return;
+        place = schedule.find(step);
+    }
 
-    for (bool again = false; step < end; again = true) {
-        const int index = (step - place.begin) / place.steps, unit_begin = place.begin + index * place.steps;
-        const int first = step - unit_begin, last = lesser(end - unit_begin, place.steps);
-        const Unit unit(reread(arguments), place.batch, index, schedule.parts);
+    for (bool again = false;; again = true) {
+        const int first = step - place.begin, last = lesser(end - place.begin, place.steps);
+        const Unit unit(reread(arguments), place.batch, place.index, schedule.parts);
         const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
         const int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
         int first_key = origin + first * keys_of_step;
         if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
 
-        visit(unit, Piece{place, index, first_key, end_key, first == 0, first == 0 && last == place.steps, again});
+        const bool whole = first == 0 && last == place.steps && schedule.cluster == 1;
+        visit(unit, Piece{place, first_key, end_key, first == 0, whole, again});
 
-        step = unit_begin + last;
-        if (step == place.begin + place.steps * schedule.units && step < end)
-            place = {place.batch + 1, step, schedule.steps_in(place.batch + 1)};
+        step = place.begin + last;
+        if (step >= end) return;
+        place = schedule.after(place);
     }
 }
 
-__global__ void __launch_bounds__(THREADS, Tile::BLOCKS) attention_decode(const Arguments arguments, int grid) {
+__global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
+    attention_decode(const AITER_GRID_CONSTANT Loop::Launch launch, int grid) {
+    const Arguments &arguments = launch;
     AITER_SHARED(shared, Loop::SHARED_BYTES);
     let_next_start();
     clear_rest(arguments, grid, THREADS);
+#if defined(AITER_RING)
+    const Schedule schedule(arguments, grid, launch.cluster);
+#else
     const Schedule schedule(arguments, grid);
-    if (block() >= schedule.blocks) return;
+#endif
+    if (block() >= schedule.blocks) {
+        wait_for_previous();
+        return;
+    }
     const Parts parts(arguments, grid);
     const Score score(arguments.problem);
     Loop::run(
-        shared, score, [&](auto visit) { for_each_piece(arguments, schedule, visit); },
+        launch, shared, score, [&](auto visit) { for_each_piece(arguments, schedule, visit); },
         [&](const Piece &piece, bool has_rows, int wave_row, int rows, Softmax &softmax, Output &o) {
             /* The unit once more, so that what only writing needs is not kept through the loop. */
-            const Unit written(reread(arguments), opaque_scalar(piece.place.batch), opaque_scalar(piece.index),
+            const Unit written(reread(arguments), opaque_scalar(piece.place.batch), opaque_scalar(piece.place.index),
                                schedule.parts);
+#if defined(AITER_RING)
+            if (launch.cluster > 1) return share_in_cluster(written, shared, has_rows, launch.cluster, softmax, o);
+#endif
             if (has_rows) {
                 if (piece.whole) store(written, wave_row, score, softmax, o);
-                else store_part(written, parts, piece.begins, wave_row, softmax, o);
+                else {
+                    const int range = schedule.own_range();
+                    store_part(
+                        written, wave_row, softmax, o,
+                        [&](int row) { return parts.output_row(range, piece.begins, row); },
+                        [&](int row) { return parts.softmax_row(range, piece.begins, row); });
+                }
             }
-            if (piece.whole) written.clear_padding(rows);
+            if (piece.whole) written.clear_padding(rows, Loop::WRITERS);
+#if defined(AITER_RING)
+            else if (launch.arrived != nullptr) merge_as_last(written, launch, schedule, parts, piece.place, shared);
+#endif
         });
+#if defined(AITER_RING)
+    if (launch.arrived != nullptr) wait_for_previous(); /* whoever comes next waits for this kernel alone */
+#endif
 }
 
-/* ---- units that were cut ---- */
+/* ---- units that were cut, in a kernel of its own ---- */
 
-constexpr int MERGE_ROWS = 2, MERGE_SLICES = 4, MERGE_WAVES = MERGE_ROWS * MERGE_SLICES;
+constexpr int MERGE_ROWS = 2, MERGE_WAVES = 8;
 
-/* Some rows of one unit; of each row, waves take parts in turn, their lanes dimensions. The grid goes over all units,
- * or over all cuts where those are fewer: then the unit is the one that the cut goes through first. */
-__global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments arguments, int grid, int over_units) {
-    constexpr int DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
-    __shared__ float sums[MERGE_WAVES][DIMENSIONS * WAVE];
+/* Some rows of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one
+ * that the cut goes through first. */
+__global__ void __launch_bounds__(MERGE_WAVES *WAVE, 2) /* 2: or nvcc spares registers */
+    merge(const Arguments arguments, int grid, int over_units) {
+    __shared__ MergeSums sums[MERGE_WAVES];
     const Schedule schedule(arguments, grid);
     const Parts parts(arguments, grid);
     const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
+    const bool exists = over_units || item + 1 < schedule.blocks;
+    const int batches = schedule.problem.batch;
+    const Schedule::Place place = over_units ? schedule.unit(item % batches, item / batches)
+                                             : schedule.find(exists ? schedule.range_begin(item + 1) : 0);
+    const int first = schedule.block_of(place.begin), last = schedule.block_of(place.begin + place.steps - 1);
+    const Unit unit(arguments, place.batch, place.index, schedule.parts);
     /* Even where there is nothing to merge: whoever comes next on the stream waits for this kernel alone. */
     wait_for_previous();
-    if (!over_units && item + 1 >= schedule.blocks) return;
-    const int step = over_units ? INT32_MAX : schedule.range_begin(item + 1);
-    const Schedule::Place place = schedule.find(over_units ? item / schedule.units : schedule.problem.batch, step);
-    const int index = over_units ? item % schedule.units : (step - place.begin) / place.steps;
-    const int begin = place.begin + index * place.steps;
-    const int first = schedule.block_of(begin), last = schedule.block_of(begin + place.steps - 1);
-    if (over_units ? first == last : first != item) return;
-
-    const Unit unit(arguments, place.batch, index, schedule.parts);
-    const int row = block() % row_blocks * MERGE_ROWS + wave() / MERGE_SLICES, slice = wave() % MERGE_SLICES;
-    const bool sees_keys = unit.sees_keys(row);
-    const int count = sees_keys ? last - first + 1 : 0; /* parts: place 1 of the first block, place 0 of the others */
-
-    float maximum = -INFINITE, total = 0.0f;
-    for (int i = lane(); i < count; i += WAVE)
-        maximum = __builtin_fmaxf(maximum, parts.softmax_row(first + i, i == 0, row)[0]);
-#pragma unroll
-    for (int distance = 1; distance < WAVE; distance *= 2)
-        maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
-    const float reference = maximum == -INFINITE ? 0.0f : maximum;
-    for (int i = lane(); i < count; i += WAVE) {
-        const float *part = parts.softmax_row(first + i, i == 0, row);
-        total += part[1] * exp2(part[0] - reference);
-    }
-    total = wave_sum(total);
-    const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
-
-    float sum[DIMENSIONS] = {};
-#pragma unroll 4
-    for (int i = slice; i < count; i += MERGE_SLICES) {
-        const float weight = exp2(parts.softmax_row(first + i, i == 0, row)[0] - reference);
-        const float *part = parts.output_row(first + i, i == 0, row);
-#pragma unroll
-        for (int d = 0; d < DIMENSIONS; ++d)
-            if (lane() + d * WAVE < VALUE_DIM) sum[d] += weight * part[lane() + d * WAVE];
-    }
-#pragma unroll
-    for (int d = 0; d < DIMENSIONS; ++d) sums[wave()][lane() + d * WAVE] = sum[d];
-    barrier();
-    if (slice != 0 || row >= unit.padded_rows) return;
-    const float share = unit.share(row, log_sum);
-    bool spoiled = false;
-#pragma unroll
-    for (int d = 0; d < DIMENSIONS; ++d) {
-        sum[d] = 0.0f;
-#pragma unroll
-        for (int w = 0; w < MERGE_SLICES; ++w) sum[d] += sums[wave() + w][lane() + d * WAVE];
-        if (sees_keys) sum[d] *= reciprocal(total) * share;
-        spoiled |= sum[d] != sum[d];
-    }
-    if (lane() == 0) unit.store_lse(row, log_sum);
-    if (MASKED && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE &&
-        unit.repair(row, Score(arguments.problem), log_sum))
-        return;
-#pragma unroll
-    for (int d = 0; d < DIMENSIONS; ++d)
-        if (lane() + d * WAVE < VALUE_DIM) unit.output(row)[lane() + d * WAVE] = to_element(sum[d]);
+    if (!exists || first == last || !over_units && first != item) return;
+    merge_rows<MERGE_WAVES>(unit, PartsOfBlocks{parts, first}, last - first + 1, block() % row_blocks * MERGE_ROWS,
+                            MERGE_ROWS, sums, [] { barrier(); });
 }
 
 /* ---- the host's side ---- */
@@ -363,12 +456,17 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE) merge(const Arguments argum
 /* What one launch consists of, on a GPU with that many compute units. */
 struct Plan {
     int64_t units, steps, grid;
-    Plan(const aiter_attention_problem &p, int compute_units) {
+    bool cuts;   /* may a block's range begin or end within a unit? */
+    int cluster; /* see cluster_of */
+    Plan(const aiter_attention_problem &p, bool alike, int compute_units) {
         units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
         steps = units * steps_of(p, most_keys_to_read(p));
-        grid = blocks_for(p, units, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
+        const Deal deal(p, alike, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
+        grid = deal.blocks;
+        cuts = grid > 1 && steps > units && !deal.whole;
+        cluster = cluster_of(p, alike, steps, units, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
+        if (cluster > 0) grid = cluster * units, cuts = false;
     }
-    bool cuts() const { return grid > 1 && steps > units; } /* may they go through a unit? */
 };
 inline int compute_units(int device) {
     int count = 0;
@@ -384,14 +482,14 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 
 /* Enough for whichever of the machine's GPUs the launch will be on. */
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
-    int devices = 0, most = 0;
+    int devices = 0;
+    int64_t most = 0;
     if (hipGetDeviceCount(&devices) != hipSuccess) return 0;
     for (int device = 0; device < devices; ++device) {
-        const int count = aiter::compute_units(device);
-        if (count > most) most = count;
+        const aiter::Plan plan(call->problem, false, aiter::compute_units(device));
+        if (plan.cuts) most = aiter::greater(most, aiter::Parts::bytes(call->problem, plan.grid));
     }
-    const aiter::Plan plan(call->problem, most);
-    return plan.cuts() ? aiter::Parts::bytes(call->problem, plan.grid) : 0;
+    return most;
 }
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
@@ -399,13 +497,26 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     if (const int error = aiter::check_problem(problem)) return error;
     int device = 0;
     if (const int error = hipGetDevice(&device)) return error;
-    const aiter::Plan plan(problem, aiter::compute_units(device));
+    const aiter::Plan plan(problem, aiter::all_alike(call->tensors), aiter::compute_units(device));
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     const int grid = static_cast<int>(plan.grid);
+#if defined(AITER_RING)
+    if (plan.cluster > 1)
+        return aiter::launch_in_clusters(plan.cluster, aiter::attention_decode, grid, aiter::THREADS,
+                                         aiter::Loop::SHARED_BYTES, stream,
+                                         aiter::Loop::launch_of(*call, plan.cluster, nullptr), grid);
+    /* Few rows: the last of a unit's blocks adds up. More would keep one block busy for longer than a kernel takes. */
+    if (plan.cuts && aiter::rows_of_unit(problem) <= aiter::Tile::ROWS && !problem.batch_invariant) {
+        uint32_t *arrived = aiter::Parts::counters(*call, plan.grid);
+        if (const int error = aiter::launch(aiter::clear_arrived, 1, 256, 0, stream, arrived, grid)) return error;
+        return aiter::launch_next(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES, stream,
+                                  aiter::Loop::launch_of(*call, 1, arrived), grid);
+    }
+#endif
     if (const int error = aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES,
-                                        stream, *call, grid))
+                                        stream, aiter::Loop::launch_of(*call, 1, nullptr), grid))
         return error;
-    if (!plan.cuts()) return 0;
+    if (!plan.cuts) return 0;
     const int over_units = plan.units < grid - 1;
     const int64_t row_blocks = (aiter::rows_of_unit(problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
     return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,

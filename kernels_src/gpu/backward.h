@@ -128,8 +128,9 @@ __host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
  * those that have. The first does not add but write. A block's place in the order of all blocks is a ticket that it
  * draws when it begins; whom it waits for has drawn one before it. */
 struct QuerySums {
-    static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, 64), TILE_BYTES = ROWS * COLUMNS * 4;
-    static constexpr int PARTS = COLUMNS / 64, PART_BYTES = TILE_BYTES / PARTS; /* of 64 columns each */
+    static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, HEAD_DIM <= 96 ? 16 : 64);
+    static constexpr int PARTS = COLUMNS <= 96 ? 1 : 2, PART_COLUMNS = COLUMNS / PARTS;
+    static constexpr int PART_BYTES = ROWS * PART_COLUMNS * 4, TILE_BYTES = PARTS * PART_BYTES;
     uint32_t *ticket, *turns;
     char *sums;
     int64_t head_tiles;

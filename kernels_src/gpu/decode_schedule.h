@@ -2,6 +2,7 @@
 #ifndef AITER_GPU_DECODE_SCHEDULE_H
 #define AITER_GPU_DECODE_SCHEDULE_H
 
+#include "gpu/decode_add_up.h"
 #include "gpu/softmax.h"
 #if defined(AITER_GFX9)
 #include "gpu/arch/gfx9_decode.h"
@@ -12,26 +13,34 @@
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM == 576 && AITER_VALUE_DIM == 512 && !AITER_FP8_CACHE
 #define AITER_LATENT 1
 #include "gpu/arch/sm90_latent.h"
+#elif defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256
+#define AITER_RING 1
+#include "gpu/arch/sm90_decode.h"
 #endif
 
 namespace aiter {
 
 #if defined(AITER_LATENT)
 using Tile = LatentDecode;
+#elif defined(AITER_RING)
+using Tile = RingDecode<HEAD_DIM, VALUE_DIM>;
 #else
-using Tile = Decode<HEAD_DIM, VALUE_DIM>;
+/* Each team of waves has tiles, or rows, of its own; its waves share them, and split the columns of V. */
+struct Tile : Decode<HEAD_DIM, VALUE_DIM> {
+    static constexpr int TEAMS = WAVES / TEAM, STEP_KEYS = TEAMS * KEYS, PART_ROWS = TEAMS * ROWS;
+    static constexpr int ALIGNMENT = 1, MOST_CLUSTER = 1;
+};
 #endif
-constexpr int KEYS = Tile::KEYS, WAVES = Tile::WAVES, THREADS = WAVES * WAVE;
-constexpr int TEAMS = WAVES / Tile::TEAM; /* waves of a team share rows and keys, and split the columns of V */
-constexpr int STEP_KEYS = TEAMS * KEYS, PART_ROWS = TEAMS * Tile::ROWS;
+constexpr int KEYS = Tile::KEYS, THREADS = Tile::WAVES * WAVE;
+constexpr int STEP_KEYS = Tile::STEP_KEYS, PART_ROWS = Tile::PART_ROWS;
 
 /* Shared memory of a block: first for the tiles, if they pass through it, then for what waves hand to each other. */
 template <int HEAD_DIM, int VALUE_DIM> struct DecodeMemory {
     using Tile = Decode<HEAD_DIM, VALUE_DIM>;
     using Output = typename Tile::Output;
     using Stream = KeyValueStream<HEAD_DIM, VALUE_DIM, KeyValueRows<PAGED>>;
-    static constexpr int EXCHANGED = Output::SLOTS * (Output::VALUES + 2); /* floats of a lane: O, maximum, sum */
-    static constexpr int EXCHANGE_BYTES = Tile::WAVES > Tile::TEAM ? Tile::WAVES / 2 * EXCHANGED *WAVE * 4 : 0;
+    static constexpr int EXCHANGE_BYTES =
+        Tile::WAVES > Tile::TEAM ? Tile::WAVES / 2 * EXCHANGED_FLOATS<Output> *WAVE * 4 : 0;
     static constexpr int SHARED_BYTES = greater(Stream::SHARED_BYTES, EXCHANGE_BYTES);
 };
 
@@ -41,7 +50,7 @@ constexpr int INVARIANT_KEYS = 1024;
 static_assert(INVARIANT_KEYS % STEP_KEYS == 0, "whole steps");
 
 /* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */
-constexpr int LEAST_STEPS = KEYS < 64 ? 4 : 2;
+constexpr int LEAST_STEPS = KEYS < 64 && Tile::MOST_CLUSTER == 1 ? 4 : 2;
 
 __host__ __device__ inline int64_t all_rows(const aiter_attention_problem &p) { /* of a KV head in a sequence */
     return static_cast<int64_t>(p.seqlen_q) * (p.heads_q / p.heads_kv);
@@ -65,19 +74,50 @@ __host__ __device__ inline int steps_of(const aiter_attention_problem &p, int ke
     return keys <= 0 ? 1 : p.batch_invariant ? (keys - 1) / INVARIANT_KEYS + 1 : (keys - 1) / STEP_KEYS + 1;
 }
 
-/* How many blocks share the steps. Where there are nearly as many units as there could be blocks, one for each: units
- * of equal length are then not cut. */
-__host__ __device__ inline int64_t blocks_for(const aiter_attention_problem &p, int64_t units, int64_t steps,
-                                              int64_t most) {
-    if (p.batch_invariant) return steps;
-    const int64_t useful = steps / LEAST_STEPS > units ? steps / LEAST_STEPS : units;
-    return units <= most && units >= most - most / 16 ? units : useful < most ? useful : most;
+/* Are sequences of equal length, as far as the keys to read go? */
+__host__ __device__ inline bool all_alike(const aiter_attention_tensors &t) {
+    return t.seqlens_k == nullptr && t.starts_k == nullptr && t.page_indptr == nullptr &&
+           (!WINDOW || t.seqlens_q == nullptr && t.starts_q == nullptr && t.query_offsets == nullptr);
+}
+
+/* How the steps, so many in all, are dealt to at most so many blocks. */
+struct Deal {
+    int64_t units, blocks; /* of all sequences; that have a range of steps */
+    int64_t lines; /* that are cut on their own, each into as many ranges: those of one unit of each sequence, or
+                              a single one */
+    bool whole;    /* ranges are of whole units */
+
+    __host__ __device__ Deal(const aiter_attention_problem &p, bool alike, int64_t steps, int64_t most) {
+        const int64_t line_units = static_cast<int64_t>(p.heads_kv) * greater(row_parts(p), 1);
+        units = p.batch * static_cast<int64_t>(p.heads_kv) * row_parts(p);
+        const int64_t useful = greater(steps / LEAST_STEPS, units),
+                      even = lesser(useful, most) / line_units * line_units;
+        blocks = p.batch_invariant ? steps : even >= lesser(useful, most) * 15 / 16 ? even : lesser(useful, most);
+        lines = blocks % line_units == 0 ? line_units : 1;
+        /* Where units are alike and fill rounds of all blocks, or nearly: memory has enough to do in the last one. */
+        const int64_t ranges = greater<int64_t>(blocks / lines, 1), places = round_up(units / lines, ranges);
+        whole = !p.batch_invariant && alike && units / lines >= places - places / 16;
+    }
+};
+
+/* Few units that are alike: how many blocks side by side (a cluster) have equal parts of one and add them up by
+ * themselves, which takes a microsecond or two where a kernel of its own takes five. 1: units are not cut; 0: that is not
+ * the way. Half of an H100's SMs read as fast as all of them; where there is little to read, fewer do. Where nearly all
+ * are to be in clusters, some of these find no place beside the others, and come too late. */
+inline int cluster_of(const aiter_attention_problem &p, bool alike, int64_t steps, int64_t units, int64_t most) {
+    if (Tile::MOST_CLUSTER == 1 || p.batch_invariant || !alike && p.batch > 1) return 0;
+    if (rows_of_unit(p) > Tile::ROWS || units == 0 || units > most) return 0;
+    const int64_t steps_of_unit = steps / units;
+    int size = Tile::MOST_CLUSTER;
+    while (size > 1 && (size * units > most * 3 / 4 || size * LEAST_STEPS > steps_of_unit)) size /= 2;
+    return size * units < most * 3 / 8 && steps_of_unit > 16 * size ? 0 : size;
 }
 
 /* The keys that steps are counted over: those that any row of the sequence sees. */
 __device__ __forceinline__ Range keys_to_read(const aiter_attention_problem &p, const Mask &mask) {
     Range keys = {0, mask.keys};
     if (WINDOW) keys = mask.keys_of_any(0, mask.rows);
+    if (WINDOW) keys.low -= keys.low % Tile::ALIGNMENT;
     if (WINDOW && p.batch_invariant) keys.low -= keys.low % INVARIANT_KEYS;
     return keys;
 }
@@ -85,44 +125,59 @@ __device__ __forceinline__ Range keys_to_read(const aiter_attention_problem &p, 
 inline int most_keys_to_read(const aiter_attention_problem &p) {
     int64_t most = p.seqlen_k;
     if (WINDOW && p.window_left >= 0 && p.window_right >= 0)
-        most = lesser<int64_t>(most, int64_t(p.window_left) + p.window_right + p.seqlen_q);
-    if (CHUNK) most = lesser<int64_t>(most, 2 * int64_t(p.attention_chunk) + p.seqlen_q);
+        most = lesser<int64_t>(most, int64_t(p.window_left) + p.window_right + p.seqlen_q + Tile::ALIGNMENT);
+    if (CHUNK) most = lesser<int64_t>(most, 2 * int64_t(p.attention_chunk) + p.seqlen_q + Tile::ALIGNMENT);
     if (WINDOW && p.batch_invariant) most = lesser<int64_t>(most + INVARIANT_KEYS, INT32_MAX);
     return static_cast<int>(most);
 }
 
-/* All steps, numbered through: by sequence, then unit. The host has seen to it that 32 bits count them. */
+/* All steps, numbered through: by the unit's index in its sequence, then sequence. So blocks that run at one time read
+ * the same tokens, each for another KV head: where those lie side by side, a memory page is opened once for all of them.
+ * The host has seen to it that 32 bits count them. */
 struct Schedule {
     const aiter_attention_problem &problem;
     const Side queries, keys;
     const int32_t *offsets;
-    int parts;         /* of the rows */
-    int units;         /* of a sequence */
-    int steps, blocks; /* of all sequences; blocks that have a range of them */
-    int each, longer;  /* steps in a range; that many ranges at the beginning have one more */
+    const bool alike;
+    int parts;        /* of the rows */
+    int length;       /* steps of a line: of one unit of each sequence */
+    int blocks;       /* that have a range of steps */
+    int cut, ranges;  /* steps that are cut into as many ranges: of a line, or of all */
+    int grain;        /* steps that are not parted: 1, or those of a unit */
+    int each, longer; /* grains in a range; that many ranges at the beginning have one more */
+    int cluster;      /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
 
-    struct Place { /* of a step */
-        int batch;
-        int begin; /* first step of this sequence */
-        int steps; /* of each of its units */
+    struct Place { /* of a step: its unit */
+        int batch, index;
+        int begin, steps; /* the unit's first step; how many it has */
+        __device__ __forceinline__ Place moved(int lines, int length) const {
+            return {batch, index + lines, begin + lines * length, steps};
+        }
     };
 
-    __device__ __forceinline__ Schedule(const Arguments &a, int grid)
+    __device__ __forceinline__ Schedule(const Arguments &a, int grid, int cluster = 1)
         : problem(a.problem), queries(query_side(a.problem, a.tensors)), keys(key_side(a.problem, a.tensors)),
-          offsets(a.tensors.query_offsets), parts(row_parts(problem)), units(problem.heads_kv * parts) {
-        steps = find(problem.batch, INT32_MAX).begin;
-        blocks = static_cast<int>(blocks_for(problem, problem.batch * units, steps, grid));
-        each = steps / blocks;
-        longer = steps - each * blocks;
+          offsets(a.tensors.query_offsets), alike(all_alike(a.tensors)), parts(row_parts(problem)), blocks(grid),
+          cluster(cluster) {
+        if (cluster > 1) return;
+        length = in_line(problem.batch, INT32_MAX).begin;
+        const int steps = length * problem.heads_kv * parts;
+        const Deal deal(problem, alike, steps, grid);
+        blocks = static_cast<int>(deal.blocks);
+        cut = steps / static_cast<int>(deal.lines);
+        ranges = blocks / static_cast<int>(deal.lines);
+        grain = deal.whole ? steps_in(0) : 1;
+        const int grains = cut / grain;
+        each = grains / ranges;
+        longer = grains - each * ranges;
     }
-    __device__ __forceinline__ int range_begin(int block) const { return block * each + lesser(block, longer); }
+    __device__ __forceinline__ int range_begin(int block) const {
+        const int index = block % ranges;
+        return block / ranges * cut + (index * each + lesser(index, longer)) * grain;
+    }
     __device__ __forceinline__ int block_of(int step) const {
-        const int ordinary = step - longer * (each + 1);
-        return ordinary < 0 ? step / (each + 1) : longer + ordinary / each;
-    }
-    __device__ __forceinline__ bool all_alike() const {
-        const bool same_keys = keys.lengths == nullptr && keys.starts == nullptr;
-        return same_keys && (!WINDOW || queries.lengths == nullptr && queries.starts == nullptr && offsets == nullptr);
+        const int index = step % cut / grain, ordinary = index - longer * (each + 1);
+        return step / cut * ranges + (ordinary < 0 ? index / (each + 1) : longer + ordinary / each);
     }
     __device__ __forceinline__ int steps_in(int batch) const {
         const Mask mask(problem, WINDOW ? length_of(queries, batch) : 0, length_of(keys, batch),
@@ -130,45 +185,84 @@ struct Schedule {
         const Range range = keys_to_read(problem, mask);
         return steps_of(problem, range.high - range.low);
     }
-    /* The sequence that a step belongs to, or sequence `wanted` where that comes first. Past the last one: where all
-     * steps end. By a whole wave. */
-    __device__ __forceinline__ Place find(int wanted, int step) const {
-        if (all_alike()) {
-            const int alike = steps_in(0);
-            const int batch = step == INT32_MAX ? wanted : lesser(step / (alike * units), wanted);
-            return {batch, batch * alike * units, alike};
+    /* Blocks that run at one time, side by side, have the same range of different lines. */
+    __device__ __forceinline__ int own_range() const {
+        const int lines = blocks / ranges;
+        return block() % lines * ranges + block() / lines;
+    }
+    /* By a whole wave. */
+    __device__ __forceinline__ Place find(int step) const {
+        const int index = uniform(step / length);
+        return in_line(problem.batch, step - index * length).moved(index, length);
+    }
+    __device__ __forceinline__ Place unit(int batch, int index) const {
+        return in_line(batch, INT32_MAX).moved(index, length);
+    }
+    __device__ __forceinline__ Place after(const Place &place) const {
+        const bool last = place.batch + 1 == problem.batch;
+        const int batch = last ? 0 : place.batch + 1;
+        return {batch, uniform(place.index + last), place.begin + place.steps, steps_in(batch)};
+    }
+
+  private:
+    /* The sequence of a line that a step belongs to, or sequence `wanted` where that comes first. Past the last one:
+     * where all steps end. */
+    __device__ __forceinline__ Place in_line(int wanted, int step) const {
+        if (alike) {
+            const int steps = steps_in(0), batch = step == INT32_MAX ? wanted : lesser(step / steps, wanted);
+            return {batch, 0, batch * steps, steps};
         }
+        constexpr int OWN = 4; /* sequences of a lane: their lengths are on their way together */
         int begin = 0;
 #pragma unroll 1
-        for (int base = 0; base < problem.batch; base += WAVE) {
-            const int batch = base + lane();
-            const int own = batch < problem.batch ? steps_in(batch) * units : 0;
-            int sum = own;
+        for (int base = 0; base < problem.batch; base += OWN * WAVE) {
+            int own[OWN], sum = 0;
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) {
+                const int batch = base + lane() * OWN + i;
+                own[i] = batch < problem.batch ? steps_in(batch) : 0;
+            }
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) sum += own[i];
+            const int its = sum;
 #pragma unroll
             for (int distance = 1; distance < WAVE; distance *= 2) {
                 const int other = from_lane(sum, (lane() - distance) & (WAVE - 1));
                 if (lane() >= distance) sum += other;
             }
-            const uint64_t found = ballot(batch < problem.batch && (step < begin + sum || batch == wanted));
-            if (found != 0) {
-                const int there = first_lane(found), its = uniform(from_lane(own, there));
-                return {base + there, begin + uniform(from_lane(sum, there)) - its, its / units};
+            Place place = {base + lane() * OWN, 0, begin + sum - its, own[0]};
+#pragma unroll
+            for (int i = 1; i < OWN; ++i)
+                if (place.batch < wanted && place.begin + place.steps <= step) {
+                    ++place.batch;
+                    place.begin += place.steps;
+                    place.steps = own[i];
+                }
+            const bool here = place.batch == wanted || place.begin + place.steps > step;
+            if (const uint64_t found = ballot(place.batch < problem.batch && here)) {
+                const int there = first_lane(found);
+                return {uniform(from_lane(place.batch, there)), 0, uniform(from_lane(place.begin, there)),
+                        uniform(from_lane(place.steps, there))};
             }
             begin += uniform(from_lane(sum, WAVE - 1));
         }
-        return {problem.batch, begin, 1};
+        return {problem.batch, 0, begin, 1};
     }
 };
 
-/* Parts of units in the workspace: block b has two places, 0 for a unit that began before its range and 1 for one that
- * goes on after it; with batch_invariant, where its range is one step, just one. Output not yet divided by the sum, in
- * fp32; maximum and sum of each row. */
+/* Parts of units in the workspace: range b has two places, 0 for a unit that began before it and 1 for one that goes on
+ * after it; with batch_invariant, where a range is one step, just one. Output not yet divided by the sum, in fp32;
+ * maximum and sum of each row; a counter for each range. */
 struct Parts {
     float *output, *softmax;
     int rows, places;
     static __host__ __device__ int places_of(const aiter_attention_problem &p) { return p.batch_invariant ? 1 : 2; }
     static int64_t bytes(const aiter_attention_problem &p, int64_t blocks) {
-        return blocks * places_of(p) * rows_of_unit(p) * (VALUE_DIM + 2) * static_cast<int64_t>(sizeof(float));
+        return blocks * (places_of(p) * rows_of_unit(p) * (VALUE_DIM + 2) + 1) * static_cast<int64_t>(sizeof(float));
+    }
+    static uint32_t *counters(const Arguments &a, int64_t blocks) {
+        char *workspace = static_cast<char *>(a.tensors.workspace);
+        return reinterpret_cast<uint32_t *>(workspace + bytes(a.problem, blocks)) - blocks;
     }
     __device__ __forceinline__ Parts(const Arguments &a, int grid)
         : rows(rows_of_unit(a.problem)), places(places_of(a.problem)) {
@@ -272,11 +366,11 @@ struct Unit {
                 hide<WINDOW>(s, -INFINITE, first, [&](int slot) { return sees[slot]; });
         }
     };
-    /* Padding from row `first` on: zeros. By the whole block. */
-    __device__ __forceinline__ void clear_padding(int first) const {
+    /* Padding from row `first` on: zeros. By the first threads of the block. */
+    __device__ __forceinline__ void clear_padding(int first, int threads) const {
         constexpr int CHUNKS = VALUE_DIM / 8;
 #pragma unroll 1
-        for (int i = first * CHUNKS + thread_in_block(); i < padded_rows * CHUNKS; i += THREADS) {
+        for (int i = first * CHUNKS + thread_in_block(); i < padded_rows * CHUNKS; i += threads) {
             global_store(output(i / CHUNKS) + i % CHUNKS * 8, Chunk{});
             if (i % CHUNKS == 0) store_lse(i / CHUNKS, -INFINITE);
         }

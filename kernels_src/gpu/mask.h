@@ -99,7 +99,8 @@ struct Mask {
 };
 
 /* Sets what a row does not see to `hidden`, in a tile of scores whose columns begin at `first`. range(slot): what the
- * row of a slot sees. BOTH_ENDS: the range may begin within the tile, not only end there. */
+ * row of a slot sees. BOTH_ENDS: the range may begin within the tile, not only end there. That takes three instructions
+ * for a value, or little more than one where MASKS_OF_BITS. */
 template <bool BOTH_ENDS, class Scores, class RangeOf>
 __device__ __forceinline__ void hide(Scores &s, float hidden, int first, RangeOf range) {
 #pragma unroll
@@ -107,6 +108,13 @@ __device__ __forceinline__ void hide(Scores &s, float hidden, int first, RangeOf
         const Range sees = range(slot);
         const int low = BOTH_ENDS ? sees.low - first - Scores::lane_column() : 0;
         const int high = sees.high - first - Scores::lane_column();
+        if constexpr (WINDOW && BOTH_ENDS && MASKS_OF_BITS) {
+            const uint32_t visible = Scores::values_between(low, high);
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; ++i) /* opaque: see below */
+                s.set(slot, i, opaque(visible >> i & 1 ? s.get(slot, i) : hidden));
+            continue;
+        }
         const int width = BOTH_ENDS && high < low ? 0 : high - low;
         int edge; /* low or high, from the first of 16 values on: columns are then small constants */
 #pragma unroll

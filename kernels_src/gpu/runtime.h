@@ -60,25 +60,21 @@ inline const char *error_text(int code) {
 }
 
 #if !defined(__HIP__)
-/* early: the kernel may come up while the one before it runs. */
 template <class... Parameters, class... Arguments>
-int launch_on_nvidia(bool early, void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void *stream,
-                     const Arguments &...arguments) {
+int launch_on_nvidia(cudaLaunchAttribute *attribute, void (*kernel)(Parameters...), dim3 grid, int threads, int shared,
+                     void *stream, const Arguments &...arguments) {
     if (shared > 48 * 1024) { /* the limit belongs to the current device */
         const hipError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
         if (error != hipSuccess) return error;
     }
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = early ? 1 : 0;
+    config.attrs = attribute;
+    config.numAttrs = attribute == nullptr ? 0 : 1;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #endif
@@ -91,7 +87,7 @@ int launch_with_shared(void (*kernel)(Parameters...), int64_t blocks, int thread
     if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
     const dim3 grid(static_cast<unsigned>(blocks));
 #if !defined(__HIP__)
-    return launch_on_nvidia(false, kernel, grid, threads, shared, stream, arguments...);
+    return launch_on_nvidia(nullptr, kernel, grid, threads, shared, stream, arguments...);
 #else
     kernel<<<grid, dim3(threads), shared, static_cast<hipStream_t>(stream)>>>(arguments...);
     return static_cast<int>(hipGetLastError());
@@ -107,6 +103,21 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int share
     return launch_with_shared(kernel, blocks, threads, shared, stream, arguments...);
 }
 
+#if !defined(__HIP__)
+/* The same in clusters of so many blocks (sm_90 on). */
+template <class... Parameters, class... Arguments>
+int launch_in_clusters(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                       void *stream, const Arguments &...arguments) {
+    if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+    cudaLaunchAttribute clusters = {};
+    clusters.id = cudaLaunchAttributeClusterDimension;
+    clusters.val.clusterDim.x = static_cast<unsigned>(cluster);
+    clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
+    return launch_on_nvidia(&clusters, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
+                            arguments...);
+}
+#endif
+
 /* Starts a kernel that continues the work of the one launched just before it. Where the GPU can (NVIDIA, sm_90 on), it
  * comes up while that one still runs, and waits for its results at wait_for_previous(). */
 template <class... Parameters, class... Arguments>
@@ -115,7 +126,10 @@ int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, int 
 #if !defined(__HIP__)
     if (CUDA_ARCH >= 900) {
         if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
-        return launch_on_nvidia(true, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
+        cudaLaunchAttribute early = {};
+        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early.val.programmaticStreamSerializationAllowed = 1;
+        return launch_on_nvidia(&early, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
                                 arguments...);
     }
 #endif

@@ -67,17 +67,19 @@ struct Score {
     /* A tile whose columns begin at `first`. slope(slot) is in base 2; position(slot): where the row stands. */
     template <class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, int first, Slope slope, Position position) const {
-        if constexpr (SOFTCAP || ALIBI) finish<false>(s, s, first, slope, position);
+        if constexpr (SOFTCAP || ALIBI) finish<false, CAUSAL>(s, s, first, slope, position);
     }
-    /* The same, and the derivative of the cap. */
+    /* The same where rows may be keys and columns queries, and the derivative of the cap. */
     template <class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
                                            Position position) const {
-        if constexpr (SOFTCAP || ALIBI) finish<SOFTCAP>(s, derivative, first, slope, position);
+        if constexpr (SOFTCAP || ALIBI) finish<SOFTCAP, false>(s, derivative, first, slope, position);
     }
 
   private:
-    template <bool DERIVATIVE, class Scores, class Slope, class Position>
+    /* BEFORE: what a row sees stands before it or where it does, so that its slope makes a line: what is found for
+     * others will be hidden. */
+    template <bool DERIVATIVE, bool BEFORE, class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
                                            Position position) const {
 #pragma unroll
@@ -89,10 +91,54 @@ struct Score {
                 float x = s.get(slot, i);
                 if (SOFTCAP) x = capped(x);
                 if (DERIVATIVE) derivative.set(slot, i, 1.0f - x * x);
-                if (ALIBI) x = x * outer - m * __builtin_fabsf(away - static_cast<float>(Scores::column(i)));
+                if (ALIBI) {
+                    const float column = Scores::column(i);
+                    x = BEFORE ? __builtin_fmaf(x, outer, __builtin_fmaf(m, column, -m * away))
+                               : x * outer - m * __builtin_fabsf(away - column);
+                }
                 s.set(slot, i, x);
             }
         }
+    }
+};
+
+/* A soft cap bounds the scores. Up to this one 2^score, finished and in base 2, is a number between 2^-72 and 2^72,
+ * which float32 and bf16 hold as well as any, with room for sums and values: the softmax needs no reference point, and
+ * scores may become weights as they come. For so few score bits tanh |x| is a polynomial in u = e^-2|x|,
+ *
+ *     (1 - u) / (1 + u) = 1 + c1 u + ... + c6 u^6     for 0 <= u <= 1, exact for u = 0 and 1, error 1.5e-5,
+ *
+ * which is 8e-4 of a score at most (half an ulp of a weight: 2e-3). It spares the unit for transcendental functions a
+ * reciprocal. What counts is the absolute error, as scores are exponents. */
+struct SmallCap {
+    static constexpr float MOST = 50.0f;
+#if defined(AITER_DTYPE_BF16)
+    static constexpr bool POSSIBLE = SOFTCAP && !ALIBI;
+#else
+    static constexpr bool POSSIBLE = false;
+#endif
+    static constexpr int DEGREE = 6;
+    bool holds;
+    float c[DEGREE + 1]; /* times the cap: from the kernel's parameters they cost no registers */
+
+    SmallCap() = default;
+    explicit SmallCap(const aiter_attention_problem &p) : holds(POSSIBLE && p.softcap <= MOST) {
+        constexpr float C[DEGREE + 1] = {1.0f,        -1.99894464f,  1.9770987f,  -1.82935083f,
+                                         1.37575638f, -0.677995741f, 0.153436095f};
+        for (int i = 0; i <= DEGREE; ++i) c[i] = C[i] * p.softcap * LOG2_E;
+    }
+    __device__ __forceinline__ float finish(float exponent) const {
+        const float u = exp2(-__builtin_fabsf(exponent));
+        float sum = c[DEGREE];
+#pragma unroll
+        for (int i = DEGREE - 1; i >= 0; --i) sum = __builtin_fmaf(sum, u, c[i]);
+        return __builtin_copysignf(sum, exponent);
+    }
+    template <class Scores> __device__ __forceinline__ void finish(const Score &score, Scores &s) const {
+#pragma unroll
+        for (int slot = 0; slot < Scores::SLOTS; ++slot)
+#pragma unroll
+            for (int i = 0; i < Scores::VALUES; ++i) s.set(slot, i, finish(s.get(slot, i) * score.inner));
     }
 };
 

@@ -57,6 +57,15 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         return grown;
     }
 
+    /* The same without a reference point, for scores of a SmallCap. */
+    template <class Scores> __device__ __forceinline__ void add(Scores &s) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            maximum[slot] = 0.0f;
+            sum[slot] += s.exponentiate(slot, 1.0f, 0.0f);
+        }
+    }
+
     /* The same where others have found maxima, none of them smaller. */
     __device__ __forceinline__ bool move_to(const float (&maxima)[SLOTS], float (&shrink)[SLOTS]) {
         bool grown = false;

@@ -349,7 +349,7 @@ def test_model_configurations(config, kernels, dtypes, tmp_path):
 def test_parts_get_the_defaults_of_their_family(tmp_path):
     pytest.importorskip("transformers", reason="Hugging Face transformers is not installed")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {"model_type": "gemma"}}))
-    assert {kernel.head_dim for kernel in read_model(tmp_path / "config.json").kernels} == {64, 256}
+    assert {kernel.head_dim for kernel in read_model(tmp_path).kernels} == {64, 256}
 
 
 @pytest.mark.parametrize(

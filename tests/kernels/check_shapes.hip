@@ -33,6 +33,9 @@ template <int HEAD_DIM, int VALUE_DIM> constexpr bool forward_fits() {
 #endif
 }
 template <int HEAD_DIM, int VALUE_DIM> constexpr bool decode_fits() {
+#if defined(AITER_WGMMA)
+    if constexpr (HEAD_DIM <= 256 && VALUE_DIM <= 256) return fits<RingLoop<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>();
+#endif
     return fits<DecodeMemory<HEAD_DIM, VALUE_DIM>::SHARED_BYTES>();
 }
 #if defined(AITER_WGMMA)

@@ -25,7 +25,7 @@ CASES = {
     for i, arch in enumerate(EMULATED)
 }
 CASES["gfx942"] += [("bf16", 8, True), ("bf16", 128, True), ("fp16", 128, True), ("bf16", 64, False), ("fp16", 64, True)]
-CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 128, 192, 256) for d in GPU_DTYPES for c in (False, True)]
+CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 96, 128, 192, 256) for d in GPU_DTYPES for c in (False, True)]
 PARAMETERS = [(target, *case) for target in GPUS for case in dict.fromkeys(CASES[target])]
 
 
@@ -135,7 +135,7 @@ def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@on_targets([p for p in PARAMETERS if p[0] == "cuda" and p[2] in (64, 128)])
+@on_targets([p for p in PARAMETERS if p[0] == "cuda" and p[2] in (64, 96, 128)])
 def test_one_pass(target, dtype, head_dim, causal):
     """On sm_90a, the longest lengths decide whether all gradients come from one pass, as here. There are enough
     sequences for it to go through some from the first keys on, through others from the last. Twice the same bits.

@@ -131,6 +131,32 @@ def test_strides_scales_and_repetition(target, dtype, head_dim, causal, paged):
         assert torch.equal(output, again) and torch.equal(lse, again_lse)
 
 
+@on_targets([p for p in CONTIGUOUS if p[2] == 128 and p[0] == "cuda"])
+def test_equal_lengths(target, dtype, head_dim, causal, paged):
+    """Units that several blocks share, that blocks have one of each, or several; and a single sequence in padding."""
+    for batch, heads_kv, group, seq_q, seq_k in (
+        (1, 8, 4, 1, 1000),
+        (1, 2, 16, 1, 70),
+        (1, 3, 2, 5, 5000),
+        (4, 8, 2, 2, 700),
+        (90, 1, 4, 1, 300),
+        (150, 2, 1, 1, 130),
+        (3, 60, 1, 1, 200),
+    ):
+        query = randn(batch, seq_q, heads_kv * group, head_dim, dtype=dtype)
+        key, value = (randn(batch, seq_k, heads_kv, head_dim, dtype=dtype) for _ in "kv")
+        output, lse = attend(target, query, key, value, causal)
+        sequences = [Sequence(query[b], key[b], value[b], (b,), (b,)) for b in range(batch)]
+        assert_sequences(output, lse, sequences, causal)
+        if batch > 1:
+            continue
+        for rows, keys in ((seq_q, seq_k // 3), (seq_q - 1, seq_k - 1), (seq_q, 1), (seq_q, 0)):
+            output, lse = attend(target, query, key, value, causal, seqlens_q=ints([rows]), seqlens_k=ints([keys]))
+            place = (0, slice(rows)), (0, slice(None), slice(rows))
+            assert_sequences(output, lse, [Sequence(query[0, :rows], key[0, :keys], value[0, :keys], *place)], causal)
+            assert not output[0, rows:].any() and (lse[0, :, rows:] == -math.inf).all()
+
+
 @on_targets([p for p in CONTIGUOUS if p[3]])
 def test_masked_values_stay_out(target, dtype, head_dim, causal, paged):
     """What a query does not see cannot reach it, though it stands in the same matrix tile; what it sees does."""

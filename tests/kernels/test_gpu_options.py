@@ -8,7 +8,9 @@ KERNELS gets many problems.
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from problems import Sequence, assert_sequences
 
 from aiter import dropout, reference
 
+SOURCES = Path(__file__).parents[2] / "kernels_src"
 OPTIONS = ("softcap", "alibi", "paged", "chunk", "dropout")
 
 
@@ -92,8 +95,9 @@ KERNELS["cuda"] = (
 )  # fmt: skip
 
 
-def on_kernels(*names):
-    cases = [(target, kernel) for target in GPUS for kernel in KERNELS[target] if kernel.name in names]
+def on_kernels(*names, only=lambda kernel: True):
+    kernels = ((target, kernel) for target in GPUS for kernel in KERNELS[target])
+    cases = [(target, kernel) for target, kernel in kernels if kernel.name in names and only(kernel)]
     return pytest.mark.parametrize("target, kernel", cases, ids=[f"{t}-{k}" for t, k in cases])
 
 
@@ -440,6 +444,47 @@ def check_gradients(target, kernel, lengths, heads, layout, window, sinks, offse
         for place in own_places:
             rest[place] = False
         assert not result[rest].any()
+
+
+@on_kernels(FORWARD, DECODE, only=lambda kernel: kernel.softcap and not kernel.dropout and not kernel.paged)
+def test_soft_caps(target, kernel):
+    """Scores from none to far beyond the cap, products that overflow, and a NaN."""
+    require(target)
+    dtype = DTYPES[kernel.dtype]
+    of_cap = torch.tensor([0.0, 1e-30, 1e-6, 1e-3, 0.03, 0.1, 0.2, 0.35, 0.5, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 9.0, 1e3])
+    rows = torch.tensor([1.0, -1.0, 0.1, 1e-5, torch.finfo(dtype).max])
+    options = {"window": (-1, -1)} if kernel.mask == "window" else {"causal": kernel.mask == "causal"}
+    options |= {"alibi_slopes": torch.zeros(1)} if kernel.alibi else {}
+    for cap in (3.0, 30.0, 50.0, 51.0, 1000.0):  # up to 50 sm_90a has another way, in bf16
+        scores = torch.cat((of_cap, -of_cap))[torch.randperm(2 * len(of_cap))] * cap
+        query, key = torch.zeros(len(rows), 1, kernel.head_dim), torch.zeros(len(scores), 1, kernel.head_dim)
+        query[:, 0, 0], key[:, 0, 0] = rows, scores.clamp(-6e4, 6e4)
+        value = torch.randn(len(scores), 1, kernel.value_dim).to(dtype)
+        query, key, options["softcap"] = query.to(dtype), key.to(dtype), cap
+        call = options | {"scale": 1.0, "name": kernel.name} | ({"chunk": 1000} if kernel.chunk else {})
+        output, lse = attend(target, query[None], key[None], value[None], **call)
+        exact, exact_lse = reference.attend_one(query, key, value, softmax_scale=1.0, **options)
+        pytorch = pytorch_attend_one(query, key, value, softmax_scale=1.0, **options)
+        for row in range(len(rows)):  # what one errs by must not hide behind another
+            assert_as_accurate(output[0, row], exact[row], pytorch[row])
+        torch.testing.assert_close(lse[0].double(), exact_lse, atol=2e-3, rtol=1e-5)
+        key[3, 0, 0] = math.nan
+        assert attend(target, query[None], key[None], value[None], **call)[0].isnan().all()
+
+
+def test_a_small_cap():
+    """The polynomial in kernels_src/gpu/score.h: tanh x of u = e^-2x, as float32 computes it, and what it bounds."""
+    text = (SOURCES / "gpu/score.h").read_text()
+    numbers = re.search(r"constexpr float C\[DEGREE \+ 1\] = \{([^}]*)\};", text)[1]
+    u = torch.linspace(0, 1, 100_001)
+    total = torch.zeros_like(u)
+    for c in reversed([float(number.strip().rstrip("f")) for number in numbers.split(",")]):
+        total = (total.double() * u + c).float()
+    assert float((total - (1 - u.double()) / (1 + u.double())).abs().max()) < 1.6e-5
+    assert float(total[0]) == 1 and abs(float(total[-1])) < 1e-7 and float(total.max()) == 1
+    most = float(re.search(r"MOST = ([0-9.]+)f", text)[1])
+    assert 1.6e-5 * most < 2**-9 / 2  # of a score; a weight in bf16 is off by up to 2^-9
+    assert most / math.log(2) < 73
 
 
 @pytest.mark.parametrize("target", GPUS)

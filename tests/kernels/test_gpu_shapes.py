@@ -14,14 +14,19 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels_src"
 
 
-@pytest.mark.parametrize("arch", ("gfx90a", "gfx942", "gfx950", "sm_80", "sm_86", "sm_90a", "sm_120"))
-def test_every_shape_fits(arch, tmp_path):
+CASES = [(arch, ()) for arch in ("gfx90a", "gfx942", "gfx950", "sm_80", "sm_86", "sm_90a", "sm_120")]
+CASES += [("sm_90a", (("softcap", 1),))]  # has tiles of its own there
+
+
+@pytest.mark.parametrize("arch, options", CASES, ids=["-".join([a, *dict(o)]) for a, o in CASES])
+def test_every_shape_fits(arch, options, tmp_path):
     toolchain = toolchain_for(arch)
     compiler = toolchain.find()
     if compiler is None:
         pytest.skip(f"no {toolchain.language} compiler: set {toolchain.variable}")
-    flags = toolchain.flags(Spec("check_shapes", "bf16", 64, True, arch))
-    words = [compiler.path, *flags, f"-I{SOURCES}", f"-I{SOURCES / 'include'}", "-c" if is_amd(arch) else "-cubin"]
-    words += ["-o", str(tmp_path / "nothing"), *([] if is_amd(arch) else ["-x", "cu"]), str(HERE / "check_shapes.hip")]
+    flags = toolchain.flags(Spec("check_shapes", "bf16", 64, True, arch, options))
+    words = [compiler.path, *flags, f"-I{SOURCES}", f"-I{SOURCES / 'include'}"]
+    words += ["-c"] if is_amd(arch) else ["-x", "cu", "-cubin"]
+    words += ["-o", str(tmp_path / "nothing"), str(HERE / "check_shapes.hip")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

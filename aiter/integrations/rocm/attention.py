@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from aiter import checks, flash_attn, operations
+from aiter import checks, flash_attn, flops, operations
 from aiter.jit.arch import arch_of
 from aiter.kv_cache import reshape_and_cache as write
 
@@ -614,3 +614,4 @@ _library.define(
 for _device in ("CPU", "CUDA"):
     _library.impl("paged_attention_v1", paged_attention_v1, _device)
     _library.impl("paged_attention_ragged", paged_attention_ragged, _device)
+flops.count_pages(torch.ops.aiter.paged_attention_v1, torch.ops.aiter.paged_attention_ragged)

@@ -17,11 +17,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 
 from aiter import flash_attn
+from aiter.integrations.masks import is_capturing
 from aiter.integrations.transformers.layers import attention, refuse_others
 from aiter.integrations.transformers.masks import padding_mask
 
 FLASH_NAME = "aiter_flash2"
-PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.17 makes of it while it batches
+PAGED_NAME = f"paged|{FLASH_NAME}"  # what transformers up to 5.18 makes of it while it batches
 
 
 def batched_attention(
@@ -46,6 +47,7 @@ def batched_attention(
     block_table: torch.Tensor | None = None,
     k_cache: torch.Tensor | None = None,
     v_cache: torch.Tensor | None = None,
+    cache: Any = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
     """`layers.attention`; for a batch that transformers schedules (it has a read_index), what its flash functions do.
@@ -53,7 +55,8 @@ def batched_attention(
     Then query is (1, heads_q, tokens, head_dim), and cu_seq_lens_q int32 (requests + 1,). key and value are
     (1, heads_kv, tokens_k, head_dim), cached ones included, and cu_seq_lens_k says whose; or, with block_table int32
     (requests, pages), they are one new token of each request, which goes into k_cache and v_cache (pages, page_size,
-    heads_kv, head_dim) behind its earlier ones.
+    heads_kv, head_dim) behind its earlier ones. With cache (5.19 to 5.23 hand theirs over), all of that is asked of
+    it first, for this layer.
     """
     if read_index is None:
         return attention(
@@ -61,7 +64,23 @@ def batched_attention(
             *(max_length_q, max_length_k, position_ids, sliding_window, softcap, s_aux),
             **others,
         )
+    if cache is not None:
+        step: dict[str, Any] = {
+            "cu_seq_lens_k": cu_seq_lens_k,
+            "max_length_k": max_length_k,
+            "block_table": block_table,
+        }
+        step |= {"read_index": read_index, "write_index": write_index}
+        key, value = cache.update(key, value, module.layer_idx, step)
+        cu_seq_lens_k, max_length_k, block_table = step["cu_seq_lens_k"], step["max_length_k"], step["block_table"]
+        k_cache, v_cache = step.get("k_cache"), step.get("v_cache")
+        attention_mask = None  # lengths say it
     refuse_others(dropout=dropout or None, attention_mask=attention_mask, **others)
+    if query.is_cpu and is_capturing():
+        raise ValueError(
+            "transformers captures a CUDA graph of a model on the CPU, which would compute nothing when replayed: give "
+            "ContinuousBatchingConfig(use_cuda_graph=False), or move the model to the GPU"
+        )
     assert cu_seq_lens_q is not None and cu_seq_lens_k is not None
     assert max_length_q is not None and max_length_k is not None
     options: dict[str, Any] = {
@@ -104,7 +123,7 @@ def paged_attention(
     sliding_window: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """`batched_attention` as transformers up to 5.17 calls it: the new tokens alone, and the cache that they go to."""
+    """`batched_attention` as transformers up to 5.18 calls it: the new tokens alone, and the cache that they go to."""
     kind = "full_attention" if sliding_window is None else "sliding_attention"
     if isinstance(cu_seq_lens_k, dict):
         cu_seq_lens_k = cu_seq_lens_k[kind]
@@ -115,11 +134,14 @@ def paged_attention(
         packed = cache.update(key, value, module.layer_idx, read_index, write_index)
         key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in packed)
     else:
-        group, layer = cache.layer_index_to_group_indices[module.layer_idx]
-        k_cache, v_cache = (
-            slots[layer].view(-1, cache.block_size, *slots[layer].shape[1:])
-            for slots in (cache.key_cache, cache.value_cache)
-        )
+        if hasattr(cache, "get_cache_for_block_table"):  # 5.18
+            group, k_cache, v_cache = cache.get_cache_for_block_table(module.layer_idx)
+        else:
+            group, layer = cache.layer_index_to_group_indices[module.layer_idx]
+            k_cache, v_cache = (
+                slots[layer].view(-1, cache.block_size, *slots[layer].shape[1:])
+                for slots in (cache.key_cache, cache.value_cache)
+            )
         caches = {"block_table": block_table[group], "k_cache": k_cache, "v_cache": v_cache}
     return batched_attention(
         module,
@@ -139,9 +161,10 @@ def paged_attention(
 
 def admit() -> None:
     """Registers the names, and sees to it that transformers looks for no package of them."""
-    for name, function in ((FLASH_NAME, batched_attention), (PAGED_NAME, paged_attention)):
-        AttentionInterface.register(name, function)
-        AttentionMaskInterface.register(name, padding_mask)
+    AttentionInterface.register(FLASH_NAME, batched_attention)
+    AttentionMaskInterface.register(FLASH_NAME, padding_mask)
+    # No mask function: transformers then makes no mask, which nobody would read and a CUDA graph could not hold.
+    AttentionInterface.register(PAGED_NAME, paged_attention)
     check = PreTrainedModel._check_and_adjust_attn_implementation
     if hasattr(check, "before_aiter"):
         return

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from aiter import checks
+from aiter.integrations.masks import reorder
 from aiter.integrations.transformers.masks import (
     NAME,
     NO_WINDOW,
@@ -113,9 +114,9 @@ def attention(
     if packed:
         query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     if seen.order_q is not None:
-        query = _reorder(query, seen.order_q)
+        query = reorder(query, seen.order_q)
     if seen.order_k is not None:
-        key, value = (_reorder(tensor, seen.order_k) for tensor in (key, value))
+        key, value = (reorder(tensor, seen.order_k) for tensor in (key, value))
     if packed:
         assert seqlens_q is not None
         output = variable_length_attention(
@@ -135,7 +136,7 @@ def attention(
             query, key, value, seen.causal, scaling, seqlens_q=seqlens_q, seqlens_k=seqlens_k, **features
         )
     if seen.order_q is not None:
-        output = _reorder(output, seen.order_q.argsort(1))
+        output = reorder(output, seen.order_q.argsort(1))
     return output.view(batch, seq_q, *output.shape[-2:])[..., :value_dim], None
 
 
@@ -199,8 +200,3 @@ def _padded_dim(tensor: torch.Tensor) -> torch.Tensor:
     """Zeros behind the last dimension, up to one that kernels take; they change no score."""
     missing = -tensor.shape[-1] % checks.HEAD_DIM_STEP
     return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
-
-
-def _reorder(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The rows of (batch, seq, heads, head_dim) in an order of their own for each sequence."""
-    return tensor.gather(1, order[:, :, None, None].expand(-1, -1, *tensor.shape[2:]))

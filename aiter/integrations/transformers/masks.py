@@ -1,8 +1,8 @@
 """Masks: what transformers describes by functions of indices, as which keys each query sees.
 
-Mask functions, sizes and padding become a `Mask`, once for each forward pass. Values are looked at then, and only
-outside of tracing; what our kernels have no form of is remembered as a reason to refuse, as some models make masks that
-none of their layers has.
+Mask functions, sizes and padding become a `Mask`, once for each forward pass. Values are looked at then, where that
+is possible (`values_are_hidden`); what our kernels have no form of is remembered as a reason to refuse, as some models
+make masks that none of their layers has.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from aiter.integrations.masks import HIDDEN, tokens_first, values_are_hidden
 from aiter.options import NO_LIMIT
 
 NAME = "aiter"
 USE_OTHERS = "use attn_implementation='sdpa' or 'eager'"
-
-# What an additive mask must hold at least to hide a key wholly, whatever the scores: exp(-10^4) is 0.
-HIDDEN = -1e4
 
 REFUSED_MASK = (
     f"attn_implementation={NAME!r} takes causal and bidirectional masks, windows, padding and packed documents; this "
     f"model or batch asks for another mask (chunks with a cache, images that see ahead, …): {USE_OTHERS}"
 )
 REFUSED_TRACED = (
-    f"attn_implementation={NAME!r}: compiled or exported, the mask must be causal or bidirectional, and a row one "
-    "document, without gaps where there is a window. Give documents by cu_seq_lens_q, cu_seq_lens_k, max_length_q and "
-    "max_length_k, or do not compile"
+    f"attn_implementation={NAME!r}: compiled, exported or in a CUDA graph, the mask must be causal or bidirectional, "
+    "and a row one document, without gaps where there is a window. Give documents by cu_seq_lens_q, cu_seq_lens_k, "
+    "max_length_q and max_length_k, or do not compile"
 )
 REFUSED_GAPS = (
     f"attn_implementation={NAME!r} takes windows with padding before or after the tokens of a row, not between them: "
@@ -121,11 +119,11 @@ def padding_mask(
 
     Queries stand at positions q_offset and on, keys at kv_offset and on. local_size: of the window or chunks that the
     function is said to have: the window counts its query where it is causal, and is a distance where it is not. Values
-    are looked at only outside of tracing.
+    are looked at only where they can be.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask  # `generate` asks for masks ahead of the model, which hands them in again
-    tracing = torch.compiler.is_compiling()
+    blind = values_are_hidden()
     valid = None
     if attention_mask is not None:
         # Positions that attention_mask does not reach are padding, as in transformers.
@@ -162,7 +160,7 @@ def padding_mask(
         return made._replace(seqlens_k=_for_each_row(held, batch_size, device))
     if causal:
         valid = valid & (torch.arange(kv_length, device=valid.device) < held)
-    if not tracing and bool(valid.all()):
+    if not blind and bool(valid.all()):
         return made
     if first is not None:
         return made._replace(
@@ -170,34 +168,26 @@ def padding_mask(
         )
     if hides:  # distances must stay what they are when tokens are put first
         whole = ((valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0] <= 1).all()
-        if tracing:
+        if blind:
             made = made._replace(holds=whole if holds is None else holds & whole)
         elif not bool(whole):
             return made._replace(refused=REFUSED_GAPS)
-    seqlens_k, order_k = _tokens_first(valid, tracing)
+    seqlens_k, order_k = tokens_first(valid, blind)
     made = made._replace(seqlens_k=seqlens_k, order_k=order_k)
     if not causal:  # a query that is padding sees what the others see: nobody reads what comes of it
         if not hides:
             return made
         return made._replace(query_offsets=_for_each_row(begin - valid.int().argmax(1), batch_size, device))
     valid_q = valid.index_select(1, torch.arange(q_length, device=valid.device) + begin)
-    if not tracing and bool(valid_q.all()):
+    if not blind and bool(valid_q.all()):
         return made
-    seqlens_q, order_q = _tokens_first(valid_q, tracing)
+    seqlens_q, order_q = tokens_first(valid_q, blind)
     return made._replace(seqlens_q=seqlens_q, order_q=order_q)
 
 
 def _for_each_row(value: int | torch.Tensor, batch: int, device: torch.device | None) -> torch.Tensor:
     """int32 (batch,)."""
     return torch.as_tensor(value, dtype=torch.int32, device=device).reshape(-1).expand(batch).contiguous()
-
-
-def _tokens_first(valid: torch.Tensor, tracing: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """How many tokens each row of `valid` (batch, seq) has, and the order that puts them first; None: they are."""
-    count = valid.sum(1, dtype=torch.int32)
-    if not tracing and bool((valid[:, 1:] <= valid[:, :-1]).all()):
-        return count, None
-    return count, (~valid).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def _documents_seen(
@@ -214,8 +204,8 @@ def _documents_seen(
 
     query (batch, seq_q) holds the keys at which the queries stand; valid (batch, seq_k) the keys that are tokens. A few
     keys of each query, those at the edges of what it should see, tell windows, packed documents and chunks from text
-    that sees images ahead. While tracing there are no values to decide by: the third result, a bool, is what must hold
-    for one document in each row.
+    that sees images ahead. Where values are hidden there is nothing to decide by: the third result, a bool, is what
+    must hold for one document in each row.
     """
     batch, last = query.shape[0], kv_length - 1
     rows, head = torch.arange(batch, device=query.device)[:, None], torch.zeros_like(query[:1, :1])
@@ -234,7 +224,7 @@ def _documents_seen(
     regular = seen(query) & seen(begin.maximum(start)) & seen(end.clamp(max=last))
     regular &= ~(seen(begin - 1) & (begin > start)) & ~(seen(end + 1) & (end < last))
     regular = (regular | ~counts).all()
-    if torch.compiler.is_compiling():
+    if values_are_hidden():
         return None, window != NO_WINDOW, regular & ~first.any()
     several = bool(first.any())
     if not bool(regular) or (several and query.shape[1] != kv_length):
@@ -302,7 +292,7 @@ def as_mask(
 
 def require(condition: torch.Tensor, message: str) -> None:
     """Raises ValueError where the condition does not hold; traced, the program fails by it when it runs."""
-    if torch.compiler.is_compiling():
+    if values_are_hidden():
         torch._assert_async(condition, message)
     elif not bool(condition):
         raise ValueError(message)
@@ -318,7 +308,7 @@ def _read_matrix(visible: torch.Tensor, seq_q: int, reach: int | None) -> tuple[
         last = visible.shape[2] - seq_q
         near = near.tril(last + reach).triu(last - reach)
     same = ((visible == keys & near) | sees_none).all()
-    if torch.compiler.is_compiling() or bool(same):
+    if values_are_hidden() or bool(same):
         require(same, REFUSED_TRACED)
         return keys[:, 0], False, None
     rows, seq_k = visible.shape[1:]
@@ -341,7 +331,7 @@ def positions_begin_again(seen: Mask, query: torch.Tensor, position_ids: torch.T
     whole = seen.causal and seen.seqlens_k is None and seen.documents is None and seen.seqlen_k == seq_q > 1
     if not whole or position_ids.dim() != 2 or position_ids.shape[1] != seq_q:
         return seen
-    if torch.compiler.is_compiling():
+    if values_are_hidden():
         require((position_ids.diff() > 0).all(), REFUSED_TRACED)
         return seen
     return seen._replace(**_documents_by_position(position_ids, batch))

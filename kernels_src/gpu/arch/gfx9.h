@@ -17,6 +17,7 @@ constexpr int XCDS = 1; /* the two dies of an MI250 are two devices */
 #else
 constexpr int XCDS = 8;
 #endif
+constexpr bool MASKS_OF_BITS = false;
 
 typedef uint32_t u32x2 __attribute__((ext_vector_type(2)));
 typedef uint32_t u32x4 __attribute__((ext_vector_type(4)));

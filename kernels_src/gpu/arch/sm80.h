@@ -30,6 +30,7 @@ constexpr int WAVE = 32;
 constexpr int ROW_TILE = 16;
 constexpr int LANES_PER_ROW = 4;
 constexpr int XCDS = 1;
+constexpr bool MASKS_OF_BITS = true; /* one instruction makes predicates of seven bits */
 
 /* ---- the wave ---- */
 
@@ -247,6 +248,16 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     static __device__ __forceinline__ int row(int slot) { return slot * 8 + lane() / 4; }
     static __device__ constexpr int column(int i) { return i / 2 * 8 + i % 2; }
     static __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }
+    /* A bit for each of a slot's values: whether its column is one of low ... high-1. */
+    static __device__ __forceinline__ uint32_t values_between(int low, int high) {
+        static_assert(VALUES <= 32, "");
+        const auto below = [](int column) {
+            column = clamp(column, 0, COLUMNS);
+            const int values = column / 8 * 2 + lesser(column % 8, 2);
+            return static_cast<uint32_t>((uint64_t(1) << values) - 1);
+        };
+        return opaque(below(high) & ~below(low));
+    }
 };
 
 /* ldmatrix reads 16 rows of 16 elements as four 8 x 8 matrices, lane l naming a row: in the order (0,0) (8,0) (0,8)

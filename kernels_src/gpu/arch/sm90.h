@@ -215,6 +215,27 @@ __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
 
 } // namespace mbarrier
 
+/* Blocks that run at one time, side by side, and can read each other's shared memory. */
+namespace cluster {
+
+__device__ __forceinline__ int rank() {
+    uint32_t x;
+    asm volatile("mov.u32 %0, %cluster_ctarank;" : "=r"(x));
+    return static_cast<int>(x);
+}
+/* What stands at the same place in the shared memory of another block. */
+__device__ __forceinline__ const float *of(const float *own, int rank) {
+    const float *theirs;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(own), "r"(rank));
+    return theirs;
+}
+/* All threads that have not ended. What was written before can be read after. */
+__device__ __forceinline__ void meet() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+} // namespace cluster
+
 /* Barriers 1 to 15, for `threads` of a block's threads: those that wait and those that only arrive. */
 __device__ __forceinline__ void meet(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");

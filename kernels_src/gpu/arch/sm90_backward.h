@@ -9,8 +9,8 @@
  * wave_sync; but compute-sanitizer's racecheck follows each thread's own arrivals only, and reported the other lanes'
  * reads of LSE and delta. No difference in time was seen beyond the card's own spread.
  *
- * GRAD_ALL, two consuming warpgroups, 128 keys; a tile of 64 queries, of 128 columns (of 64, the warpgroups take turns
- * at dQ), S and dP with a row for each key:
+ * GRAD_ALL, two consuming warpgroups, 128 keys; a tile of 64 queries, of 128 columns (of up to 96, the warpgroups take
+ * turns at dQ: half of 96 columns would begin inside a block of 64), S and dP with a row for each key:
  *
  *   warpgroup 0    S   P    dV += P dO    dS  -+- dQ, left half  = dS^T K   dK += dS Q   -+ dQ to
  *   warpgroup 1    S   P    dV += P dO    dS  -+- dQ, right half = dS^T K   dK += dS Q   -+ shared memory
@@ -64,11 +64,11 @@ struct BackwardWarpgroupTiles
     static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + BARRIERS_AT + STAGES * 16 + 3 * mbarrier::BYTES;
     static_assert(PASS != GRAD_ALL || TOKENS == QuerySums::ROWS && WAVES == 8 && QuerySums::PARTS <= 2, "");
     using Scores = Accumulator<1, TOKENS>;
-    using GradX = Accumulator<1, round_up(HEAD_DIM, 64)>;
-    using GradY = Accumulator<1, round_up(VALUE_DIM, 64)>;
-    /* A warpgroup multiplies 64 columns of it: one of two parts or, where that is all, every other tile. */
+    using GradX = Accumulator<1, round_up(HEAD_DIM, PASS == GRAD_ALL ? 16 : 64)>;
+    using GradY = Accumulator<1, round_up(VALUE_DIM, PASS == GRAD_ALL ? 16 : 64)>;
+    /* A warpgroup multiplies one of two parts or, where it is narrow, all of it for every other tile. */
     static constexpr int PARTS = QuerySums::PARTS;
-    using GradQuery = Accumulator<1, QuerySums::COLUMNS / PARTS>;
+    using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
 
     int current = 0;     /* stage */
     uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
@@ -176,12 +176,12 @@ struct BackwardWarpgroupTiles
         } else {
             GradQuery dq;
             const wgmma::Matrix s = wgmma::matrix(grad_scores()),
-                                k = wgmma::matrix(this->own + part * OwnX::BLOCK_BYTES);
+                                k = wgmma::matrix(this->own + part * OwnX::BLOCK_BYTES, OwnX::BLOCK_BYTES);
             wgmma::begin();
 #pragma unroll
             for (int j = 0; j < Tiles::ROWS / 16; ++j)
-                wgmma::Product<64>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16, k + j * 16 * 128 / 16,
-                                                             j > 0);
+                wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
+                                                                                  k + j * 16 * 128 / 16, j > 0);
             wgmma::end();
             multiply_columns<PassingX>(a, tile, dx);
             finish<1>(dq);
@@ -246,15 +246,15 @@ struct BackwardWarpgroupTiles
     template <class Passing, class Gradient>
     static __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[TOKENS / 16][4], SharedAddress b_rows,
                                                             Gradient &o) {
-        constexpr int BLOCKS = PASS == GRAD_ALL ? Passing::BLOCKS : 1; /* of a product */
-        const wgmma::Matrix b = wgmma::matrix(b_rows, BLOCKS == 1 ? 16 : Passing::BLOCK_BYTES);
+        constexpr int WIDTH = PASS == GRAD_ALL ? Gradient::TILES * 8 : 64; /* of a product */
+        const wgmma::Matrix b = wgmma::matrix(b_rows, Passing::BLOCK_BYTES);
         wgmma::begin();
 #pragma unroll
-        for (int n = 0; n < Passing::BLOCKS; n += BLOCKS)
+        for (int n = 0; n < Gradient::TILES * 8 / WIDTH; ++n)
 #pragma unroll
             for (int j = 0; j < TOKENS / 16; ++j)
-                wgmma::Product<BLOCKS * 64>::multiply_transposed(&o.tile[0][n * 8], a[j],
-                                                                 b + (n * Passing::BLOCK_BYTES + j * 16 * 128) / 16);
+                wgmma::Product<WIDTH>::multiply_transposed(&o.tile[0][n * 8], a[j],
+                                                           b + (n * Passing::BLOCK_BYTES + j * 16 * 128) / 16);
         wgmma::end();
     }
 };

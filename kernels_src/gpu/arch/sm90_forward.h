@@ -34,14 +34,15 @@
 
 namespace aiter {
 
-/* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more: three warpgroups hide it
- * better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for two dimensions), by
- * shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
+/* A warpgroup has 64 rows. Up to 96 dimensions the softmax is half of the work or more, and with a cap up to 128: three
+ * warpgroups hide it better. The keys of a tile are limited by registers (S and P take 3/4 of one for each, O one for
+ * two dimensions), by shared memory, and by what is multiplied for nothing where the diagonal or the end cuts a tile. */
 template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
-    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= 96 ? 3 : 2;
+    static constexpr bool CAPPED = SOFTCAP && !ALIBI; /* with slopes it makes no difference */
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= (CAPPED ? 128 : 96) ? 3 : 2;
     static constexpr int KEYS = WIDER <= 64                        ? 128
                                 : WIDER <= 96                      ? 96
-                                : WIDER <= 128                     ? 128
+                                : WIDER <= 128                     ? (CAPPED ? 64 : 128)
                                 : WIDER <= 192 && VALUE_DIM <= 128 ? 112
                                 : WIDER <= 192                     ? 96
                                                                    : 64;
@@ -94,6 +95,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         int tiles;      /* row tiles in all */
         int section;    /* units whose tiles are taken together; see place() */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
+        SmallCap small_cap;
     };
 
     /* The first of this wave's rows, in the block's. */
@@ -107,13 +109,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         return MASKED || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
     }
 
-    /* Keys of a page that are copied together: rows of shared memory are permuted in eights. A window begins at one of
-     * their multiples. */
-    static int box_of(int page_size) {
-        int box = WINDOW ? 16 : KEYS;
-        while (KEYS % box != 0 || page_size % box != 0) --box;
-        return box % 8 == 0 ? box : 0;
-    }
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
 
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
@@ -123,16 +118,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Launch launch;
         static_cast<Arguments &>(launch) = call;
         launch.tiles = static_cast<int>(tiles);
-        launch.box = PAGED ? box_of(p.page_size) : KEYS;
-        const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
-        const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
+        launch.small_cap = SmallCap(p);
+        launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
         const bool mapped =
-            launch.box != 0 &&
+            tensor_map::make_keys_and_values(launch.key, launch.value, call, launch.box) &&
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
-                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits) &&
-            tensor_map::make(launch.key, t.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, launch.box) &&
-            tensor_map::make(launch.value, t.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, launch.box);
+                             p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
         int device = 0, blocks = 0;
         hipError_t error = hipGetDevice(&device);
@@ -548,6 +540,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     });
             };
 
+            /* Scores become weights. Is the output to be multiplied by `shrink`? */
+            const auto weigh = [&](int first, bool masked) __attribute__((always_inline)) {
+                if (SmallCap::POSSIBLE && launch.small_cap.holds) {
+                    launch.small_cap.finish(score, s);
+                    if (masked) hide(first);
+                    softmax.add(s);
+                    return false;
+                }
+                finish(first);
+                if (masked) hide(first);
+                return softmax.advance(s, shrink);
+            };
+
             await_queries(score.query_bits);
             const Ring first_keys = take();
             await_turn();
@@ -557,9 +562,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
-            finish(keys.low);
-            hide(keys.low);
-            softmax.advance(s, shrink);
+            weigh(keys.low, true);
             round(s, p);
             const auto step = [&](int first, bool masked) __attribute__((always_inline)) {
                 const Ring key_tile = take();
@@ -573,9 +576,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 wgmma::wait<1>();
                 key_tile.release();
                 changed(s);
-                finish(first);
-                if (masked) hide(first);
-                const bool grown = softmax.advance(s, shrink);
+                const bool grown = weigh(first, masked);
                 wgmma::wait<0>();
                 values.release();
                 changed(o);

@@ -48,7 +48,8 @@ namespace aiter {
 
 /* What the schedule is made for: all waves of a block work on the same rows. */
 struct LatentDecode {
-    static constexpr int ROWS = 64, KEYS = 64, WAVES = 12, TEAM = WAVES, BLOCKS = 1;
+    static constexpr int ROWS = 64, PART_ROWS = ROWS, KEYS = 64, STEP_KEYS = KEYS, WAVES = 12, BLOCKS = 1;
+    static constexpr int ALIGNMENT = 1, MOST_CLUSTER = 1;
     static constexpr int LANES = LANES_PER_ROW, RUN = 2;
     static constexpr int COLUMNS = VALUE_DIM / 2; /* of a warpgroup */
     using Scores = Accumulator<1, KEYS>;
@@ -355,8 +356,12 @@ struct LatentLoop : LatentDecode {
     static __device__ __forceinline__ int first_column() { return thread_in_block() / WARPGROUP * COLUMNS; }
 
     /* See Loop in attention_decode.hip. */
+    static constexpr int WRITERS = 2 * WARPGROUP;
+    using Launch = Arguments;
+    static Launch launch_of(const aiter_attention_call &call, int, uint32_t *) { return call; }
     template <class Pieces, class Write>
-    static __device__ __forceinline__ void run(char *memory, const Score &score, Pieces for_each_piece, Write write) {
+    static __device__ __forceinline__ void run(const Launch &, char *memory, const Score &score, Pieces for_each_piece,
+                                               Write write) {
         const SharedAddress shared = shared_address(memory);
         if (thread_in_block() == 0) {
             for (uint32_t stage = 0; stage < STAGES; ++stage) Stage(shared, stage).make_barriers();

@@ -2,8 +2,8 @@
  * a map of the tensor that the host has made. Elements outside of the tensor arrive as zeros.
  *
  *   a tensor   (batch, token, head, column), columns adjacent; packed: one sequence, of all tokens
- *   a box      64 columns of some heads of some tokens, token by token, rows of 128 bytes with the swizzle of wgmma
- *              (arch/sm90.h)
+ *   a box      64 columns (of 8-bit elements 128) of some heads of some tokens, token by token, rows of 128 bytes with
+ *              the swizzle of wgmma (arch/sm90.h)
  *
  * The map reaches the kernel as a parameter. What makes it is a function of the driver. */
 #ifndef AITER_GPU_ARCH_SM90_TENSOR_MAP_H
@@ -16,32 +16,56 @@
 namespace aiter {
 namespace tensor_map {
 
-constexpr int COLUMNS = 64;
+constexpr int LINE_BYTES = 128; /* of a box's rows */
+
+/* Keys of a page that are copied together, of tiles of `keys`: rows of shared memory are permuted in eights. A window
+ * begins at one of their multiples. 0: none can be. */
+inline int box_of(int page_size, int keys) {
+    int box = WINDOW ? 16 : keys;
+    while (keys % box != 0 || page_size % box != 0) --box;
+    return box % 8 == 0 ? box : 0;
+}
 
 extern "C" void *aiter_driver_function(const char *name); /* gpu/cuda_runtime.cpp */
 
 /* Whether it could be made: it cannot of a tensor with strides of 0 or of 2^40 bytes, for instance. */
 inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3], int64_t batch, int64_t tokens,
-                 int64_t heads, int columns, int box_tokens, int box_heads = 1) {
+                 int64_t heads, int columns, int box_tokens, int box_heads = 1, int element_bytes = 2) {
     static const auto encode =
         reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(aiter_driver_function("cuTensorMapEncodeTiled"));
     if (encode == nullptr) return false;
     const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(heads), cuuint64_t(tokens), cuuint64_t(batch)};
     /* The stride of a dimension of size 1 is never used, but must be one that could be. */
-    const auto bytes = [&](int64_t size, int64_t stride) { return cuuint64_t(size == 1 ? 16 : stride * 2); };
+    const auto bytes = [&](int64_t size, int64_t stride) {
+        return cuuint64_t(size == 1 ? 16 : stride * element_bytes);
+    };
     const cuuint64_t steps[] = {bytes(heads, strides[2]), bytes(tokens, strides[1]), bytes(batch, strides[0])};
-    const cuuint32_t box[] = {COLUMNS, cuuint32_t(box_heads), cuuint32_t(box_tokens), 1}, every[] = {1, 1, 1, 1};
+    const cuuint32_t box[] = {cuuint32_t(LINE_BYTES / element_bytes), cuuint32_t(box_heads), cuuint32_t(box_tokens), 1},
+                     every[] = {1, 1, 1, 1};
     for (const cuuint64_t step : steps)
         if (step == 0) return false;
-    const CUtensorMapDataType type =
+    const CUtensorMapDataType type = element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 :
 #if defined(AITER_DTYPE_BF16)
-        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+                                                        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 #else
-        CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+                                                        CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 #endif
     return encode(&map, type, 4, const_cast<void *>(tensor), sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/* Those of keys and values, whose boxes have as many tokens; 0: there cannot be any. */
+template <class Call>
+inline bool make_keys_and_values(CUtensorMap &key, CUtensorMap &value, const Call &call, int box_tokens) {
+    const auto &p = call.problem;
+    const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
+    const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
+    return box_tokens != 0 &&
+           make(key, call.tensors.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, box_tokens, 1,
+                CACHED_BYTES) &&
+           make(value, call.tensors.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, box_tokens, 1,
+                CACHED_BYTES);
 }
 
 __device__ __forceinline__ void prefetch(const CUtensorMap &map) {

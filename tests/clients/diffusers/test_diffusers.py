@@ -153,6 +153,10 @@ OPTIONS = {
     "scale": {"scale": 0.3},
     "padding": {"attn_mask": torch.tensor([[True] * 13, [True] * 5 + [False] * 8])},
     "gaps": {"attn_mask": (torch.arange(26) % 3 > 0).view(2, 1, 1, 13)},
+    "added to scores": {
+        "attn_mask": torch.zeros(2, 1, 1, 13).masked_fill(torch.arange(26).view(2, 1, 1, 13) % 3 == 0, -1e9)
+    },
+    "a triangle": {"attn_mask": torch.ones(9, 13, dtype=torch.bool).tril(4)},
 }
 
 
@@ -177,7 +181,8 @@ def test_grouped_heads_and_log_sum_exps():
 
 REFUSED = {
     r"torch.float32 \(2, 13\)": {"attn_mask": torch.zeros(2, 13)},
-    r"torch.bool \(9, 13\)": {"attn_mask": torch.ones(9, 13, dtype=torch.bool)},
+    r"torch.bool \(9, 13\)": {"attn_mask": torch.ones(9, 13, dtype=torch.bool).tril(5).triu(-2)},
+    r"torch.bool \(3, 13\)": {"attn_mask": torch.ones(3, 13, dtype=torch.bool)},
     "not both": {"attn_mask": torch.ones(2, 13, dtype=torch.bool), "is_causal": True},
 }
 
