@@ -24,7 +24,8 @@ CASES = {
     ]
     for i, arch in enumerate(EMULATED)
 }
-CASES["gfx942"] += [("bf16", 8, True), ("bf16", 128, True), ("fp16", 128, True), ("bf16", 64, False), ("fp16", 64, True)]
+CASES["gfx942"] += [("bf16", 8, True), ("bf16", 128, True), ("fp16", 128, True)]
+CASES["gfx942"] += [("bf16", 64, False), ("fp16", 64, True)]
 CASES["cuda"] = [(d, h, c) for h in (8, 40, 64, 80, 96, 128, 192, 256) for d in GPU_DTYPES for c in (False, True)]
 PARAMETERS = [(target, *case) for target in GPUS for case in dict.fromkeys(CASES[target])]
 
