@@ -60,8 +60,12 @@ def problem(options: argparse.Namespace, arch: str, keys: int) -> tuple[Callable
     if options.kernel == "decode":
         query = torch.randn(1, 1, options.heads, options.head_dim).bfloat16()
         key, value = (aligned(keys, options.kv_heads, options.head_dim) for _ in range(2))
+        where = {}
+        if options.page_size:
+            key, value = (tensor.view(-1, options.page_size, *tensor.shape[2:]) for tensor in (key, value))
+            where["page_table"] = torch.randperm(len(key)).int().view(1, -1)
         return (
-            lambda stats: attend(arch, query, key, value, name="attention_decode", stats=stats),
+            lambda stats: attend(arch, query, key, value, name="attention_decode", stats=stats, **where),
             lambda stats: list(range(max(map(timing.resident_groups, stats.values())))),
         )
     query, key, value, grad = (aligned(n, heads, options.head_dim) for n in (rows, keys, keys, rows))
@@ -289,6 +293,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8, help="decode only: others have as many as heads")
+    parser.add_argument("--page-size", type=int, default=0, help="decode only: tokens of a page, of which seq is so many")
     parser.add_argument("--seq", type=int, default=16384, help="of the launch that is predicted")
     parser.add_argument("--length", type=int, default=1024, help="keys of the shorter run that is played")
     parser.add_argument("--clock", type=float, help="MHz; without it what power allows")
