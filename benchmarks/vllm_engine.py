@@ -95,6 +95,10 @@ def watch(engine: Any) -> list[float]:
     runner = engine.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     layer = next(layer for layer in runner.compilation_config.static_forward_context.values() if hasattr(layer, "impl"))
     backend = layer.get_attn_backend()
+    ours = backend.__module__.partition(".")[0] == "aiter"
+    if ours != (os.environ["AITER_VLLM"] == "1"):
+        print(f"{_MARK}the engine attends with {backend.__module__}: is aiter installed here, beside vLLM?", flush=True)
+        raise SystemExit(1)
     for kind, names in (
         (backend.get_impl_cls(), ("forward", "do_kv_cache_update")),
         (backend.get_builder_cls(), ("build",)),
@@ -128,7 +132,8 @@ class Engine:
         self.process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=environment
         )
-        self.answer()
+        if (said := self.answer()) != "ready\n":
+            raise SystemExit(said)
 
     def answer(self) -> str:
         for line in self.process.stdout:
