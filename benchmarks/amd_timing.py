@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8, help="decode only: others have as many as heads")
-    parser.add_argument("--page-size", type=int, default=0, help="decode only: tokens of a page, of which seq is so many")
+    parser.add_argument("--page-size", type=int, default=0, help="decode only: tokens of a page; 0: contiguous")
     parser.add_argument("--seq", type=int, default=16384, help="of the launch that is predicted")
     parser.add_argument("--length", type=int, default=1024, help="keys of the shorter run that is played")
     parser.add_argument("--clock", type=float, help="MHz; without it what power allows")
