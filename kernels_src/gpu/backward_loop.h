@@ -11,7 +11,8 @@
  *   add_to_x            gradient of x += dS x                   matrix unit
  *
  * A loop is a struct with the members of this one; an arch with a better way to go through the tiles brings its own
- * (arch/sm90_backward.h, arch/gfx9_key_gradients.h), and attention_backward.hip picks it. Both share the arithmetic on scores, RowWise. */
+ * (arch/sm90_backward.h, arch/gfx9_key_gradients.h), and attention_backward.hip picks it. All share the arithmetic on
+ * scores, RowWise. */
 #ifndef AITER_GPU_BACKWARD_LOOP_H
 #define AITER_GPU_BACKWARD_LOOP_H
 
