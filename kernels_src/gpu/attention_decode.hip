@@ -329,9 +329,7 @@ __device__ __forceinline__ void share_in_cluster(const Unit &unit, char *shared,
                               [] { Loop::meet_readers(); });
     cluster::meet(); /* nobody reads this block's any more */
 }
-#endif
 
-#if defined(AITER_RING)
 /* By all readers, who have written a part of the unit to the workspace: whoever comes last adds up all of them. */
 __device__ __forceinline__ void merge_as_last(const Unit &unit, const Loop::Launch &launch, const Schedule &schedule,
                                               const Parts &parts, const Schedule::Place &place, char *shared) {

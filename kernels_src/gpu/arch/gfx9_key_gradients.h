@@ -90,23 +90,7 @@ struct PairedTile : AlternatingTile<GRAD_KEY_VALUE> {
     }
 };
 
-struct PairedLoop {
-    static constexpr int PASS = GRAD_KEY_VALUE;
-    using Tile = PairedTile;
-    using Scores = Tile::Scores;
-    using GradX = Tile::GradX;
-    using GradY = Tile::GradY;
-    using TensorX = Tile::TensorX;
-    using TensorY = Tile::TensorY;
-    static constexpr int TOKENS = Tile::TOKENS;
-    using Share = aiter::Share<PASS, Tile::ROWS, TOKENS>;
-    using Rows = RowWise<PASS, Tile, Share>;
-    using Tiles = PassingTiles<Share>;
-    static constexpr int THREADS = Tile::THREADS, ROWS = Tile::ROWS, BLOCKS = 1;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
-    static constexpr bool BOTH_IN_ONE_PASS = true;
-    static __device__ __forceinline__ int forget(int x) { return Tile::forget(x); }
-
+struct PairedLoop : PassingLoop<GRAD_KEY_VALUE, PairedTile> {
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
         Tile tile(shared);

@@ -1,21 +1,18 @@
-/* The loop over the tiles of keys on AMD CDNA beyond 128 (gfx90a: 64) and up to
- * 256 dimensions: eight waves in pairs that have the same 32 query rows. One of
- * a pair has the queries and makes the probabilities, the other has the output:
- * so two waves fit on a SIMD, and one multiplies (M) while the other does not.
+/* The loop over the tiles of keys on AMD CDNA beyond 128 (gfx90a: 64) and up to 256 dimensions: eight waves in pairs that
+ * have the same 32 query rows. One of a pair has the queries and makes the probabilities, the other has the output: so
+ * two waves fit on a SIMD, and one multiplies (M) while the other does not.
  *
  *                      tile n                                     n + 1
- *   probabilities   M: S(n) = K Q^T     |  V: softmax(n), P(n)  |  M: S(n+1) |
- * V ... output          rescale             |  M: O += P(n-1) V     |  rescale
- * |  M ... barriers                            A                       B
+ *   probabilities   M: S(n) = K Q^T     |  V: softmax(n), P(n)  |  M: S(n+1)        |  V ...
+ *   output          rescale             |  M: O += P(n-1) V     |  rescale          |  M ...
+ *   barriers                            A                       B
  *
- *   barriers     Before the last few products of M, so that the other wave
- * follows without a gap. Those come first, by priority, then the other products
- * of M, then V. exchange     P(n) goes to the other wave through shared memory,
- * in 16 bit, as operands; so does what the output must be multiplied by, 1 but
- * in the few tiles that move a maximum. copies       In M a wave loads rows for
- * the tile after the next. What it stores nobody reads at that time: V(n-1)
- * before A, K(n+1) before A, too, where there is room for two of its buffers,
- * or between A and B. */
+ *   barriers     Before the last few products of M, so that the other wave follows without a gap. Those come first, by
+ *                priority, then the other products of M, then V.
+ *   exchange     P(n) goes to the other wave through shared memory, in 16 bit, as operands; so does what the output must
+ *                be multiplied by, 1 but in the few tiles that move a maximum.
+ *   copies       In M a wave loads rows for the tile after the next. What it stores nobody reads at that time: V(n-1)
+ *                before A, K(n+1) before A, too, where there is room for two of its buffers, or between A and B. */
 #ifndef AITER_GPU_ARCH_GFX9_PAIRED_FORWARD_H
 #define AITER_GPU_ARCH_GFX9_PAIRED_FORWARD_H
 
@@ -44,8 +41,7 @@ struct PairedForwardLoop
     static constexpr int PAIRS = Base::WAVES, GROUP = PAIRS * WAVE, THREADS = 2 * GROUP;
     template <bool VALUES> using Copy = TileCopy<VALUES, Layout, VALUES ? VALUE_DIM : HEAD_DIM, KEYS, GROUP>;
     static constexpr int TILE_BYTES = Layout::KEY_BYTES + Layout::VALUE_BYTES;
-    /* Of a pair: P, then for every lane what the output is multiplied by, later
-   * maximum and sum. */
+    /* Of a pair: P, then for every lane what the output is multiplied by, later maximum and sum. */
     static constexpr int STEP_BYTES = WAVE * 16, P_BYTES = KEYS / 16 * STEP_BYTES, PAIR_BYTES = P_BYTES + WAVE * 8;
     static constexpr int ONE_BYTES = TILE_BYTES + PAIRS * PAIR_BYTES; /* with one buffer for keys */
     static constexpr bool TWO = ONE_BYTES + Layout::KEY_BYTES <= SHARED_LIMIT;
@@ -86,8 +82,8 @@ struct PairedForwardLoop
     static __device__ __forceinline__ SharedAddress factor(SharedAddress shared) {
         return opaque(shared + TILE_BYTES + pair() * PAIR_BYTES + P_BYTES + lane() * 4);
     }
-    /* In M, before the i-th of its products: copy(k) for the rows of a thread's
-   * copy that are due, and the barrier where all operands have been read. */
+    /* In M, before the i-th of its products: copy(k) for the rows of a thread's copy that are due, and the barrier where
+     * all operands have been read. */
     template <class ProductsOf, int ROWS, class CopyRow>
     static __device__ __forceinline__ void before_product(int i, CopyRow copy) {
         constexpr int LAST = ProductsOf::PRODUCTS - ProductsOf::AHEAD;
@@ -105,8 +101,7 @@ struct PairedForwardLoop
         Base::load_queries(queries, sequence, shared, wave_row, score.query_bits);
         Copy<false> copy(sequence.keys, thread_in_block() % GROUP);
         const SharedAddress to = copy.part.place(shared), p_to = exchange(shared), factor_to = factor(shared);
-        /* To the tile from `first` on. Past the last one something is copied for
-     * nothing. */
+        /* To the tile from `first` on. Past the last one something is copied for nothing. */
         const auto go_to = [&](int first) { copy.go_to(sequence.keys, lesser(first, block_keys.high - 1)); };
         go_to(block_keys.low);
         copy.load();
@@ -182,9 +177,8 @@ struct PairedForwardLoop
 };
 
 #if defined(AITER_GFX90A)
-/* Its alternating loop depends on how the compiler moves registers: it has no
- * move of two that may run beside a matrix instruction. Up to 64 dimensions
- * four waves without barriers do more. */
+/* Its alternating loop depends on how the compiler moves registers: it has no move of two that may run beside a matrix
+ * instruction. Up to 64 dimensions four waves without barriers do more. */
 constexpr int MOST_ALTERNATING = 0, LEAST_PAIRED = 65;
 #else
 constexpr int MOST_ALTERNATING = 128, LEAST_PAIRED = 129;

@@ -158,6 +158,24 @@ template <int PASS> struct AlternatingTile : BackwardBase<HEAD_DIM, VALUE_DIM, P
     }
 };
 
+/* What both loops have of their tiles. */
+template <int OF_PASS, class OwnTile> struct PassingLoop {
+    static constexpr int PASS = OF_PASS;
+    using Tile = OwnTile;
+    using Scores = typename Tile::Scores;
+    using GradX = typename Tile::GradX;
+    using GradY = typename Tile::GradY;
+    using TensorX = typename Tile::TensorX;
+    using TensorY = typename Tile::TensorY;
+    using Share = aiter::Share<PASS, Tile::ROWS, Tile::TOKENS>;
+    using Rows = RowWise<PASS, Tile, Share>;
+    using Tiles = PassingTiles<Share>;
+    static constexpr int TOKENS = Tile::TOKENS, THREADS = Tile::THREADS, ROWS = Tile::ROWS, BLOCKS = 1;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static constexpr bool BOTH_IN_ONE_PASS = true;
+    static __device__ __forceinline__ int forget(int x) { return Tile::forget(x); }
+};
+
 } // namespace aiter
 
 #endif

@@ -25,22 +25,7 @@ struct QueryTile : AlternatingTile<GRAD_QUERY> {
     __device__ __forceinline__ void term(int, int, float (&)[COLUMN_RUN]) const {}
 };
 
-struct QueryLoop {
-    static constexpr int PASS = GRAD_QUERY;
-    using Tile = QueryTile;
-    using Scores = Tile::Scores;
-    using GradX = Tile::GradX;
-    using GradY = Tile::GradY;
-    using TensorX = Tile::TensorX;
-    using TensorY = Tile::TensorY;
-    using Share = aiter::Share<PASS, Tile::ROWS, Tile::TOKENS>;
-    using Rows = RowWise<PASS, Tile, Share>;
-    using Tiles = PassingTiles<Share>;
-    static constexpr int TOKENS = Tile::TOKENS, THREADS = Tile::THREADS, ROWS = Tile::ROWS, BLOCKS = 1;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
-    static constexpr bool BOTH_IN_ONE_PASS = true;
-    static __device__ __forceinline__ int forget(int x) { return Tile::forget(x); }
-
+struct QueryLoop : PassingLoop<GRAD_QUERY, QueryTile> {
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
         Tile tile(shared);
