@@ -65,7 +65,9 @@ def problem(options: argparse.Namespace, arch: str, keys: int) -> tuple[Callable
             key, value = (tensor.view(-1, options.page_size, *tensor.shape[2:]) for tensor in (key, value))
             where["page_table"] = torch.randperm(len(key)).int().view(1, -1)
         return (
-            lambda stats: attend(arch, query, key, value, name="attention_decode", stats=stats, **where),
+            lambda stats: attend(
+                arch, query, key, value, name="attention_decode", softcap=options.softcap, stats=stats, **where
+            ),
             lambda stats: list(range(max(map(timing.resident_groups, stats.values())))),
         )
     query, key, value, grad = (aligned(n, heads, options.head_dim) for n in (rows, keys, keys, rows))
@@ -77,10 +79,12 @@ def problem(options: argparse.Namespace, arch: str, keys: int) -> tuple[Callable
         return [(i % heads) * of_head for i in range(timing.resident_groups(seen))]
 
     if options.kernel == "forward":
-        return lambda stats: attend(arch, query, key, value, causal=options.causal, stats=stats), groups
+        return lambda stats: attend(
+            arch, query, key, value, causal=options.causal, softcap=options.softcap, stats=stats
+        ), groups
     lse = torch.zeros(1, heads, rows)
     call = lambda stats: gradients(  # noqa: E731
-        arch, query, key, value, query, lse, grad, causal=options.causal, stats=stats
+        arch, query, key, value, query, lse, grad, causal=options.causal, softcap=options.softcap, stats=stats
     )
     return call, groups
 
@@ -294,6 +298,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8, help="decode only: others have as many as heads")
     parser.add_argument("--page-size", type=int, default=0, help="decode only: tokens of a page; 0: contiguous")
+    parser.add_argument("--softcap", type=float, default=0.0, help="0: none")
     parser.add_argument("--seq", type=int, default=16384, help="of the launch that is predicted")
     parser.add_argument("--length", type=int, default=1024, help="keys of the shorter run that is played")
     parser.add_argument("--clock", type=float, help="MHz; without it what power allows")

@@ -20,9 +20,31 @@ constexpr float INFINITE = __builtin_inff();
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 constexpr float SMALLEST_SCALE = 1.5e-38f, LARGEST_SCALE = 3e38f; /* that float arithmetic does not flush to 0 or inf */
 
+/* tanh x for |x| <= NEAR: x times a polynomial in x^2, error 2.6e-6, without a transcendental function. So are capped
+ * tiles whose scores are all less than NEAR of the cap, where this error is no more than 1.3e-4 of a score. */
+constexpr float NEAR = 0.45f, NEAR_TANH[] = {0.999958523f, -0.331654421f, 0.116096944f}, MOST_NEAR_CAP = 50.0f;
+
+/* The greatest of a tile's, without their signs; NaN aside. */
+template <class Scores> __device__ __forceinline__ float largest_magnitude(const Scores &s) {
+    float greatest[2] = {}; /* two, as each step waits for the one before */
+#pragma unroll
+    for (int slot = 0; slot < Scores::SLOTS; ++slot)
+#pragma unroll
+        for (int i = 0; i < Scores::VALUES; ++i)
+            greatest[i % 2] = __builtin_fmaxf(greatest[i % 2], __builtin_fabsf(s.get(slot, i)));
+    return __builtin_fmaxf(greatest[0], greatest[1]);
+}
+template <class Scores, class Function> __device__ __forceinline__ void each(Scores &s, Function f) {
+#pragma unroll
+    for (int slot = 0; slot < Scores::SLOTS; ++slot)
+#pragma unroll
+        for (int i = 0; i < Scores::VALUES; ++i) s.set(slot, i, f(s.get(slot, i)));
+}
+
 struct Score {
     QueryBits query_bits;
     float inner; /* of a raw score. Softcap: gives 2 LOG2_E times what tanh is taken of */
+    float near;  /* the most of that in a tile near zero. None is with batch_invariant: other rows share the tile */
     float outer; /* of what tanh gives, or of a raw score: base 2 */
     float unit;  /* of a finished score */
 
@@ -41,7 +63,9 @@ struct Score {
         return Score(p, __builtin_copysignf(lesser(magnitude(p), LARGEST_SCALE), p.softmax_scale));
     }
     __device__ __forceinline__ Score(const aiter_attention_problem &p, float inner)
-        : query_bits{~0u, 0u}, inner(inner), outer(SOFTCAP ? p.softcap * LOG2_E : inner), unit(ALIBI ? 1.0f : outer) {}
+        : query_bits{~0u, 0u}, inner(inner),
+          near(p.batch_invariant || p.softcap > MOST_NEAR_CAP ? -1.0f : NEAR * 2 * LOG2_E),
+          outer(SOFTCAP ? p.softcap * LOG2_E : inner), unit(ALIBI ? 1.0f : outer) {}
     /* With keys that are to be multiplied by `descale`. */
     __device__ __forceinline__ Score times(float descale) const {
         Score score = *this;
@@ -64,6 +88,13 @@ struct Score {
     __device__ __forceinline__ float capped(float raw) const {
         return 1.0f - 2.0f * approximate_reciprocal(1.0f + exp2(raw * inner));
     }
+    __device__ __forceinline__ float near_capped(float raw) const {
+        constexpr float UNIT = 1 / (2 * LOG2_E);
+        constexpr float C[] = {NEAR_TANH[0] * UNIT, NEAR_TANH[1] * UNIT * UNIT * UNIT,
+                               NEAR_TANH[2] * UNIT * UNIT * UNIT * UNIT * UNIT};
+        const float x = raw * inner, square = x * x;
+        return x * __builtin_fmaf(__builtin_fmaf(C[2], square, C[1]), square, C[0]);
+    }
     /* A tile whose columns begin at `first`. slope(slot) is in base 2; position(slot): where the row stands. */
     template <class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, int first, Slope slope, Position position) const {
@@ -82,6 +113,12 @@ struct Score {
     template <bool DERIVATIVE, bool BEFORE, class Scores, class Slope, class Position>
     __device__ __forceinline__ void finish(Scores &s, Scores &derivative, int first, Slope slope,
                                            Position position) const {
+        if (SOFTCAP) {
+            /* Not in backward passes: on sm_90a they would spill, and on gfx942 gain 3 %, as predicted. */
+            if (!DERIVATIVE && !wave_any(largest_magnitude(s) * __builtin_fabsf(inner) > near))
+                each(s, [&](float x) { return near_capped(x); });
+            else each(s, [&](float x) { return capped(x); });
+        }
 #pragma unroll
         for (int slot = 0; slot < Scores::SLOTS; ++slot) {
             const float m = ALIBI ? slope(slot) : 0.0f;
@@ -89,7 +126,6 @@ struct Score {
 #pragma unroll
             for (int i = 0; i < Scores::VALUES; ++i) {
                 float x = s.get(slot, i);
-                if (SOFTCAP) x = capped(x);
                 if (DERIVATIVE) derivative.set(slot, i, 1.0f - x * x);
                 if (ALIBI) {
                     const float column = Scores::column(i);
@@ -121,12 +157,19 @@ struct SmallCap {
     static constexpr int DEGREE = 7;
     bool holds;
     float c[DEGREE + 1]; /* times the cap: from the kernel's parameters they cost no registers */
+    float near;          /* the same for tiles near zero: the most of a raw score, and a polynomial in it */
+    float odd[3];
 
     SmallCap() = default;
     explicit SmallCap(const aiter_attention_problem &p) : holds(POSSIBLE && p.softcap <= MOST) {
         constexpr float C[DEGREE + 1] = {1.0f,        -1.99977117f, 1.99356888f,  -1.93760145f,
                                          1.70079957f, -1.1692527f,  0.517487136f, -0.105230259f};
         for (int i = 0; i <= DEGREE; ++i) c[i] = C[i] * p.softcap * LOG2_E;
+        const float scale = __builtin_fabsf(p.softmax_scale) / p.softcap;
+        const bool powers_are_numbers = scale > 1e-4f && scale < 1e4f;
+        near = powers_are_numbers && !p.batch_invariant ? NEAR / scale : -1.0f;
+        float power = p.softcap * LOG2_E * scale;
+        for (int i = 0; i < 3; ++i) odd[i] = NEAR_TANH[i] * power, power *= scale * scale;
     }
     __device__ __forceinline__ float finish(float exponent) const {
         const float u = exp2(-__builtin_fabsf(exponent));
@@ -135,11 +178,13 @@ struct SmallCap {
         for (int i = DEGREE - 1; i >= 0; --i) sum = __builtin_fmaf(sum, u, c[i]);
         return __builtin_copysignf(sum, exponent);
     }
+    __device__ __forceinline__ float near_finish(float raw) const {
+        const float square = raw * raw;
+        return raw * __builtin_fmaf(__builtin_fmaf(odd[2], square, odd[1]), square, odd[0]);
+    }
     template <class Scores> __device__ __forceinline__ void finish(const Score &score, Scores &s) const {
-#pragma unroll
-        for (int slot = 0; slot < Scores::SLOTS; ++slot)
-#pragma unroll
-            for (int i = 0; i < Scores::VALUES; ++i) s.set(slot, i, finish(s.get(slot, i) * score.inner));
+        if (!wave_any(largest_magnitude(s) > near)) each(s, [&](float x) { return near_finish(x); });
+        else each(s, [&](float x) { return finish(x * score.inner); });
     }
 };
 

@@ -42,7 +42,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
     static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), WARPGROUPS = WIDER <= (CAPPED ? 128 : 96) ? 3 : 2;
     static constexpr int KEYS = WIDER <= 64                        ? 128
                                 : WIDER <= 96                      ? 96
-                                : WIDER <= 128                     ? (CAPPED ? 64 : 128)
+                                : WIDER <= 128                     ? (CAPPED ? 80 : 128)
                                 : WIDER <= 192 && VALUE_DIM <= 128 ? 112
                                 : WIDER <= 192                     ? 96
                                                                    : 64;
