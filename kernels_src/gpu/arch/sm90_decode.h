@@ -183,21 +183,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                 copy_stage(1, STAGE_KEYS, head, [&](int, int &token, int &of) { token = begin + first, of = batch; });
         }
 
-        /* Each lane looks up the page of one box, WAVE boxes at a time and as many ahead. Boxes past the end of the
-         * piece or before its window come from a page that is not there: as zeros. */
+        /* Each lane looks up the page of one box, WAVE boxes at a time and as many ahead. */
         __device__ __forceinline__ void copy_by_map(const Sequence &sequence, const KeyValueRows<true> &rows, int first,
                                                     int end) {
             const int box = launch.box, boxes = STAGE_KEYS / box, head = sequence.kv_head;
-            struct Found {
-                int page, position;
-            };
-            const auto look_up = [&](int begin) -> Found {
-                const int token = begin + lane() * box;
-                if (token >= rows.count || WINDOW && token + box <= rows.begin) return {rows.last_page + 1, 0};
-                const int index = static_cast<int>(static_cast<unsigned>(token) / rows.page_size);
-                return {clamp(rows.pages[index], 0, rows.last_page), token - index * rows.page_size};
-            };
-            Found here = look_up(first), next = look_up(first + WAVE * box);
+            using tensor_map::PageBox;
+            const auto look_up = [&](int begin) { return PageBox::look_up(rows, begin + lane() * box, box); };
+            PageBox here = look_up(first), next = look_up(first + WAVE * box);
             int at = 0;
 #pragma unroll 1
             for (; first < end; first += STAGE_KEYS) {
@@ -207,8 +199,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                     at = 0;
                 }
                 /* As lanes take lines in turn, `boxes` of them for each, a lane's box is the same in all. */
-                const int page = from_lane(here.page, at + lane() % boxes);
-                const int position = from_lane(here.position, at + lane() % boxes);
+                const int source = at + lane() % boxes;
+                const PageBox mine = {from_lane(here.entry, source), from_lane(here.position, source)};
+                const int page = mine.page(rows), position = mine.token();
                 copy_stage(boxes, box, head, [&](int, int &token, int &of) { token = position, of = page; });
                 at += boxes;
             }

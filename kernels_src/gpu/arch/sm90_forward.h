@@ -5,9 +5,10 @@
  *                   tiles of the next row tile arrive.
  *   roles           two or three warpgroups multiply, 64 rows each; the last one copies:
  *       wave 0      K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
- *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps), or one for
- *                   each of its boxes, which are parts of pages. Tensors of which there is no map, and pages whose
- *                   size is no multiple of 8, are copied by two waves, 16 bytes a lane (cp.async).
+ *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps)
+ *       waves 0, 1  the same from pages: a lane for each of the tile's boxes, which are parts of pages, and which it has
+ *                   looked up a tile ahead. Tensors of which there is no map, and pages whose size is no multiple of 8,
+ *                   are copied 16 bytes a lane (cp.async)
  *       wave 2      finds out which row tiles the block takes
  *       wave 3      Q, as soon as a warpgroup has made its last scores
  *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
@@ -269,7 +270,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- copies ---- */
 
-    static constexpr int COPIERS = 64; /* threads, where there are no maps */
+    static constexpr int COPIERS = 2; /* waves, where there are no maps, or pages */
+    static __device__ __forceinline__ int copiers(bool mapped) { return mapped && !PAGED ? 1 : COPIERS; }
 
     template <bool VALUES>
     static __device__ __forceinline__ void copy_by_map(const Launch &launch, const Sequence &sequence, Ring &ring,
@@ -287,26 +289,24 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         ring.advance();
     }
 
-    /* A lane for each box. Those past the end of the sequence or before its window come from a page that is not there:
-     * as zeros. */
-    template <bool VALUES, class Sequence>
+    /* A lane of the copying waves for each box. */
+    static __device__ __forceinline__ int box_of_lane() { return lane() * COPIERS + wave() - WAVES; }
+
+    template <bool VALUES>
     static __device__ __forceinline__ void copy_pages(const Launch &launch, const Sequence &sequence, Ring &ring,
-                                                      int first) {
-        const auto &rows = sequence.keys;
-        const int box = launch.box, token = first + lane() * box;
-        const bool exists = token < rows.count && (!WINDOW || token + box > rows.begin);
-        const int index = exists ? static_cast<int>(static_cast<unsigned>(token) / rows.page_size) : 0;
-        const int page = exists ? clamp(rows.pages[index], 0, rows.last_page) : rows.last_page + 1;
+                                                      const tensor_map::PageBox &box) {
         constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
+        const int row = box_of_lane() * launch.box;
         ring.vacate();
-        if (lane() == 0) mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
-        wave_sync();
-        if (lane() * box < KEYS)
+        /* Whether the other wave's boxes arrive before or after this is no matter. */
+        if (box_of_lane() == 0) mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
+        if (row < KEYS) {
+            const int page = box.page(sequence.keys), token = box.token();
 #pragma unroll
             for (int line = 0; line < OWN_LINES; ++line)
-                tensor_map::copy(ring.tile() + (line * KEYS + lane() * box) * 128, VALUES ? launch.value : launch.key,
-                                 line * 64, exists ? token - index * rows.page_size : 0, sequence.kv_head, page,
-                                 ring.full());
+                tensor_map::copy(ring.tile() + (line * KEYS + row) * 128, VALUES ? launch.value : launch.key, line * 64,
+                                 token, sequence.kv_head, page, ring.full());
+        }
         wave_sync();
         ring.advance();
     }
@@ -323,7 +323,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         for (int part = 0; part < KEYS && first + part < sequence.keys.count; part += 64) {
             const auto tile = sequence.keys.tile(first + part);
 #pragma unroll 1
-            for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS / 8) {
+            for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS * WAVE / 8) {
                 const auto place = tile.place(row, step);
                 const bool exists = sequence.keys.exists(first + part + row + step);
                 constexpr int OWN_DIM = VALUES ? VALUE_DIM : HEAD_DIM;
@@ -340,25 +340,44 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         ring.advance();
     }
 
-    template <bool VALUES>
-    static __device__ __forceinline__ void copy(const Launch &launch, const Sequence &sequence, Ring &ring, int first) {
-        if (launch.box == 0) copy_rows<VALUES>(sequence, ring, first);
-        else if constexpr (PAGED) copy_pages<VALUES>(launch, sequence, ring, first);
-        else copy_by_map<VALUES>(launch, sequence, ring, first);
+    /* In the order of the ring. find(first): where the tile from key `first` on is, asked for a tile ahead. Calls
+     * almost_done() before the last tile. */
+    template <class Find, class CopyKeys, class CopyValues, class AlmostDone>
+    static __device__ __forceinline__ void copy_tiles(const Range &keys, Find find, CopyKeys copy_keys,
+                                                      CopyValues copy_values, AlmostDone almost_done) {
+        auto here = find(keys.low), next = find(keys.low + KEYS);
+        copy_keys(here);
+#pragma unroll 1
+        for (int first = keys.low + KEYS; first < keys.high; first += KEYS) {
+            const auto before = here;
+            here = next;
+            next = find(first + KEYS);
+            copy_keys(here);
+            copy_values(before);
+        }
+        almost_done();
+        copy_values(here);
     }
-
-    /* Calls almost_done() before the last tile. */
     template <class AlmostDone>
     static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                       const Range &keys, AlmostDone almost_done) {
-        copy<false>(launch, sequence, ring, keys.low);
-#pragma unroll 1
-        for (int first = keys.low + KEYS; first < keys.high; first += KEYS) {
-            copy<false>(launch, sequence, ring, first);
-            copy<true>(launch, sequence, ring, first - KEYS);
-        }
-        almost_done();
-        copy<true>(launch, sequence, ring, keys.low + (keys.high - 1 - keys.low) / KEYS * KEYS);
+        const auto itself = [](int first) { return first; };
+        if (launch.box == 0)
+            copy_tiles(
+                keys, itself, [&](int first) { copy_rows<false>(sequence, ring, first); },
+                [&](int first) { copy_rows<true>(sequence, ring, first); }, almost_done);
+        else if constexpr (PAGED)
+            copy_tiles(
+                keys,
+                [&](int first) {
+                    return tensor_map::PageBox::look_up(sequence.keys, first + box_of_lane() * launch.box, launch.box);
+                },
+                [&](const auto &box) { copy_pages<false>(launch, sequence, ring, box); },
+                [&](const auto &box) { copy_pages<true>(launch, sequence, ring, box); }, almost_done);
+        else
+            copy_tiles(
+                keys, itself, [&](int first) { copy_by_map<false>(launch, sequence, ring, first); },
+                [&](int first) { copy_by_map<true>(launch, sequence, ring, first); }, almost_done);
     }
 
     /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */
@@ -626,7 +645,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS); /* first, while all threads have as many registers */
         if (thread_in_block() == 0) {
             for (Ring r = {shared}; r.turn == 0; r.advance()) {
-                mbarrier::make(r.full(), mapped ? 1 : COPIERS);
+                mbarrier::make(r.full(), mapped ? 1 : COPIERS * WAVE);
                 mbarrier::make(r.empty(), WAVES);
             }
             for (int i = 0; i < WARPGROUPS; ++i)
@@ -637,7 +656,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             for (int slot = 0; slot < 2; ++slot) {
                 const Turn turn = {shared, slot};
                 mbarrier::make(turn.full(), 1);
-                mbarrier::make(turn.empty(), WAVES + (mapped ? 2 : 3)); /* all waves that read */
+                mbarrier::make(turn.empty(), WAVES + 1 + copiers(mapped)); /* all waves that read */
             }
             mbarrier::made();
         }
@@ -660,7 +679,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     ring.advance();
                 }
                 wait_for_copies();
-            } else if (role == 0 || !mapped) {
+            } else if (role < copiers(mapped)) {
                 Ring ring = {shared};
                 bool first = true;
 #pragma unroll 1

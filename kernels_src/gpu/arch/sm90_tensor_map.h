@@ -72,6 +72,24 @@ __device__ __forceinline__ void prefetch(const CUtensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+/* Where a box of keys in pages is. Its page's number is asked for when the box is looked up, and not before it is used is
+ * it waited for. */
+struct PageBox {
+    int entry;    /* of the page table */
+    int position; /* of the first token in its page. -1: the box is past the end of the sequence or before its window */
+
+    template <class Rows> static __device__ __forceinline__ PageBox look_up(const Rows &rows, int token, int tokens) {
+        if (token >= rows.count || WINDOW && token + tokens <= rows.begin) return {0, -1};
+        const int index = static_cast<int>(static_cast<unsigned>(token) / rows.page_size);
+        return {rows.pages[index], token - index * rows.page_size};
+    }
+    /* A page that is not there, of zeros, where there is no box. */
+    template <class Rows> __device__ __forceinline__ int page(const Rows &rows) const {
+        return position < 0 ? rows.last_page + 1 : clamp(entry, 0, rows.last_page);
+    }
+    __device__ __forceinline__ int token() const { return greater(position, 0); }
+};
+
 /* One box; its bytes count for the barrier (mbarrier::arrive_and_expect). */
 __device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, int column, int token, int head,
                                      int batch, SharedAddress barrier) {
