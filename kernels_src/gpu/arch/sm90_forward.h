@@ -95,6 +95,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         int box;        /* keys that a map's copy brings; 0: there are no maps */
         int tiles;      /* row tiles in all */
         int section;    /* units whose tiles are taken together; see place() */
+        int distance;   /* between units that are taken one after the other */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
     };
@@ -133,6 +134,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         if (error != hipSuccess) return error;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
+        launch.distance = t.seqlens_q != nullptr || t.starts_q != nullptr ? distance(p, launch.section) : 1;
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
@@ -191,6 +193,24 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
         return static_cast<int>(lesser(balanced, greater(most, FEW)));
     }
+    /* Where sequences have different numbers of rows, a section takes its units from all over the batch. What stands
+     * together in a batch is often alike, tokens that decode or chunks of prompts: it would be the memory's turn first,
+     * and the matrix unit's when that is done. The distance has no divisor in common with the number of units, so that
+     * its multiples go through all of them. */
+    static int distance(const aiter_attention_problem &p, int section) {
+        const int64_t units = int64_t(p.batch) * p.heads_kv;
+        if (units <= section || units > 0xffff) return 1; /* products have 32 bits */
+        int distance = static_cast<int>(units / section);
+        const auto divisor = [](int64_t a, int64_t b) {
+            while (b != 0) {
+                const int64_t rest = a % b;
+                a = b, b = rest;
+            }
+            return a;
+        };
+        while (divisor(units, distance) != 1) ++distance;
+        return distance;
+    }
     /* The last section must not be a small one: the first is. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
         const aiter_attention_problem &p = launch.problem;
@@ -203,7 +223,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             many = launch.section;
         }
         const int rest = index - before * unit_tiles, heads = many * group;
-        return {before + rest % heads / group, rest % group << bits, row_tiles - 1 - rest / heads};
+        const unsigned unit = static_cast<unsigned>(before + rest % heads / group) * launch.distance;
+        return {static_cast<int>(unit % units), rest % group << bits, row_tiles - 1 - rest / heads};
     }
 
     /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in

@@ -79,8 +79,10 @@ struct PageBox {
     int position; /* of the first token in its page. -1: the box is past the end of the sequence or before its window */
 
     template <class Rows> static __device__ __forceinline__ PageBox look_up(const Rows &rows, int token, int tokens) {
-        if (token >= rows.count || WINDOW && token + tokens <= rows.begin) return {0, -1};
-        const int index = static_cast<int>(static_cast<unsigned>(token) / rows.page_size);
+        const unsigned t =
+            static_cast<unsigned>(token); /* a tile ahead of the last token that there can be is past it */
+        if (t >= static_cast<unsigned>(rows.count) || WINDOW && token <= rows.begin - tokens) return {0, -1};
+        const int index = static_cast<int>(t / static_cast<unsigned>(rows.page_size));
         return {rows.pages[index], token - index * rows.page_size};
     }
     /* A page that is not there, of zeros, where there is no box. */
