@@ -4,11 +4,11 @@
  *                   work, by a counter in memory. While its last products are made and its output goes out, the first
  *                   tiles of the next row tile arrive.
  *   roles           two or three warpgroups multiply, 64 rows each; the last one copies:
- *       wave 0      K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
- *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps)
- *       waves 0, 1  the same from pages: a lane for each of the tile's boxes, which are parts of pages, and which it has
- *                   looked up a tile ahead. Tensors of which there is no map, and pages whose size is no multiple of 8,
- *                   are copied 16 bytes a lane (cp.async)
+ *       waves 0, 1  K and V into a ring of stages, as far ahead as there are stages, in the order of their use:
+ *                   K(0), K(1), V(0), K(2), V(1), ... V(last). One lane sets off a tile (tensor maps); or, from pages,
+ *                   one for each of its boxes, which are parts of pages, and which it has looked up a tile ahead.
+ *                   Tensors of which there is no map, and pages whose size is no multiple of 8, are copied 16 bytes a
+ *                   lane (cp.async)
  *       wave 2      finds out which row tiles the block takes
  *       wave 3      Q, as soon as a warpgroup has made its last scores
  *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
@@ -291,12 +291,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- copies ---- */
 
-    static constexpr int COPIERS = 2; /* waves, where there are no maps, or pages */
-    static __device__ __forceinline__ int copiers(bool mapped) { return mapped && !PAGED ? 1 : COPIERS; }
+    /* Wave 0 copies keys, wave 1 values: each passes over the other's stages. */
+    template <bool VALUES> static __device__ __forceinline__ bool is_others() { return VALUES != (wave() != WAVES); }
 
     template <bool VALUES>
     static __device__ __forceinline__ void copy_by_map(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                        int first) {
+        if (is_others<VALUES>()) return ring.advance();
         ring.vacate();
         if (lane() == 0) {
             constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
@@ -310,17 +311,16 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         ring.advance();
     }
 
-    /* A lane of the copying waves for each box. */
-    static __device__ __forceinline__ int box_of_lane() { return lane() * COPIERS + wave() - WAVES; }
-
+    /* A lane for each box. */
     template <bool VALUES>
     static __device__ __forceinline__ void copy_pages(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                       const tensor_map::PageBox &box) {
         constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
-        const int row = box_of_lane() * launch.box;
+        if (is_others<VALUES>()) return ring.advance();
+        const int row = lane() * launch.box;
         ring.vacate();
-        /* Whether the other wave's boxes arrive before or after this is no matter. */
-        if (box_of_lane() == 0) mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
+        if (lane() == 0) mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
+        wave_sync();
         if (row < KEYS) {
             const int page = box.page(sequence.keys), token = box.token();
 #pragma unroll
@@ -335,8 +335,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* Zeros past the end of the sequence, before its window, and past the last column. */
     template <bool VALUES>
     static __device__ __forceinline__ void copy_rows(const Sequence &sequence, Ring &ring, int first) {
+        if (is_others<VALUES>()) return ring.advance();
         ring.vacate();
-        const int thread = thread_in_block() - WAVES * WAVE, row = thread / 8, chunk = thread % 8;
+        constexpr int PASS_ROWS = WAVE / 8;
+        const int row = lane() / 8, chunk = lane() % 8;
         const SharedAddress to = ring.tile() + RowLayout<64>::chunk(row, chunk);
         /* In parts, as Sequence knows tiles of 128 tokens at most, and these begin before the end. What stands past the
          * end of K is masked, and of V cleared (clear_past_end). */
@@ -344,7 +346,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         for (int part = 0; part < KEYS && first + part < sequence.keys.count; part += 64) {
             const auto tile = sequence.keys.tile(first + part);
 #pragma unroll 1
-            for (int step = 0; step < lesser(KEYS - part, 64); step += COPIERS * WAVE / 8) {
+            for (int step = 0; step < lesser(KEYS - part, 64); step += PASS_ROWS) {
                 const auto place = tile.place(row, step);
                 const bool exists = sequence.keys.exists(first + part + row + step);
                 constexpr int OWN_DIM = VALUES ? VALUE_DIM : HEAD_DIM;
@@ -352,7 +354,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 for (int line = 0; line < (VALUES ? VALUE_LINES : LINES); ++line) {
                     const int byte = line * 128 + chunk * 16;
                     const bool valid = exists && (line * 64 + 64 <= OWN_DIM || byte < OWN_DIM * 2);
-                    copy_async(to + (part + step) * 128 + line * KEYS * 128,
+                    copy_async((to ^ (step & PASS_ROWS) << 4) + (part + step) * 128 + line * KEYS * 128,
                                VALUES ? tile.value(place, byte) : tile.key(place, byte), valid);
                 }
             }
@@ -391,7 +393,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             copy_tiles(
                 keys,
                 [&](int first) {
-                    return tensor_map::PageBox::look_up(sequence.keys, first + box_of_lane() * launch.box, launch.box);
+                    return tensor_map::PageBox::look_up(sequence.keys, first + lane() * launch.box, launch.box);
                 },
                 [&](const auto &box) { copy_pages<false>(launch, sequence, ring, box); },
                 [&](const auto &box) { copy_pages<true>(launch, sequence, ring, box); }, almost_done);
@@ -666,7 +668,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS); /* first, while all threads have as many registers */
         if (thread_in_block() == 0) {
             for (Ring r = {shared}; r.turn == 0; r.advance()) {
-                mbarrier::make(r.full(), mapped ? 1 : COPIERS * WAVE);
+                mbarrier::make(r.full(), mapped ? 1 : WAVE);
                 mbarrier::make(r.empty(), WAVES);
             }
             for (int i = 0; i < WARPGROUPS; ++i)
@@ -677,7 +679,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             for (int slot = 0; slot < 2; ++slot) {
                 const Turn turn = {shared, slot};
                 mbarrier::make(turn.full(), 1);
-                mbarrier::make(turn.empty(), WAVES + 1 + copiers(mapped)); /* all waves that read */
+                mbarrier::make(turn.empty(), WAVES + 3); /* all waves that read */
             }
             mbarrier::made();
         }
@@ -700,7 +702,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     ring.advance();
                 }
                 wait_for_copies();
-            } else if (role < copiers(mapped)) {
+            } else {
                 Ring ring = {shared};
                 bool first = true;
 #pragma unroll 1
