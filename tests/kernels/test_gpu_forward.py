@@ -126,6 +126,36 @@ def test_paged(target, dtype, head_dim, causal, paged):
         attend(target, query, key, value, causal, seqlens_k=ints([-3, 9, 2**30, 1]), page_table=page_table)
 
 
+@on_targets([p for p in PAGED if p[0] == "cuda"])
+def test_mixed_batch(target, dtype, head_dim, causal, paged):
+    """Chunks of prompts among tokens that decode: so different in rows that Hopper takes row tiles in an order of its
+    own, and more of them than a GPU has blocks. Boxes of 8, 16 and 64 tokens, and pages that hold several tiles."""
+    rows = [1, 1, 1, 1, 1, 150, 1, 1, 1, 1, 1, 70, 0, 2]
+    keys = [r + k for r, k in zip(rows, [300, 0, 15, 16, 17, 127, 129, 255, 64, 8, 7, 290, 30, 40], strict=True)]
+    heads, group = 5, 2
+    query = strided((sum(rows), heads * group, head_dim), dtype, "contiguous")
+    starts = ints([0, *torch.tensor(rows).cumsum(0).tolist()])
+    for page_size in (8, 16, 64, 256):
+        per_sequence = -(-max(keys) // page_size)
+        page_table = torch.randperm(len(keys) * per_sequence).view(len(keys), -1).to(torch.int32)
+        caches = [torch.full((page_table.numel(), page_size, heads, head_dim), math.nan).to(query.dtype) for _ in "kv"]
+        sequences = []
+        for b, length in enumerate(keys):
+            tensors = []
+            for cache in caches:
+                tokens = strided((per_sequence * page_size, heads, head_dim), dtype, "contiguous")
+                tokens[length:] = math.nan
+                cache[page_table[b].long()] = tokens.view(per_sequence, page_size, heads, head_dim)
+                tensors.append(tokens[:length])
+            page_table[b, -(-length // page_size) :] = -1
+            own = slice(int(starts[b]), int(starts[b + 1]))
+            sequences.append(Sequence(query[own], *tensors, (own,), (slice(None), own)))
+        pages = {"seqlens_k": ints(keys), "page_table": page_table}
+        packed = {"starts_q": starts, "max_seqlen": (max(rows), max(keys))}
+        output, lse = attend(target, query, *caches, causal, **pages, **packed)
+        assert_sequences(output, lse, sequences, causal)
+
+
 @on_targets(CAUSAL)
 def test_strides_scales_and_many_heads(target, dtype, head_dim, causal, paged):
     for how in STRIDES[:3]:

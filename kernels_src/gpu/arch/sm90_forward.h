@@ -134,7 +134,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         if (error != hipSuccess) return error;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
-        launch.distance = t.seqlens_q != nullptr || t.starts_q != nullptr ? distance(p, launch.section) : 1;
+        launch.distance = distance(p, launch.section);
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
@@ -193,13 +193,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
         return static_cast<int>(lesser(balanced, greater(most, FEW)));
     }
-    /* Where sequences have different numbers of rows, a section takes its units from all over the batch. What stands
-     * together in a batch is often alike, tokens that decode or chunks of prompts: it would be the memory's turn first,
-     * and the matrix unit's when that is done. The distance has no divisor in common with the number of units, so that
-     * its multiples go through all of them. */
+    /* Units that are taken one after the other are so far apart. Where sequences differ much in rows, those that stand
+     * together in a batch are often alike, tokens that decode or chunks of prompts: in their order it would be the
+     * memory's turn first, and the matrix unit's when that is done. So a section takes its units from all over the batch,
+     * by a distance that has no divisor in common with their number, so that its multiples go through all of them.
+     * Elsewhere the heads of a sequence stay together: theirs are neighbouring bytes. */
     static int distance(const aiter_attention_problem &p, int section) {
         const int64_t units = int64_t(p.batch) * p.heads_kv;
-        if (units <= section || units > 0xffff) return 1; /* products have 32 bits */
+        const bool differ = p.packed_q && p.total_q < int64_t(p.batch) * p.seqlen_q / 3;
+        if (!differ || units <= section || units > 0xffff) return 1; /* products have 32 bits */
         int distance = static_cast<int>(units / section);
         const auto divisor = [](int64_t a, int64_t b) {
             while (b != 0) {
