@@ -195,9 +195,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     }
     /* Units that are taken one after the other are so far apart. Where sequences differ much in rows, those that stand
      * together in a batch are often alike, tokens that decode or chunks of prompts: in their order it would be the
-     * memory's turn first, and the matrix unit's when that is done. So a section takes its units from all over the batch,
-     * by a distance that has no divisor in common with their number, so that its multiples go through all of them.
-     * Elsewhere the heads of a sequence stay together: theirs are neighbouring bytes. */
+     * memory's turn first, and the matrix unit's when that is done. So a section takes its units from all over the
+     * batch, by a distance that has no divisor in common with their number, so that its multiples go through all of
+     * them. Elsewhere the heads of a sequence stay together: theirs are neighbouring bytes. */
     static int distance(const aiter_attention_problem &p, int section) {
         const int64_t units = int64_t(p.batch) * p.heads_kv;
         const bool differ = p.packed_q && p.total_q < int64_t(p.batch) * p.seqlen_q / 3;

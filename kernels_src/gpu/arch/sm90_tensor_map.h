@@ -72,8 +72,8 @@ __device__ __forceinline__ void prefetch(const CUtensorMap &map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/* Where a box of keys in pages is. Its page's number is asked for when the box is looked up, and not before it is used is
- * it waited for. */
+/* Where a box of keys in pages is. Its page's number is asked for when the box is looked up, and waited for only when
+ * it is used. */
 struct PageBox {
     int entry;    /* of the page table */
     int position; /* of the first token in its page. -1: the box is past the end of the sequence or before its window */
