@@ -466,10 +466,6 @@ struct Plan {
         if (cluster > 0) grid = cluster * units, cuts = false;
     }
 };
-inline int compute_units(int device) {
-    int count = 0;
-    return hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device) == hipSuccess ? count : 0;
-}
 
 } // namespace aiter
 

@@ -173,7 +173,7 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 }
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
-    return aiter::Loop::workspace_bytes(call->problem);
+    return aiter::Loop::workspace_bytes(call->problem, aiter::RowTile::of_all(call->problem));
 }
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {

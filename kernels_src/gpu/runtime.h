@@ -40,6 +40,12 @@ inline hipError_t hipDeviceGetAttribute(int *value, cudaDeviceAttr attribute, in
 
 namespace aiter {
 
+/* CUs or SMs; 0 where that cannot be told. */
+inline int compute_units(int device) {
+    int count = 0;
+    return hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device) == hipSuccess ? count : 0;
+}
+
 /* Codes of aiter_launch: a HIP/CUDA error as it is, or one of these. */
 enum LaunchError : int {
     LAUNCH_GRID_TOO_LARGE = 100001,

@@ -40,7 +40,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
 
     using Launch = Arguments; /* the kernel's parameter: the call, and what a loop adds to it */
 
-    static int64_t workspace_bytes(const aiter_attention_problem &) { return 0; }
+    static int64_t workspace_bytes(const aiter_attention_problem &, int64_t) { return 0; }
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
         return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, call);
     }

@@ -106,9 +106,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* ---- host ---- */
 
     /* For the counter. Where it is the lengths of padded sequences alone that make row tiles differ, nothing here
-     * tells: then there is none, and each row tile gets a block of its own. */
-    static int64_t workspace_bytes(const aiter_attention_problem &p) {
-        return MASKED || p.packed_q || p.packed_k ? sizeof(uint32_t) : 0;
+     * tells: then there is none, and each row tile gets a block of its own. Nor where there are blocks enough, on
+     * whichever of the machine's GPUs the launch will be. */
+    static int64_t workspace_bytes(const aiter_attention_problem &p, int64_t tiles) {
+        if (!MASKED && !p.packed_q && !p.packed_k) return 0;
+        int devices = 0;
+        if (hipGetDeviceCount(&devices) != hipSuccess) return 0;
+        int64_t fewest = tiles;
+        for (int device = 0; device < devices; ++device) fewest = lesser<int64_t>(fewest, compute_units(device));
+        return tiles > fewest ? sizeof(uint32_t) : 0;
     }
 
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
