@@ -10,6 +10,7 @@ events over repeated calls on random data that is larger than the caches, or for
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -456,14 +457,26 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = list(dict.fromkeys(r["case"].split()[0] for r in rows if r["unit"] != "us"))
-    sizes = [sum(r["case"].startswith(kind) for r in rows) for kind in kinds]
-    figure, panels = plt.subplots(
-        len(kinds), 1, figsize=(9, 0.36 * sum(sizes) + len(kinds)), height_ratios=sizes, squeeze=False
-    )
-    for panel, kind in zip(panels[:, 0], kinds, strict=True):
-        chosen = [r for r in rows if r["case"].startswith(kind)]
-        names = list(dict.fromkeys(name for r in chosen for name in r if name not in ("case", "unit", "copy")))
+    def kind_of(row: dict) -> tuple[str, str]:
+        return row["case"].split()[0], row["unit"]
+
+    sizes: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row["unit"] != "us":
+            sizes[kind_of(row)] = sizes.get(kind_of(row), 0) + 1
+    # Two columns of about equal height.
+    total = list(itertools.accumulate(sizes.values()))
+    left = 1 + min(range(len(total)), key=lambda i: abs(total[i] - total[-1] / 2))
+    columns = [kinds for kinds in (list(sizes)[:left], list(sizes)[left:]) if kinds]
+    height = max(0.3 * sum(sizes[kind] for kind in kinds) + len(kinds) for kinds in columns)
+    figure = plt.figure(figsize=(9 * len(columns), height), layout="constrained")
+    panels = []
+    for part, kinds in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+        heights = [sizes[kind] for kind in kinds]
+        panels += part.subplots(len(kinds), 1, height_ratios=heights, squeeze=False)[:, 0].tolist()
+    for panel, kind in zip(panels, sizes, strict=True):
+        chosen = [r for r in rows if kind_of(r) == kind]
+        names = list(dict.fromkeys(n for r in chosen for n, x in r.items() if isinstance(x, float) and n != "copy"))
         for i, name in enumerate(names):
             places = [y + (i + 0.5 - len(names) / 2) * 0.8 / len(names) for y in range(len(chosen))]
             color = COLORS.get(name.removesuffix(", padded"))
@@ -472,10 +485,9 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
             panel.axvline(chosen[0]["copy"], color="black", linestyle="--", label="copy")
         panel.set_yticks(range(len(chosen)), [r["case"] for r in chosen], fontsize=8)
         panel.invert_yaxis()
-        panel.set_xlabel(chosen[0]["unit"])
+        panel.set_xlabel(kind[1])
         panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    panels[0, 0].set_title(f"Attention on one {device}, bf16")
-    figure.tight_layout()
+    figure.suptitle(f"Attention on one {device}, bf16")
     figure.savefig(path, dpi=100)
 
 
