@@ -233,6 +233,31 @@ struct PartsOfBlocks {
     }
 };
 
+/* A row whose parts have been added up, by a whole wave: lanes have its dimensions. */
+template <int DIMENSIONS>
+__device__ __forceinline__ void store_row(const Unit &unit, int row, bool sees_keys, float maximum, float total,
+                                          float (&sum)[DIMENSIONS]) {
+    /* A score of +inf makes the output NaN (inf - inf), as it should, but the log-sum-exp is +inf. */
+    const float log_sum = !sees_keys || maximum == -INFINITE && total == 0 ? -INFINITE
+                          : maximum == INFINITE                            ? INFINITE
+                                                                           : maximum + log2(total);
+    const float share = unit.share(row, log_sum);
+    bool spoiled = false;
+#pragma unroll
+    for (int d = 0; d < DIMENSIONS; ++d) {
+        sum[d] = sees_keys ? sum[d] * (reciprocal(total) * share) : 0.0f;
+        spoiled |= sum[d] != sum[d];
+    }
+    if (lane() == 0) unit.store_lse(row, log_sum);
+    if (MASKED && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE &&
+        unit.repair(row, Score(unit.arguments.problem), log_sum))
+        return;
+    Element *to = unit.output(row);
+#pragma unroll
+    for (int d = 0; d < DIMENSIONS; ++d)
+        if (lane() + d * WAVE < VALUE_DIM) to[lane() + d * WAVE] = to_element(sum[d]);
+}
+
 /* Adds up that many parts of a unit: rows `first_row` ... + rows - 1, by as many waves as `sums` has places for, which
  * all take part. Of each row, some waves take parts in turn, their lanes dimensions. meet(): where they do. */
 struct MergeSums {
@@ -263,8 +288,6 @@ __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts,
             total += part[1] * exp2(part[0] - reference);
         }
         total = wave_sum(total);
-        const float log_sum = maximum == -INFINITE && total == 0 ? -INFINITE : maximum + log2(total);
-
         float sum[DIMENSIONS] = {};
 #pragma unroll 4
         for (int i = slice; i < count; i += slices) {
@@ -278,56 +301,91 @@ __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts,
         for (int d = 0; d < DIMENSIONS; ++d) sums[wave()].of_wave[lane() + d * WAVE] = sum[d];
         meet();
         if (slice == 0 && index < rows && row < unit.padded_rows) {
-            const float share = unit.share(row, log_sum);
-            bool spoiled = false;
 #pragma unroll
             for (int d = 0; d < DIMENSIONS; ++d) {
                 sum[d] = 0.0f;
                 for (int w = 0; w < slices; ++w) sum[d] += sums[wave() + w].of_wave[lane() + d * WAVE];
-                if (sees_keys) sum[d] *= reciprocal(total) * share;
-                spoiled |= sum[d] != sum[d];
             }
-            if (lane() == 0) unit.store_lse(row, log_sum);
-            const bool repaired = MASKED && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE &&
-                                  unit.repair(row, Score(unit.arguments.problem), log_sum);
-#pragma unroll
-            for (int d = 0; d < DIMENSIONS; ++d)
-                if (!repaired && lane() + d * WAVE < VALUE_DIM)
-                    unit.output(row)[lane() + d * WAVE] = to_element(sum[d]);
+            store_row(unit, row, sees_keys, maximum, total, sum);
         }
         if (passed + WAVES / slices < rows) meet();
     }
 }
 
 #if defined(AITER_RING)
-/* The parts of a unit in the shared memory of a cluster's blocks: where readers have handed theirs to each other. */
-struct ClusterParts {
-    float *own;
-    __device__ __forceinline__ explicit ClusterParts(char *shared)
-        : own(reinterpret_cast<float *>(shared + Loop::EXCHANGE_AT)) {}
-    __device__ __forceinline__ float *output(int row) const { return own + row * VALUE_DIM; }
-    __device__ __forceinline__ float *softmax(int row) const { return own + Tile::ROWS * VALUE_DIM + row * 2; }
-    __device__ __forceinline__ MergeSums *sums() const { return reinterpret_cast<MergeSums *>(softmax(Tile::ROWS)); }
-    __device__ __forceinline__ const float *output_row(int i, int row) const { return cluster::of(output(row), i); }
-    __device__ __forceinline__ const float *softmax_row(int i, int row) const { return cluster::of(softmax(row), i); }
-};
-static_assert(Tile::ROWS * (VALUE_DIM + 2) * 4 + Loop::READERS * sizeof(MergeSums) <= Loop::EXCHANGE_BYTES, "");
-
-/* By all readers of a cluster's blocks, each of which has a part of the unit: each block then has some of its rows. */
-__device__ __forceinline__ void share_in_cluster(const Unit &unit, char *shared, bool has_rows, int size,
-                                                 Softmax &softmax, const Output &o) {
-    const ClusterParts parts(shared);
-    if (has_rows) {
-        wave_sync(); /* where it has read what others have handed to it */
-        store_part(
-            unit, 0, softmax, o, [&](int row) { return parts.output(row); },
-            [&](int row) { return parts.softmax(row); });
+/* Parts of a row tile in shared memory, where rows 0 ... rows - 1 of each stand together: output, maximum, sum. Places are
+ * such that lanes which write four rows at a time do not meet in a bank. */
+struct NearParts {
+    float *memory;
+    int rows;
+    __device__ __forceinline__ float *output_row(int i, int row) const {
+        return memory + (i * rows + row) * Loop::PART_FLOATS;
     }
-    cluster::meet();
-    const int each = (unit.padded_rows + size - 1) / size, first_row = cluster::rank() * each;
-    merge_rows<Loop::READERS>(unit, parts, size, first_row, lesser(each, unit.padded_rows - first_row), parts.sums(),
-                              [] { Loop::meet_readers(); });
-    cluster::meet(); /* nobody reads this block's any more */
+    __device__ __forceinline__ float *softmax_row(int i, int row) const { return output_row(i, row) + VALUE_DIM; }
+};
+
+/* A row of a few such parts, added up by a wave. */
+struct NearRow {
+    static constexpr int DIMENSIONS = MergeSums::DIMENSIONS;
+    float maximum = -INFINITE, total = 0.0f, sum[DIMENSIONS] = {};
+
+    template <int MOST> static __device__ __forceinline__ NearRow of(const NearParts &parts, int count, int row) {
+        NearRow result;
+        float maxima[MOST], totals[MOST];
+#pragma unroll
+        for (int i = 0; i < MOST; ++i) {
+            const bool exists = i < count;
+            const float *part = parts.softmax_row(exists ? i : 0, row);
+            maxima[i] = exists ? part[0] : -INFINITE;
+            totals[i] = exists ? part[1] : 0.0f;
+            result.maximum = __builtin_fmaxf(result.maximum, maxima[i]);
+        }
+        const float reference = result.maximum == -INFINITE ? 0.0f : result.maximum;
+#pragma unroll
+        for (int i = 0; i < MOST; ++i) {
+            if (i >= count) break;
+            const float weight = exp2(maxima[i] - reference);
+            result.total += totals[i] * weight;
+            const float *part = parts.output_row(i, row);
+#pragma unroll
+            for (int d = 0; d < DIMENSIONS; ++d)
+                if (lane() + d * WAVE < VALUE_DIM) result.sum[d] += weight * part[lane() + d * WAVE];
+        }
+        return result;
+    }
+    __device__ __forceinline__ void store_part(float *output, float *softmax) const {
+#pragma unroll
+        for (int d = 0; d < DIMENSIONS; ++d)
+            if (lane() + d * WAVE < VALUE_DIM) output[lane() + d * WAVE] = sum[d];
+        if (lane() == 0) *reinterpret_cast<Pack<float, 2> *>(softmax) = {{maximum, total}};
+    }
+};
+static_assert(Loop::READERS * Tile::ROWS / 2 * Loop::PART_FLOATS * 4 <= Loop::EXCHANGE_BYTES, "");
+
+/* By all readers of a cluster's blocks, each of which has a part of the unit: a block hands rows to those that have them
+ * in the end, and adds up its own. */
+__device__ __forceinline__ void share_in_cluster(const Unit &unit, char *shared, const NearParts &waves, int groups,
+                                                 int size) {
+    const int each = (unit.padded_rows + size - 1) / size, rank = cluster::rank();
+    const NearParts handed = {reinterpret_cast<float *>(shared + Loop::HANDED_AT), each};
+    cluster::wait(); /* all blocks are there, whose memory is written now */
+#pragma unroll 1
+    for (int row = wave(); row < unit.rows; row += Loop::READERS) {
+        const int owner = row / each, place = row - owner * each;
+        NearRow::of<Loop::READERS>(waves, groups, row)
+            .store_part(cluster::of(handed.output_row(rank, place), owner),
+                        cluster::of(handed.softmax_row(rank, place), owner));
+    }
+    cluster::arrive();
+    cluster::wait();
+#pragma unroll 1
+    for (int place = wave(); place < each; place += Loop::READERS) {
+        const int row = rank * each + place;
+        if (row >= unit.padded_rows) return;
+        const bool sees_keys = unit.sees_keys(row);
+        NearRow sum = NearRow::of<Tile::MOST_CLUSTER>(handed, sees_keys ? size : 0, place);
+        store_row(unit, row, sees_keys, sum.maximum, sum.total, sum.sum);
+    }
 }
 
 /* By all readers, who have written a part of the unit to the workspace: whoever comes last adds up all of them. */
@@ -348,22 +406,23 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
     int step, end;
     Schedule::Place place;
     if (schedule.cluster > 1) {
-        const int unit = block() / schedule.cluster, rank = block() % schedule.cluster;
+        const int rank = block() % schedule.cluster, unit = block() / schedule.cluster;
         const int units = arguments.problem.heads_kv * schedule.parts; /* of a sequence */
         place = {unit / units, unit % units, 0, schedule.steps_in(unit / units)};
-        step = static_cast<int>(int64_t(place.steps) * rank / schedule.cluster);
-        end = static_cast<int>(int64_t(place.steps) * (rank + 1) / schedule.cluster);
+        const int each = place.steps / schedule.cluster, longer = place.steps - each * schedule.cluster;
+        step = each * rank + lesser(rank, longer);
+        end = step + each + (rank < longer);
     } else {
-        const int range = schedule.own_range();
-        step = schedule.range_begin(range);
-        end = schedule.range_begin(range + 1);
+        const int line = schedule.own_line(), index = schedule.own_index();
+        step = schedule.range_begin(line, index);
+        end = schedule.range_begin(line, index + 1);
         if (step >= end) return;
         place = schedule.find(step);
     }
 
     for (bool again = false;; again = true) {
         const int first = step - place.begin, last = lesser(end - place.begin, place.steps);
-        const Unit unit(reread(arguments), place.batch, place.index, schedule.parts);
+        const Unit unit(reread(arguments), place.batch, place.index, schedule);
         const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
         const int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
         int first_key = origin + first * keys_of_step;
@@ -378,50 +437,94 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
     }
 }
 
+/* Where results go. */
+struct Results {
+    const Loop::Launch &launch;
+    const Schedule &schedule;
+    const Parts &parts;
+    const Score &score;
+    char *shared;
+
+    /* The unit once more, so that what only writing needs is not kept through the loop. */
+    __device__ __forceinline__ Unit unit_of(const Piece &piece) const {
+        const Arguments &arguments = launch;
+        return Unit(reread(arguments), opaque_scalar(piece.place.batch), opaque_scalar(piece.place.index), schedule);
+    }
+    /* By all waves that write, of which some have rows that all keys of the piece are in; there are `rows` in all. */
+    __device__ __forceinline__ void operator()(const Piece &piece, bool has_rows, int wave_row, int rows,
+                                               Softmax &softmax, Output &o) const {
+        const Unit unit = unit_of(piece);
+        if (has_rows) {
+            if (piece.whole) store(unit, wave_row, score, softmax, o);
+            else {
+                const int range = schedule.own_range();
+                store_part(
+                    unit, wave_row, softmax, o, [&](int row) { return parts.output_row(range, piece.begins, row); },
+                    [&](int row) { return parts.softmax_row(range, piece.begins, row); });
+            }
+        }
+        if (piece.whole) unit.clear_padding(rows, Loop::WRITERS);
+#if defined(AITER_RING)
+        else if (launch.arrived != nullptr) merge_as_last(unit, launch, schedule, parts, piece.place, shared);
+#endif
+    }
+#if defined(AITER_RING)
+    /* By all readers, of which the first `groups` have some of the keys each, for all rows. */
+    __device__ __forceinline__ void row_tile(const Piece &piece, int group, int groups, Softmax &softmax,
+                                             Output &o) const {
+        char *memory = shared + Loop::EXCHANGE_AT;
+        const auto meet = [] { Loop::meet_readers(); };
+        const Unit unit = unit_of(piece);
+        const bool few = unit.rows <= Tile::ROWS / 2;
+        const int left = few ? Loop::READERS : Loop::READERS / 2; /* parts for which there is room */
+        add_up(memory, group, groups, 1, softmax, o, meet, left);
+        groups = lesser(groups, left);
+        const NearParts waves = {reinterpret_cast<float *>(memory), few ? Tile::ROWS / 2 : Tile::ROWS};
+        meet(); /* nobody needs the queries any more */
+        if (group < groups)
+            store_part(
+                unit, 0, softmax, o, [&](int row) { return waves.output_row(group, row); },
+                [&](int row) { return waves.softmax_row(group, row); });
+        meet();
+        if (launch.cluster > 1) return share_in_cluster(unit, shared, waves, groups, launch.cluster);
+        const int rows = piece.whole ? lesser(unit.padded_rows, Tile::ROWS) : unit.rows;
+#pragma unroll 1
+        for (int row = wave(); row < rows; row += Loop::READERS) {
+            const bool sees_keys = unit.sees_keys(row);
+            NearRow sum = NearRow::of<Loop::READERS>(waves, row < unit.rows ? groups : 0, row);
+            if (piece.whole) store_row(unit, row, sees_keys, sum.maximum, sum.total, sum.sum);
+            else {
+                const int range = schedule.own_range();
+                sum.store_part(parts.output_row(range, piece.begins, row), parts.softmax_row(range, piece.begins, row));
+            }
+        }
+        if (piece.whole) unit.clear_padding(Tile::ROWS, Loop::WRITERS);
+        else if (launch.arrived != nullptr) merge_as_last(unit, launch, schedule, parts, piece.place, shared);
+    }
+#endif
+};
+
 __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
-    attention_decode(const AITER_GRID_CONSTANT Loop::Launch launch, int grid) {
+    attention_decode(const AITER_GRID_CONSTANT Loop::Launch launch, const Cuts cuts, int grid) {
     const Arguments &arguments = launch;
     AITER_SHARED(shared, Loop::SHARED_BYTES);
     let_next_start();
+#if defined(AITER_RING)
+    Loop::prepare(launch, shared);
+#endif
+    wait_for_previous();
     clear_rest(arguments, grid, THREADS);
 #if defined(AITER_RING)
-    const Schedule schedule(arguments, grid, launch.cluster);
+    const Schedule schedule(arguments, cuts, grid, launch.cluster);
 #else
-    const Schedule schedule(arguments, grid);
+    const Schedule schedule(arguments, cuts, grid);
 #endif
-    if (block() >= schedule.blocks) {
-        wait_for_previous();
-        return;
-    }
+    if (block() >= schedule.blocks) return;
     const Parts parts(arguments, grid);
     const Score score(arguments.problem);
     Loop::run(
         launch, shared, score, [&](auto visit) { for_each_piece(arguments, schedule, visit); },
-        [&](const Piece &piece, bool has_rows, int wave_row, int rows, Softmax &softmax, Output &o) {
-            /* The unit once more, so that what only writing needs is not kept through the loop. */
-            const Unit written(reread(arguments), opaque_scalar(piece.place.batch), opaque_scalar(piece.place.index),
-                               schedule.parts);
-#if defined(AITER_RING)
-            if (launch.cluster > 1) return share_in_cluster(written, shared, has_rows, launch.cluster, softmax, o);
-#endif
-            if (has_rows) {
-                if (piece.whole) store(written, wave_row, score, softmax, o);
-                else {
-                    const int range = schedule.own_range();
-                    store_part(
-                        written, wave_row, softmax, o,
-                        [&](int row) { return parts.output_row(range, piece.begins, row); },
-                        [&](int row) { return parts.softmax_row(range, piece.begins, row); });
-                }
-            }
-            if (piece.whole) written.clear_padding(rows, Loop::WRITERS);
-#if defined(AITER_RING)
-            else if (launch.arrived != nullptr) merge_as_last(written, launch, schedule, parts, piece.place, shared);
-#endif
-        });
-#if defined(AITER_RING)
-    if (launch.arrived != nullptr) wait_for_previous(); /* whoever comes next waits for this kernel alone */
-#endif
+        Results{launch, schedule, parts, score, shared});
 }
 
 /* ---- units that were cut, in a kernel of its own ---- */
@@ -431,9 +534,10 @@ constexpr int MERGE_ROWS = 2, MERGE_WAVES = 8;
 /* Some rows of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one
  * that the cut goes through first. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE, 2) /* 2: or nvcc spares registers */
-    merge(const Arguments arguments, int grid, int over_units) {
+    merge(const Arguments arguments, const Cuts cuts, int grid, int over_units) {
     __shared__ MergeSums sums[MERGE_WAVES];
-    const Schedule schedule(arguments, grid);
+    if (cuts.length == 0) wait_for_previous(); /* lengths may be from a kernel that the one before waits for */
+    const Schedule schedule(arguments, cuts, grid);
     const Parts parts(arguments, grid);
     const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
     const bool exists = over_units || item + 1 < schedule.blocks;
@@ -441,7 +545,7 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE, 2) /* 2: or nvcc spares reg
     const Schedule::Place place = over_units ? schedule.unit(item % batches, item / batches)
                                              : schedule.find(exists ? schedule.range_begin(item + 1) : 0);
     const int first = schedule.block_of(place.begin), last = schedule.block_of(place.begin + place.steps - 1);
-    const Unit unit(arguments, place.batch, place.index, schedule.parts);
+    const Unit unit(arguments, place.batch, place.index, schedule);
     /* Even where there is nothing to merge: whoever comes next on the stream waits for this kernel alone. */
     wait_for_previous();
     if (!exists || first == last || !over_units && first != item) return;
@@ -459,7 +563,7 @@ struct Plan {
     Plan(const aiter_attention_problem &p, bool alike, int compute_units) {
         units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
         steps = units * steps_of(p, most_keys_to_read(p));
-        const Deal deal(p, alike, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
+        const Deal<int64_t> deal(p, row_parts(p), alike, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
         grid = deal.blocks;
         cuts = grid > 1 && steps > units && !deal.whole;
         cluster = cluster_of(p, alike, steps, units, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
@@ -493,28 +597,30 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     if (const int error = hipGetDevice(&device)) return error;
     const aiter::Plan plan(problem, aiter::all_alike(call->tensors), aiter::compute_units(device));
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
+    if (plan.grid == 0) return 0;
     const int grid = static_cast<int>(plan.grid);
+    const aiter::Cuts cuts(problem, aiter::all_alike(call->tensors) && plan.cluster <= 1, grid);
 #if defined(AITER_RING)
     if (plan.cluster > 1)
-        return aiter::launch_in_clusters(plan.cluster, aiter::attention_decode, grid, aiter::THREADS,
-                                         aiter::Loop::SHARED_BYTES, stream,
-                                         aiter::Loop::launch_of(*call, plan.cluster, nullptr), grid);
+        return aiter::launch_next_in_clusters(plan.cluster, aiter::attention_decode, grid, aiter::THREADS,
+                                              aiter::Loop::SHARED_BYTES, stream,
+                                              aiter::Loop::launch_of(*call, plan.cluster, nullptr), cuts, grid);
     /* Few rows: the last of a unit's blocks adds up. More would keep one block busy for longer than a kernel takes. */
     if (plan.cuts && aiter::rows_of_unit(problem) <= aiter::Tile::ROWS && !problem.batch_invariant) {
         uint32_t *arrived = aiter::Parts::counters(*call, plan.grid);
-        if (const int error = aiter::launch(aiter::clear_arrived, 1, 256, 0, stream, arrived, grid)) return error;
+        if (const int error = aiter::launch_next(aiter::clear_arrived, 1, 256, 0, stream, arrived, grid)) return error;
         return aiter::launch_next(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES, stream,
-                                  aiter::Loop::launch_of(*call, 1, arrived), grid);
+                                  aiter::Loop::launch_of(*call, 1, arrived), cuts, grid);
     }
 #endif
-    if (const int error = aiter::launch(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES,
-                                        stream, aiter::Loop::launch_of(*call, 1, nullptr), grid))
+    if (const int error = aiter::launch_next(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES,
+                                             stream, aiter::Loop::launch_of(*call, 1, nullptr), cuts, grid))
         return error;
     if (!plan.cuts) return 0;
     const int over_units = plan.units < grid - 1;
     const int64_t row_blocks = (aiter::rows_of_unit(problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
     return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
-                              aiter::MERGE_WAVES * aiter::WAVE, 0, stream, *call, grid, over_units);
+                              aiter::MERGE_WAVES * aiter::WAVE, 0, stream, *call, cuts, grid, over_units);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -130,6 +130,8 @@ __device__ __forceinline__ void store_fp8(Fp8 *to, int64_t step, const float (&x
 #endif
 
 __global__ void __launch_bounds__(THREADS) cache_write(const aiter_cache_write_call call, const int alignment) {
+    let_next_start();
+    wait_for_previous();
     CacheToken token = cache_token(call, block());
     if (token.fate == TOKEN_HAS_NO_PLACE && token.which == 0) token.rotary_dim = 0;
     else if (token.fate != TOKEN_IS_WRITTEN) return;
@@ -192,7 +194,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
              ? ALIGNED_VALUE
              : 0) |
         (aligned(t.rotary_cos, angles, 2) && aligned(t.rotary_sin, angles, 2) ? ALIGNED_ANGLES : 0);
-    return launch(aiter::cache_write, cache_write_units(*call), THREADS, 0, stream, *call, alignment);
+    return launch_next(aiter::cache_write, cache_write_units(*call), THREADS, 0, stream, *call, alignment);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -146,7 +146,8 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
     return as_error(error);
 }
 
-/* With one attribute at most: that the kernel may come up while the one before it ends, or the size of clusters. */
+constexpr unsigned MOST_ATTRIBUTES = 2; /* that the kernel may come up while the one before it ends; clusters' size */
+
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *kernel, void **arguments) {
     const int index = index_of(kernel);
     if (index < 0) return cudaErrorInvalidDeviceFunction;
@@ -158,27 +159,29 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *config, const void *ke
     if (config->numAttrs == 0)
         return as_error(driver().cuLaunchKernel(function, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared,
                                                 config->stream, arguments, nullptr));
-    if (config->numAttrs != 1 || driver().cuLaunchKernelEx == nullptr) return cudaErrorNotSupported;
-    const auto &value = config->attrs->val;
-    CUlaunchAttribute attribute = {};
-    if (config->attrs->id == cudaLaunchAttributeProgrammaticStreamSerialization) {
-        attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = value.programmaticStreamSerializationAllowed;
-    } else if (config->attrs->id == cudaLaunchAttributeClusterDimension) {
-        attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        attribute.value.clusterDim.x = value.clusterDim.x;
-        attribute.value.clusterDim.y = value.clusterDim.y;
-        attribute.value.clusterDim.z = value.clusterDim.z;
-    } else {
-        return cudaErrorNotSupported;
+    CUlaunchAttribute attributes[MOST_ATTRIBUTES] = {};
+    if (config->numAttrs > MOST_ATTRIBUTES || driver().cuLaunchKernelEx == nullptr) return cudaErrorNotSupported;
+    for (unsigned i = 0; i < config->numAttrs; ++i) {
+        const auto &value = config->attrs[i].val;
+        if (config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+            attributes[i].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[i].value.programmaticStreamSerializationAllowed = value.programmaticStreamSerializationAllowed;
+        } else if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+            attributes[i].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[i].value.clusterDim.x = value.clusterDim.x;
+            attributes[i].value.clusterDim.y = value.clusterDim.y;
+            attributes[i].value.clusterDim.z = value.clusterDim.z;
+        } else {
+            return cudaErrorNotSupported;
+        }
     }
     CUlaunchConfig own = {};
     own.gridDimX = grid.x, own.gridDimY = grid.y, own.gridDimZ = grid.z;
     own.blockDimX = block.x, own.blockDimY = block.y, own.blockDimZ = block.z;
     own.sharedMemBytes = shared;
     own.hStream = config->stream;
-    own.attrs = &attribute;
-    own.numAttrs = 1;
+    own.attrs = attributes;
+    own.numAttrs = config->numAttrs;
     return as_error(driver().cuLaunchKernelEx(&own, function, arguments, nullptr));
 }
 

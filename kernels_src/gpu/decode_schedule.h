@@ -80,23 +80,57 @@ __host__ __device__ inline bool all_alike(const aiter_attention_tensors &t) {
            (!WINDOW || t.seqlens_q == nullptr && t.starts_q == nullptr && t.query_offsets == nullptr);
 }
 
-/* How the steps, so many in all, are dealt to at most so many blocks. */
-struct Deal {
-    int64_t units, blocks; /* of all sequences; that have a range of steps */
-    int64_t lines; /* that are cut on their own, each into as many ranges: those of one unit of each sequence, or
+/* How the steps, so many in all, are dealt to at most so many blocks. The GPU, which divides 64 bits slowly, knows that
+ * 32 are enough. */
+template <class Int> struct Deal {
+    Int units, blocks; /* of all sequences; that have a range of steps */
+    Int lines;         /* that are cut on their own, each into as many ranges: those of one unit of each sequence, or
                               a single one */
-    bool whole;    /* ranges are of whole units */
+    bool whole;        /* ranges are of whole units */
 
-    __host__ __device__ Deal(const aiter_attention_problem &p, bool alike, int64_t steps, int64_t most) {
-        const int64_t line_units = static_cast<int64_t>(p.heads_kv) * greater(row_parts(p), 1);
-        units = p.batch * static_cast<int64_t>(p.heads_kv) * row_parts(p);
-        const int64_t useful = greater(steps / LEAST_STEPS, units),
-                      even = lesser(useful, most) / line_units * line_units;
-        blocks = p.batch_invariant ? steps : even >= lesser(useful, most) * 15 / 16 ? even : lesser(useful, most);
+    __host__ __device__ Deal(const aiter_attention_problem &p, int parts, bool alike, Int steps, Int most) {
+        const Int line_units = p.heads_kv * static_cast<Int>(greater(parts, 1));
+        units = p.batch * static_cast<Int>(p.heads_kv) * parts;
+        const Int useful = lesser<Int>(greater<Int>(steps / LEAST_STEPS, units), most),
+                  even = useful / line_units * line_units;
+        blocks = p.batch_invariant ? steps : even >= useful - useful / 16 ? even : useful;
         lines = blocks % line_units == 0 ? line_units : 1;
         /* Where units are alike and fill rounds of all blocks, or nearly: memory has enough to do in the last one. */
-        const int64_t ranges = greater<int64_t>(blocks / lines, 1), places = round_up(units / lines, ranges);
-        whole = !p.batch_invariant && alike && units / lines >= places - places / 16;
+        const Int ranges = greater<Int>(blocks / lines, 1), of_line = units / lines,
+                  places = (of_line + ranges - 1) / ranges * ranges;
+        whole = !p.batch_invariant && alike && of_line >= places - places / 16;
+    }
+};
+
+/* What is the same for all blocks of a launch. */
+struct Cuts {
+    int parts;        /* of the rows */
+    int group;        /* query heads of a KV head */
+    int length;       /* steps of a line: of one unit of each sequence. 0: lengths on the device tell, and the rest */
+    int blocks;       /* that have a range of steps */
+    int lines;        /* that are cut on their own, or 1 */
+    int cut, ranges;  /* steps that are cut into as many ranges: of a line, or of all */
+    int grain;        /* steps that are not parted: 1, or those of a unit */
+    int each, longer; /* grains in a range; that many ranges at the beginning have one more */
+
+    /* The host knows how long sequences are where all are alike. */
+    __host__ explicit Cuts(const aiter_attention_problem &p, bool alike, int grid)
+        : parts(row_parts(p)), group(p.heads_q / p.heads_kv), length(0), blocks(grid) {
+        if (alike && !WINDOW && p.batch > 0) cut_lines(p, true, steps_of(p, p.seqlen_k) * p.batch, grid);
+    }
+    /* Steps of a line; blocks at most. */
+    __host__ __device__ void cut_lines(const aiter_attention_problem &p, bool alike, int steps, int most) {
+        length = steps;
+        const int all = length * p.heads_kv * parts;
+        const Deal<int> deal(p, parts, alike, all, most);
+        blocks = deal.blocks;
+        lines = deal.lines;
+        cut = all / lines;
+        ranges = blocks / lines;
+        grain = deal.whole ? length / p.batch : 1;
+        const int grains = cut / grain;
+        each = grains / ranges;
+        longer = grains - each * ranges;
     }
 };
 
@@ -134,18 +168,12 @@ inline int most_keys_to_read(const aiter_attention_problem &p) {
 /* All steps, numbered through: by the unit's index in its sequence, then sequence. So blocks that run at one time read
  * the same tokens, each for another KV head: where those lie side by side, a memory page is opened once for all of them.
  * The host has seen to it that 32 bits count them. */
-struct Schedule {
+struct Schedule : Cuts {
     const aiter_attention_problem &problem;
     const Side queries, keys;
     const int32_t *offsets;
     const bool alike;
-    int parts;        /* of the rows */
-    int length;       /* steps of a line: of one unit of each sequence */
-    int blocks;       /* that have a range of steps */
-    int cut, ranges;  /* steps that are cut into as many ranges: of a line, or of all */
-    int grain;        /* steps that are not parted: 1, or those of a unit */
-    int each, longer; /* grains in a range; that many ranges at the beginning have one more */
-    int cluster;      /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
+    const int cluster; /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
 
     struct Place { /* of a step: its unit */
         int batch, index;
@@ -155,26 +183,17 @@ struct Schedule {
         }
     };
 
-    __device__ __forceinline__ Schedule(const Arguments &a, int grid, int cluster = 1)
-        : problem(a.problem), queries(query_side(a.problem, a.tensors)), keys(key_side(a.problem, a.tensors)),
-          offsets(a.tensors.query_offsets), alike(all_alike(a.tensors)), parts(row_parts(problem)), blocks(grid),
+    __device__ __forceinline__ Schedule(const Arguments &a, const Cuts &cuts, int grid, int cluster = 1)
+        : Cuts(cuts), problem(a.problem), queries(query_side(a.problem, a.tensors)),
+          keys(key_side(a.problem, a.tensors)), offsets(a.tensors.query_offsets), alike(all_alike(a.tensors)),
           cluster(cluster) {
-        if (cluster > 1) return;
-        length = in_line(problem.batch, INT32_MAX).begin;
-        const int steps = length * problem.heads_kv * parts;
-        const Deal deal(problem, alike, steps, grid);
-        blocks = static_cast<int>(deal.blocks);
-        cut = steps / static_cast<int>(deal.lines);
-        ranges = blocks / static_cast<int>(deal.lines);
-        grain = deal.whole ? steps_in(0) : 1;
-        const int grains = cut / grain;
-        each = grains / ranges;
-        longer = grains - each * ranges;
+        if (cluster == 1 && length == 0) cut_lines(problem, alike, in_line(problem.batch, INT32_MAX).begin, grid);
     }
-    __device__ __forceinline__ int range_begin(int block) const {
-        const int index = block % ranges;
-        return block / ranges * cut + (index * each + lesser(index, longer)) * grain;
+    /* Of a line's range, or of all steps'. */
+    __device__ __forceinline__ int range_begin(int line, int index) const {
+        return line * cut + (index * each + lesser(index, longer)) * grain;
     }
+    __device__ __forceinline__ int range_begin(int range) const { return range_begin(range / ranges, range % ranges); }
     __device__ __forceinline__ int block_of(int step) const {
         const int index = step % cut / grain, ordinary = index - longer * (each + 1);
         return step / cut * ranges + (ordinary < 0 ? index / (each + 1) : longer + ordinary / each);
@@ -186,10 +205,9 @@ struct Schedule {
         return steps_of(problem, range.high - range.low);
     }
     /* Blocks that run at one time, side by side, have the same range of different lines. */
-    __device__ __forceinline__ int own_range() const {
-        const int lines = blocks / ranges;
-        return block() % lines * ranges + block() / lines;
-    }
+    __device__ __forceinline__ int own_line() const { return block() % lines; }
+    __device__ __forceinline__ int own_index() const { return block() / lines; }
+    __device__ __forceinline__ int own_range() const { return own_line() * ranges + own_index(); }
     /* By a whole wave. */
     __device__ __forceinline__ Place find(int step) const {
         const int index = uniform(step / length);
@@ -287,9 +305,12 @@ struct Unit {
     Sequence sequence;                /* of the first head */
     int first_row, rows, padded_rows; /* of this part of the rows; padded_rows are written */
 
-    __device__ __forceinline__ Unit(const Arguments &a, int batch, int index, int parts)
-        : arguments(a), batch(batch), group(a.problem.heads_q / a.problem.heads_kv), first_head(index / parts * group),
-          sequence(a, batch, first_head), first_row(index % parts * most_rows(a.problem)),
+    __device__ __forceinline__ Unit(const Arguments &a, int batch, int index, const Cuts &cuts)
+        : Unit(a, batch, cuts.group, cuts.parts == 1 ? index : index / cuts.parts,
+               cuts.parts == 1 ? 0 : index % cuts.parts) {}
+    __device__ __forceinline__ Unit(const Arguments &a, int batch, int group, int kv_head, int part)
+        : arguments(a), batch(batch), group(group), first_head(kv_head * group),
+          sequence(a, batch, first_head, kv_head), first_row(part * most_rows(a.problem)),
           rows(clamp(sequence.rows * group - first_row, 0, most_rows(a.problem))),
           padded_rows(clamp(sequence.padded_rows * group - first_row, 0, most_rows(a.problem))) {}
 

@@ -67,8 +67,8 @@ inline const char *error_text(int code) {
 
 #if !defined(__HIP__)
 template <class... Parameters, class... Arguments>
-int launch_on_nvidia(cudaLaunchAttribute *attribute, void (*kernel)(Parameters...), dim3 grid, int threads, int shared,
-                     void *stream, const Arguments &...arguments) {
+int launch_on_nvidia(cudaLaunchAttribute *attributes, unsigned count, void (*kernel)(Parameters...), dim3 grid,
+                     int threads, int shared, void *stream, const Arguments &...arguments) {
     if (shared > 48 * 1024) { /* the limit belongs to the current device */
         const hipError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                                       cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
@@ -79,8 +79,8 @@ int launch_on_nvidia(cudaLaunchAttribute *attribute, void (*kernel)(Parameters..
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = attribute;
-    config.numAttrs = attribute == nullptr ? 0 : 1;
+    config.attrs = attributes;
+    config.numAttrs = count;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #endif
@@ -93,7 +93,7 @@ int launch_with_shared(void (*kernel)(Parameters...), int64_t blocks, int thread
     if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
     const dim3 grid(static_cast<unsigned>(blocks));
 #if !defined(__HIP__)
-    return launch_on_nvidia(nullptr, kernel, grid, threads, shared, stream, arguments...);
+    return launch_on_nvidia(nullptr, 0, kernel, grid, threads, shared, stream, arguments...);
 #else
     kernel<<<grid, dim3(threads), shared, static_cast<hipStream_t>(stream)>>>(arguments...);
     return static_cast<int>(hipGetLastError());
@@ -109,33 +109,49 @@ int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int share
     return launch_with_shared(kernel, blocks, threads, shared, stream, arguments...);
 }
 
+/* A kernel lets the one after it on the stream come up while it still runs, where that is launched with launch_next() and
+ * the GPU can (NVIDIA, sm_90 on). Until wait_for_previous() that one may touch no memory that another kernel reads or
+ * writes, and in each of its blocks some thread must wait there: who waits for a kernel has so waited for all before. */
+__device__ __forceinline__ void let_next_start() {
+#if !defined(__HIP__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(__HIP__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 #if !defined(__HIP__)
-/* The same in clusters of so many blocks (sm_90 on). */
+inline cudaLaunchAttribute early_start() {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    return early;
+}
+/* In clusters of so many blocks. */
 template <class... Parameters, class... Arguments>
-int launch_in_clusters(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
-                       void *stream, const Arguments &...arguments) {
+int launch_next_in_clusters(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
+                            void *stream, const Arguments &...arguments) {
     if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
-    cudaLaunchAttribute clusters = {};
-    clusters.id = cudaLaunchAttributeClusterDimension;
-    clusters.val.clusterDim.x = static_cast<unsigned>(cluster);
-    clusters.val.clusterDim.y = clusters.val.clusterDim.z = 1;
-    return launch_on_nvidia(&clusters, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
+    cudaLaunchAttribute attributes[] = {early_start(), {}};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+    return launch_on_nvidia(attributes, 2, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
                             arguments...);
 }
 #endif
-
-/* Starts a kernel that continues the work of the one launched just before it. Where the GPU can (NVIDIA, sm_90 on), it
- * comes up while that one still runs, and waits for its results at wait_for_previous(). */
 template <class... Parameters, class... Arguments>
 int launch_next(void (*kernel)(Parameters...), int64_t blocks, int threads, int shared, void *stream,
                 const Arguments &...arguments) {
 #if !defined(__HIP__)
     if (CUDA_ARCH >= 900) {
+        if (blocks == 0) return 0;
         if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
-        cudaLaunchAttribute early = {};
-        early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        early.val.programmaticStreamSerializationAllowed = 1;
-        return launch_on_nvidia(&early, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
+        cudaLaunchAttribute early = early_start();
+        return launch_on_nvidia(&early, 1, kernel, dim3(static_cast<unsigned>(blocks)), threads, shared, stream,
                                 arguments...);
     }
 #endif

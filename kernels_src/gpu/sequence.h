@@ -225,9 +225,8 @@ template <bool FP8> struct Descales {
 template <> struct Descales<true> {
     float of_keys, of_values;
     Descales() = default;
-    __device__ __forceinline__ Descales(const Arguments &arguments, int batch, int head) {
+    __device__ __forceinline__ Descales(const Arguments &arguments, int batch, int kv_head) {
         const aiter_attention_problem &p = arguments.problem;
-        const int kv_head = head / (p.heads_q / p.heads_kv);
         const auto read = [&](const float *descale, const int64_t(&strides)[2]) {
             return descale == nullptr ? 1.0f : descale[batch * strides[0] + kv_head * strides[1]];
         };
@@ -256,7 +255,9 @@ struct Sequence : Descales<FP8> {
 #endif
 
     __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head)
-        : Descales(arguments, batch, head) {
+        : Sequence(arguments, batch, head, head / (arguments.problem.heads_q / arguments.problem.heads_kv)) {}
+    __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head, int of_keys)
+        : Descales(arguments, batch, of_keys) {
         const aiter_attention_problem &p = arguments.problem;
         const aiter_attention_tensors &t = arguments.tensors;
         const Extent q = extent(query_side(p, t), batch), k = extent(key_side(p, t), batch);
@@ -279,7 +280,7 @@ struct Sequence : Descales<FP8> {
         query_head = head;
         first_query = static_cast<int>(q.begin);
         kv_batch = p.packed_k ? 0 : batch;
-        kv_head = head / (p.heads_q / p.heads_kv);
+        kv_head = of_keys;
         first_key = static_cast<int>(k.begin);
         keys = KeyValueRows<PAGED>(arguments, k, batch, kv_head);
         mask = Mask(p, q.count, keys.count, t.query_offsets, batch);

@@ -49,10 +49,6 @@ __device__ __forceinline__ f32x4 multiply_add(u32x4 a, u32x4 b, f32x4 tile) {
 #endif
 }
 
-/* Kernels of a stream run one after the other here. */
-__device__ __forceinline__ void let_next_start() {}
-__device__ __forceinline__ void wait_for_previous() {}
-
 template <int HEAD_DIM> struct DecodeQueries {
     static constexpr int STEPS = round_up(HEAD_DIM, 32) / 32;
     u32x4 operand[STEPS];

@@ -23,18 +23,6 @@
 
 namespace aiter {
 
-/* A kernel lets the one after it come up, which waits where it needs the results (see launch_next in gpu/runtime.h). */
-__device__ __forceinline__ void let_next_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 template <int COLUMNS> struct DecodeOutput : Accumulator<1, COLUMNS> {
     static __device__ __forceinline__ int column_of_lane(int i) {
         return DecodeOutput::column(i) + DecodeOutput::lane_column();

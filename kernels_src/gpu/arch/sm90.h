@@ -224,15 +224,14 @@ __device__ __forceinline__ int rank() {
     return static_cast<int>(x);
 }
 /* What stands at the same place in the shared memory of another block. */
-__device__ __forceinline__ const float *of(const float *own, int rank) {
-    const float *theirs;
+__device__ __forceinline__ float *of(float *own, int rank) {
+    float *theirs;
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(own), "r"(rank));
     return theirs;
 }
-/* All threads that have not ended. What was written before can be read after. */
-__device__ __forceinline__ void meet() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+/* All threads that have not ended. What was written before arrive() can be read after wait(). */
+__device__ __forceinline__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 } // namespace cluster
 

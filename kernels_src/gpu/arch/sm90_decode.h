@@ -98,10 +98,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
     /* Q, and when it is no longer needed, what readers hand to each other. */
     static constexpr int EXCHANGE_BYTES =
         greater(READERS / 2 * EXCHANGED_FLOATS<Output> * WAVE * 4, PART_ROWS / ROWS * Queries::SHARED_BYTES);
+    /* What blocks of a cluster hand to each other: rows of one row tile, as many of each block. */
+    static constexpr int HANDED_ROWS = ROWS + Shape::MOST_CLUSTER - 1, PART_FLOATS = VALUE_DIM + 8;
+    static constexpr int HANDED_BYTES = HANDED_ROWS * PART_FLOATS * 4;
     /* No more stages than leave room for the blocks of the kernel that adds up, who wait for this one's end. */
-    static constexpr int REST_BYTES = EXCHANGE_BYTES + PART_ROWS * 4 + 1024, MERGE_BYTES = 24 * 1024;
+    static constexpr int REST_BYTES = EXCHANGE_BYTES + HANDED_BYTES + PART_ROWS * 4 + 1024, MERGE_BYTES = 8 * 1024;
     static constexpr int STAGES = lesser((SHARED_LIMIT - REST_BYTES - MERGE_BYTES) / STAGE_BYTES, 8);
-    static constexpr int EXCHANGE_AT = STAGES * STAGE_BYTES, FACTORS_AT = EXCHANGE_AT + EXCHANGE_BYTES;
+    static constexpr int EXCHANGE_AT = STAGES * STAGE_BYTES, HANDED_AT = EXCHANGE_AT + EXCHANGE_BYTES;
+    static constexpr int FACTORS_AT = HANDED_AT + HANDED_BYTES;
     static constexpr int BARRIERS_AT = FACTORS_AT + PART_ROWS * 4;
     static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 2 * mbarrier::BYTES;
     static constexpr int WRITERS = READER_THREADS;
@@ -151,23 +155,29 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
 
     /* ---- copies ---- */
 
+    /* A stage's boxes are dealt to lanes, of which each copies the same of every stage. A wave sets off one after the
+     * other, for 120 cycles each: boxes of pages, which are small, are set off by all copiers. */
+    static constexpr int MAP_COPIERS = PAGED ? COPIERS : 1;
+    static_assert(STAGE_BYTES / (8 * 128) <= MAP_COPIERS * WAVE, "boxes of eight rows, the smallest");
+
     struct Copier {
         const Launch &launch;
         Ring ring;
+        int boxes, line, index; /* of a line; this lane's, of LINES: a block of columns, and which part of its rows */
 
-        /* Boxes of a stage, block by block of columns. box(index, line): where a lane's comes from. */
-        template <class Source>
-        __device__ __forceinline__ void copy_stage(int boxes, int box, int head, Source source) {
+        __device__ __forceinline__ Copier(const Launch &launch, SharedAddress shared) : launch(launch), ring{shared} {
+            const int number = PAGED ? lane() * COPIERS + wave() - READERS : lane();
+            boxes = PAGED && launch.box != 0 ? STAGE_KEYS / launch.box : 1;
+            line = number / boxes;
+            index = number - line * boxes;
+        }
+        __device__ __forceinline__ void copy_stage(int token, int head, int batch) {
             ring.vacate();
-            if (lane() == 0) mbarrier::arrive_and_expect(ring.full(), STAGE_BYTES);
+            if (thread_in_block() == READER_THREADS) mbarrier::arrive_and_expect(ring.full(), STAGE_BYTES);
             wave_sync();
-#pragma unroll 1
-            for (int i = lane(); i < LINES * boxes; i += WAVE) {
-                const int line = i / boxes, index = i % boxes;
+            if (line < LINES) {
                 const bool of_values = line >= KEY_LINES;
-                int token, batch;
-                source(index, token, batch);
-                tensor_map::copy(ring.tile() + line * LINE_BYTES + index * box * 128,
+                tensor_map::copy(ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
                                  of_values ? launch.value : launch.key,
                                  (of_values ? line - KEY_LINES : line) * LINE_COLUMNS, token, head, batch, ring.full());
             }
@@ -179,14 +189,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                                                     int end) {
             const int head = sequence.kv_head, batch = sequence.kv_batch, begin = sequence.first_key;
 #pragma unroll 1
-            for (; first < end; first += STAGE_KEYS)
-                copy_stage(1, STAGE_KEYS, head, [&](int, int &token, int &of) { token = begin + first, of = batch; });
+            for (; first < end; first += STAGE_KEYS) copy_stage(begin + first, head, batch);
         }
 
         /* Each lane looks up the page of one box, WAVE boxes at a time and as many ahead. */
         __device__ __forceinline__ void copy_by_map(const Sequence &sequence, const KeyValueRows<true> &rows, int first,
                                                     int end) {
-            const int box = launch.box, boxes = STAGE_KEYS / box, head = sequence.kv_head;
+            const int box = launch.box, head = sequence.kv_head;
             using tensor_map::PageBox;
             const auto look_up = [&](int begin) { return PageBox::look_up(rows, begin + lane() * box, box); };
             PageBox here = look_up(first), next = look_up(first + WAVE * box);
@@ -198,11 +207,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                     next = look_up(first + WAVE * box);
                     at = 0;
                 }
-                /* As lanes take lines in turn, `boxes` of them for each, a lane's box is the same in all. */
-                const int source = at + lane() % boxes;
-                const PageBox mine = {from_lane(here.entry, source), from_lane(here.position, source)};
-                const int page = mine.page(rows), position = mine.token();
-                copy_stage(boxes, box, head, [&](int, int &token, int &of) { token = position, of = page; });
+                const PageBox mine = {from_lane(here.entry, at + index), from_lane(here.position, at + index)};
+                copy_stage(mine.token(), head, mine.page(rows));
                 at += boxes;
             }
         }
@@ -488,21 +494,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         const SharedAddress count = shared_address(memory) + FACTORS_AT;
         __threadfence();
         meet_readers();
-        if (thread_in_block() == 0) {
-            wait_for_previous(); /* it has cleared the counter */
-            shared_store(count, static_cast<int>(atomicAdd(arrived, 1u)));
-        }
+        if (thread_in_block() == 0) shared_store(count, static_cast<int>(atomicAdd(arrived, 1u)));
         meet_readers();
         __threadfence();
         return shared_load<int>(count);
     }
 
-    /* See Loop in attention_decode.hip. */
-    template <class Pieces, class Write>
-    static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
-                                               Pieces for_each_piece, Write write) {
+    /* What needs no memory but the block's own. */
+    static __device__ __forceinline__ void prepare(const Launch &launch, char *memory) {
         const SharedAddress shared = shared_address(memory);
         const bool mapped = launch.box != 0;
+        if (launch.cluster > 1) cluster::arrive(); /* this block is there: see share_in_cluster */
+        if (mapped && thread_in_block() == READER_THREADS)
+            tensor_map::prefetch(launch.key), tensor_map::prefetch(launch.value);
         if (thread_in_block() == 0) {
             for (Ring r = {shared}; r.turn == 0; r.advance()) {
                 mbarrier::make(r.full(), mapped ? 1 : COPIER_THREADS);
@@ -511,12 +515,20 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
             mbarrier::made();
         }
         barrier();
+    }
+
+    /* See Loop in attention_decode.hip. */
+    template <class Pieces, class Write>
+    static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
+                                               Pieces for_each_piece, const Write &write) {
+        const SharedAddress shared = shared_address(memory);
         if (wave() >= READERS) {
-            if (mapped && wave() > READERS) return;
-            if (mapped) tensor_map::prefetch(launch.key), tensor_map::prefetch(launch.value);
-            Copier copier = {launch, {shared}};
-            for_each_piece([&](const auto &unit, const auto &piece) { copier.copy_piece(unit, piece); });
-            wait_for_copies();
+            if (launch.box == 0 || wave() < READERS + MAP_COPIERS) {
+                Copier copier(launch, shared);
+                for_each_piece([&](const auto &unit, const auto &piece) { copier.copy_piece(unit, piece); });
+                wait_for_copies();
+            }
+            if (launch.cluster > 1) cluster::wait();
         } else {
             Reader reader = {shared};
             for_each_piece([&](const auto &unit, const auto &piece) {
@@ -534,17 +546,20 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                     reader.store_queries(unit, row_tiles * ROWS, scored.query_bits);
                     Reader::meet_all();
                     reader.attend(unit, piece.first_key, piece.end_key, wave_row, group, groups, scored, softmax, o);
-                    add_up(memory + EXCHANGE_AT, group, groups, row_tiles, softmax, o, [] { Reader::meet_all(); });
                 }
+                if (row_tiles == 1) return write.row_tile(piece, group, groups, softmax, o);
+                if (piece.first_key < piece.end_key)
+                    add_up(memory + EXCHANGE_AT, group, groups, row_tiles, softmax, o, [] { Reader::meet_all(); });
                 write(piece, group == 0, wave_row, row_tiles * ROWS, softmax, o);
             });
         }
     }
 };
 
-/* Before a launch that counts: its kernel comes up meanwhile, and waits where it counts first. */
+/* Before a launch that counts. */
 __global__ void clear_arrived(uint32_t *arrived, int count) {
     let_next_start();
+    wait_for_previous();
     for (int i = thread_in_block(); i < count; i += blockDim.x) arrived[i] = 0;
 }
 
