@@ -406,10 +406,9 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
     int step, end;
     Schedule::Place place;
     if (schedule.cluster > 1) {
-        const int rank = block() % schedule.cluster, unit = block() / schedule.cluster;
-        const int units = arguments.problem.heads_kv * schedule.parts; /* of a sequence */
-        place = {unit / units, unit % units, 0, schedule.steps_in(unit / units)};
-        const int each = place.steps / schedule.cluster, longer = place.steps - each * schedule.cluster;
+        const int rank = schedule.own_rank();
+        place = schedule.own_unit();
+        const int each = schedule.by_cluster.quotient(place.steps), longer = place.steps - each * schedule.cluster;
         step = each * rank + lesser(rank, longer);
         end = step + each + (rank < longer);
     } else {
@@ -417,7 +416,7 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
         step = schedule.range_begin(line, index);
         end = schedule.range_begin(line, index + 1);
         if (step >= end) return;
-        place = schedule.find(step);
+        place = schedule.lines() == 1 ? schedule.find(step) : schedule.find(step, line);
     }
 
     for (bool again = false;; again = true) {
@@ -514,11 +513,7 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
 #endif
     wait_for_previous();
     clear_rest(arguments, grid, THREADS);
-#if defined(AITER_RING)
-    const Schedule schedule(arguments, cuts, grid, launch.cluster);
-#else
     const Schedule schedule(arguments, cuts, grid);
-#endif
     if (block() >= schedule.blocks) return;
     const Parts parts(arguments, grid);
     const Score score(arguments.problem);
@@ -599,7 +594,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     if (plan.grid == 0) return 0;
     const int grid = static_cast<int>(plan.grid);
-    const aiter::Cuts cuts(problem, aiter::all_alike(call->tensors) && plan.cluster <= 1, grid);
+    const aiter::Cuts cuts(problem, aiter::all_alike(call->tensors), grid, aiter::greater(plan.cluster, 1));
 #if defined(AITER_RING)
     if (plan.cluster > 1)
         return aiter::launch_next_in_clusters(plan.cluster, aiter::attention_decode, grid, aiter::THREADS,

@@ -102,32 +102,59 @@ template <class Int> struct Deal {
     }
 };
 
-/* What is the same for all blocks of a launch. */
-struct Cuts {
-    int parts;        /* of the rows */
-    int group;        /* query heads of a KV head */
-    int length;       /* steps of a line: of one unit of each sequence. 0: lengths on the device tell, and the rest */
-    int blocks;       /* that have a range of steps */
-    int lines;        /* that are cut on their own, or 1 */
-    int cut, ranges;  /* steps that are cut into as many ranges: of a line, or of all */
-    int grain;        /* steps that are not parted: 1, or those of a unit */
-    int each, longer; /* grains in a range; that many ranges at the beginning have one more */
-
-    /* The host knows how long sequences are where all are alike. */
-    __host__ explicit Cuts(const aiter_attention_problem &p, bool alike, int grid)
-        : parts(row_parts(p)), group(p.heads_q / p.heads_kv), length(0), blocks(grid) {
-        if (alike && !WINDOW && p.batch > 0) cut_lines(p, true, steps_of(p, p.seqlen_k) * p.batch, grid);
+/* Division of numbers from 0 to 2^31 - 1 by one that the host knows: a tenth of the GPU's own (T. Granlund, P. Montgomery,
+ * "Division by Invariant Integers using Multiplication", 1994, figure 4.1). */
+struct Divisor {
+    uint32_t factor = 1;
+    int shift = 0;
+    Divisor() = default;
+    __host__ explicit Divisor(int number) {
+        while (int64_t(1) << shift < number) ++shift;
+        factor = static_cast<uint32_t>((uint64_t((int64_t(1) << shift) - number) << 32) / number + 1);
     }
-    /* Steps of a line; blocks at most. */
-    __host__ __device__ void cut_lines(const aiter_attention_problem &p, bool alike, int steps, int most) {
+    __device__ __forceinline__ int quotient(int x) const {
+        return static_cast<int>((static_cast<uint32_t>(uint64_t(x) * factor >> 32) + x) >> shift);
+    }
+};
+
+/* What is the same for all blocks of a launch. Blocks begin with it while nothing is read yet: so the host works out what
+ * it can. */
+struct Cuts {
+    int parts;                /* of the rows */
+    int line_units;           /* of one sequence: as many lines */
+    int group;                /* query heads of a KV head */
+    int length = 0;           /* steps of a line; 0: lengths on the device tell, and the last four */
+    int blocks;               /* that have a range of steps */
+    int ranges = 1;           /* of what is cut on its own: of a line, or of all */
+    int cut = 0, grain = 1;   /* steps that are cut: of a line, or of all; that are not parted: 1, or those of a unit */
+    int each = 0, longer = 0; /* grains in a range; that many ranges at the beginning have one more */
+    int cluster;              /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
+    bool whole = false;       /* see Deal */
+    Divisor by_line_units, by_group, by_cluster, by_steps; /* of a unit, where all are alike */
+
+    __host__ Cuts(const aiter_attention_problem &p, bool alike, int grid, int cluster)
+        : parts(row_parts(p)), line_units(p.heads_kv * parts), group(p.heads_q / p.heads_kv), blocks(grid),
+          cluster(cluster), by_line_units(line_units), by_group(group), by_cluster(cluster) {
+        if (cluster > 1 || WINDOW) return;
+        const int steps = steps_of(p, p.seqlen_k);
+        if (alike) by_steps = Divisor(steps);
+        if (p.batch_invariant) return;
+        /* Lengths that the device knows are mostly enough for all blocks. */
+        deal(Deal<int>(p, parts, alike, alike ? steps * p.batch * line_units : INT32_MAX, grid));
+        if (alike) cut_lines(p, steps * p.batch);
+    }
+    /* That are cut on their own, or 1. */
+    __host__ __device__ int lines() const { return ranges == blocks ? 1 : line_units; }
+    __host__ __device__ void deal(const Deal<int> &dealt) {
+        blocks = dealt.blocks;
+        ranges = blocks / dealt.lines;
+        whole = dealt.whole;
+    }
+    /* Steps of a line. */
+    __host__ __device__ void cut_lines(const aiter_attention_problem &p, int steps) {
         length = steps;
-        const int all = length * p.heads_kv * parts;
-        const Deal<int> deal(p, parts, alike, all, most);
-        blocks = deal.blocks;
-        lines = deal.lines;
-        cut = all / lines;
-        ranges = blocks / lines;
-        grain = deal.whole ? length / p.batch : 1;
+        cut = lines() == 1 ? steps * line_units : steps;
+        grain = whole ? length / p.batch : 1;
         const int grains = cut / grain;
         each = grains / ranges;
         longer = grains - each * ranges;
@@ -173,8 +200,6 @@ struct Schedule : Cuts {
     const Side queries, keys;
     const int32_t *offsets;
     const bool alike;
-    const int cluster; /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
-
     struct Place { /* of a step: its unit */
         int batch, index;
         int begin, steps; /* the unit's first step; how many it has */
@@ -183,11 +208,14 @@ struct Schedule : Cuts {
         }
     };
 
-    __device__ __forceinline__ Schedule(const Arguments &a, const Cuts &cuts, int grid, int cluster = 1)
+    __device__ __forceinline__ Schedule(const Arguments &a, const Cuts &cuts, int grid)
         : Cuts(cuts), problem(a.problem), queries(query_side(a.problem, a.tensors)),
-          keys(key_side(a.problem, a.tensors)), offsets(a.tensors.query_offsets), alike(all_alike(a.tensors)),
-          cluster(cluster) {
-        if (cluster == 1 && length == 0) cut_lines(problem, alike, in_line(problem.batch, INT32_MAX).begin, grid);
+          keys(key_side(a.problem, a.tensors)), offsets(a.tensors.query_offsets), alike(all_alike(a.tensors)) {
+        if (cluster > 1 || length > 0) return;
+        const int steps = in_line(problem.batch, INT32_MAX).begin, all = steps * line_units;
+        if (WINDOW || problem.batch_invariant || all / LEAST_STEPS < grid)
+            deal(Deal<int>(problem, parts, alike, all, grid));
+        cut_lines(problem, steps);
     }
     /* Of a line's range, or of all steps'. */
     __device__ __forceinline__ int range_begin(int line, int index) const {
@@ -205,12 +233,20 @@ struct Schedule : Cuts {
         return steps_of(problem, range.high - range.low);
     }
     /* Blocks that run at one time, side by side, have the same range of different lines. */
-    __device__ __forceinline__ int own_line() const { return block() % lines; }
-    __device__ __forceinline__ int own_index() const { return block() / lines; }
+    __device__ __forceinline__ int own_index() const {
+        return ranges == blocks ? block() : by_line_units.quotient(block());
+    }
+    __device__ __forceinline__ int own_line() const { return block() - own_index() * lines(); }
     __device__ __forceinline__ int own_range() const { return own_line() * ranges + own_index(); }
+    /* The part of a unit that the block of a cluster has. */
+    __device__ __forceinline__ Place own_unit() const {
+        const int number = by_cluster.quotient(block()), batch = by_line_units.quotient(number);
+        return {batch, number - batch * line_units, 0, steps_in(batch)};
+    }
+    __device__ __forceinline__ int own_rank() const { return block() - by_cluster.quotient(block()) * cluster; }
     /* By a whole wave. */
-    __device__ __forceinline__ Place find(int step) const {
-        const int index = uniform(step / length);
+    __device__ __forceinline__ Place find(int step) const { return find(step, uniform(step / length)); }
+    __device__ __forceinline__ Place find(int step, int index) const { /* where it is known in which line it is */
         return in_line(problem.batch, step - index * length).moved(index, length);
     }
     __device__ __forceinline__ Place unit(int batch, int index) const {
@@ -227,7 +263,8 @@ struct Schedule : Cuts {
      * where all steps end. */
     __device__ __forceinline__ Place in_line(int wanted, int step) const {
         if (alike) {
-            const int steps = steps_in(0), batch = step == INT32_MAX ? wanted : lesser(step / steps, wanted);
+            const int steps = steps_in(0), before = WINDOW ? step / steps : by_steps.quotient(step);
+            const int batch = step == INT32_MAX ? wanted : lesser(before, wanted);
             return {batch, 0, batch * steps, steps};
         }
         constexpr int OWN = 4; /* sequences of a lane: their lengths are on their way together */
@@ -301,22 +338,24 @@ struct Parts {
 /* A unit: rows of the query that share a KV head. Row r is query token r / group of head first_head + r % group. */
 struct Unit {
     const Arguments &arguments;
-    int batch, group, first_head;
+    int batch, group;
+    Divisor by_group;
+    int first_head;
     Sequence sequence;                /* of the first head */
     int first_row, rows, padded_rows; /* of this part of the rows; padded_rows are written */
 
     __device__ __forceinline__ Unit(const Arguments &a, int batch, int index, const Cuts &cuts)
-        : Unit(a, batch, cuts.group, cuts.parts == 1 ? index : index / cuts.parts,
-               cuts.parts == 1 ? 0 : index % cuts.parts) {}
-    __device__ __forceinline__ Unit(const Arguments &a, int batch, int group, int kv_head, int part)
-        : arguments(a), batch(batch), group(group), first_head(kv_head * group),
+        : Unit(a, batch, cuts, cuts.parts == 1 ? index : index / cuts.parts, cuts.parts == 1 ? 0 : index % cuts.parts) {
+    }
+    __device__ __forceinline__ Unit(const Arguments &a, int batch, const Cuts &cuts, int kv_head, int part)
+        : arguments(a), batch(batch), group(cuts.group), by_group(cuts.by_group), first_head(kv_head * group),
           sequence(a, batch, first_head, kv_head), first_row(part * most_rows(a.problem)),
           rows(clamp(sequence.rows * group - first_row, 0, most_rows(a.problem))),
           padded_rows(clamp(sequence.padded_rows * group - first_row, 0, most_rows(a.problem))) {}
 
     /* Here rows count from the first of this part. */
-    __device__ __forceinline__ int token(int row) const { return (first_row + row) / group; }
-    __device__ __forceinline__ int head(int row) const { return (first_row + row) % group; }
+    __device__ __forceinline__ int token(int row) const { return by_group.quotient(first_row + row); }
+    __device__ __forceinline__ int head(int row) const { return first_row + row - token(row) * group; }
     __device__ __forceinline__ Range sees(int row) const { return sequence.mask.keys_of(token(row)); }
     __device__ __forceinline__ bool sees_keys(int row) const { return row < rows && !sees(row).empty(); }
     __device__ __forceinline__ int position(int row) const { return token(row) + sequence.mask.diagonal; }

@@ -229,6 +229,8 @@ __device__ __forceinline__ float *of(float *own, int rank) {
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(own), "r"(rank));
     return theirs;
 }
+/* This block is there: for others, who do so before they wait(). */
+__device__ __forceinline__ void appear() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 /* All threads that have not ended. What was written before arrive() can be read after wait(). */
 __device__ __forceinline__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

@@ -504,7 +504,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
     static __device__ __forceinline__ void prepare(const Launch &launch, char *memory) {
         const SharedAddress shared = shared_address(memory);
         const bool mapped = launch.box != 0;
-        if (launch.cluster > 1) cluster::arrive(); /* this block is there: see share_in_cluster */
+        if (launch.cluster > 1) cluster::appear();
         if (mapped && thread_in_block() == READER_THREADS)
             tensor_map::prefetch(launch.key), tensor_map::prefetch(launch.value);
         if (thread_in_block() == 0) {
