@@ -4,21 +4,22 @@
  *
  *   block           one for each SM
  *   copiers         wave 0 of four sets off stage after stage, as soon as the readers have given one back: a box of
- *                   the tensor map for each 128 bytes of columns, or for each of them and of the stage's pages. It
- *                   knows the block's pieces as the readers do, and is ahead of them by the whole ring. Tensors of
- *                   which there is no map, and pages whose size is no multiple of 8, are copied by all four, 16 bytes
- *                   a lane (8 of 8-bit elements).
+ *                   the tensor map for each 128 bytes of columns. Of pages there is one for each of them and of the
+ *                   stage's pages: all four share these. Copiers know the block's pieces as the readers do, and are
+ *                   ahead of them by the whole ring. Tensors of which there is no map, and pages whose size is no
+ *                   multiple of 8, are copied by all four, 16 bytes a lane (8 of 8-bit elements).
  *   readers         the waves that multiply, with mma.sync. With one row tile each takes every eighth (or fourth) tile
- *                   of KEYS tokens; with more, waves are dealt to row tiles. At the end of a piece they add up what
- *                   they have.
+ *                   of KEYS tokens, and at the end of a piece all leave their rows in shared memory, where each adds up
+ *                   some (Results::row_tile in attention_decode.hip); with more, waves are dealt to row tiles, and halve
+ *                   their number by adding up.
  *
  *     ring          | stage 0 | stage 1 | stage 2 | stage 3 | stage 4 |     a stage: K and V of a few tiles, in blocks
  *                     in use    in use    on its way ...                    of 128 bytes of columns, rows permuted as
  *                                                                           RowLayout<64> has them
  *     readers       wave 0 ... 3: tiles of even stages; 4 ... 7: of odd ones (four tiles a stage, one row tile)
  *
- *   a cluster       where units are few: blocks side by side have equal parts of one, and add them up through their
- *                   shared memory (attention_decode.hip)
+ *   a cluster       where units are few: blocks side by side have equal parts of one. Each sends the rows of its part to
+ *                   the blocks that write them, into their shared memory
  *   barriers        of a stage: `full`, it has arrived; `empty`, all readers are done with it, which all of them say of
  *                   each stage, whosever its tiles are
  *
