@@ -24,8 +24,9 @@
  *                      hide        only where an edge of what the rows see cuts the tile
  *                      update      P = exp2(S - max)
  *                      accumulate  O += P V
- *     at the end       waves of a row tile add up what they have, halving their number through shared memory; the
- *                      first writes it: the whole of a unit to the output, a part of one to the workspace
+ *     at the end       waves of a row tile add up what they have, halving their number through shared memory (a single
+ *                      row tile of sm_90a: at once, see Results::row_tile); the first writes it: the whole of a unit to
+ *                      the output, a part of one to the workspace
  *
  * With a window, steps are counted over the keys that any row sees, and pages before them are not looked up. With
  * batch_invariant, every range is one step of INVARIANT_KEYS keys, so that a unit is cut in the same places whatever
@@ -313,8 +314,8 @@ __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts,
 }
 
 #if defined(AITER_RING)
-/* Parts of a row tile in shared memory, where rows 0 ... rows - 1 of each stand together: output, maximum, sum. Places are
- * such that lanes which write four rows at a time do not meet in a bank. */
+/* Parts of a row tile in shared memory, where rows 0 ... rows - 1 of each stand together: output, maximum, sum. Places
+ * are such that lanes which write four rows at a time do not meet in a bank. */
 struct NearParts {
     float *memory;
     int rows;
@@ -362,8 +363,8 @@ struct NearRow {
 };
 static_assert(Loop::READERS * Tile::ROWS / 2 * Loop::PART_FLOATS * 4 <= Loop::EXCHANGE_BYTES, "");
 
-/* By all readers of a cluster's blocks, each of which has a part of the unit: a block hands rows to those that have them
- * in the end, and adds up its own. */
+/* By all readers of a cluster's blocks, each of which has a part of the unit: a block hands rows to those that have
+ * them in the end, and adds up its own. */
 __device__ __forceinline__ void share_in_cluster(const Unit &unit, char *shared, const NearParts &waves, int groups,
                                                  int size) {
     const int each = (unit.padded_rows + size - 1) / size, rank = cluster::rank();

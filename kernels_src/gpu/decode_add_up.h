@@ -10,9 +10,9 @@ namespace aiter {
 /* Floats that a lane hands over: O, maximum, sum. */
 template <class Output> constexpr int EXCHANGED_FLOATS = Output::SLOTS * (Output::VALUES + 2);
 
-/* Those of a group with a higher number hand theirs to those with a lower one, until `left` groups are left; the same of
- * the next group is `waves` waves on. meet(): where all of them do. Shared memory: EXCHANGED_FLOATS for each lane of half
- * of the waves. */
+/* Those of a group with a higher number hand theirs to those with a lower one, until `left` groups are left; the same
+ * of the next group is `waves` waves on. meet(): where all of them do. Shared memory: EXCHANGED_FLOATS for each lane of
+ * half of the waves. */
 template <class Softmax, class Output, class Meet>
 __device__ __forceinline__ void add_up(char *shared, int group, int groups, int waves, Softmax &softmax, Output &o,
                                        Meet meet, int left = 1) {

@@ -102,8 +102,8 @@ template <class Int> struct Deal {
     }
 };
 
-/* Division of numbers from 0 to 2^31 - 1 by one that the host knows: a tenth of the GPU's own (T. Granlund, P. Montgomery,
- * "Division by Invariant Integers using Multiplication", 1994, figure 4.1). */
+/* Division of numbers from 0 to 2^31 - 1 by one that the host knows, which spares the GPU a long sequence (T. Granlund,
+ * P. Montgomery, "Division by Invariant Integers using Multiplication", 1994, figure 4.1). */
 struct Divisor {
     uint32_t factor = 1;
     int shift = 0;
@@ -117,8 +117,8 @@ struct Divisor {
     }
 };
 
-/* What is the same for all blocks of a launch. Blocks begin with it while nothing is read yet: so the host works out what
- * it can. */
+/* What is the same for all blocks of a launch. Nothing is read yet while they work it out: so the host does what it
+ * can. */
 struct Cuts {
     int parts;                /* of the rows */
     int line_units;           /* of one sequence: as many lines */

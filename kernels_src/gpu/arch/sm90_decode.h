@@ -10,16 +10,16 @@
  *                   multiple of 8, are copied by all four, 16 bytes a lane (8 of 8-bit elements).
  *   readers         the waves that multiply, with mma.sync. With one row tile each takes every eighth (or fourth) tile
  *                   of KEYS tokens, and at the end of a piece all leave their rows in shared memory, where each adds up
- *                   some (Results::row_tile in attention_decode.hip); with more, waves are dealt to row tiles, and halve
- *                   their number by adding up.
+ *                   some (Results::row_tile in attention_decode.hip); with more, waves are dealt to row tiles, and
+ *                   halve their number by adding up.
  *
  *     ring          | stage 0 | stage 1 | stage 2 | stage 3 | stage 4 |     a stage: K and V of a few tiles, in blocks
  *                     in use    in use    on its way ...                    of 128 bytes of columns, rows permuted as
  *                                                                           RowLayout<64> has them
  *     readers       wave 0 ... 3: tiles of even stages; 4 ... 7: of odd ones (four tiles a stage, one row tile)
  *
- *   a cluster       where units are few: blocks side by side have equal parts of one. Each sends the rows of its part to
- *                   the blocks that write them, into their shared memory
+ *   a cluster       where units are few: blocks side by side have equal parts of one. Each sends the rows of its part
+ *                   to the blocks that write them, into their shared memory
  *   barriers        of a stage: `full`, it has arrived; `empty`, all readers are done with it, which all of them say of
  *                   each stage, whosever its tiles are
  *
