@@ -428,8 +428,8 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
 
 constexpr int MERGE_WAVES = 8, MERGE_BLOCKS = 2; /* of a CU/SM; more, and nvcc spares registers */
 
-/* `rows` rows of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one
- * that the cut goes through first. */
+/* `rows` of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one that
+ * the cut goes through first. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE, MERGE_BLOCKS)
     merge(const Arguments arguments, int grid, int over_units, int rows) {
     __shared__ MergeSums sums[MERGE_WAVES];
@@ -513,9 +513,9 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
         return error;
     if (!plan.cuts) return 0;
     const int over_units = plan.units < grid - 1;
-    /* Two rows a block, and more where not all blocks would find a place at one time: each has its unit to find, four or
-     * five loads one after the other. Not so where it would matter what else there is: the order in which a row's parts
-     * are added up depends on it. */
+    /* Two rows a block, and more where not all blocks would find a place at one time: each has its unit to find, four
+     * or five loads one after the other. Never more where no bit may depend on what else there is: the order in which a
+     * row's parts are added up depends on it. */
     const int64_t items = over_units ? plan.units : grid - 1, unit_rows = aiter::rows_of_unit(problem);
     int rows = 2;
     const auto blocks = [&] { return items * ((unit_rows + rows - 1) / rows); };
