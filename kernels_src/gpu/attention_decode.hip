@@ -428,8 +428,8 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
 
 constexpr int MERGE_WAVES = 8, MERGE_BLOCKS = 2; /* of a CU/SM; more, and nvcc spares registers */
 
-/* `rows` of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one that
- * the cut goes through first. */
+/* `rows` of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one
+ * that the cut goes through first. */
 __global__ void __launch_bounds__(MERGE_WAVES *WAVE, MERGE_BLOCKS)
     merge(const Arguments arguments, int grid, int over_units, int rows) {
     __shared__ MergeSums sums[MERGE_WAVES];
