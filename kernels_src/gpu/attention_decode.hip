@@ -525,17 +525,17 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
 
 /* ---- units that were cut, in a kernel of its own ---- */
 
-constexpr int MERGE_ROWS = 2, MERGE_WAVES = 8;
+constexpr int MERGE_WAVES = 8, MERGE_BLOCKS = 2; /* of a CU/SM; more, and nvcc spares registers */
 
-/* Some rows of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one
+/* `rows` of one unit. The grid goes over all units, or over all cuts where those are fewer: then the unit is the one
  * that the cut goes through first. */
-__global__ void __launch_bounds__(MERGE_WAVES *WAVE, 2) /* 2: or nvcc spares registers */
-    merge(const Arguments arguments, const Cuts cuts, int grid, int over_units) {
+__global__ void __launch_bounds__(MERGE_WAVES *WAVE, MERGE_BLOCKS)
+    merge(const Arguments arguments, const Cuts cuts, int grid, int over_units, int rows) {
     __shared__ MergeSums sums[MERGE_WAVES];
     if (cuts.length == 0) wait_for_previous(); /* lengths may be from a kernel that the one before waits for */
     const Schedule schedule(arguments, cuts, grid);
     const Parts parts(arguments, grid);
-    const int row_blocks = (parts.rows + MERGE_ROWS - 1) / MERGE_ROWS, item = block() / row_blocks;
+    const int row_blocks = (parts.rows + rows - 1) / rows, item = block() / row_blocks;
     const bool exists = over_units || item + 1 < schedule.blocks;
     const int batches = schedule.problem.batch;
     const Schedule::Place place = over_units ? schedule.unit(item % batches, item / batches)
@@ -545,8 +545,8 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE, 2) /* 2: or nvcc spares reg
     /* Even where there is nothing to merge: whoever comes next on the stream waits for this kernel alone. */
     wait_for_previous();
     if (!exists || first == last || !over_units && first != item) return;
-    merge_rows<MERGE_WAVES>(unit, PartsOfBlocks{parts, first}, last - first + 1, block() % row_blocks * MERGE_ROWS,
-                            MERGE_ROWS, sums, [] { barrier(); });
+    merge_rows<MERGE_WAVES>(unit, PartsOfBlocks{parts, first}, last - first + 1, block() % row_blocks * rows, rows,
+                            sums, [] { barrier(); });
 }
 
 /* ---- the host's side ---- */
@@ -591,7 +591,8 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     if (const int error = aiter::check_problem(problem)) return error;
     int device = 0;
     if (const int error = hipGetDevice(&device)) return error;
-    const aiter::Plan plan(problem, aiter::all_alike(call->tensors), aiter::compute_units(device));
+    const int compute_units = aiter::compute_units(device);
+    const aiter::Plan plan(problem, aiter::all_alike(call->tensors), compute_units);
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     if (plan.grid == 0) return 0;
     const int grid = static_cast<int>(plan.grid);
@@ -614,9 +615,15 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
         return error;
     if (!plan.cuts) return 0;
     const int over_units = plan.units < grid - 1;
-    const int64_t row_blocks = (aiter::rows_of_unit(problem) + aiter::MERGE_ROWS - 1) / aiter::MERGE_ROWS;
-    return aiter::launch_next(aiter::merge, (over_units ? plan.units : grid - 1) * row_blocks,
-                              aiter::MERGE_WAVES * aiter::WAVE, 0, stream, *call, cuts, grid, over_units);
+    /* Two rows a block, and more where not all blocks would find a place at one time: each has its unit to find, four
+     * or five loads one after the other. Never more where no bit may depend on what else there is: the order in which a
+     * row's parts are added up depends on it. */
+    const int64_t items = over_units ? plan.units : grid - 1, unit_rows = aiter::rows_of_unit(problem);
+    int rows = 2;
+    const auto blocks = [&] { return items * ((unit_rows + rows - 1) / rows); };
+    while (!problem.batch_invariant && rows < unit_rows && blocks() > compute_units * aiter::MERGE_BLOCKS) rows *= 2;
+    return aiter::launch_next(aiter::merge, blocks(), aiter::MERGE_WAVES * aiter::WAVE, 0, stream, *call, cuts, grid,
+                              over_units, rows);
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

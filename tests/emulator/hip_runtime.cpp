@@ -83,7 +83,8 @@ template <class T> void put(std::vector<uint8_t> &to, uint32_t offset, T value) 
 // guide).
 void fill_arguments(Launch &launch, void **arguments) {
     const Kernel &kernel = *launch.kernel;
-    launch.kernarg.assign(std::max<uint32_t>(kernel.kernarg_bytes, 16), 0);
+    // Rounded up to the segment's alignment, up to which the compiler may read.
+    launch.kernarg.assign(std::max<uint32_t>((kernel.kernarg_bytes + 15) / 16 * 16, 16), 0);
     size_t next = 0;
     for (const Argument &a : kernel.arguments) {
         if (a.kind.rfind("hidden_", 0) != 0) {

@@ -36,7 +36,8 @@
  * Values in a memory of their own: they replace the tile's first eight blocks as soon as its scores are made.
  *
  * After the design of FlashMLA (github.com/deepseek-ai/FlashMLA): halves of the output, P exchanged, a tile given back
- * block by block. There both warpgroups begin with the scores of two tiles; here they are half a round apart. */
+ * block by block. There both warpgroups begin with the scores of two tiles; here they are half a round apart. What that
+ * order gave, tensor maps, and clusters that share their copies: docs/hopper.md. */
 #ifndef AITER_GPU_ARCH_SM90_LATENT_H
 #define AITER_GPU_ARCH_SM90_LATENT_H
 
