@@ -68,7 +68,7 @@ def problem(options: argparse.Namespace, arch: str, keys: int) -> tuple[Callable
             lambda stats: attend(
                 arch, query, key, value, name="attention_decode", softcap=options.softcap, stats=stats, **where
             ),
-            lambda stats: list(range(max(map(timing.resident_groups, stats.values())))),
+            lambda stats: list(range(max(on_a_cu(arch, seen) for seen in stats.values()))),
         )
     query, key, value, grad = (aligned(n, heads, options.head_dim) for n in (rows, keys, keys, rows))
 
@@ -87,6 +87,11 @@ def problem(options: argparse.Namespace, arch: str, keys: int) -> tuple[Callable
         arch, query, key, value, query, lse, grad, causal=options.causal, softcap=options.softcap, stats=stats
     )
     return call, groups
+
+
+def on_a_cu(arch: str, seen: dict) -> int:
+    """Workgroups that a CU has at a time: as many as it holds, if the launch has as many for each."""
+    return min(timing.resident_groups(seen), -(-seen["workgroups"] // int(timing.values(arch)["cus"])))
 
 
 def kernels(stats: dict[str, dict]) -> dict[str, dict]:
@@ -116,8 +121,9 @@ def predict(options: argparse.Namespace, arch: str) -> list[dict]:
         for name, seen in stats.items():
             sharers = 1.0 if options.kernel == "decode" else amd_predict.sharers(arch, options.seq, rows[name])
             turns = 1 if options.kernel == "decode" else amd_predict.TURNS
+            resident = on_a_cu(arch, seen) if options.kernel == "decode" else timing.resident_groups(seen)
             plays[name] = timing.play(
-                arch, name, seen, groups=turns * timing.resident_groups(seen), clock_mhz=clock, sharers=sharers,
+                arch, name, seen, resident=resident, groups=turns * resident, clock_mhz=clock, sharers=sharers,
                 events=bool(options.plot),
             )  # fmt: skip
         runs.append((keys, stats, plays, rows))

@@ -39,6 +39,13 @@ struct Extent {
     int count;
 };
 
+/* Where a sequence's rows begin, in elements. Factors are chosen and not products: all of them are then read at one time,
+ * where each of two branches would wait for its own. */
+__device__ __forceinline__ int64_t first_row(bool packed, const Extent &extent, int batch,
+                                             const int64_t (&strides)[3]) {
+    return (packed ? extent.begin : batch) * (packed ? strides[1] : strides[0]);
+}
+
 /* Of a packed sequence or list of pages with starts, or where the last one ends. */
 __device__ __forceinline__ int64_t start_of(const Side &side, int batch) {
     return lesser<int64_t>(greater(uniform(side.starts[batch]), 0), side.total);
@@ -119,7 +126,7 @@ template <> struct KeyValueRows<false> {
         const aiter_attention_problem &p = arguments.problem;
         const auto row_0 = [&](const void *tensor, const int64_t(&strides)[3]) {
             return static_cast<const char *>(tensor) +
-                   (head * strides[2] + (p.packed_k ? extent.begin * strides[1] : batch * strides[0])) * CACHED_BYTES;
+                   (head * strides[2] + first_row(p.packed_k, extent, batch, strides)) * CACHED_BYTES;
         };
         key = row_0(arguments.tensors.key, p.key_strides);
         value = row_0(arguments.tensors.value, p.value_strides);
@@ -264,9 +271,9 @@ struct Sequence : Descales<FP8> {
         query_stride = p.query_strides[1];
         output_stride = p.output_strides[1];
         query = static_cast<const Element *>(t.query) + head * p.query_strides[2] +
-                (p.packed_q ? q.begin * query_stride : batch * p.query_strides[0]);
+                first_row(p.packed_q, q, batch, p.query_strides);
         output = static_cast<Element *>(t.output) + head * p.output_strides[2] +
-                 (p.packed_q ? q.begin * output_stride : batch * p.output_strides[0]);
+                 first_row(p.packed_q, q, batch, p.output_strides);
         lse = t.lse == nullptr ? nullptr
                                : t.lse + head * p.lse_strides[1] + (p.packed_q ? q.begin : batch * p.lse_strides[0]);
         rows = q.count;
