@@ -51,7 +51,8 @@
  *   KeyValueStream<HEAD_DIM, VALUE_DIM, Rows>   (shared, rows, first, group, groups): the tiles group, group + groups,
  *                                               ... from token `first` to the end of rows; advance, scores and
  *                                               accumulate as above. COOPERATIVE: waves fetch tiles for each other, so
- *                                               that all must take part
+ *                                               that all must take part, and advance; else scores and accumulate
+ *                                               have the next tile set off, if there is `more`
  */
 #include "call_reader.h"
 #include "gpu/decode_schedule.h"
@@ -85,6 +86,17 @@ using Scores = Tile::Scores;
 
 constexpr int TEAMS = Tile::TEAMS;
 
+/* more: this wave has another tile after it. */
+__device__ __forceinline__ void attend_tile(const Unit::Wave<Output, Tile::ROWS> &rows, Stream &stream,
+                                            const Tile::Queries &queries, int first, bool more, const Score &score,
+                                            Softmax &softmax, Output &o) {
+    Scores s;
+    stream.scores(queries, s, more);
+    rows.finish(score, s, first);
+    softmax.update(s, o);
+    stream.accumulate(s, o, more);
+}
+
 /* The team's tiles among keys first_key ... end-1, for the rows from `wave_row` on. */
 __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, int first_key, int end, int wave_row,
                                        int group, int groups, const Score &score, Softmax &softmax, Output &o) {
@@ -99,17 +111,19 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
     queries.load(
         stream.query_memory(),
         [&](int row) { return wave_row + row < unit.rows ? unit.query(wave_row + row) : nullptr; }, score.query_bits);
-    /* All waves make the same number of rounds: they may have to meet in each. */
-    const int last_step = (end - first_key - 1) / STEP_KEYS;
-    for (int tile = group; tile < (last_step + 1) * TEAMS; tile += groups) {
-        stream.advance();
-        const int first = first_key + tile * KEYS;
-        if (first >= end || Stream::COOPERATIVE && wave_row >= unit.rows) continue;
-        Scores s;
-        stream.scores(queries, s);
-        scored_rows.finish(score, s, first);
-        softmax.update(s, o);
-        stream.accumulate(s, o);
+    const int stride = groups * KEYS;
+    int first = first_key + group * KEYS;
+    if constexpr (Stream::COOPERATIVE) { /* all waves make the same number of rounds, as they meet in each */
+        const int last_step = (end - first_key - 1) / STEP_KEYS;
+        for (int tile = group; tile < (last_step + 1) * TEAMS; tile += groups, first += stride) {
+            stream.advance();
+            if (first < end && wave_row < unit.rows)
+                attend_tile(scored_rows, stream, queries, first, true, score, softmax, o);
+        }
+    } else { /* the last tile has code of its own: a branch around loads would make others wait for them */
+        for (; first + stride < end; first += stride)
+            attend_tile(scored_rows, stream, queries, first, true, score, softmax, o);
+        if (first < end) attend_tile(scored_rows, stream, queries, first, false, score, softmax, o);
     }
 }
 

@@ -201,7 +201,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
 
     __device__ __forceinline__ void advance() {}
 
-    __device__ __forceinline__ void scores(const DecodeQueries<HEAD_DIM> &queries, DecodeScores &s) {
+    __device__ __forceinline__ void scores(const DecodeQueries<HEAD_DIM> &queries, DecodeScores &s, bool more) {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             s.half[n] = f32x4{0, 0, 0, 0};
@@ -214,7 +214,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
         }
         current = coming;
         coming += stride;
-        issue_keys();
+        if (more) issue_keys();
     }
 
     /* The halves' eight tokens of element pair h, and which of the pair: an operand of V^T. */
@@ -223,7 +223,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
                      join_halves(v[1][0][h], v[1][1][h], odd), join_halves(v[1][2][h], v[1][3][h], odd)};
     }
 
-    __device__ __forceinline__ void accumulate(const DecodeScores &s, Output &o) {
+    __device__ __forceinline__ void accumulate(const DecodeScores &s, Output &o, bool more) {
         if (current + KEYS > rows.count || WINDOW && current < rows.begin) { /* other values must be zeros */
 #pragma unroll
             for (int n = 0; n < 2; ++n)
@@ -252,7 +252,7 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
             const u32x4 v = n / 8 < WIDE ? transposed(eights[n / 8], e / 2, e % 2) : transposed(fours, e / 2, e % 2);
             o.tile[n] = multiply_add(v, p, o.tile[n]);
         }
-        issue_values();
+        if (more) issue_values();
     }
 };
 

@@ -206,10 +206,10 @@ template <int HEAD_DIM, int VALUE_DIM, class Rows> struct KeyValueStream {
         tile.current = shared + (FP8 ? 0 : stage * STAGE_BYTES) + (group + sub) * TILE_BYTES;
         sub = sub + groups == TEAMS ? 0 : sub + groups;
     }
-    __device__ __forceinline__ void scores(const Queries &queries, typename Shape::Scores &s) {
+    __device__ __forceinline__ void scores(const Queries &queries, typename Shape::Scores &s, bool) {
         tile.scores(queries, s);
     }
-    __device__ __forceinline__ void accumulate(const typename Shape::Scores &s, typename Shape::Output &o) {
+    __device__ __forceinline__ void accumulate(const typename Shape::Scores &s, typename Shape::Output &o, bool) {
         tile.accumulate(s, o, TEAM == 1 ? 0 : wave() % TEAM * Shape::COLUMNS);
     }
 };
