@@ -39,6 +39,7 @@ struct NarrowBlock {
 struct KeySquare {
 #if AITER_DTYPE_BF16 && !AITER_DOT_PRODUCTS
     static constexpr int STEPS = 2 * LANES;
+    static constexpr bool DEALT = !AITER_FP8_CACHE; /* see deal(); with floats it gains nothing */
     IntVec rows[LANES];
 
     template <int N, class Row> static AITER_INLINE_MEMBER IntVec row(const Row *key) { return element_pairs(key, N); }
@@ -46,6 +47,7 @@ struct KeySquare {
 #elif AITER_DTYPE_FP16 && (AITER_AVX512 || AITER_AVX2) && !AITER_FP8_CACHE
     typedef uint16_t Elements __attribute__((vector_size(sizeof(Vec))));
     static constexpr int STEPS = 2 * LANES;
+    static constexpr bool DEALT = false;
     Elements rows[LANES];
 
     template <int N> static AITER_INLINE_MEMBER Elements row(const Element *key) {
@@ -58,6 +60,7 @@ struct KeySquare {
     }
 #else
     static constexpr int STEPS = LANES;
+    static constexpr bool DEALT = false;
     Vec rows[LANES];
 
     template <int N, class Row> static AITER_INLINE_MEMBER Vec row(const Row *key) { return (Vec)row_steps<N>(key, 0); }
@@ -138,10 +141,18 @@ class NarrowWorker {
         KeySquare squares[GROUPS];
         for (int g = 0; g < GROUPS; g++) {
             KeySquare &square = squares[g];
+            /* Many rows read many queries, and loads are what they have too few of. */
+            constexpr bool DEALT = KeySquare::DEALT && SIDE == KeySquare::STEPS && ROWS < MAX_ROWS;
             AITER_UNROLL
             for (int i = 0; i < LANES; i++)
-                square.rows[i] = KeySquare::row<SIDE * STEP_ELEMENTS>(keys[g * LANES + i] + first * STEP_ELEMENTS);
-            transpose(square.rows);
+                if constexpr (DEALT) {
+                    constexpr int PIECE = 16 / static_cast<int>(sizeof(Cached));
+                    const IntVec cells = deal(keys + g * LANES + i % 4, first * STEP_ELEMENTS + i / 4 * PIECE);
+                    memcpy(&square.rows[i], &cells, sizeof cells);
+                } else {
+                    square.rows[i] = KeySquare::row<SIDE * STEP_ELEMENTS>(keys[g * LANES + i] + first * STEP_ELEMENTS);
+                }
+            transpose<DEALT>(square.rows);
         }
         AITER_UNROLL
         for (int i = 0; i < SIDE; i++) {

@@ -284,8 +284,8 @@ AITER_INLINE V zip(V a, V b, std::integer_sequence<int, LANE...>) {
 }
 
 /* Of a square of 32-bit elements, element d of row i goes to place i of row d. Of LANES rows of 16-bit elements, twice as
- * many (LANES at least 8): to place d / 8 % 2 * LANES + i of row d / 16 * 8 + d % 8. */
-template <class V> AITER_INLINE void transpose(V (&rows)[LANES]) {
+ * many (LANES at least 8): to place d / 8 % 2 * LANES + i of row d / 16 * 8 + d % 8. DEALT: see deal(). */
+template <bool DEALT = false, class V> AITER_INLINE void transpose(V (&rows)[LANES]) {
     constexpr int COUNT = sizeof(V) / sizeof(rows[0][0]), BLOCK = 16 / sizeof(rows[0][0]), BLOCKS = LANES / BLOCK;
     constexpr auto ALL = std::make_integer_sequence<int, COUNT>();
     constexpr auto LANES_ALL = std::make_integer_sequence<int, LANES>();
@@ -301,6 +301,7 @@ template <class V> AITER_INLINE void transpose(V (&rows)[LANES]) {
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
+    if constexpr (DEALT) return;
     AITER_UNROLL
     for (int stage = 1; stage < BLOCKS; stage *= 2) { /* 128 bits at a time */
         AITER_UNROLL
@@ -313,6 +314,25 @@ template <class V> AITER_INLINE void transpose(V (&rows)[LANES]) {
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
+}
+
+/* 128 bits of each of the rows p[0], p[4], p[8] ..., from element `first` on, side by side. Where row 4 c + r of a square of
+ * 32-bit elements holds piece c of rows r, r + 4, r + 8 ..., loads have done half of the exchanges (transpose<true>). */
+template <class Row> AITER_INLINE IntVec deal(const Row *const *p, int first) {
+#if AITER_AVX512 || AITER_AVX2
+    const auto piece = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p[row] + first)); };
+#endif
+#if AITER_AVX512
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(4), 1);
+    const __m512i most = _mm512_inserti32x4(_mm512_castsi256_si512(low), piece(8), 2);
+    return (IntVec)_mm512_inserti32x4(most, piece(12), 3);
+#elif AITER_AVX2
+    return (IntVec)_mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(4), 1);
+#else
+    IntVec v;
+    memcpy(&v, p[0] + first, sizeof v);
+    return v;
+#endif
 }
 
 /* Adds lanes that are HALF apart, those of a in the lanes without that bit and those of b in the lanes with it: one
