@@ -67,6 +67,7 @@ static_assert(!DROPOUT, "dropout is for training: the forward kernel knows it");
 /* What a block has of a unit: those of the keys first_key ... end_key - 1 that any row sees. */
 struct Piece {
     Schedule::Place place;
+    int rows; /* of the unit */
     int first_key, end_key;
     bool begins, whole; /* is it the unit's beginning; all of it */
     bool again;         /* not the block's first */
@@ -213,15 +214,15 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, const Scor
     }
 }
 
-/* output_row(row), softmax_row(row): where the part's are. */
+/* Part of a unit of so many rows. output_row(row), softmax_row(row): where the part's are. */
 template <class OutputRow, class SoftmaxRow>
-__device__ __forceinline__ void store_part(const Unit &unit, int wave_row, Softmax &softmax, const Output &o,
+__device__ __forceinline__ void store_part(int rows, int wave_row, Softmax &softmax, const Output &o,
                                            OutputRow output_row, SoftmaxRow softmax_row) {
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot);
         const float sum = row_sum<Tile::LANES>(softmax.sum[slot]);
-        if (row >= unit.rows) continue;
+        if (row >= rows) continue;
         float *to = output_row(row);
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
@@ -443,7 +444,7 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
         if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
 
         const bool whole = first == 0 && last == place.steps && schedule.cluster == 1;
-        visit(unit, Piece{place, first_key, end_key, first == 0, whole, again});
+        visit(unit, Piece{place, unit.rows, first_key, end_key, first == 0, whole, again});
 
         step = place.begin + last;
         if (step >= end) return;
@@ -467,19 +468,20 @@ struct Results {
     /* By all waves that write, of which some have rows that all keys of the piece are in; there are `rows` in all. */
     __device__ __forceinline__ void operator()(const Piece &piece, bool has_rows, int wave_row, int rows,
                                                Softmax &softmax, Output &o) const {
-        const Unit unit = unit_of(piece);
-        if (has_rows) {
-            if (piece.whole) store(unit, wave_row, score, softmax, o);
-            else {
-                const int range = schedule.own_range();
-                store_part(
-                    unit, wave_row, softmax, o, [&](int row) { return parts.output_row(range, piece.begins, row); },
-                    [&](int row) { return parts.softmax_row(range, piece.begins, row); });
-            }
+        if (piece.whole) {
+            const Unit unit = unit_of(piece);
+            if (has_rows) store(unit, wave_row, score, softmax, o);
+            unit.clear_padding(rows, Loop::WRITERS);
+            return;
         }
-        if (piece.whole) unit.clear_padding(rows, Loop::WRITERS);
+        if (has_rows) {
+            const int range = schedule.own_range();
+            store_part(
+                piece.rows, wave_row, softmax, o, [&](int row) { return parts.output_row(range, piece.begins, row); },
+                [&](int row) { return parts.softmax_row(range, piece.begins, row); });
+        }
 #if defined(AITER_RING)
-        else if (launch.arrived != nullptr) merge_as_last(unit, launch, schedule, parts, piece.place, shared);
+        if (launch.arrived != nullptr) merge_as_last(unit_of(piece), launch, schedule, parts, piece.place, shared);
 #endif
     }
 #if defined(AITER_RING)
@@ -497,7 +499,7 @@ struct Results {
         meet(); /* nobody needs the queries any more */
         if (group < groups)
             store_part(
-                unit, 0, softmax, o, [&](int row) { return waves.output_row(group, row); },
+                unit.rows, 0, softmax, o, [&](int row) { return waves.output_row(group, row); },
                 [&](int row) { return waves.softmax_row(group, row); });
         meet();
         if (launch.cluster > 1) return share_in_cluster(unit, shared, waves, groups, launch.cluster);
