@@ -1,0 +1,287 @@
+/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_backward.h) for head dimensions beyond 128, where no warpgroup has the
+ * registers for two gradients: each has one, of the same 64 keys, and half of the columns of dQ. Of a tile of 64 queries,
+ * with a row of S and dP for each key:
+ *
+ *   warpgroup 0    S    P -+-  dV += P dO          +-  right half of dQ = dS^T K  -+
+ *                          |  float32              |  16 bits                      |  to where the tile was
+ *   warpgroup 1    dP      +-  dS ---------------- +-  dK += dS Q,  left half     -+
+ *   copiers        Q, dO, LSE and delta of the tiles to come                       |
+ *   one lane       waits for this block's turn, adds the tile's dQ  <--------------+  the stage is free
+ *
+ * So probabilities of one warpgroup overlap with products of the other. A tile's dQ in float32 takes as many bytes as
+ * its Q and dO, whose place it takes: nobody needs them any more. Left half to the place of Q, which only dK still
+ * read, right half to that of dO, which only dV did. */
+#ifndef AITER_GPU_ARCH_SM90_BACKWARD_WIDE_H
+#define AITER_GPU_ARCH_SM90_BACKWARD_WIDE_H
+
+#include "gpu/arch/sm90_one_pass.h"
+
+namespace aiter {
+
+constexpr int WIDE_STAGES = HEAD_DIM > 192 ? 2 : 3, WIDE_COPIERS = 64;
+
+struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS> {
+    using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS>;
+    using Scores = Accumulator<1, TOKENS>;
+    using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
+    using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
+    using GradScores = BlockLayout<ROWS, TOKENS>;
+    static constexpr int WAVES = 8, TEAM_THREADS = 128;
+    static constexpr bool AHEAD = HEAD_DIM <= 192;
+    static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
+    static constexpr int BARRIERS_AT = PROBABILITIES_BYTES + GradScores::BYTES;
+    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (3 * STAGES + 4) * mbarrier::BYTES;
+    static_assert(QuerySums::PARTS == 2 && QuerySums::PART_BYTES == PassingX::BYTES, "dQ fits where Q and dO were");
+
+    int current = 0;    /* stage */
+    uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
+    uint32_t odd = 0;   /* which tile this is, modulo 2 */
+    SharedAddress tile; /* the current stage */
+
+    __device__ __forceinline__ explicit WideBackwardTiles(SharedAddress shared) : Tiles(shared) {
+        if (thread_in_block() == 0) {
+            for (int i = 0; i < STAGES; ++i) {
+                mbarrier::make(full(i), WIDE_COPIERS), mbarrier::make(empty(i), 1);
+                mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
+            }
+            mbarrier::make(probable(), TEAM_THREADS), mbarrier::make(weighed(), TEAM_THREADS);
+            mbarrier::make(scored(), TEAM_THREADS), mbarrier::make(multiplied(), 2 * TEAM_THREADS);
+        }
+        barrier();
+    }
+    __device__ __forceinline__ SharedAddress probabilities() const { return this->stage(STAGES); }
+    __device__ __forceinline__ SharedAddress grad_scores() const { return probabilities() + PROBABILITIES_BYTES; }
+    /* Of a stage: the tile is there; its gradient is, in its place; that has been added. */
+    __device__ __forceinline__ SharedAddress full(int i) const { return probabilities() + BARRIERS_AT + i * 24; }
+    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return full(i) + 8; }
+    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 16; }
+    /* P is there; has been read. dS is there; has been multiplied. */
+    __device__ __forceinline__ SharedAddress probable() const { return full(STAGES); }
+    __device__ __forceinline__ SharedAddress weighed() const { return probable() + 8; }
+    __device__ __forceinline__ SharedAddress scored() const { return probable() + 16; }
+    __device__ __forceinline__ SharedAddress multiplied() const { return probable() + 24; }
+    __device__ __forceinline__ void advance() {
+        if (++current == STAGES) current = 0, turn ^= 1;
+        odd ^= 1;
+    }
+
+    /* The copiers, and the lane that adds */
+    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
+        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
+    }
+    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
+        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
+        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
+        mbarrier::arrive_after_copies(full(current));
+        advance();
+    }
+    __device__ __forceinline__ void skip() {}
+    __device__ __forceinline__ void add_up(const QuerySumsTurn &to, int index) {
+        const int at = index % STAGES;
+        to.wait();
+        mbarrier::wait(to_be_added(at), index / STAGES % 2);
+        to.add(this->stage(at), empty(at));
+    }
+
+    /* The consumers */
+    static __device__ __forceinline__ int team() { return wave() / 4; }
+    static __device__ __forceinline__ int wave_row() { return wave() % 4 * ROW_TILE; }
+    __device__ __forceinline__ void publish() {
+        mbarrier::wait(full(current), turn);
+        wgmma::shared_is_written();
+        tile = this->stage(current);
+    }
+    template <class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
+        wgmma::wait<0>();
+        changed(matrix);
+    }
+    __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
+        Tiles::term_at(tile, which, column, run);
+    }
+    /* s = A B^T of the own rows and the tile: x or, VALUES, y */
+    template <bool VALUES> __device__ __forceinline__ void multiply_rows(SharedAddress tile, Scores &s) const {
+        const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0)),
+                            b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0));
+        wgmma::begin();
+#pragma unroll
+        for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
+            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnX::BLOCK_BYTES + j % 4 * 32) / 16,
+                                             b + (j / 4 * PassingX::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
+        wgmma::end();
+    }
+    template <bool VALUES>
+    __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[TOKENS / 16][4], Gradient &o) const {
+        const wgmma::Matrix b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0), PassingX::BLOCK_BYTES);
+        wgmma::begin();
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j)
+            wgmma::Product<Gradient::TILES * 8>::multiply_transposed(o.tile[0], a[j], b + j * 16 * 128 / 16);
+        wgmma::end();
+    }
+    static __device__ __forceinline__ void round(const Scores &s, uint32_t (&a)[TOKENS / 16][4]) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j) round_operand(s, 0, j, a[j]);
+    }
+    __device__ __forceinline__ SharedAddress place_of_probabilities() const {
+        return probabilities() + thread_in_block() % TEAM_THREADS * 16;
+    }
+    __device__ __forceinline__ void hand_over(const Scores &p) const {
+        mbarrier::wait(weighed(), odd ^ 1);
+#pragma unroll
+        for (int n = 0; n < Scores::TILES; ++n) {
+            const float(&c)[4] = p.tile[0][n];
+            shared_store(place_of_probabilities() + n * TEAM_THREADS * 16, make_float4(c[0], c[1], c[2], c[3]));
+        }
+        mbarrier::arrive(probable());
+    }
+    __device__ __forceinline__ void take_over(Scores &p) const {
+        mbarrier::wait(probable(), odd);
+#pragma unroll
+        for (int n = 0; n < Scores::TILES; ++n) {
+            const float4 c = shared_load<float4>(place_of_probabilities() + n * TEAM_THREADS * 16);
+            p.tile[0][n][0] = c.x, p.tile[0][n][1] = c.y, p.tile[0][n][2] = c.z, p.tile[0][n][3] = c.w;
+        }
+        mbarrier::arrive(weighed());
+    }
+    __device__ __forceinline__ void publish_grad_scores(const uint32_t (&a)[TOKENS / 16][4]) const {
+        mbarrier::wait(multiplied(), odd ^ 1);
+        const SharedAddress lane_row = grad_scores() + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
+        wgmma::shared_is_written();
+        mbarrier::arrive(scored());
+    }
+    /* COLUMNS columns of dQ from column FIRST on. A product may begin anywhere in a block of 64 columns, but one that
+     * does must end in it. */
+    template <int FIRST, int COLUMNS> __device__ __forceinline__ void multiply_queries(float (*dq)[4]) const {
+        constexpr int LEFT = 64 - FIRST % 64, NOW = LEFT < 64 && LEFT < COLUMNS ? LEFT : COLUMNS;
+        const wgmma::Matrix s = wgmma::matrix(grad_scores());
+        const wgmma::Matrix k =
+            wgmma::matrix(this->own + FIRST / 64 * OwnX::BLOCK_BYTES + FIRST % 64 * 2, OwnX::BLOCK_BYTES);
+#pragma unroll
+        for (int j = 0; j < ROWS / 16; ++j)
+            wgmma::Product<NOW>::multiply_both_transposed(dq, s + j * 16 * 128 / 16, k + j * 16 * 128 / 16, j > 0);
+        if constexpr (NOW < COLUMNS) multiply_queries<FIRST + NOW, COLUMNS - NOW>(dq + NOW / 8);
+    }
+    /* Meanwhile the next tile's scores, or gradients of probabilities, are multiplied, if there is one. */
+    template <int PART> __device__ __forceinline__ void add_to_queries(Scores &s, bool goes_on) {
+        mbarrier::wait(scored(), odd);
+        GradQuery dq;
+        wgmma::begin();
+        multiply_queries<PART * QuerySums::PART_COLUMNS, QuerySums::PART_COLUMNS>(dq.tile[0]);
+        wgmma::end();
+        finish(dq);
+        mbarrier::arrive(multiplied());
+        meet(2 + PART, TEAM_THREADS); /* no wave of the warpgroup reads the tile any more */
+        const SharedAddress to = tile + PART * QuerySums::PART_BYTES, ready = to_be_added(current);
+        advance();
+        if (AHEAD) begin_tile<PART == 1>(s, goes_on);
+        store_sums(dq, to);
+        wgmma::shared_is_written();
+        mbarrier::arrive(ready);
+        if (!AHEAD) begin_tile<PART == 1>(s, goes_on);
+        finish(s);
+    }
+    template <bool PROBABILITIES> __device__ __forceinline__ void begin_tile(Scores &s, bool exists) {
+        if (exists) publish();
+        multiply_rows<!PROBABILITIES>(exists ? tile : this->own, s);
+    }
+    template <int COLUMNS, class RowPointer>
+    __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
+        Tiles::template store<COLUMNS>(gradient, wave_row(), 0, row);
+    }
+};
+
+struct WideBackwardLoop {
+    using Tile = WideBackwardTiles;
+    using Scores = Tile::Scores;
+    using Gradient = Tile::Gradient;
+    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
+    static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+
+    /* As BackwardTileLoop::attend, but either gradient may be a NoGradient. */
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        Tile tile(shared);
+        NoGradient none;
+        if (wave() >= Tile::WAVES) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+            const int adder = wave() - Tile::WAVES - WIDE_COPIERS / WAVE;
+            if (adder < 0) produce(share, tile);
+            else if (lane() == 0) add_in_turn(share, tile, adder);
+            return;
+        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        Gradient gradient;
+        gradient.clear();
+        if (Tile::team() == 0) {
+            if (share.tiles > 0) consume<true>(share, tile, gradient);
+            tile.own += Tile::OwnX::BYTES; /* the way that its gradient goes is that of its operand */
+            finish(tile, none, gradient);
+        } else {
+            if (share.tiles > 0) consume<false>(share, tile, gradient);
+            finish(tile, gradient, none);
+        }
+    }
+
+    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
+        if (share.tiles == 0) return;
+        tile.load_own(share.own(), share.block_row);
+        Issue<Tile, Share> issue(share, tile);
+        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
+    }
+
+    /* VALUES: the first warpgroup's part. */
+    template <bool VALUES>
+    static __device__ __forceinline__ void consume(const Share &share, Tile &tile, Gradient &gradient) {
+        const Range first_sees = share.sees(share.block_row);
+        const Range last_sees = share.sees(lesser(share.block_row + ROWS, share.own_rows) - 1);
+        RowWise<GRAD_ALL, Tile, Share> rows(share, share.block_row + Tile::wave_row());
+        int left = share.tiles * share.heads_passing;
+        Scores s;
+        tile.template begin_tile<VALUES>(s, true);
+        tile.finish(s);
+        for (int head = 0; head < share.heads_passing; ++head) {
+            rows.begin_head(head);
+            for (int count = 0; count < share.tiles; ++count) {
+                const int first = share.tile_row(count);
+                const bool masked = first < last_sees.low || first + Tile::TOKENS > first_sees.high;
+                uint32_t a[Tile::TOKENS / 16][4];
+                --left;
+                if constexpr (VALUES) {
+                    Scores derivative;
+                    rows.probabilities(tile, s, derivative, first);
+                    if (masked) rows.hide(s, first);
+                    if (DROPOUT) rows.drop(s, first);
+                    if constexpr (DROPOUT) Tile::round(rows.kept(s), a);
+                    else Tile::round(s, a);
+                    if (SOFTCAP)
+#pragma unroll
+                        for (int n = 0; n < Scores::TILES; ++n)
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
+                    tile.hand_over(s);
+                    tile.template multiply_columns<true>(a, gradient);
+                    tile.template add_to_queries<1>(s, left > 0);
+                } else {
+                    Scores p;
+                    tile.take_over(p);
+                    rows.template grad_scores<false>(tile, p, p, s);
+                    if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
+                    Tile::round(s, a);
+                    tile.publish_grad_scores(a);
+                    tile.template multiply_columns<false>(a, gradient);
+                    tile.template add_to_queries<0>(s, left > 0);
+                }
+            }
+        }
+        changed(gradient);
+        meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
+    }
+};
+
+} // namespace aiter
+
+#endif

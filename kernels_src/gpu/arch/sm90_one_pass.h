@@ -1,0 +1,328 @@
+/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_backward.h), up to 128 columns: two consuming warpgroups with 64 keys
+ * each, tiles of 64 queries; S and dP have a row for each key.
+ *
+ *   a warpgroup     S -> P      dV += P dO    dP -> dS    dK += dS Q    dQ = dS^T K, part of it -> shared memory
+ *                   dP meanwhile              S of the next tile follows dQ: the matrix unit goes on -> ...
+ *   copiers         Q, dO, LSE and delta of the tiles to come
+ *   two lanes       take turns: wait until all blocks before this one have added to the tile, add, tell the next
+ */
+#ifndef AITER_GPU_ARCH_SM90_ONE_PASS_H
+#define AITER_GPU_ARCH_SM90_ONE_PASS_H
+
+#include "gpu/arch/sm90_backward.h"
+
+namespace aiter {
+
+/* A tile of queries' gradients, on the way to the sums in memory. */
+struct QuerySumsTurn {
+    char *sum;
+    uint32_t *turns;
+    uint32_t turn;
+
+    __device__ __forceinline__ void wait() const {
+        while (load_acquire(turns) != turn) {
+        }
+    }
+    /* From shared memory; arrives at `taken` when it has been read. */
+    __device__ __forceinline__ void add(SharedAddress from, SharedAddress taken) const {
+        bulk::order();
+        if (turn == 0) bulk::store(sum, from, QuerySums::TILE_BYTES);
+        else bulk::add(sum, from, QuerySums::TILE_BYTES);
+        bulk::end();
+        bulk::wait_for_reads();
+        mbarrier::arrive(taken);
+        bulk::wait();
+        bulk::order();
+        store_release(turns, turn + 1);
+    }
+};
+
+/* One of two lanes' part: every other tile, so that one can be added while the other becomes visible to all. */
+template <class Share, class Tile>
+__device__ __forceinline__ void add_in_turn(const Share &share, Tile &tile, int which) {
+    const QuerySums sums(share.sequence.arguments);
+    int index = 0;
+#pragma unroll 1
+    for (int head = 0; head < share.heads_passing; ++head)
+#pragma unroll 1
+        for (int count = 0; count < share.tiles; ++count, ++index) {
+            if (index % 2 != which) continue;
+            const int row = share.tile_row(count);
+            const int64_t place = sums.tile(share.sequence, share.first_head + head, row);
+            tile.add_up({sums.sums + place * QuerySums::TILE_BYTES, sums.turns + place, static_cast<uint32_t>(share.turn(row))},
+                        index);
+        }
+}
+
+/* To where its lanes' values are in QuerySums. */
+template <class GradQuery>
+__device__ __forceinline__ void store_sums(const GradQuery &dq, SharedAddress to) {
+#pragma unroll
+    for (int n = 0; n < GradQuery::TILES; ++n) {
+        const float(&c)[4] = dq.tile[0][n];
+        shared_store(to + thread_in_block() % 128 * 16 + n * 128 * 16, make_float4(c[0], c[1], c[2], c[3]));
+    }
+}
+
+struct OnePassShape {
+    static constexpr bool PAIRED = QuerySums::PARTS == 1;
+    static constexpr int STAGES = HEAD_DIM <= 64 ? 4 : PAIRED ? 2 : 3;
+    static constexpr int COPIERS = 64; /* threads */
+    static constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
+    static constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
+};
+
+struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS> {
+    using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS>;
+    static constexpr int WAVES = 8, TEAM_THREADS = 128, COPIERS = OnePassShape::COPIERS;
+    /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
+    static constexpr bool PAIRED = OnePassShape::PAIRED;
+    static constexpr int GROUP = PAIRED ? 2 : 1;
+    using Scores = Accumulator<1, TOKENS>;
+    using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
+    using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
+    using GradScores = BlockLayout<ROWS, TOKENS>;
+    static constexpr int BARRIERS_AT = GROUP * (GradScores::BYTES + QuerySums::TILE_BYTES);
+    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (2 * STAGES + 6) * mbarrier::BYTES;
+    static_assert(TOKENS == QuerySums::ROWS, "");
+
+    int current = 0;    /* stage */
+    uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
+    uint32_t group = 0; /* of tiles whose gradients of queries are multiplied together */
+    SharedAddress tile; /* the current stage */
+
+    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared) : Tiles(shared) {
+        if (thread_in_block() == 0) {
+            for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
+            mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
+            for (int i = 0; i < 2; ++i)
+                mbarrier::make(to_be_added(i), PAIRED ? TEAM_THREADS : 2 * TEAM_THREADS), mbarrier::make(taken(i), 1);
+        }
+        barrier();
+    }
+    __device__ __forceinline__ SharedAddress grad_scores(int i) const { return this->stage(STAGES) + i * GradScores::BYTES; }
+    __device__ __forceinline__ SharedAddress grad_query(int i) const {
+        return grad_scores(GROUP) + i * QuerySums::TILE_BYTES;
+    }
+    __device__ __forceinline__ SharedAddress full(int i) const { return this->stage(STAGES) + BARRIERS_AT + i * 16; }
+    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 8; }
+    /* dS is there; has been multiplied. A tile's dQ is there; its place is free again. */
+    __device__ __forceinline__ SharedAddress scored() const { return full(STAGES); }
+    __device__ __forceinline__ SharedAddress multiplied() const { return scored() + 8; }
+    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return scored() + 16 + i * 16; }
+    __device__ __forceinline__ SharedAddress taken(int i) const { return to_be_added(i) + 8; }
+    __device__ __forceinline__ void advance() {
+        if (++current == STAGES) current = 0, turn ^= 1;
+    }
+
+    /* The copiers, and the lanes that add */
+    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
+        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
+    }
+    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
+        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
+        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
+        mbarrier::arrive_after_copies(full(current));
+        advance();
+    }
+    __device__ __forceinline__ void skip() {}
+    __device__ __forceinline__ void add_up(const QuerySumsTurn &to, int index) {
+        const int place = PAIRED ? index % 2 : 0;
+        to.wait();
+        mbarrier::wait(to_be_added(index % 2), index / 2 % 2);
+        to.add(grad_query(place), taken(place));
+    }
+
+    /* The consumers */
+    static __device__ __forceinline__ int team() { return wave() / 4; }
+    static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
+    __device__ __forceinline__ SharedAddress published() const {
+        mbarrier::wait(full(current), turn);
+        wgmma::shared_is_written();
+        return this->stage(current);
+    }
+    template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
+        wgmma::wait<OUTSTANDING>();
+        changed(matrix);
+    }
+    __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
+        Tiles::term_at(tile, which, column, run);
+    }
+    /* s = A B^T of the warpgroup's own rows and a tile's: x or, VALUES, y */
+    template <bool VALUES> __device__ __forceinline__ void multiply_rows(SharedAddress tile, Scores &s) const {
+        const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0) + team() * 64 * 128),
+                            b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0));
+        wgmma::begin();
+#pragma unroll
+        for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
+            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnX::BLOCK_BYTES + j % 4 * 32) / 16,
+                                             b + (j / 4 * PassingX::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
+        wgmma::end();
+    }
+    template <bool VALUES>
+    __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[TOKENS / 16][4], Gradient &o) const {
+        const wgmma::Matrix b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0), PassingX::BLOCK_BYTES);
+        wgmma::begin();
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j)
+            wgmma::Product<Gradient::TILES * 8>::multiply_transposed(o.tile[0], a[j], b + j * 16 * 128 / 16);
+        wgmma::end();
+    }
+    static __device__ __forceinline__ void round(const Scores &s, uint32_t (&a)[TOKENS / 16][4]) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j) round_operand(s, 0, j, a[j]);
+    }
+    /* The tile's number in its group. */
+    template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const uint32_t (&a)[TOKENS / 16][4]) const {
+        if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
+        const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
+        wgmma::shared_is_written();
+    }
+    __device__ __forceinline__ void multiply_queries(GradQuery &dq) const {
+        const wgmma::Matrix s = wgmma::matrix(grad_scores(PAIRED ? team() : 0));
+        const wgmma::Matrix k = wgmma::matrix(this->own + (PAIRED ? 0 : team() * OwnX::BLOCK_BYTES), OwnX::BLOCK_BYTES);
+        wgmma::begin();
+#pragma unroll
+        for (int j = 0; j < ROWS / 16; ++j)
+            wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
+                                                                              k + j * 16 * 128 / 16, j > 0);
+        wgmma::end();
+    }
+    /* Where there is such a tile. */
+    __device__ __forceinline__ void store_queries(const GradQuery &dq, bool both) const {
+        mbarrier::arrive(multiplied());
+        if (PAIRED && !both && team() == 1) return;
+        mbarrier::wait(taken(PAIRED ? team() : 0), group % 2 ^ 1);
+        store_sums(dq, grad_query(PAIRED ? team() : 0) + (PAIRED ? 0 : team() * QuerySums::PART_BYTES));
+        wgmma::shared_is_written();
+        mbarrier::arrive(to_be_added(PAIRED ? team() : group % 2));
+    }
+    template <int COLUMNS, class RowPointer>
+    __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
+        Tiles::template store<COLUMNS>(gradient, wave_row(), 0, row);
+    }
+};
+
+struct OnePassLoop {
+    using Tile = OnePassTiles;
+    using Scores = Tile::Scores;
+    using Gradient = Tile::Gradient;
+    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
+    using Rows = RowWise<GRAD_ALL, Tile, Share>;
+    static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+
+    /* See BackwardTileLoop. */
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        Tile tile(shared);
+        if (wave() >= Tile::WAVES) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(OnePassShape::PRODUCER_REGISTERS));
+            const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
+            if (adder < 0) produce(share, tile);
+            else if (lane() == 0) add_in_turn(share, tile, adder);
+            return;
+        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OnePassShape::CONSUMER_REGISTERS));
+        Gradient grad_x, grad_y;
+        grad_x.clear(), grad_y.clear();
+        if (share.tiles > 0) {
+            Consumer(share, tile, grad_x, grad_y).consume();
+            meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
+        }
+        finish(tile, grad_x, grad_y);
+    }
+
+    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
+        if (share.tiles == 0) return;
+        tile.load_own(share.own(), share.block_row);
+        Issue<Tile, Share> issue(share, tile);
+        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
+    }
+
+    struct Consumer {
+        const Share &share;
+        Tile &tile;
+        Gradient &grad_x, &grad_y;
+        Rows rows;
+        int head = 0, count = 0, left; /* of the tile at hand; tiles from there on */
+        int seen_by_all, seen_to;      /* query rows that all keys of the warpgroup take part with */
+        Scores scores;                 /* of the tile at hand, being multiplied */
+
+        __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
+            : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
+              left(share.tiles * share.heads_passing) {
+            const int team_row = share.block_row + Tile::team() * 64;
+            seen_by_all = share.sees(lesser(team_row + 64, share.own_rows) - 1).low;
+            seen_to = share.sees(team_row).high;
+        }
+        __device__ __forceinline__ void consume() {
+            rows.begin_head(0);
+            tile.tile = tile.published();
+            tile.template multiply_rows<false>(tile.tile, scores);
+            Tile::template finish<0>(scores);
+            if constexpr (Tile::PAIRED) {
+#pragma unroll 1
+                while (left >= 2) step<0, false>(), step<1, true>();
+                if (left > 0) step<0, true>();
+            } else
+#pragma unroll 1
+                while (left > 0) step<0, true>();
+            Tile::template finish<0>(scores);
+            changed(grad_x), changed(grad_y);
+        }
+        /* WHICH of its group the tile is, and whether the last. */
+        template <int WHICH, bool LAST> __device__ __forceinline__ void step() {
+            const int first = share.tile_row(count);
+            const bool masked = first < seen_by_all || first + Tile::TOKENS > seen_to;
+            Scores ds, derivative;
+            uint32_t a[Tile::TOKENS / 16][4];
+            tile.template multiply_rows<true>(tile.tile, ds);
+            rows.probabilities(tile, scores, derivative, first);
+            if (masked) rows.hide(scores, first);
+            if (DROPOUT) rows.drop(scores, first);
+            if constexpr (DROPOUT) Tile::round(rows.kept(scores), a);
+            else Tile::round(scores, a);
+            tile.template multiply_columns<true>(a, grad_y);
+            Tile::template finish<1>(ds);
+            rows.grad_scores(tile, scores, derivative, ds);
+            if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
+            uint32_t b[Tile::TOKENS / 16][4];
+            Tile::round(ds, b);
+            tile.template publish_grad_scores<WHICH>(b);
+            if (LAST) mbarrier::arrive(tile.scored());
+            tile.template multiply_columns<false>(b, grad_x);
+            --left;
+            if (++count == share.tiles) {
+                count = 0;
+                if (++head < share.heads_passing) rows.begin_head(head);
+            }
+            typename Tile::GradQuery dq;
+            if constexpr (LAST) {
+                mbarrier::wait(tile.scored(), tile.group % 2);
+                tile.multiply_queries(dq);
+                if (!Tile::PAIRED) Tile::template finish<0>(dq); /* no registers for both */
+            }
+            const SharedAddress before = tile.empty(tile.current);
+            tile.advance();
+            const SharedAddress next = left > 0 ? tile.published() : tile.tile;
+            tile.template multiply_rows<false>(next, scores);
+            wgmma::wait<1>();
+            mbarrier::arrive(before);
+            if constexpr (LAST) {
+                changed(dq);
+                tile.store_queries(dq, WHICH == 1);
+                ++tile.group;
+            }
+            Tile::template finish<0>(scores);
+            tile.tile = next;
+        }
+    };
+};
+
+} // namespace aiter
+
+#endif
