@@ -59,8 +59,8 @@
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
 #include "gpu/arch/sm90_one_pass.h"
-#if AITER_HEAD_DIM > 128
-#include "gpu/arch/sm90_backward_wide.h"
+#if AITER_HEAD_DIM > 192
+#include "gpu/arch/sm90_one_pass_wide.h"
 #endif
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 #include "gpu/arch/gfx9_key_gradients.h"
@@ -73,15 +73,15 @@ static_assert(!PAGED, "the backward pass knows no pages");
 static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its separate keys and values");
 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
-#if AITER_HEAD_DIM > 128
-template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, WideBackwardLoop, BackwardWarpgroupLoop<PASS>>;
+#if AITER_HEAD_DIM > 192
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, WideOnePassLoop, BackwardWarpgroupLoop<PASS>>;
 #else
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardWarpgroupLoop<PASS>>;
 #endif
 /* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
 constexpr bool HAS_ONE_PASS =
     HEAD_DIM == VALUE_DIM &&
-    (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT || HEAD_DIM > 128);
+    (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT || HEAD_DIM > 192);
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 /* Beyond, a SIMD's registers hold one wave; a soft cap's derivative takes too many, too. */
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_QUERY, QueryLoop, PairedLoop>;

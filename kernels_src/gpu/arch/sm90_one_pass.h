@@ -13,45 +13,40 @@
 
 namespace aiter {
 
-/* A tile of queries' gradients, on the way to the sums in memory. */
-struct QuerySumsTurn {
-    char *sum;
-    uint32_t *turns;
-    uint32_t turn;
-
-    __device__ __forceinline__ void wait() const {
-        while (load_acquire(turns) != turn) {
-        }
-    }
-    /* From shared memory; arrives at `taken` when it has been read. */
-    __device__ __forceinline__ void add(SharedAddress from, SharedAddress taken) const {
-        bulk::order();
-        if (turn == 0) bulk::store(sum, from, QuerySums::TILE_BYTES);
-        else bulk::add(sum, from, QuerySums::TILE_BYTES);
-        bulk::end();
-        bulk::wait_for_reads();
-        mbarrier::arrive(taken);
-        bulk::wait();
-        bulk::order();
-        store_release(turns, turn + 1);
-    }
-};
-
-/* One of two lanes' part: every other tile, so that one can be added while the other becomes visible to all. */
-template <class Share, class Tile>
-__device__ __forceinline__ void add_in_turn(const Share &share, Tile &tile, int which) {
+/* The lanes that add a block's part of the gradients of queries: calls add(sums, index, place, turn) for all tiles.
+ * index: in this block; place: in the sums; turn: how many blocks add to the tile before this one. */
+template <class Share, class Add> __device__ __forceinline__ void add_in_turn(const Share &share, Add add) {
     const QuerySums sums(share.sequence.arguments);
     int index = 0;
 #pragma unroll 1
     for (int head = 0; head < share.heads_passing; ++head)
 #pragma unroll 1
         for (int count = 0; count < share.tiles; ++count, ++index) {
-            if (index % 2 != which) continue;
             const int row = share.tile_row(count);
             const int64_t place = sums.tile(share.sequence, share.first_head + head, row);
-            tile.add_up({sums.sums + place * QuerySums::TILE_BYTES, sums.turns + place, static_cast<uint32_t>(share.turn(row))},
-                        index);
+            add(sums, index, place, static_cast<uint32_t>(share.turn(row)));
         }
+}
+
+/* Until `turn` blocks have added to a tile, or to its part. */
+__device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
+    while (load_acquire(sums.turns + place) != turn) {
+    }
+}
+/* Adds a tile, or a part, from shared memory; arrives at `taken` when it has been read. */
+__device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place, uint32_t turn, SharedAddress from,
+                                            SharedAddress taken) {
+    constexpr int BYTES = QuerySums::TILE_BYTES / QuerySums::TURNS;
+    char *sum = sums.sums + place * BYTES;
+    bulk::order();
+    if (turn == 0) bulk::store(sum, from, BYTES);
+    else bulk::add(sum, from, BYTES);
+    bulk::end();
+    bulk::wait_for_reads();
+    mbarrier::arrive(taken);
+    bulk::wait();
+    bulk::order();
+    store_release(sums.turns + place, turn + 1);
 }
 
 /* To where its lanes' values are in QuerySums. */
@@ -89,9 +84,14 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
     int current = 0;    /* stage */
     uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
     uint32_t group = 0; /* of tiles whose gradients of queries are multiplied together */
-    SharedAddress tile; /* the current stage */
+    /* The current stage, and which warpgroup this is, as scalars: descriptors of matrices worked out from anything else
+     * would each have to be made one, between the products, which then trickle into the matrix unit. */
+    SharedAddress tile;
+    const int team;
+    const uint32_t chunk_of_lane; /* in dS */
 
-    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared) : Tiles(shared) {
+    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared)
+        : Tiles(shared), team(wave() / 4), chunk_of_lane(GradScores::chunk(wave_row() + lane() % 16, lane() / 16)) {
         if (thread_in_block() == 0) {
             for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
             mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
@@ -126,20 +126,19 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
         advance();
     }
     __device__ __forceinline__ void skip() {}
-    __device__ __forceinline__ void add_up(const QuerySumsTurn &to, int index) {
-        const int place = PAIRED ? index % 2 : 0;
-        to.wait();
+    __device__ __forceinline__ void add_up(const QuerySums &sums, int index, int64_t place, uint32_t turn) {
+        const int from = PAIRED ? index % 2 : 0;
+        wait_for_turn(sums, place, turn);
         mbarrier::wait(to_be_added(index % 2), index / 2 % 2);
-        to.add(grad_query(place), taken(place));
+        add_to_sums(sums, place, turn, grad_query(from), taken(from));
     }
 
     /* The consumers */
-    static __device__ __forceinline__ int team() { return wave() / 4; }
     static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
     __device__ __forceinline__ SharedAddress published() const {
         mbarrier::wait(full(current), turn);
         wgmma::shared_is_written();
-        return this->stage(current);
+        return from_lane(this->stage(current), 0);
     }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
         wgmma::wait<OUTSTANDING>();
@@ -150,7 +149,7 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
     }
     /* s = A B^T of the warpgroup's own rows and a tile's: x or, VALUES, y */
     template <bool VALUES> __device__ __forceinline__ void multiply_rows(SharedAddress tile, Scores &s) const {
-        const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0) + team() * 64 * 128),
+        const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0) + team * 64 * 128),
                             b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0));
         wgmma::begin();
 #pragma unroll
@@ -175,14 +174,14 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
     /* The tile's number in its group. */
     template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const uint32_t (&a)[TOKENS / 16][4]) const {
         if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
-        const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
+        const SharedAddress lane_row = grad_scores(WHICH) + chunk_of_lane;
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
     }
     __device__ __forceinline__ void multiply_queries(GradQuery &dq) const {
-        const wgmma::Matrix s = wgmma::matrix(grad_scores(PAIRED ? team() : 0));
-        const wgmma::Matrix k = wgmma::matrix(this->own + (PAIRED ? 0 : team() * OwnX::BLOCK_BYTES), OwnX::BLOCK_BYTES);
+        const wgmma::Matrix s = wgmma::matrix(grad_scores(PAIRED ? team : 0));
+        const wgmma::Matrix k = wgmma::matrix(this->own + (PAIRED ? 0 : team * OwnX::BLOCK_BYTES), OwnX::BLOCK_BYTES);
         wgmma::begin();
 #pragma unroll
         for (int j = 0; j < ROWS / 16; ++j)
@@ -193,11 +192,11 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
     /* Where there is such a tile. */
     __device__ __forceinline__ void store_queries(const GradQuery &dq, bool both) const {
         mbarrier::arrive(multiplied());
-        if (PAIRED && !both && team() == 1) return;
-        mbarrier::wait(taken(PAIRED ? team() : 0), group % 2 ^ 1);
-        store_sums(dq, grad_query(PAIRED ? team() : 0) + (PAIRED ? 0 : team() * QuerySums::PART_BYTES));
+        if (PAIRED && !both && team == 1) return;
+        mbarrier::wait(taken(PAIRED ? team : 0), group % 2 ^ 1);
+        store_sums(dq, grad_query(PAIRED ? team : 0) + (PAIRED ? 0 : team * QuerySums::PART_BYTES));
         wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added(PAIRED ? team() : group % 2));
+        mbarrier::arrive(to_be_added(PAIRED ? team : group % 2));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -223,7 +222,10 @@ struct OnePassLoop {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(OnePassShape::PRODUCER_REGISTERS));
             const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
             if (adder < 0) produce(share, tile);
-            else if (lane() == 0) add_in_turn(share, tile, adder);
+            else if (lane() == 0) /* every other tile: one can be added while the other becomes visible to all */
+                add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
+                    if (index % 2 == adder) tile.add_up(sums, index, place, turn);
+                });
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OnePassShape::CONSUMER_REGISTERS));
@@ -255,7 +257,7 @@ struct OnePassLoop {
         __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
             : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
               left(share.tiles * share.heads_passing) {
-            const int team_row = share.block_row + Tile::team() * 64;
+            const int team_row = share.block_row + tile.team * 64;
             seen_by_all = share.sees(lesser(team_row + 64, share.own_rows) - 1).low;
             seen_to = share.sees(team_row).high;
         }
@@ -281,6 +283,7 @@ struct OnePassLoop {
             Scores ds, derivative;
             uint32_t a[Tile::TOKENS / 16][4];
             tile.template multiply_rows<true>(tile.tile, ds);
+            Tile::template finish<1>(scores); /* all of dP sets off before the exponentials, even where they are there */
             rows.probabilities(tile, scores, derivative, first);
             if (masked) rows.hide(scores, first);
             if (DROPOUT) rows.drop(scores, first);
@@ -300,15 +303,15 @@ struct OnePassLoop {
                 count = 0;
                 if (++head < share.heads_passing) rows.begin_head(head);
             }
+            const SharedAddress before = tile.empty(tile.current);
+            tile.advance();
+            const SharedAddress next = left > 0 ? tile.published() : tile.tile;
             typename Tile::GradQuery dq;
             if constexpr (LAST) {
                 mbarrier::wait(tile.scored(), tile.group % 2);
                 tile.multiply_queries(dq);
-                if (!Tile::PAIRED) Tile::template finish<0>(dq); /* no registers for both */
+                if (!Tile::PAIRED) wgmma::wait<1>(); /* dK's operand makes room for the scores */
             }
-            const SharedAddress before = tile.empty(tile.current);
-            tile.advance();
-            const SharedAddress next = left > 0 ? tile.published() : tile.tile;
             tile.template multiply_rows<false>(next, scores);
             wgmma::wait<1>();
             mbarrier::arrive(before);
@@ -317,7 +320,7 @@ struct OnePassLoop {
                 tile.store_queries(dq, WHICH == 1);
                 ++tile.group;
             }
-            Tile::template finish<0>(scores);
+            if (LAST) Tile::template finish<0>(scores); /* the assembler follows no product around a loop */
             tile.tile = next;
         }
     };

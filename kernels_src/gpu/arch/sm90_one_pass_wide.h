@@ -11,38 +11,38 @@
  * So probabilities of one warpgroup overlap with products of the other. A tile's dQ in float32 takes as many bytes as
  * its Q and dO, whose place it takes: nobody needs them any more. Left half to the place of Q, which only dK still
  * read, right half to that of dO, which only dV did. */
-#ifndef AITER_GPU_ARCH_SM90_BACKWARD_WIDE_H
-#define AITER_GPU_ARCH_SM90_BACKWARD_WIDE_H
+#ifndef AITER_GPU_ARCH_SM90_ONE_PASS_WIDE_H
+#define AITER_GPU_ARCH_SM90_ONE_PASS_WIDE_H
 
 #include "gpu/arch/sm90_one_pass.h"
 
 namespace aiter {
 
-constexpr int WIDE_STAGES = HEAD_DIM > 192 ? 2 : 3, WIDE_COPIERS = 64;
+constexpr int WIDE_STAGES = 2, WIDE_COPIERS = 64;
 
-struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS> {
+struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS> {
     using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS>;
     using Scores = Accumulator<1, TOKENS>;
     using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
     using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
     using GradScores = BlockLayout<ROWS, TOKENS>;
     static constexpr int WAVES = 8, TEAM_THREADS = 128;
-    static constexpr bool AHEAD = HEAD_DIM <= 192;
     static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
     static constexpr int BARRIERS_AT = PROBABILITIES_BYTES + GradScores::BYTES;
-    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (3 * STAGES + 4) * mbarrier::BYTES;
+    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (6 * STAGES + 4) * mbarrier::BYTES;
     static_assert(QuerySums::PARTS == 2 && QuerySums::PART_BYTES == PassingX::BYTES, "dQ fits where Q and dO were");
+    static_assert(QuerySums::TURNS == 2, "the halves are added apart");
 
     int current = 0;    /* stage */
     uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
     uint32_t odd = 0;   /* which tile this is, modulo 2 */
     SharedAddress tile; /* the current stage */
 
-    __device__ __forceinline__ explicit WideBackwardTiles(SharedAddress shared) : Tiles(shared) {
+    __device__ __forceinline__ explicit WideOnePassTiles(SharedAddress shared) : Tiles(shared) {
         if (thread_in_block() == 0) {
-            for (int i = 0; i < STAGES; ++i) {
-                mbarrier::make(full(i), WIDE_COPIERS), mbarrier::make(empty(i), 1);
-                mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
+            for (int i = 0; i < 2 * STAGES; ++i) {
+                mbarrier::make(full(i % 2, i / 2), WAVE), mbarrier::make(empty(i % 2, i / 2), 1);
+                mbarrier::make(to_be_added(i % 2, i / 2), TEAM_THREADS);
             }
             mbarrier::make(probable(), TEAM_THREADS), mbarrier::make(weighed(), TEAM_THREADS);
             mbarrier::make(scored(), TEAM_THREADS), mbarrier::make(multiplied(), 2 * TEAM_THREADS);
@@ -51,12 +51,14 @@ struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, W
     }
     __device__ __forceinline__ SharedAddress probabilities() const { return this->stage(STAGES); }
     __device__ __forceinline__ SharedAddress grad_scores() const { return probabilities() + PROBABILITIES_BYTES; }
-    /* Of a stage: the tile is there; its gradient is, in its place; that has been added. */
-    __device__ __forceinline__ SharedAddress full(int i) const { return probabilities() + BARRIERS_AT + i * 24; }
-    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return full(i) + 8; }
-    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 16; }
+    /* Of a stage's Q (0) or dO (1): it is there; half of the gradient is, in its place; that has been added. */
+    __device__ __forceinline__ SharedAddress full(int part, int i) const {
+        return probabilities() + BARRIERS_AT + (i * 2 + part) * 24;
+    }
+    __device__ __forceinline__ SharedAddress to_be_added(int part, int i) const { return full(part, i) + 8; }
+    __device__ __forceinline__ SharedAddress empty(int part, int i) const { return full(part, i) + 16; }
     /* P is there; has been read. dS is there; has been multiplied. */
-    __device__ __forceinline__ SharedAddress probable() const { return full(STAGES); }
+    __device__ __forceinline__ SharedAddress probable() const { return full(0, STAGES); }
     __device__ __forceinline__ SharedAddress weighed() const { return probable() + 8; }
     __device__ __forceinline__ SharedAddress scored() const { return probable() + 16; }
     __device__ __forceinline__ SharedAddress multiplied() const { return probable() + 24; }
@@ -65,31 +67,43 @@ struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, W
         odd ^= 1;
     }
 
-    /* The copiers, and the lane that adds */
+    /* The copiers, a wave for K and Q and one for V and dO, and the lanes that add */
+    static __device__ __forceinline__ int part() { return wave() - WAVES; }
+    static __device__ __forceinline__ Rows rows_of_part(const RowPair &rows) {
+        return {part() == 0 ? rows.x.row_0 : rows.y.row_0, part() == 0 ? rows.x.stride : rows.y.stride};
+    }
     __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
+        const Rows from = rows_of_part(rows);
+#pragma unroll
+        for (int thread = lane(); thread < WIDE_COPIERS; thread += WAVE)
+            copy<ROWS, HEAD_DIM>(this->own + part() * OwnX::BYTES, from, first, rows, thread);
     }
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
-        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
-        mbarrier::arrive_after_copies(full(current));
+        const Rows from = rows_of_part(rows);
+        const SharedAddress to = this->stage(current);
+        mbarrier::wait(empty(part(), current), turn ^ 1); /* at once in the first turn */
+#pragma unroll
+        for (int thread = lane(); thread < WIDE_COPIERS; thread += WAVE) {
+            copy<TOKENS, HEAD_DIM>(to + part() * PassingX::BYTES, from, first, rows, thread);
+            const float *term = reinterpret_cast<const float *>(rows.terms + first + thread) + part();
+            copy_word_async(to + TERMS_AT + (part() * TOKENS + thread) * 4, term, first + thread < rows.count);
+        }
+        mbarrier::arrive_after_copies(full(part(), current));
         advance();
     }
     __device__ __forceinline__ void skip() {}
-    __device__ __forceinline__ void add_up(const QuerySumsTurn &to, int index) {
+    __device__ __forceinline__ void add_up(const QuerySums &sums, int part, int index, int64_t place, uint32_t turn) {
         const int at = index % STAGES;
-        to.wait();
-        mbarrier::wait(to_be_added(at), index / STAGES % 2);
-        to.add(this->stage(at), empty(at));
+        wait_for_turn(sums, place * 2 + part, turn);
+        mbarrier::wait(to_be_added(part, at), index / STAGES % 2);
+        add_to_sums(sums, place * 2 + part, turn, this->stage(at) + part * PassingX::BYTES, empty(part, at));
     }
 
     /* The consumers */
-    static __device__ __forceinline__ int team() { return wave() / 4; }
     static __device__ __forceinline__ int wave_row() { return wave() % 4 * ROW_TILE; }
-    __device__ __forceinline__ void publish() {
-        mbarrier::wait(full(current), turn);
+    template <int PART> __device__ __forceinline__ void publish() const {
+        mbarrier::wait(full(PART, current), turn);
         wgmma::shared_is_written();
-        tile = this->stage(current);
     }
     template <class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
         wgmma::wait<0>();
@@ -99,7 +113,7 @@ struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, W
         Tiles::term_at(tile, which, column, run);
     }
     /* s = A B^T of the own rows and the tile: x or, VALUES, y */
-    template <bool VALUES> __device__ __forceinline__ void multiply_rows(SharedAddress tile, Scores &s) const {
+    template <bool VALUES> __device__ __forceinline__ void multiply_rows(Scores &s) const {
         const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0)),
                             b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0));
         wgmma::begin();
@@ -163,8 +177,7 @@ struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, W
             wgmma::Product<NOW>::multiply_both_transposed(dq, s + j * 16 * 128 / 16, k + j * 16 * 128 / 16, j > 0);
         if constexpr (NOW < COLUMNS) multiply_queries<FIRST + NOW, COLUMNS - NOW>(dq + NOW / 8);
     }
-    /* Meanwhile the next tile's scores, or gradients of probabilities, are multiplied, if there is one. */
-    template <int PART> __device__ __forceinline__ void add_to_queries(Scores &s, bool goes_on) {
+    template <int PART> __device__ __forceinline__ void add_to_queries() {
         mbarrier::wait(scored(), odd);
         GradQuery dq;
         wgmma::begin();
@@ -173,18 +186,9 @@ struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, W
         finish(dq);
         mbarrier::arrive(multiplied());
         meet(2 + PART, TEAM_THREADS); /* no wave of the warpgroup reads the tile any more */
-        const SharedAddress to = tile + PART * QuerySums::PART_BYTES, ready = to_be_added(current);
-        advance();
-        if (AHEAD) begin_tile<PART == 1>(s, goes_on);
-        store_sums(dq, to);
+        store_sums(dq, tile + PART * QuerySums::PART_BYTES);
         wgmma::shared_is_written();
-        mbarrier::arrive(ready);
-        if (!AHEAD) begin_tile<PART == 1>(s, goes_on);
-        finish(s);
-    }
-    template <bool PROBABILITIES> __device__ __forceinline__ void begin_tile(Scores &s, bool exists) {
-        if (exists) publish();
-        multiply_rows<!PROBABILITIES>(exists ? tile : this->own, s);
+        mbarrier::arrive(to_be_added(PART, current));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -192,8 +196,8 @@ struct WideBackwardTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, W
     }
 };
 
-struct WideBackwardLoop {
-    using Tile = WideBackwardTiles;
+struct WideOnePassLoop {
+    using Tile = WideOnePassTiles;
     using Scores = Tile::Scores;
     using Gradient = Tile::Gradient;
     using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
@@ -210,13 +214,16 @@ struct WideBackwardLoop {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
             const int adder = wave() - Tile::WAVES - WIDE_COPIERS / WAVE;
             if (adder < 0) produce(share, tile);
-            else if (lane() == 0) add_in_turn(share, tile, adder);
+            else if (lane() == 0)
+                add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
+                    tile.add_up(sums, adder, index, place, turn);
+                });
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         Gradient gradient;
         gradient.clear();
-        if (Tile::team() == 0) {
+        if (wave() < Tile::WAVES / 2) {
             if (share.tiles > 0) consume<true>(share, tile, gradient);
             tile.own += Tile::OwnX::BYTES; /* the way that its gradient goes is that of its operand */
             finish(tile, none, gradient);
@@ -239,17 +246,17 @@ struct WideBackwardLoop {
         const Range first_sees = share.sees(share.block_row);
         const Range last_sees = share.sees(lesser(share.block_row + ROWS, share.own_rows) - 1);
         RowWise<GRAD_ALL, Tile, Share> rows(share, share.block_row + Tile::wave_row());
-        int left = share.tiles * share.heads_passing;
-        Scores s;
-        tile.template begin_tile<VALUES>(s, true);
-        tile.finish(s);
         for (int head = 0; head < share.heads_passing; ++head) {
             rows.begin_head(head);
             for (int count = 0; count < share.tiles; ++count) {
                 const int first = share.tile_row(count);
                 const bool masked = first < last_sees.low || first + Tile::TOKENS > first_sees.high;
+                Scores s;
                 uint32_t a[Tile::TOKENS / 16][4];
-                --left;
+                tile.tile = from_lane(tile.stage(tile.current), 0); /* a scalar: see OnePassTiles */
+                tile.template publish<VALUES ? 0 : 1>();
+                tile.template multiply_rows<!VALUES>(s);
+                tile.finish(s);
                 if constexpr (VALUES) {
                     Scores derivative;
                     rows.probabilities(tile, s, derivative, first);
@@ -263,8 +270,9 @@ struct WideBackwardLoop {
 #pragma unroll
                             for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
                     tile.hand_over(s);
+                    tile.template publish<1>();
                     tile.template multiply_columns<true>(a, gradient);
-                    tile.template add_to_queries<1>(s, left > 0);
+                    tile.template add_to_queries<1>();
                 } else {
                     Scores p;
                     tile.take_over(p);
@@ -272,9 +280,11 @@ struct WideBackwardLoop {
                     if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
                     Tile::round(s, a);
                     tile.publish_grad_scores(a);
+                    tile.template publish<0>();
                     tile.template multiply_columns<false>(a, gradient);
-                    tile.template add_to_queries<0>(s, left > 0);
+                    tile.template add_to_queries<0>();
                 }
+                tile.advance();
             }
         }
         changed(gradient);
