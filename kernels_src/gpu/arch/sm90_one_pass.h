@@ -30,8 +30,9 @@ template <class Share, class Add> __device__ __forceinline__ void add_in_turn(co
 
 /* Until `turn` blocks have added to a tile, or to its part. */
 __device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
-    while (load_acquire(sums.turns + place) != turn) {
-    }
+    while (load_acquire(sums.turns + place) != turn)
+        while (load_relaxed(sums.turns + place) != turn) {
+        }
 }
 /* Adds a tile, or a part, from shared memory; arrives at `taken` when it has been read. */
 __device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place, uint32_t turn, SharedAddress from,
@@ -144,8 +145,19 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
         wgmma::wait<OUTSTANDING>();
         changed(matrix);
     }
+    /* Delta of all of a lane's columns is read while dP is awaited, where there are registers for it. */
+    static constexpr bool READS_DELTA_AHEAD = HEAD_DIM <= 96;
+    float delta[TOKENS / 8][2];
+    __device__ __forceinline__ void read_delta() {
+        if (READS_DELTA_AHEAD)
+#pragma unroll
+            for (int n = 0; n < TOKENS / 8; ++n) Tiles::term_at(tile, 1, n * 8 + Scores::lane_column(), delta[n]);
+    }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
-        Tiles::term_at(tile, which, column, run);
+        if (READS_DELTA_AHEAD && which == 1) {
+            const float(&read)[2] = delta[(column - Scores::lane_column()) / 8];
+            run[0] = read[0], run[1] = read[1];
+        } else Tiles::term_at(tile, which, column, run);
     }
     /* s = A B^T of the warpgroup's own rows and a tile's: x or, VALUES, y */
     template <bool VALUES> __device__ __forceinline__ void multiply_rows(SharedAddress tile, Scores &s) const {
@@ -290,6 +302,7 @@ struct OnePassLoop {
             if constexpr (DROPOUT) Tile::round(rows.kept(scores), a);
             else Tile::round(scores, a);
             tile.template multiply_columns<true>(a, grad_y);
+            tile.read_delta();
             Tile::template finish<1>(ds);
             rows.grad_scores(tile, scores, derivative, ds);
             if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
