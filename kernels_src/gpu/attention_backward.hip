@@ -31,7 +31,7 @@
  *     block of keys 0    ->       ->       ->   dK, dV      that depends on the problem alone: again the result is the
  *     block of keys 1    ->       ->       ->   dK, dV      same in every run. How they keep out of each other's way:
  *                        |        |        |                KeyBlocks in backward.h; how they wait for each other:
- *                        dQ       dQ       dQ               arch/sm90_backward.h.
+ *                        dQ       dQ       dQ               arch/sm90_one_pass.h.
  *
  * A softmax scale of zero makes all scores zero, whatever their products: the passes then read a row of zeros as every
  * query, which stands in the workspace.
@@ -78,7 +78,8 @@ template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, WideOnePas
 #else
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardWarpgroupLoop<PASS>>;
 #endif
-/* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
+/* At 96 and 128 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. At 192,
+ * three passes are faster. */
 constexpr bool HAS_ONE_PASS =
     HEAD_DIM == VALUE_DIM &&
     (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT || HEAD_DIM > 192);

@@ -1,11 +1,23 @@
-/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_backward.h), up to 128 columns: two consuming warpgroups with 64 keys
- * each, tiles of 64 queries; S and dP have a row for each key.
+/* GRAD_ALL on sm_90a (see backward.h), up to 128 columns: two warpgroups of consumers, each with 64 keys and both their
+ * gradients; tiles of 64 queries. S and dP have a row for each key. From top to bottom, one warpgroup's work on a tile:
  *
- *   a warpgroup     S -> P      dV += P dO    dP -> dS    dK += dS Q    dQ = dS^T K, part of it -> shared memory
- *                   dP meanwhile              S of the next tile follows dQ: the matrix unit goes on -> ...
- *   copiers         Q, dO, LSE and delta of the tiles to come
- *   two lanes       take turns: wait until all blocks before this one have added to the tile, add, tell the next
- */
+ *   matrix unit                      meanwhile
+ *   dP = V dO^T                      P = exp2(S - LSE)
+ *   dV += P dO                       dS = P (dP - delta), to shared memory in 16 bits
+ *   dK += dS Q                       the other warpgroup's dS gets there, too
+ *   dQ = dS^T K
+ *   S = K Q^T of the next tile       dQ to shared memory, in float32
+ *
+ * The other warpgroup does the same, up to a tile earlier or later: while one is at its exponentials, the other has the
+ * matrix unit. Of dQ each multiplies half of the columns; up to 96 columns, where a half would be too narrow, all of
+ * them, but of one of two tiles (a group).
+ *
+ *   copiers     Q, dO, LSE and delta of the tiles to come
+ *   two lanes   in turns, a tile each: wait until all blocks before this one have added to it, add, tell the next
+ *
+ * A block waits only for blocks with earlier tickets, and a ticket is drawn when a block begins. So the earliest of the
+ * blocks that have begun and not ended waits for none that is still at work: it ends, then so does the next, whatever
+ * the order in which blocks begin and however few of them the device, or a part of it, has room for. */
 #ifndef AITER_GPU_ARCH_SM90_ONE_PASS_H
 #define AITER_GPU_ARCH_SM90_ONE_PASS_H
 
@@ -51,8 +63,7 @@ __device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place
 }
 
 /* To where its lanes' values are in QuerySums. */
-template <class GradQuery>
-__device__ __forceinline__ void store_sums(const GradQuery &dq, SharedAddress to) {
+template <class GradQuery> __device__ __forceinline__ void store_sums(const GradQuery &dq, SharedAddress to) {
 #pragma unroll
     for (int n = 0; n < GradQuery::TILES; ++n) {
         const float(&c)[4] = dq.tile[0][n];
@@ -68,13 +79,15 @@ struct OnePassShape {
     static constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
 };
 
-struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS> {
+struct OnePassTiles
+    : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS> {
     using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS>;
     static constexpr int WAVES = 8, TEAM_THREADS = 128, COPIERS = OnePassShape::COPIERS;
     /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
     static constexpr bool PAIRED = OnePassShape::PAIRED;
     static constexpr int GROUP = PAIRED ? 2 : 1;
     using Scores = Accumulator<1, TOKENS>;
+    using Operand = uint32_t[TOKENS / 16][4];
     using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
     using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
     using GradScores = BlockLayout<ROWS, TOKENS>;
@@ -101,7 +114,9 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
         }
         barrier();
     }
-    __device__ __forceinline__ SharedAddress grad_scores(int i) const { return this->stage(STAGES) + i * GradScores::BYTES; }
+    __device__ __forceinline__ SharedAddress grad_scores(int i) const {
+        return this->stage(STAGES) + i * GradScores::BYTES;
+    }
     __device__ __forceinline__ SharedAddress grad_query(int i) const {
         return grad_scores(GROUP) + i * QuerySums::TILE_BYTES;
     }
@@ -159,32 +174,16 @@ struct OnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePa
             run[0] = read[0], run[1] = read[1];
         } else Tiles::term_at(tile, which, column, run);
     }
-    /* s = A B^T of the warpgroup's own rows and a tile's: x or, VALUES, y */
-    template <bool VALUES> __device__ __forceinline__ void multiply_rows(SharedAddress tile, Scores &s) const {
-        const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0) + team * 64 * 128),
-                            b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0));
-        wgmma::begin();
-#pragma unroll
-        for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
-            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnX::BLOCK_BYTES + j % 4 * 32) / 16,
-                                             b + (j / 4 * PassingX::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
-        wgmma::end();
+    /* Of the warpgroup's own rows and a tile's: x or, VALUES, y */
+    template <bool VALUES> __device__ __forceinline__ void multiply(SharedAddress tile, Scores &s) const {
+        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own + (VALUES ? OwnX::BYTES : 0) + team * 64 * 128,
+                                                tile + (VALUES ? PassingX::BYTES : 0), s);
     }
-    template <bool VALUES>
-    __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[TOKENS / 16][4], Gradient &o) const {
-        const wgmma::Matrix b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0), PassingX::BLOCK_BYTES);
-        wgmma::begin();
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j)
-            wgmma::Product<Gradient::TILES * 8>::multiply_transposed(o.tile[0], a[j], b + j * 16 * 128 / 16);
-        wgmma::end();
-    }
-    static __device__ __forceinline__ void round(const Scores &s, uint32_t (&a)[TOKENS / 16][4]) {
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j) round_operand(s, 0, j, a[j]);
+    template <bool VALUES> __device__ __forceinline__ void add(const Operand &a, Gradient &gradient) const {
+        multiply_columns<PassingX, Gradient::TILES * 8>(a, tile + (VALUES ? PassingX::BYTES : 0), gradient);
     }
     /* The tile's number in its group. */
-    template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const uint32_t (&a)[TOKENS / 16][4]) const {
+    template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
         const SharedAddress lane_row = grad_scores(WHICH) + chunk_of_lane;
 #pragma unroll
@@ -276,7 +275,7 @@ struct OnePassLoop {
         __device__ __forceinline__ void consume() {
             rows.begin_head(0);
             tile.tile = tile.published();
-            tile.template multiply_rows<false>(tile.tile, scores);
+            tile.template multiply<false>(tile.tile, scores);
             Tile::template finish<0>(scores);
             if constexpr (Tile::PAIRED) {
 #pragma unroll 1
@@ -293,24 +292,25 @@ struct OnePassLoop {
             const int first = share.tile_row(count);
             const bool masked = first < seen_by_all || first + Tile::TOKENS > seen_to;
             Scores ds, derivative;
-            uint32_t a[Tile::TOKENS / 16][4];
-            tile.template multiply_rows<true>(tile.tile, ds);
-            Tile::template finish<1>(scores); /* all of dP sets off before the exponentials, even where they are there */
+            typename Tile::Operand a;
+            tile.template multiply<true>(tile.tile, ds);
+            Tile::template finish<1>(
+                scores); /* all of dP sets off before the exponentials, even where they are there */
             rows.probabilities(tile, scores, derivative, first);
             if (masked) rows.hide(scores, first);
             if (DROPOUT) rows.drop(scores, first);
-            if constexpr (DROPOUT) Tile::round(rows.kept(scores), a);
-            else Tile::round(scores, a);
-            tile.template multiply_columns<true>(a, grad_y);
+            if constexpr (DROPOUT) round_operands(rows.kept(scores), a);
+            else round_operands(scores, a);
+            tile.template add<true>(a, grad_y);
             tile.read_delta();
             Tile::template finish<1>(ds);
             rows.grad_scores(tile, scores, derivative, ds);
             if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
-            uint32_t b[Tile::TOKENS / 16][4];
-            Tile::round(ds, b);
+            typename Tile::Operand b;
+            round_operands(ds, b);
             tile.template publish_grad_scores<WHICH>(b);
             if (LAST) mbarrier::arrive(tile.scored());
-            tile.template multiply_columns<false>(b, grad_x);
+            tile.template add<false>(b, grad_x);
             --left;
             if (++count == share.tiles) {
                 count = 0;
@@ -325,7 +325,7 @@ struct OnePassLoop {
                 tile.multiply_queries(dq);
                 if (!Tile::PAIRED) wgmma::wait<1>(); /* dK's operand makes room for the scores */
             }
-            tile.template multiply_rows<false>(next, scores);
+            tile.template multiply<false>(next, scores);
             wgmma::wait<1>();
             mbarrier::arrive(before);
             if constexpr (LAST) {

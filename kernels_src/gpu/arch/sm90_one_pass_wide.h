@@ -1,16 +1,16 @@
-/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_backward.h) for head dimensions beyond 128, where no warpgroup has the
- * registers for two gradients: each has one, of the same 64 keys, and half of the columns of dQ. Of a tile of 64 queries,
- * with a row of S and dP for each key:
+/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_one_pass.h) beyond 192 columns, where no warpgroup has the registers for
+ * two gradients: each has one, of the same 64 keys, and half of the columns of dQ. Of a tile of 64 queries, with a row of
+ * S and dP for each key:
  *
- *   warpgroup 0    S    P -+-  dV += P dO          +-  right half of dQ = dS^T K  -+
- *                          |  float32              |  16 bits                      |  to where the tile was
- *   warpgroup 1    dP      +-  dS ---------------- +-  dK += dS Q,  left half     -+
- *   copiers        Q, dO, LSE and delta of the tiles to come                       |
- *   one lane       waits for this block's turn, adds the tile's dQ  <--------------+  the stage is free
+ *   warpgroup 0    S    P -+-  dV += P dO             +-  right half of dQ = dS^T K  ->  to where dO was
+ *                          |  float32                 |  16 bits
+ *   warpgroup 1    dP      +-  dS -> shared memory  --+-  dK += dS Q,  left half     ->  to where Q was
  *
- * So probabilities of one warpgroup overlap with products of the other. A tile's dQ in float32 takes as many bytes as
- * its Q and dO, whose place it takes: nobody needs them any more. Left half to the place of Q, which only dK still
- * read, right half to that of dO, which only dV did. */
+ * So probabilities of one warpgroup overlap with products of the other. Half of a tile's dQ in float32 takes as many bytes
+ * as its Q or its dO, and takes their places: Q is then read by none but dK, dO by none but dV.
+ *
+ * The halves go separate ways, so that little memory is idle: a wave copies K and the Qs, another V and the dOs; a lane
+ * adds the left halves, another the right ones, each when all blocks before this one have added theirs. */
 #ifndef AITER_GPU_ARCH_SM90_ONE_PASS_WIDE_H
 #define AITER_GPU_ARCH_SM90_ONE_PASS_WIDE_H
 
@@ -23,6 +23,7 @@ constexpr int WIDE_STAGES = 2, WIDE_COPIERS = 64;
 struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS> {
     using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS>;
     using Scores = Accumulator<1, TOKENS>;
+    using Operand = uint32_t[TOKENS / 16][4];
     using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
     using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
     using GradScores = BlockLayout<ROWS, TOKENS>;
@@ -112,29 +113,13 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
         Tiles::term_at(tile, which, column, run);
     }
-    /* s = A B^T of the own rows and the tile: x or, VALUES, y */
-    template <bool VALUES> __device__ __forceinline__ void multiply_rows(Scores &s) const {
-        const wgmma::Matrix a = wgmma::matrix(this->own + (VALUES ? OwnX::BYTES : 0)),
-                            b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0));
-        wgmma::begin();
-#pragma unroll
-        for (int j = 0; j < round_up(HEAD_DIM, 16) / 16; ++j)
-            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * OwnX::BLOCK_BYTES + j % 4 * 32) / 16,
-                                             b + (j / 4 * PassingX::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
-        wgmma::end();
+    /* Of the own rows and the tile: x or, VALUES, y */
+    template <bool VALUES> __device__ __forceinline__ void multiply(Scores &s) const {
+        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own + (VALUES ? OwnX::BYTES : 0),
+                                                tile + (VALUES ? PassingX::BYTES : 0), s);
     }
-    template <bool VALUES>
-    __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[TOKENS / 16][4], Gradient &o) const {
-        const wgmma::Matrix b = wgmma::matrix(tile + (VALUES ? PassingX::BYTES : 0), PassingX::BLOCK_BYTES);
-        wgmma::begin();
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j)
-            wgmma::Product<Gradient::TILES * 8>::multiply_transposed(o.tile[0], a[j], b + j * 16 * 128 / 16);
-        wgmma::end();
-    }
-    static __device__ __forceinline__ void round(const Scores &s, uint32_t (&a)[TOKENS / 16][4]) {
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j) round_operand(s, 0, j, a[j]);
+    template <bool VALUES> __device__ __forceinline__ void add(const Operand &a, Gradient &gradient) const {
+        multiply_columns<PassingX, Gradient::TILES * 8>(a, tile + (VALUES ? PassingX::BYTES : 0), gradient);
     }
     __device__ __forceinline__ SharedAddress place_of_probabilities() const {
         return probabilities() + thread_in_block() % TEAM_THREADS * 16;
@@ -157,7 +142,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         }
         mbarrier::arrive(weighed());
     }
-    __device__ __forceinline__ void publish_grad_scores(const uint32_t (&a)[TOKENS / 16][4]) const {
+    __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         mbarrier::wait(multiplied(), odd ^ 1);
         const SharedAddress lane_row = grad_scores() + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
 #pragma unroll
@@ -165,23 +150,17 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         wgmma::shared_is_written();
         mbarrier::arrive(scored());
     }
-    /* COLUMNS columns of dQ from column FIRST on. A product may begin anywhere in a block of 64 columns, but one that
-     * does must end in it. */
-    template <int FIRST, int COLUMNS> __device__ __forceinline__ void multiply_queries(float (*dq)[4]) const {
-        constexpr int LEFT = 64 - FIRST % 64, NOW = LEFT < 64 && LEFT < COLUMNS ? LEFT : COLUMNS;
-        const wgmma::Matrix s = wgmma::matrix(grad_scores());
-        const wgmma::Matrix k =
-            wgmma::matrix(this->own + FIRST / 64 * OwnX::BLOCK_BYTES + FIRST % 64 * 2, OwnX::BLOCK_BYTES);
-#pragma unroll
-        for (int j = 0; j < ROWS / 16; ++j)
-            wgmma::Product<NOW>::multiply_both_transposed(dq, s + j * 16 * 128 / 16, k + j * 16 * 128 / 16, j > 0);
-        if constexpr (NOW < COLUMNS) multiply_queries<FIRST + NOW, COLUMNS - NOW>(dq + NOW / 8);
-    }
     template <int PART> __device__ __forceinline__ void add_to_queries() {
         mbarrier::wait(scored(), odd);
         GradQuery dq;
+        const wgmma::Matrix s = wgmma::matrix(grad_scores());
+        const wgmma::Matrix k =
+            wgmma::matrix(this->own + PART * QuerySums::PART_COLUMNS / 64 * OwnX::BLOCK_BYTES, OwnX::BLOCK_BYTES);
         wgmma::begin();
-        multiply_queries<PART * QuerySums::PART_COLUMNS, QuerySums::PART_COLUMNS>(dq.tile[0]);
+#pragma unroll
+        for (int j = 0; j < ROWS / 16; ++j)
+            wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
+                                                                              k + j * 16 * 128 / 16, j > 0);
         wgmma::end();
         finish(dq);
         mbarrier::arrive(multiplied());
@@ -252,18 +231,18 @@ struct WideOnePassLoop {
                 const int first = share.tile_row(count);
                 const bool masked = first < last_sees.low || first + Tile::TOKENS > first_sees.high;
                 Scores s;
-                uint32_t a[Tile::TOKENS / 16][4];
+                Tile::Operand a;
                 tile.tile = from_lane(tile.stage(tile.current), 0); /* a scalar: see OnePassTiles */
                 tile.template publish<VALUES ? 0 : 1>();
-                tile.template multiply_rows<!VALUES>(s);
+                tile.template multiply<!VALUES>(s);
                 tile.finish(s);
                 if constexpr (VALUES) {
                     Scores derivative;
                     rows.probabilities(tile, s, derivative, first);
                     if (masked) rows.hide(s, first);
                     if (DROPOUT) rows.drop(s, first);
-                    if constexpr (DROPOUT) Tile::round(rows.kept(s), a);
-                    else Tile::round(s, a);
+                    if constexpr (DROPOUT) round_operands(rows.kept(s), a);
+                    else round_operands(s, a);
                     if (SOFTCAP)
 #pragma unroll
                         for (int n = 0; n < Scores::TILES; ++n)
@@ -271,17 +250,17 @@ struct WideOnePassLoop {
                             for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
                     tile.hand_over(s);
                     tile.template publish<1>();
-                    tile.template multiply_columns<true>(a, gradient);
+                    tile.template add<true>(a, gradient);
                     tile.template add_to_queries<1>();
                 } else {
                     Scores p;
                     tile.take_over(p);
                     rows.template grad_scores<false>(tile, p, p, s);
                     if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
-                    Tile::round(s, a);
+                    round_operands(s, a);
                     tile.publish_grad_scores(a);
                     tile.template publish<0>();
-                    tile.template multiply_columns<false>(a, gradient);
+                    tile.template add<false>(a, gradient);
                     tile.template add_to_queries<0>();
                 }
                 tile.advance();
