@@ -1,13 +1,13 @@
-/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_one_pass.h) beyond 192 columns, where no warpgroup has the registers for
- * two gradients: each has one, of the same 64 keys, and half of the columns of dQ. Of a tile of 64 queries, with a row of
- * S and dP for each key:
+/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_one_pass.h) beyond 192 columns, where no warpgroup has registers for
+ * two gradients: each has one, of the same 64 keys, and half of the columns of dQ. Of a tile of 64 queries, with a row
+ * of S and dP for each key:
  *
  *   warpgroup 0    S    P -+-  dV += P dO             +-  right half of dQ = dS^T K  ->  to where dO was
  *                          |  float32                 |  16 bits
  *   warpgroup 1    dP      +-  dS -> shared memory  --+-  dK += dS Q,  left half     ->  to where Q was
  *
- * So probabilities of one warpgroup overlap with products of the other. Half of a tile's dQ in float32 takes as many bytes
- * as its Q or its dO, and takes their places: Q is then read by none but dK, dO by none but dV.
+ * So probabilities of one warpgroup overlap with products of the other. Half of a tile's dQ in float32 takes as many
+ * bytes as its Q or its dO, and takes their places: Q is then read by none but dK, dO by none but dV.
  *
  * The halves go separate ways, so that little memory is idle: a wave copies K and the Qs, another V and the dOs; a lane
  * adds the left halves, another the right ones, each when all blocks before this one have added theirs. */
