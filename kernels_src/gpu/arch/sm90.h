@@ -163,12 +163,7 @@ __device__ __forceinline__ void order() { asm volatile("fence.proxy.async.global
 
 } // namespace bulk
 
-/* A counter in global memory by which blocks order what they write. A load that acquires empties the L1 cache. */
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t *from) {
-    uint32_t x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
+/* A counter in global memory by which blocks order what they write. */
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
     uint32_t x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");

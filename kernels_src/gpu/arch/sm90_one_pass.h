@@ -40,6 +40,13 @@ template <class Share, class Add> __device__ __forceinline__ void add_in_turn(co
         }
 }
 
+/* As load_acquire, but orders nothing, and leaves the L1 cache as it is. */
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t *from) {
+    uint32_t x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
 /* Until `turn` blocks have added to a tile, or to its part. */
 __device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
     while (load_acquire(sums.turns + place) != turn)
