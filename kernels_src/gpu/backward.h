@@ -131,7 +131,6 @@ struct QuerySums {
     static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, HEAD_DIM <= 96 ? 16 : 64);
     static constexpr int PARTS = COLUMNS <= 96 ? 1 : 2, PART_COLUMNS = COLUMNS / PARTS;
     static constexpr int PART_BYTES = ROWS * PART_COLUMNS * 4, TILE_BYTES = PARTS * PART_BYTES;
-    static constexpr int TURNS = HEAD_DIM > 192 ? PARTS : 1; /* counters of a tile: whether its parts are added apart */
     uint32_t *ticket, *turns;
     char *sums;
     int64_t head_tiles;
@@ -140,7 +139,7 @@ struct QuerySums {
         return p.packed_q ? p.total_q / ROWS + p.batch + 1 : p.batch * ((p.seqlen_q + int64_t(ROWS) - 1) / ROWS);
     }
     static __host__ __device__ int64_t counters(const aiter_attention_problem &p) {
-        return 1 + tiles_of_head(p) * p.heads_q * TURNS;
+        return 1 + tiles_of_head(p) * p.heads_q;
     }
     static __host__ __device__ int64_t counters_at(const aiter_attention_problem &p) {
         return (zeros_at(p) + HEAD_DIM * 2 + 127) / 128 * 128;

@@ -40,27 +40,18 @@ template <class Share, class Add> __device__ __forceinline__ void add_in_turn(co
         }
 }
 
-/* As load_acquire, but orders nothing, and leaves the L1 cache as it is. */
-__device__ __forceinline__ uint32_t load_relaxed(const uint32_t *from) {
-    uint32_t x;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-
-/* Until `turn` blocks have added to a tile, or to its part. */
+/* Until `turn` blocks have added to a tile. */
 __device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
-    while (load_acquire(sums.turns + place) != turn)
-        while (load_relaxed(sums.turns + place) != turn) {
-        }
+    while (load_acquire(sums.turns + place) != turn) {
+    }
 }
-/* Adds a tile, or a part, from shared memory; arrives at `taken` when it has been read. */
+/* Adds a tile from shared memory; arrives at `taken` when it has been read. */
 __device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place, uint32_t turn, SharedAddress from,
                                             SharedAddress taken) {
-    constexpr int BYTES = QuerySums::TILE_BYTES / QuerySums::TURNS;
-    char *sum = sums.sums + place * BYTES;
+    char *sum = sums.sums + place * QuerySums::TILE_BYTES;
     bulk::order();
-    if (turn == 0) bulk::store(sum, from, BYTES);
-    else bulk::add(sum, from, BYTES);
+    if (turn == 0) bulk::store(sum, from, QuerySums::TILE_BYTES);
+    else bulk::add(sum, from, QuerySums::TILE_BYTES);
     bulk::end();
     bulk::wait_for_reads();
     mbarrier::arrive(taken);
@@ -93,6 +84,10 @@ struct OnePassTiles
     /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
     static constexpr bool PAIRED = OnePassShape::PAIRED;
     static constexpr int GROUP = PAIRED ? 2 : 1;
+    /* Whether products set off one right after the other: descriptors from scalars that are worked out once (from
+     * anything else, each is made between two products), dP before the exponentials, the next tile awaited before dQ.
+     * On an H100 this gave 1 to 3 % at 128 columns, and took 3 % at 64 and 5 to 9 % at 96. */
+    static constexpr bool AT_ONCE = !PAIRED;
     using Scores = Accumulator<1, TOKENS>;
     using Operand = uint32_t[TOKENS / 16][4];
     using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
@@ -105,14 +100,10 @@ struct OnePassTiles
     int current = 0;    /* stage */
     uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
     uint32_t group = 0; /* of tiles whose gradients of queries are multiplied together */
-    /* The current stage, and which warpgroup this is, as scalars: descriptors of matrices worked out from anything else
-     * would each have to be made one, between the products, which then trickle into the matrix unit. */
-    SharedAddress tile;
-    const int team;
-    const uint32_t chunk_of_lane; /* in dS */
+    SharedAddress tile; /* the current stage */
+    const int kept_team;
 
-    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared)
-        : Tiles(shared), team(wave() / 4), chunk_of_lane(GradScores::chunk(wave_row() + lane() % 16, lane() / 16)) {
+    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared) : Tiles(shared), kept_team(wave() / 4) {
         if (thread_in_block() == 0) {
             for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
             mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
@@ -158,32 +149,22 @@ struct OnePassTiles
 
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
+    __device__ __forceinline__ int team() const { return AT_ONCE ? kept_team : wave() / 4; }
     __device__ __forceinline__ SharedAddress published() const {
         mbarrier::wait(full(current), turn);
         wgmma::shared_is_written();
-        return from_lane(this->stage(current), 0);
+        return AT_ONCE ? from_lane(this->stage(current), 0) : this->stage(current);
     }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
         wgmma::wait<OUTSTANDING>();
         changed(matrix);
     }
-    /* Delta of all of a lane's columns is read while dP is awaited, where there are registers for it. */
-    static constexpr bool READS_DELTA_AHEAD = HEAD_DIM <= 96;
-    float delta[TOKENS / 8][2];
-    __device__ __forceinline__ void read_delta() {
-        if (READS_DELTA_AHEAD)
-#pragma unroll
-            for (int n = 0; n < TOKENS / 8; ++n) Tiles::term_at(tile, 1, n * 8 + Scores::lane_column(), delta[n]);
-    }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
-        if (READS_DELTA_AHEAD && which == 1) {
-            const float(&read)[2] = delta[(column - Scores::lane_column()) / 8];
-            run[0] = read[0], run[1] = read[1];
-        } else Tiles::term_at(tile, which, column, run);
+        Tiles::term_at(tile, which, column, run);
     }
     /* Of the warpgroup's own rows and a tile's: x or, VALUES, y */
     template <bool VALUES> __device__ __forceinline__ void multiply(SharedAddress tile, Scores &s) const {
-        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own + (VALUES ? OwnX::BYTES : 0) + team * 64 * 128,
+        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own + (VALUES ? OwnX::BYTES : 0) + team() * 64 * 128,
                                                 tile + (VALUES ? PassingX::BYTES : 0), s);
     }
     template <bool VALUES> __device__ __forceinline__ void add(const Operand &a, Gradient &gradient) const {
@@ -192,14 +173,14 @@ struct OnePassTiles
     /* The tile's number in its group. */
     template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
-        const SharedAddress lane_row = grad_scores(WHICH) + chunk_of_lane;
+        const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
     }
     __device__ __forceinline__ void multiply_queries(GradQuery &dq) const {
-        const wgmma::Matrix s = wgmma::matrix(grad_scores(PAIRED ? team : 0));
-        const wgmma::Matrix k = wgmma::matrix(this->own + (PAIRED ? 0 : team * OwnX::BLOCK_BYTES), OwnX::BLOCK_BYTES);
+        const wgmma::Matrix s = wgmma::matrix(grad_scores(PAIRED ? team() : 0));
+        const wgmma::Matrix k = wgmma::matrix(this->own + (PAIRED ? 0 : team() * OwnX::BLOCK_BYTES), OwnX::BLOCK_BYTES);
         wgmma::begin();
 #pragma unroll
         for (int j = 0; j < ROWS / 16; ++j)
@@ -210,11 +191,11 @@ struct OnePassTiles
     /* Where there is such a tile. */
     __device__ __forceinline__ void store_queries(const GradQuery &dq, bool both) const {
         mbarrier::arrive(multiplied());
-        if (PAIRED && !both && team == 1) return;
-        mbarrier::wait(taken(PAIRED ? team : 0), group % 2 ^ 1);
-        store_sums(dq, grad_query(PAIRED ? team : 0) + (PAIRED ? 0 : team * QuerySums::PART_BYTES));
+        if (PAIRED && !both && team() == 1) return;
+        mbarrier::wait(taken(PAIRED ? team() : 0), group % 2 ^ 1);
+        store_sums(dq, grad_query(PAIRED ? team() : 0) + (PAIRED ? 0 : team() * QuerySums::PART_BYTES));
         wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added(PAIRED ? team : group % 2));
+        mbarrier::arrive(to_be_added(PAIRED ? team() : group % 2));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -275,7 +256,7 @@ struct OnePassLoop {
         __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
             : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
               left(share.tiles * share.heads_passing) {
-            const int team_row = share.block_row + tile.team * 64;
+            const int team_row = share.block_row + tile.team() * 64;
             seen_by_all = share.sees(lesser(team_row + 64, share.own_rows) - 1).low;
             seen_to = share.sees(team_row).high;
         }
@@ -301,15 +282,13 @@ struct OnePassLoop {
             Scores ds, derivative;
             typename Tile::Operand a;
             tile.template multiply<true>(tile.tile, ds);
-            Tile::template finish<1>(
-                scores); /* all of dP sets off before the exponentials, even where they are there */
+            if (Tile::AT_ONCE) Tile::template finish<1>(scores); /* of before; but the assembler moves nothing across */
             rows.probabilities(tile, scores, derivative, first);
             if (masked) rows.hide(scores, first);
             if (DROPOUT) rows.drop(scores, first);
             if constexpr (DROPOUT) round_operands(rows.kept(scores), a);
             else round_operands(scores, a);
             tile.template add<true>(a, grad_y);
-            tile.read_delta();
             Tile::template finish<1>(ds);
             rows.grad_scores(tile, scores, derivative, ds);
             if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
@@ -325,13 +304,15 @@ struct OnePassLoop {
             }
             const SharedAddress before = tile.empty(tile.current);
             tile.advance();
-            const SharedAddress next = left > 0 ? tile.published() : tile.tile;
+            SharedAddress next = tile.tile;
+            if (Tile::AT_ONCE && left > 0) next = tile.published();
             typename Tile::GradQuery dq;
             if constexpr (LAST) {
                 mbarrier::wait(tile.scored(), tile.group % 2);
                 tile.multiply_queries(dq);
                 if (!Tile::PAIRED) wgmma::wait<1>(); /* dK's operand makes room for the scores */
             }
+            if (!Tile::AT_ONCE && left > 0) next = tile.published();
             tile.template multiply<false>(next, scores);
             wgmma::wait<1>();
             mbarrier::arrive(before);
@@ -340,7 +321,7 @@ struct OnePassLoop {
                 tile.store_queries(dq, WHICH == 1);
                 ++tile.group;
             }
-            if (LAST) Tile::template finish<0>(scores); /* the assembler follows no product around a loop */
+            Tile::template finish<0>(scores); /* the assembler follows no product around a loop */
             tile.tile = next;
         }
     };

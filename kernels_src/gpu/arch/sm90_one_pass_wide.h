@@ -6,11 +6,11 @@
  *                          |  float32                 |  16 bits
  *   warpgroup 1    dP      +-  dS -> shared memory  --+-  dK += dS Q,  left half     ->  to where Q was
  *
- * So probabilities of one warpgroup overlap with products of the other. Half of a tile's dQ in float32 takes as many
- * bytes as its Q or its dO, and takes their places: Q is then read by none but dK, dO by none but dV.
+ *   two waves      copy Q, dO, LSE and delta of the tiles to come
+ *   one lane       waits until all blocks before this one have added to the tile, adds, tells the next
  *
- * The halves go separate ways, so that little memory is idle: a wave copies K and the Qs, another V and the dOs; a lane
- * adds the left halves, another the right ones, each when all blocks before this one have added theirs. */
+ * So probabilities of one warpgroup overlap with products of the other. Half of a tile's dQ in float32 takes as many
+ * bytes as its Q or its dO, and takes their places: Q is then read by none but dK, dO by none but dV. */
 #ifndef AITER_GPU_ARCH_SM90_ONE_PASS_WIDE_H
 #define AITER_GPU_ARCH_SM90_ONE_PASS_WIDE_H
 
@@ -30,9 +30,8 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
     static constexpr int WAVES = 8, TEAM_THREADS = 128;
     static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
     static constexpr int BARRIERS_AT = PROBABILITIES_BYTES + GradScores::BYTES;
-    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (6 * STAGES + 4) * mbarrier::BYTES;
+    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (3 * STAGES + 4) * mbarrier::BYTES;
     static_assert(QuerySums::PARTS == 2 && QuerySums::PART_BYTES == PassingX::BYTES, "dQ fits where Q and dO were");
-    static_assert(QuerySums::TURNS == 2, "the halves are added apart");
 
     int current = 0;    /* stage */
     uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
@@ -41,9 +40,9 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
 
     __device__ __forceinline__ explicit WideOnePassTiles(SharedAddress shared) : Tiles(shared) {
         if (thread_in_block() == 0) {
-            for (int i = 0; i < 2 * STAGES; ++i) {
-                mbarrier::make(full(i % 2, i / 2), WAVE), mbarrier::make(empty(i % 2, i / 2), 1);
-                mbarrier::make(to_be_added(i % 2, i / 2), TEAM_THREADS);
+            for (int i = 0; i < STAGES; ++i) {
+                mbarrier::make(full(i), WIDE_COPIERS), mbarrier::make(empty(i), 1);
+                mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
             }
             mbarrier::make(probable(), TEAM_THREADS), mbarrier::make(weighed(), TEAM_THREADS);
             mbarrier::make(scored(), TEAM_THREADS), mbarrier::make(multiplied(), 2 * TEAM_THREADS);
@@ -52,14 +51,12 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
     }
     __device__ __forceinline__ SharedAddress probabilities() const { return this->stage(STAGES); }
     __device__ __forceinline__ SharedAddress grad_scores() const { return probabilities() + PROBABILITIES_BYTES; }
-    /* Of a stage's Q (0) or dO (1): it is there; half of the gradient is, in its place; that has been added. */
-    __device__ __forceinline__ SharedAddress full(int part, int i) const {
-        return probabilities() + BARRIERS_AT + (i * 2 + part) * 24;
-    }
-    __device__ __forceinline__ SharedAddress to_be_added(int part, int i) const { return full(part, i) + 8; }
-    __device__ __forceinline__ SharedAddress empty(int part, int i) const { return full(part, i) + 16; }
+    /* Of a stage: the tile is there; its gradient is, in its place; that has been added. */
+    __device__ __forceinline__ SharedAddress full(int i) const { return probabilities() + BARRIERS_AT + i * 24; }
+    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return full(i) + 8; }
+    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 16; }
     /* P is there; has been read. dS is there; has been multiplied. */
-    __device__ __forceinline__ SharedAddress probable() const { return full(0, STAGES); }
+    __device__ __forceinline__ SharedAddress probable() const { return full(STAGES); }
     __device__ __forceinline__ SharedAddress weighed() const { return probable() + 8; }
     __device__ __forceinline__ SharedAddress scored() const { return probable() + 16; }
     __device__ __forceinline__ SharedAddress multiplied() const { return probable() + 24; }
@@ -68,43 +65,30 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         odd ^= 1;
     }
 
-    /* The copiers, a wave for K and Q and one for V and dO, and the lanes that add */
-    static __device__ __forceinline__ int part() { return wave() - WAVES; }
-    static __device__ __forceinline__ Rows rows_of_part(const RowPair &rows) {
-        return {part() == 0 ? rows.x.row_0 : rows.y.row_0, part() == 0 ? rows.x.stride : rows.y.stride};
-    }
+    /* The copiers, and the lane that adds */
     __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        const Rows from = rows_of_part(rows);
-#pragma unroll
-        for (int thread = lane(); thread < WIDE_COPIERS; thread += WAVE)
-            copy<ROWS, HEAD_DIM>(this->own + part() * OwnX::BYTES, from, first, rows, thread);
+        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
     }
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        const Rows from = rows_of_part(rows);
-        const SharedAddress to = this->stage(current);
-        mbarrier::wait(empty(part(), current), turn ^ 1); /* at once in the first turn */
-#pragma unroll
-        for (int thread = lane(); thread < WIDE_COPIERS; thread += WAVE) {
-            copy<TOKENS, HEAD_DIM>(to + part() * PassingX::BYTES, from, first, rows, thread);
-            const float *term = reinterpret_cast<const float *>(rows.terms + first + thread) + part();
-            copy_word_async(to + TERMS_AT + (part() * TOKENS + thread) * 4, term, first + thread < rows.count);
-        }
-        mbarrier::arrive_after_copies(full(part(), current));
+        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
+        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
+        mbarrier::arrive_after_copies(full(current));
         advance();
     }
     __device__ __forceinline__ void skip() {}
-    __device__ __forceinline__ void add_up(const QuerySums &sums, int part, int index, int64_t place, uint32_t turn) {
+    __device__ __forceinline__ void add_up(const QuerySums &sums, int index, int64_t place, uint32_t turn) {
         const int at = index % STAGES;
-        wait_for_turn(sums, place * 2 + part, turn);
-        mbarrier::wait(to_be_added(part, at), index / STAGES % 2);
-        add_to_sums(sums, place * 2 + part, turn, this->stage(at) + part * PassingX::BYTES, empty(part, at));
+        wait_for_turn(sums, place, turn);
+        mbarrier::wait(to_be_added(at), index / STAGES % 2);
+        add_to_sums(sums, place, turn, this->stage(at), empty(at));
     }
 
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() % 4 * ROW_TILE; }
-    template <int PART> __device__ __forceinline__ void publish() const {
-        mbarrier::wait(full(PART, current), turn);
+    __device__ __forceinline__ void publish() {
+        mbarrier::wait(full(current), turn);
         wgmma::shared_is_written();
+        tile = this->stage(current);
     }
     template <class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
         wgmma::wait<0>();
@@ -167,7 +151,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         meet(2 + PART, TEAM_THREADS); /* no wave of the warpgroup reads the tile any more */
         store_sums(dq, tile + PART * QuerySums::PART_BYTES);
         wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added(PART, current));
+        mbarrier::arrive(to_be_added(current));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -191,11 +175,10 @@ struct WideOnePassLoop {
         NoGradient none;
         if (wave() >= Tile::WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-            const int adder = wave() - Tile::WAVES - WIDE_COPIERS / WAVE;
-            if (adder < 0) produce(share, tile);
-            else if (lane() == 0)
+            if (wave() < Tile::WAVES + WIDE_COPIERS / WAVE) produce(share, tile);
+            else if (wave() == Tile::WAVES + WIDE_COPIERS / WAVE && lane() == 0)
                 add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
-                    tile.add_up(sums, adder, index, place, turn);
+                    tile.add_up(sums, index, place, turn);
                 });
             return;
         }
@@ -232,8 +215,7 @@ struct WideOnePassLoop {
                 const bool masked = first < last_sees.low || first + Tile::TOKENS > first_sees.high;
                 Scores s;
                 Tile::Operand a;
-                tile.tile = from_lane(tile.stage(tile.current), 0); /* a scalar: see OnePassTiles */
-                tile.template publish<VALUES ? 0 : 1>();
+                tile.publish();
                 tile.template multiply<!VALUES>(s);
                 tile.finish(s);
                 if constexpr (VALUES) {
@@ -249,7 +231,6 @@ struct WideOnePassLoop {
 #pragma unroll
                             for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
                     tile.hand_over(s);
-                    tile.template publish<1>();
                     tile.template add<true>(a, gradient);
                     tile.template add_to_queries<1>();
                 } else {
@@ -259,7 +240,6 @@ struct WideOnePassLoop {
                     if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
                     round_operands(s, a);
                     tile.publish_grad_scores(a);
-                    tile.template publish<0>();
                     tile.template add<false>(a, gradient);
                     tile.template add_to_queries<0>();
                 }
