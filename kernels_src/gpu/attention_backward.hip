@@ -82,7 +82,7 @@ template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoo
  * three passes are faster. */
 constexpr bool HAS_ONE_PASS =
     HEAD_DIM == VALUE_DIM &&
-    (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT || HEAD_DIM > 192);
+    (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT || HEAD_DIM == 256);
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 /* Beyond, a SIMD's registers hold one wave; a soft cap's derivative takes too many, too. */
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_QUERY, QueryLoop, PairedLoop>;

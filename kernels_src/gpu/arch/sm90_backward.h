@@ -5,10 +5,7 @@
  *   the consumers   own 64 rows each, and go through the tiles independently: while one works on probabilities, another
  *                   has the matrix unit
  *
- * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all of the producer's copies of
- * a tile have arrived, `empty` when all consuming threads are done with it. One lane could arrive for its wave, after a
- * wave_sync; but compute-sanitizer's racecheck follows each thread's own arrivals only, and reported the other lanes'
- * reads of LSE and delta. No difference in time was seen beyond the card's own spread. */
+ * How they hand tiles on: CopiedTiles. */
 #ifndef AITER_GPU_ARCH_SM90_BACKWARD_H
 #define AITER_GPU_ARCH_SM90_BACKWARD_H
 
@@ -51,6 +48,46 @@ __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[DEPTH][4], 
     wgmma::end();
 }
 
+/* Tiles that waves past the first WAVES copy, as far ahead as there are stages, for those. Two barriers in shared
+ * memory (mbarrier), and room for more of a loop's own, belong to each stage, BARRIERS_AT bytes behind the last:
+ * `full` is complete when all copies of a tile have arrived, `empty` when all who use it have said that they need it
+ * no more. One lane could arrive for its wave, after a wave_sync; but compute-sanitizer's racecheck follows each
+ * thread's own arrivals only, and reported the other lanes' reads of LSE and delta. No difference in time was seen
+ * beyond the card's own spread. */
+template <class Tiles, int WAVES, int COPIERS, int BARRIERS_AT = 0, int BARRIERS = 2> struct CopiedTiles : Tiles {
+    static constexpr int STAGE_BARRIERS_BYTES = Tiles::STAGES * BARRIERS * mbarrier::BYTES;
+
+    int current = 0;   /* stage */
+    uint32_t turn = 0; /* how often, modulo 2, the stages have been gone through */
+
+    using Tiles::Tiles;
+    __device__ __forceinline__ SharedAddress full(int i) const {
+        return this->stage(Tiles::STAGES) + BARRIERS_AT + i * BARRIERS * mbarrier::BYTES;
+    }
+    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + mbarrier::BYTES; }
+    __device__ __forceinline__ void make_barriers(int arrivals) const {
+        for (int i = 0; i < Tiles::STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), arrivals);
+    }
+    __device__ __forceinline__ void advance() {
+        if (++current == Tiles::STAGES) current = 0, turn ^= 1;
+    }
+
+    /* The copiers' part */
+    template <class Share> __device__ __forceinline__ void copy_all(const Share &share) {
+        if (share.tiles == 0) return;
+        this->copy_own(share.own(), share.block_row, thread_in_block() - WAVES * WAVE);
+        Issue<CopiedTiles, Share> issue(share, *this);
+        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
+    }
+    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
+        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
+        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
+        mbarrier::arrive_after_copies(full(current));
+        advance();
+    }
+    __device__ __forceinline__ void skip() {}
+};
+
 template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
     static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
     /* Of the consumers. With twelve there is always one that multiplies, if they get by on the registers. */
@@ -62,37 +99,30 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
     static constexpr int PRODUCER_REGISTERS = WIDER <= 64 ? 56 : 24;
 };
 
+template <int HEAD_DIM, int VALUE_DIM, int PASS, class Shape = BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>>
+using BackwardWarpgroupStages =
+    CopiedTiles<BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, Shape::WAVES * ROW_TILE, 64, Shape::STAGES, Shape::COPIERS>,
+                Shape::WAVES, Shape::COPIERS>;
+
 template <int HEAD_DIM, int VALUE_DIM, int PASS>
-struct BackwardWarpgroupTiles
-    : BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::WAVES * ROW_TILE, 64,
-                    BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::STAGES,
-                    BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::COPIERS> {
+struct BackwardWarpgroupTiles : BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PASS> {
     using Shape = BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>;
-    static constexpr int WAVES = Shape::WAVES, TEAM = 4, COPIERS = Shape::COPIERS;
-    static constexpr int TOKENS = 64, STAGES = Shape::STAGES;
+    using Tiles = BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PASS>;
+    static constexpr int WAVES = Shape::WAVES, TEAM = 4, TOKENS = 64;
     /* Groups of products that run on into the next tile: their operands are in registers that nothing else can use. */
     static constexpr int RUN_ON = PASS == GRAD_KEY_VALUE && Shape::WIDER > 64 ? 0 : 1;
-    using Tiles = BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, WAVES * ROW_TILE, TOKENS, STAGES, COPIERS>;
     using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
-    static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + STAGES * 16;
+    static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + Tiles::STAGE_BARRIERS_BYTES;
     using Scores = Accumulator<1, TOKENS>;
     using GradX = Accumulator<1, round_up(HEAD_DIM, 64)>;
     using GradY = Accumulator<1, round_up(VALUE_DIM, 64)>;
 
-    int current = 0;     /* stage */
-    uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
     SharedAddress tile;  /* the current stage */
     int unreleased = -1; /* the stage before, while products that read it may run */
 
     __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
-        if (thread_in_block() == 0)
-            for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
+        if (thread_in_block() == 0) this->make_barriers(WAVES * WAVE);
         barrier();
-    }
-    __device__ __forceinline__ SharedAddress full(int i) const { return this->stage(STAGES) + i * 16; }
-    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 8; }
-    __device__ __forceinline__ void advance() {
-        if (++current == STAGES) current = 0, turn ^= 1;
     }
 
     /* The producer */
@@ -100,33 +130,23 @@ struct BackwardWarpgroupTiles
     static __device__ __forceinline__ void begin_to_produce() {
         if (WAVES > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::PRODUCER_REGISTERS));
     }
-    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
-    }
-    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
-        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
-        mbarrier::arrive_after_copies(full(current));
-        advance();
-    }
-    __device__ __forceinline__ void skip() {}
 
     /* The consumers */
     static __device__ __forceinline__ void begin_to_consume() {
         if (WAVES > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::CONSUMER_REGISTERS));
     }
     __device__ __forceinline__ void publish() {
-        mbarrier::wait(full(current), turn);
+        mbarrier::wait(this->full(this->current), this->turn);
         wgmma::shared_is_written();
-        tile = this->stage(current);
+        tile = this->stage(this->current);
     }
     /* All but the latest N groups of products are done; the stage before this one is needed no more. */
     template <int OUTSTANDING> __device__ __forceinline__ void release() {
         wait<OUTSTANDING>();
         wave_sync();
-        if (unreleased >= 0) mbarrier::arrive(empty(unreleased));
-        unreleased = current;
-        advance();
+        if (unreleased >= 0) mbarrier::arrive(this->empty(unreleased));
+        unreleased = this->current;
+        this->advance();
     }
     template <int OUTSTANDING> static __device__ __forceinline__ void wait() { wgmma::wait<OUTSTANDING>(); }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
@@ -181,7 +201,7 @@ template <int PASS> struct BackwardWarpgroupLoop {
         Tile tile(shared);
         if (tile.produces()) {
             tile.begin_to_produce();
-            produce(share, tile);
+            tile.copy_all(share);
         } else {
             tile.begin_to_consume();
             GradX grad_x;
@@ -191,13 +211,6 @@ template <int PASS> struct BackwardWarpgroupLoop {
             if (share.tiles > 0) consume(share, tile, grad_x, grad_y);
             finish(tile, grad_x, grad_y);
         }
-    }
-
-    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
-        if (share.tiles == 0) return;
-        tile.load_own(share.own(), share.block_row);
-        Issue<Tile, Share> issue(share, tile);
-        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
     }
 
     static __device__ __forceinline__ void consume(const Share &share, Tile &tile, GradX &grad_x, GradY &grad_y) {

@@ -70,20 +70,29 @@ template <class GradQuery> __device__ __forceinline__ void store_sums(const Grad
 }
 
 struct OnePassShape {
+    /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
     static constexpr bool PAIRED = QuerySums::PARTS == 1;
-    static constexpr int STAGES = HEAD_DIM <= 64 ? 4 : PAIRED ? 2 : 3;
+    static constexpr int GROUP = PAIRED ? 2 : 1;
+    static constexpr int ROWS = 128, TOKENS = QuerySums::ROWS, STAGES = HEAD_DIM <= 64 ? 4 : PAIRED ? 2 : 3;
+    static constexpr int WAVES = 8;    /* of the consumers */
     static constexpr int COPIERS = 64; /* threads */
+    /* Registers of a thread */
     static constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
     static constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
+    /* Behind the stages: dS of a group of tiles, and their gradients of queries. */
+    using GradScores = BlockLayout<ROWS, TOKENS>;
+    static constexpr int GRADIENTS_BYTES = GROUP * (GradScores::BYTES + QuerySums::TILE_BYTES);
+    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                               COPIERS, GRADIENTS_BYTES>;
 };
 
-struct OnePassTiles
-    : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS> {
-    using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 128, 64, OnePassShape::STAGES, OnePassShape::COPIERS>;
-    static constexpr int WAVES = 8, TEAM_THREADS = 128, COPIERS = OnePassShape::COPIERS;
-    /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
-    static constexpr bool PAIRED = OnePassShape::PAIRED;
-    static constexpr int GROUP = PAIRED ? 2 : 1;
+struct OnePassTiles : OnePassShape::Stages {
+    using Shape = OnePassShape;
+    using GradScores = Shape::GradScores;
+    static constexpr bool PAIRED = Shape::PAIRED;
+    static constexpr int GROUP = Shape::GROUP, WAVES = Shape::WAVES, COPIERS = Shape::COPIERS, TEAM_THREADS = 128;
+    static constexpr int SHARED_BYTES =
+        TILE_BYTES + Shape::GRADIENTS_BYTES + STAGE_BARRIERS_BYTES + 6 * mbarrier::BYTES;
     /* Whether products set off one right after the other: descriptors from scalars that are worked out once (from
      * anything else, each is made between two products), dP before the exponentials, the next tile awaited before dQ.
      * On an H100 this gave 1 to 3 % at 128 columns, and took 3 % at 64 and 5 to 9 % at 96. */
@@ -92,20 +101,15 @@ struct OnePassTiles
     using Operand = uint32_t[TOKENS / 16][4];
     using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
     using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
-    using GradScores = BlockLayout<ROWS, TOKENS>;
-    static constexpr int BARRIERS_AT = GROUP * (GradScores::BYTES + QuerySums::TILE_BYTES);
-    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (2 * STAGES + 6) * mbarrier::BYTES;
-    static_assert(TOKENS == QuerySums::ROWS, "");
 
-    int current = 0;    /* stage */
-    uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
-    uint32_t group = 0; /* of tiles whose gradients of queries are multiplied together */
-    SharedAddress tile; /* the current stage */
-    const int kept_team;
+    uint32_t group = 0;  /* of tiles whose gradients of queries are multiplied together */
+    SharedAddress tile;  /* the current stage */
+    const int kept_team; /* AT_ONCE: which warpgroup this is */
 
-    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared) : Tiles(shared), kept_team(wave() / 4) {
+    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared)
+        : Shape::Stages(shared), kept_team(wave() / 4) {
         if (thread_in_block() == 0) {
-            for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
+            make_barriers(WAVES * WAVE);
             mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
             for (int i = 0; i < 2; ++i)
                 mbarrier::make(to_be_added(i), PAIRED ? TEAM_THREADS : 2 * TEAM_THREADS), mbarrier::make(taken(i), 1);
@@ -118,28 +122,13 @@ struct OnePassTiles
     __device__ __forceinline__ SharedAddress grad_query(int i) const {
         return grad_scores(GROUP) + i * QuerySums::TILE_BYTES;
     }
-    __device__ __forceinline__ SharedAddress full(int i) const { return this->stage(STAGES) + BARRIERS_AT + i * 16; }
-    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 8; }
     /* dS is there; has been multiplied. A tile's dQ is there; its place is free again. */
     __device__ __forceinline__ SharedAddress scored() const { return full(STAGES); }
     __device__ __forceinline__ SharedAddress multiplied() const { return scored() + 8; }
     __device__ __forceinline__ SharedAddress to_be_added(int i) const { return scored() + 16 + i * 16; }
     __device__ __forceinline__ SharedAddress taken(int i) const { return to_be_added(i) + 8; }
-    __device__ __forceinline__ void advance() {
-        if (++current == STAGES) current = 0, turn ^= 1;
-    }
 
-    /* The copiers, and the lanes that add */
-    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
-    }
-    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
-        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
-        mbarrier::arrive_after_copies(full(current));
-        advance();
-    }
-    __device__ __forceinline__ void skip() {}
+    /* The lanes that add */
     __device__ __forceinline__ void add_up(const QuerySums &sums, int index, int64_t place, uint32_t turn) {
         const int from = PAIRED ? index % 2 : 0;
         wait_for_turn(sums, place, turn);
@@ -160,7 +149,7 @@ struct OnePassTiles
         changed(matrix);
     }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
-        Tiles::term_at(tile, which, column, run);
+        term_at(tile, which, column, run);
     }
     /* Of the warpgroup's own rows and a tile's: x or, VALUES, y */
     template <bool VALUES> __device__ __forceinline__ void multiply(SharedAddress tile, Scores &s) const {
@@ -170,7 +159,7 @@ struct OnePassTiles
     template <bool VALUES> __device__ __forceinline__ void add(const Operand &a, Gradient &gradient) const {
         multiply_columns<PassingX, Gradient::TILES * 8>(a, tile + (VALUES ? PassingX::BYTES : 0), gradient);
     }
-    /* The tile's number in its group. */
+    /* WHICH of its group the tile is. */
     template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
         const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
@@ -188,7 +177,7 @@ struct OnePassTiles
                                                                               k + j * 16 * 128 / 16, j > 0);
         wgmma::end();
     }
-    /* Where there is such a tile. */
+    /* Not both: the group has one tile. */
     __device__ __forceinline__ void store_queries(const GradQuery &dq, bool both) const {
         mbarrier::arrive(multiplied());
         if (PAIRED && !both && team() == 1) return;
@@ -199,7 +188,7 @@ struct OnePassTiles
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
-        Tiles::template store<COLUMNS>(gradient, wave_row(), 0, row);
+        Shape::Stages::template store<COLUMNS>(gradient, wave_row(), 0, row);
     }
 };
 
@@ -218,16 +207,16 @@ struct OnePassLoop {
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
         Tile tile(shared);
         if (wave() >= Tile::WAVES) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(OnePassShape::PRODUCER_REGISTERS));
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::Shape::PRODUCER_REGISTERS));
             const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
-            if (adder < 0) produce(share, tile);
+            if (adder < 0) tile.copy_all(share);
             else if (lane() == 0) /* every other tile: one can be added while the other becomes visible to all */
                 add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
                     if (index % 2 == adder) tile.add_up(sums, index, place, turn);
                 });
             return;
         }
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OnePassShape::CONSUMER_REGISTERS));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::Shape::CONSUMER_REGISTERS));
         Gradient grad_x, grad_y;
         grad_x.clear(), grad_y.clear();
         if (share.tiles > 0) {
@@ -235,13 +224,6 @@ struct OnePassLoop {
             meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
         }
         finish(tile, grad_x, grad_y);
-    }
-
-    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
-        if (share.tiles == 0) return;
-        tile.load_own(share.own(), share.block_row);
-        Issue<Tile, Share> issue(share, tile);
-        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
     }
 
     struct Consumer {

@@ -18,64 +18,56 @@
 
 namespace aiter {
 
-constexpr int WIDE_STAGES = 2, WIDE_COPIERS = 64;
+struct WideOnePassShape {
+    static constexpr int ROWS = 64, TOKENS = QuerySums::ROWS, STAGES = 2;
+    static constexpr int WAVES = 8;    /* of the consumers */
+    static constexpr int COPIERS = 64; /* threads */
+    /* Behind the stages: P and dS. */
+    using GradScores = BlockLayout<ROWS, TOKENS>;
+    static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
+    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                               COPIERS, PROBABILITIES_BYTES + GradScores::BYTES, 3>;
+};
 
-struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS> {
-    using Tiles = BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WIDE_STAGES, WIDE_COPIERS>;
+struct WideOnePassTiles : WideOnePassShape::Stages {
+    using Shape = WideOnePassShape;
+    using GradScores = Shape::GradScores;
     using Scores = Accumulator<1, TOKENS>;
     using Operand = uint32_t[TOKENS / 16][4];
     using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
     using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
-    using GradScores = BlockLayout<ROWS, TOKENS>;
-    static constexpr int WAVES = 8, TEAM_THREADS = 128;
-    static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
-    static constexpr int BARRIERS_AT = PROBABILITIES_BYTES + GradScores::BYTES;
-    static constexpr int SHARED_BYTES = TILE_BYTES + BARRIERS_AT + (3 * STAGES + 4) * mbarrier::BYTES;
+    static constexpr int WAVES = Shape::WAVES, COPIERS = Shape::COPIERS, TEAM_THREADS = 128;
+    static constexpr int SHARED_BYTES =
+        TILE_BYTES + Shape::PROBABILITIES_BYTES + GradScores::BYTES + STAGE_BARRIERS_BYTES + 4 * mbarrier::BYTES;
+    static_assert(STAGES == 2, "the stage says which tile this is");
     static_assert(QuerySums::PARTS == 2 && QuerySums::PART_BYTES == PassingX::BYTES, "dQ fits where Q and dO were");
 
-    int current = 0;    /* stage */
-    uint32_t turn = 0;  /* how often, modulo 2, the stages have been gone through */
-    uint32_t odd = 0;   /* which tile this is, modulo 2 */
     SharedAddress tile; /* the current stage */
 
-    __device__ __forceinline__ explicit WideOnePassTiles(SharedAddress shared) : Tiles(shared) {
+    __device__ __forceinline__ explicit WideOnePassTiles(SharedAddress shared) : Shape::Stages(shared) {
         if (thread_in_block() == 0) {
-            for (int i = 0; i < STAGES; ++i) {
-                mbarrier::make(full(i), WIDE_COPIERS), mbarrier::make(empty(i), 1);
-                mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
-            }
+            make_barriers(1);
+            for (int i = 0; i < STAGES; ++i) mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
             mbarrier::make(probable(), TEAM_THREADS), mbarrier::make(weighed(), TEAM_THREADS);
             mbarrier::make(scored(), TEAM_THREADS), mbarrier::make(multiplied(), 2 * TEAM_THREADS);
         }
         barrier();
     }
     __device__ __forceinline__ SharedAddress probabilities() const { return this->stage(STAGES); }
-    __device__ __forceinline__ SharedAddress grad_scores() const { return probabilities() + PROBABILITIES_BYTES; }
-    /* Of a stage: the tile is there; its gradient is, in its place; that has been added. */
-    __device__ __forceinline__ SharedAddress full(int i) const { return probabilities() + BARRIERS_AT + i * 24; }
-    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return full(i) + 8; }
-    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 16; }
+    __device__ __forceinline__ SharedAddress grad_scores() const {
+        return probabilities() + Shape::PROBABILITIES_BYTES;
+    }
+    /* Of a stage: the tile's gradient is there, in its place. The stage is empty when that has been added. */
+    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return empty(i) + 8; }
     /* P is there; has been read. dS is there; has been multiplied. */
     __device__ __forceinline__ SharedAddress probable() const { return full(STAGES); }
     __device__ __forceinline__ SharedAddress weighed() const { return probable() + 8; }
     __device__ __forceinline__ SharedAddress scored() const { return probable() + 16; }
     __device__ __forceinline__ SharedAddress multiplied() const { return probable() + 24; }
-    __device__ __forceinline__ void advance() {
-        if (++current == STAGES) current = 0, turn ^= 1;
-        odd ^= 1;
-    }
+    /* Which tile this is, modulo 2. */
+    __device__ __forceinline__ uint32_t odd() const { return static_cast<uint32_t>(current); }
 
-    /* The copiers, and the lane that adds */
-    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
-    }
-    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
-        this->copy_passing(this->stage(current), rows, first, thread_in_block() - WAVES * WAVE);
-        mbarrier::arrive_after_copies(full(current));
-        advance();
-    }
-    __device__ __forceinline__ void skip() {}
+    /* The lane that adds */
     __device__ __forceinline__ void add_up(const QuerySums &sums, int index, int64_t place, uint32_t turn) {
         const int at = index % STAGES;
         wait_for_turn(sums, place, turn);
@@ -95,7 +87,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         changed(matrix);
     }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
-        Tiles::term_at(tile, which, column, run);
+        term_at(tile, which, column, run);
     }
     /* Of the own rows and the tile: x or, VALUES, y */
     template <bool VALUES> __device__ __forceinline__ void multiply(Scores &s) const {
@@ -109,7 +101,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         return probabilities() + thread_in_block() % TEAM_THREADS * 16;
     }
     __device__ __forceinline__ void hand_over(const Scores &p) const {
-        mbarrier::wait(weighed(), odd ^ 1);
+        mbarrier::wait(weighed(), odd() ^ 1);
 #pragma unroll
         for (int n = 0; n < Scores::TILES; ++n) {
             const float(&c)[4] = p.tile[0][n];
@@ -118,7 +110,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         mbarrier::arrive(probable());
     }
     __device__ __forceinline__ void take_over(Scores &p) const {
-        mbarrier::wait(probable(), odd);
+        mbarrier::wait(probable(), odd());
 #pragma unroll
         for (int n = 0; n < Scores::TILES; ++n) {
             const float4 c = shared_load<float4>(place_of_probabilities() + n * TEAM_THREADS * 16);
@@ -127,7 +119,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         mbarrier::arrive(weighed());
     }
     __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
-        mbarrier::wait(multiplied(), odd ^ 1);
+        mbarrier::wait(multiplied(), odd() ^ 1);
         const SharedAddress lane_row = grad_scores() + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
@@ -135,7 +127,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
         mbarrier::arrive(scored());
     }
     template <int PART> __device__ __forceinline__ void add_to_queries() {
-        mbarrier::wait(scored(), odd);
+        mbarrier::wait(scored(), odd());
         GradQuery dq;
         const wgmma::Matrix s = wgmma::matrix(grad_scores());
         const wgmma::Matrix k =
@@ -155,7 +147,7 @@ struct WideOnePassTiles : BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, 64, 64, WI
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
-        Tiles::template store<COLUMNS>(gradient, wave_row(), 0, row);
+        Shape::Stages::template store<COLUMNS>(gradient, wave_row(), 0, row);
     }
 };
 
@@ -175,8 +167,8 @@ struct WideOnePassLoop {
         NoGradient none;
         if (wave() >= Tile::WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-            if (wave() < Tile::WAVES + WIDE_COPIERS / WAVE) produce(share, tile);
-            else if (wave() == Tile::WAVES + WIDE_COPIERS / WAVE && lane() == 0)
+            if (wave() < Tile::WAVES + Tile::COPIERS / WAVE) tile.copy_all(share);
+            else if (wave() == Tile::WAVES + Tile::COPIERS / WAVE && lane() == 0)
                 add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
                     tile.add_up(sums, index, place, turn);
                 });
@@ -193,13 +185,6 @@ struct WideOnePassLoop {
             if (share.tiles > 0) consume<false>(share, tile, gradient);
             finish(tile, gradient, none);
         }
-    }
-
-    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
-        if (share.tiles == 0) return;
-        tile.load_own(share.own(), share.block_row);
-        Issue<Tile, Share> issue(share, tile);
-        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
     }
 
     /* VALUES: the first warpgroup's part. */
