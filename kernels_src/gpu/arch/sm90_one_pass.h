@@ -95,7 +95,7 @@ struct OnePassTiles : OnePassShape::Stages {
         TILE_BYTES + Shape::GRADIENTS_BYTES + STAGE_BARRIERS_BYTES + 6 * mbarrier::BYTES;
     /* Whether products set off one right after the other: descriptors from scalars that are worked out once (from
      * anything else, each is made between two products), dP before the exponentials, the next tile awaited before dQ.
-     * On an H100 this gave 1 to 3 % at 128 columns, and took 3 % at 64 and 5 to 9 % at 96. */
+     * On an H100 this gave up to 3 % at 128 columns, and took up to 4 % at 64 and 5 to 10 % at 96. */
     static constexpr bool AT_ONCE = !PAIRED;
     using Scores = Accumulator<1, TOKENS>;
     using Operand = uint32_t[TOKENS / 16][4];
@@ -233,7 +233,7 @@ struct OnePassLoop {
         Rows rows;
         int head = 0, count = 0, left; /* of the tile at hand; tiles from there on */
         int seen_by_all, seen_to;      /* query rows that all keys of the warpgroup take part with */
-        Scores scores;                 /* of the tile at hand, being multiplied */
+        Scores scores;                 /* of the tile at hand */
 
         __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
             : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
