@@ -58,8 +58,9 @@
 #include "gpu/backward_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
+#if AITER_HEAD_DIM <= 128
 #include "gpu/arch/sm90_one_pass.h"
-#if AITER_HEAD_DIM > 192
+#elif AITER_HEAD_DIM == 256
 #include "gpu/arch/sm90_one_pass_wide.h"
 #endif
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
@@ -73,10 +74,12 @@ static_assert(!PAGED, "the backward pass knows no pages");
 static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its separate keys and values");
 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
-#if AITER_HEAD_DIM > 192
+#if AITER_HEAD_DIM <= 128
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardWarpgroupLoop<PASS>>;
+#elif AITER_HEAD_DIM == 256
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, WideOnePassLoop, BackwardWarpgroupLoop<PASS>>;
 #else
-template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardWarpgroupLoop<PASS>>;
+template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
 #endif
 /* At 96 and 128 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. At 192,
  * three passes are faster. */

@@ -1,4 +1,4 @@
-/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_one_pass.h) beyond 192 columns, where no warpgroup has registers for
+/* GRAD_ALL on sm_90a (see backward.h, arch/sm90_one_pass.h) at 256 columns, where no warpgroup has registers for
  * two gradients: each has one, of the same 64 keys, and half of the columns of dQ. Of a tile of 64 queries, with a row
  * of S and dP for each key:
  *
