@@ -31,7 +31,7 @@
  *     block of keys 0    ->       ->       ->   dK, dV      that depends on the problem alone: again the result is the
  *     block of keys 1    ->       ->       ->   dK, dV      same in every run. How they keep out of each other's way:
  *                        |        |        |                KeyBlocks in backward.h; how they wait for each other:
- *                        dQ       dQ       dQ               arch/sm90_backward.h.
+ *                        dQ       dQ       dQ               arch/sm90_one_pass.h.
  *
  * A softmax scale of zero makes all scores zero, whatever their products: the passes then read a row of zeros as every
  * query, which stands in the workspace.
@@ -58,6 +58,11 @@
 #include "gpu/backward_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
+#if AITER_HEAD_DIM <= 128
+#include "gpu/arch/sm90_one_pass.h"
+#elif AITER_HEAD_DIM == 256
+#include "gpu/arch/sm90_one_pass_wide.h"
+#endif
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 #include "gpu/arch/gfx9_key_gradients.h"
 #include "gpu/arch/gfx9_query_gradient.h"
@@ -69,10 +74,18 @@ static_assert(!PAGED, "the backward pass knows no pages");
 static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its separate keys and values");
 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
+#if AITER_HEAD_DIM <= 128
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardWarpgroupLoop<PASS>>;
+#elif AITER_HEAD_DIM == 256
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, WideOnePassLoop, BackwardWarpgroupLoop<PASS>>;
+#else
 template <int PASS> using Loop = BackwardWarpgroupLoop<PASS>;
-/* Beyond 64 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. */
+#endif
+/* At 96 and 128 columns, soft caps and dropout leave too few registers: the loop would spill some 50 of them. At 192,
+ * three passes are faster. */
 constexpr bool HAS_ONE_PASS =
-    HEAD_DIM == VALUE_DIM && (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT);
+    HEAD_DIM == VALUE_DIM &&
+    (HEAD_DIM == 64 || (HEAD_DIM == 96 || HEAD_DIM == 128) && !SOFTCAP && !DROPOUT || HEAD_DIM == 256);
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 /* Beyond, a SIMD's registers hold one wave; a soft cap's derivative takes too many, too. */
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_QUERY, QueryLoop, PairedLoop>;

@@ -97,6 +97,8 @@ template <int PASS, class Tile, class Share> struct RowWise {
             for (int i = 0; i < Scores::VALUES; ++i) result.set(slot, i, p.get(slot, i) < 0.0f ? 0.0f : p.get(slot, i));
         return result;
     }
+    /* Not CAPPED: p has been multiplied by the soft cap's derivative. */
+    template <bool CAPPED = SOFTCAP>
     __device__ __forceinline__ void grad_scores(const Tile &tile, const Scores &p, const Scores &derivative,
                                                 Scores &ds) const {
 #pragma unroll
@@ -115,7 +117,7 @@ template <int PASS, class Tile, class Share> struct RowWise {
                         y = __builtin_signbit(p_y) ? 0.0f : y * dropout.scale, p_y = __builtin_fabsf(p_y);
                     }
                     Tile::weigh(x, y, p_x, p_y, run[j], run[j + 1]);
-                    if (SOFTCAP) x *= derivative.get(slot, i + j), y *= derivative.get(slot, i + j + 1);
+                    if (CAPPED) x *= derivative.get(slot, i + j), y *= derivative.get(slot, i + j + 1);
                     ds.set(slot, i + j, x), ds.set(slot, i + j + 1, y);
                 }
         }

@@ -136,7 +136,7 @@ def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@on_targets([p for p in PARAMETERS if p[0] == "cuda" and p[2] in (64, 96, 128)])
+@on_targets([p for p in PARAMETERS if p[0] == "cuda" and p[2] in (64, 96, 128, 256)])
 def test_one_pass(target, dtype, head_dim, causal):
     """On sm_90a, the longest lengths decide whether all gradients come from one pass, as here. There are enough
     sequences for it to go through some from the first keys on, through others from the last. Twice the same bits.

@@ -24,6 +24,8 @@ TRAINED = (("alibi", 1), ("chunk", 1), ("dropout", 1), ("softcap", 1))
         Spec("attention_backward", "bf16", 128, True, "sm_90a"),
         Spec("attention_backward", "fp16", 64, False, "sm_80", (("dropout", 1),)),
         Spec("attention_backward", "bf16", 64, True, "sm_90a", (("dropout", 1),)),
+        Spec("attention_backward", "bf16", 256, True, "sm_90a", (("softcap", 1),)),
+        Spec("attention_backward", "fp16", 512, False, "sm_90a"),
         # every option, on a GPU with little shared memory
         Spec("attention_forward", "bf16", 192, False, "sm_86", (*TRAINED, ("value_dim", 128), ("window", 1))),
         Spec("attention_decode", "fp16", 512, False, "sm_86", (*ALL[:1], *PAGED, *ALL[1:], ("window", 1))),

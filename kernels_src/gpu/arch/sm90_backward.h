@@ -1,26 +1,11 @@
-/* The backward pass's loop on sm_90a (see backward_loop.h), with wgmma, on the tiles of arch/sm80_backward.h.
+/* The backward pass's loop on sm_90a for a gradient or two at a time (see backward_loop.h), with wgmma, on the tiles of
+ * arch/sm80_backward.h. All gradients in one pass: arch/sm90_one_pass.h.
  *
  *   the producer    one warpgroup copies tiles by cp.async, as far ahead as there are stages, and needs few registers
  *   the consumers   own 64 rows each, and go through the tiles independently: while one works on probabilities, another
  *                   has the matrix unit
  *
- * Two barriers in shared memory (mbarrier) belong to each stage: `full` completes when all of the producer's copies of
- * a tile have arrived, `empty` when all consuming threads are done with it. One lane could arrive for its wave, after a
- * wave_sync; but compute-sanitizer's racecheck follows each thread's own arrivals only, and reported the other lanes'
- * reads of LSE and delta. No difference in time was seen beyond the card's own spread.
- *
- * GRAD_ALL, two consuming warpgroups, 128 keys; a tile of 64 queries, of 128 columns (of up to 96, the warpgroups take
- * turns at dQ: half of 96 columns would begin inside a block of 64), S and dP with a row for each key:
- *
- *   warpgroup 0    S   P    dV += P dO    dS  -+- dQ, left half  = dS^T K   dK += dS Q   -+ dQ to
- *   warpgroup 1    S   P    dV += P dO    dS  -+- dQ, right half = dS^T K   dK += dS Q   -+ shared memory
- *                  dP                      through shared memory, bfloat16 or float16     |
- *   copiers        Q, dO, LSE and delta of the tiles to come                              |
- *   one lane       waits until all blocks before this one have added to the tile,  adds <-+  tells the next
- *
- * A block waits only for blocks with earlier tickets, and a ticket is drawn when a block begins. So the earliest of the
- * blocks that have begun and not ended waits for none that is still at work: it ends, then so does the next, whatever
- * the order in which blocks begin and however few of them the device, or a part of it, has room for. */
+ * How they hand tiles on: CopiedTiles. */
 #ifndef AITER_GPU_ARCH_SM90_BACKWARD_H
 #define AITER_GPU_ARCH_SM90_BACKWARD_H
 
@@ -30,84 +15,69 @@
 
 namespace aiter {
 
-template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
-    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
-    /* Of the consumers. With twelve there is always one that multiplies, if they get by on the registers. */
-    static constexpr int WAVES = WIDER > 192 ? 4 : WIDER <= 64 && PASS == GRAD_QUERY ? 12 : 8;
-    static constexpr int STAGES = PASS == GRAD_ALL && WIDER > 64 ? 3 : WIDER <= 128 ? 4 : 2;
-    static constexpr int COPIERS = PASS == GRAD_ALL ? 64 : 128; /* threads */
-    /* Registers of a thread. A block of n threads starts with 65536 / n each and then deals them out anew. */
-    static constexpr bool FEW = WIDER <= 64 && PASS != GRAD_ALL;
-    static constexpr int CONSUMER_REGISTERS = WAVES == 12                       ? 152
-                                              : FEW                             ? 224
-                                              : PASS == GRAD_ALL && WIDER <= 64 ? 232
-                                                                                : 240;
-    static constexpr int PRODUCER_REGISTERS = FEW ? 56 : PASS == GRAD_ALL && WIDER <= 64 ? 40 : 24;
-};
+/* s = A B^T, of a warpgroup's 64 rows of A and COLUMNS columns of both */
+template <class Own, class Passing, int COLUMNS, class Scores>
+__device__ __forceinline__ void multiply_rows(SharedAddress a_rows, SharedAddress b_rows, Scores &s) {
+    const wgmma::Matrix a = wgmma::matrix(a_rows), b = wgmma::matrix(b_rows);
+    wgmma::begin();
+#pragma unroll
+    for (int j = 0; j < round_up(COLUMNS, 16) / 16; ++j)
+        wgmma::Product<Scores::TILES * 8>::multiply(s.tile[0], a + (j / 4 * Own::BLOCK_BYTES + j % 4 * 32) / 16,
+                                                    b + (j / 4 * Passing::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
+    wgmma::end();
+}
 
-template <int HEAD_DIM, int VALUE_DIM, int PASS>
-struct BackwardWarpgroupTiles
-    : BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::WAVES * ROW_TILE, 64,
-                    BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::STAGES,
-                    BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>::COPIERS> {
-    using Shape = BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>;
-    static constexpr int WAVES = Shape::WAVES, TEAM = 4, COPIERS = Shape::COPIERS;
-    static constexpr int TOKENS = 64, STAGES = Shape::STAGES;
-    /* Groups of products that run on into the next tile: their operands are in registers that nothing else can use. */
-    static constexpr int RUN_ON = PASS == GRAD_ALL || PASS == GRAD_KEY_VALUE && Shape::WIDER > 64 ? 0 : 1;
-    using Tiles = BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, WAVES * ROW_TILE, TOKENS, STAGES, COPIERS>;
-    using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
-    /* GRAD_ALL: dS of all own rows, and the gradient of the passing ones, behind the stages. */
-    using GradScores = BlockLayout<Tiles::ROWS, TOKENS>;
-    static constexpr int GRAD_SCORES_BYTES = PASS == GRAD_ALL ? GradScores::BYTES : 0;
-    static constexpr int BARRIERS_AT = GRAD_SCORES_BYTES + (PASS == GRAD_ALL ? QuerySums::TILE_BYTES : 0);
-    static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + BARRIERS_AT + STAGES * 16 + 3 * mbarrier::BYTES;
-    static_assert(PASS != GRAD_ALL || TOKENS == QuerySums::ROWS && WAVES == 8 && QuerySums::PARTS <= 2, "");
-    using Scores = Accumulator<1, TOKENS>;
-    using GradX = Accumulator<1, round_up(HEAD_DIM, PASS == GRAD_ALL ? 16 : 64)>;
-    using GradY = Accumulator<1, round_up(VALUE_DIM, PASS == GRAD_ALL ? 16 : 64)>;
-    /* A warpgroup multiplies one of two parts or, where it is narrow, all of it for every other tile. */
-    static constexpr int PARTS = QuerySums::PARTS;
-    using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
+/* A warpgroup's 64 x (16 * DEPTH) values as the left side of a product. */
+template <int DEPTH, class Scores>
+__device__ __forceinline__ void round_operands(const Scores &s, uint32_t (&a)[DEPTH][4]) {
+#pragma unroll
+    for (int j = 0; j < DEPTH; ++j) round_operand(s, 0, j, a[j]);
+}
 
-    int current = 0;     /* stage */
-    uint32_t turn = 0;   /* how often, modulo 2, the stages have been gone through */
-    SharedAddress tile;  /* the current stage */
-    int unreleased = -1; /* the stage before, while products that read it may run */
-    uint32_t odd = 0;    /* GRAD_ALL: which tile this is, modulo 2 */
+/* o += A B, in products of WIDTH columns */
+template <class Passing, int WIDTH, int DEPTH, class Gradient>
+__device__ __forceinline__ void multiply_columns(const uint32_t (&a)[DEPTH][4], SharedAddress b_rows, Gradient &o) {
+    const wgmma::Matrix b = wgmma::matrix(b_rows, Passing::BLOCK_BYTES);
+    wgmma::begin();
+#pragma unroll
+    for (int n = 0; n < Gradient::TILES * 8 / WIDTH; ++n)
+#pragma unroll
+        for (int j = 0; j < DEPTH; ++j)
+            wgmma::Product<WIDTH>::multiply_transposed(&o.tile[0][n * 8], a[j],
+                                                       b + (n * Passing::BLOCK_BYTES + j * 16 * 128) / 16);
+    wgmma::end();
+}
 
-    __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
-        if (thread_in_block() == 0)
-            for (int i = 0; i < STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), WAVES * WAVE);
-        if (PASS == GRAD_ALL && thread_in_block() == 0) {
-            mbarrier::make(multiplied(), PARTS * TEAM * WAVE);
-            mbarrier::make(to_be_added(), PARTS * TEAM * WAVE);
-            mbarrier::make(taken(), 1);
-        }
-        barrier();
+/* Tiles that waves past the first WAVES copy, as far ahead as there are stages, for those. Two barriers in shared
+ * memory (mbarrier), and room for more of a loop's own, belong to each stage, BARRIERS_AT bytes behind the last:
+ * `full` is complete when all copies of a tile have arrived, `empty` when all who use it have said that they need it
+ * no more. One lane could arrive for its wave, after a wave_sync; but compute-sanitizer's racecheck follows each
+ * thread's own arrivals only, and reported the other lanes' reads of LSE and delta. No difference in time was seen
+ * beyond the card's own spread. */
+template <class Tiles, int WAVES, int COPIERS, int BARRIERS_AT = 0, int BARRIERS = 2> struct CopiedTiles : Tiles {
+    static constexpr int STAGE_BARRIERS_BYTES = Tiles::STAGES * BARRIERS * mbarrier::BYTES;
+
+    int current = 0;   /* stage */
+    uint32_t turn = 0; /* how often, modulo 2, the stages have been gone through */
+
+    using Tiles::Tiles;
+    __device__ __forceinline__ SharedAddress full(int i) const {
+        return this->stage(Tiles::STAGES) + BARRIERS_AT + i * BARRIERS * mbarrier::BYTES;
     }
-    __device__ __forceinline__ SharedAddress full(int i) const { return this->stage(STAGES) + BARRIERS_AT + i * 16; }
-    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + 8; }
-    /* GRAD_ALL: dS, and when its product is made; the passing rows' gradient, when it is there and when it has been
-     * read. */
-    __device__ __forceinline__ SharedAddress grad_scores() const { return this->stage(STAGES); }
-    __device__ __forceinline__ SharedAddress multiplied() const { return full(STAGES); }
-    __device__ __forceinline__ SharedAddress grad_query() const { return grad_scores() + GRAD_SCORES_BYTES; }
-    __device__ __forceinline__ SharedAddress to_be_added() const { return multiplied() + mbarrier::BYTES; }
-    __device__ __forceinline__ SharedAddress taken() const { return to_be_added() + mbarrier::BYTES; }
+    __device__ __forceinline__ SharedAddress empty(int i) const { return full(i) + mbarrier::BYTES; }
+    __device__ __forceinline__ void make_barriers(int arrivals) const {
+        for (int i = 0; i < Tiles::STAGES; ++i) mbarrier::make(full(i), COPIERS), mbarrier::make(empty(i), arrivals);
+    }
     __device__ __forceinline__ void advance() {
-        if (++current == STAGES) current = 0, turn ^= 1;
+        if (++current == Tiles::STAGES) current = 0, turn ^= 1;
     }
 
-    /* The producer */
-    __device__ __forceinline__ bool produces() const { return wave() >= WAVES; }
-    __device__ __forceinline__ bool copies() const { return wave() < WAVES + COPIERS / WAVE; }
-    __device__ __forceinline__ bool adds_up() const { return PASS == GRAD_ALL && wave() == WAVES + COPIERS / WAVE; }
-    static __device__ __forceinline__ void begin_to_produce() {
-        if (WAVES > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::PRODUCER_REGISTERS));
-    }
-    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        this->copy_own(rows, first, thread_in_block() - WAVES * WAVE);
+    /* The copiers' part */
+    template <class Share> __device__ __forceinline__ void copy_all(const Share &share) {
+        if (share.tiles == 0) return;
+        this->copy_own(share.own(), share.block_row, thread_in_block() - WAVES * WAVE);
+        Issue<CopiedTiles, Share> issue(share, *this);
+        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
     }
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
         mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
@@ -116,23 +86,67 @@ struct BackwardWarpgroupTiles
         advance();
     }
     __device__ __forceinline__ void skip() {}
+};
+
+template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardWarpgroupShape {
+    static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM);
+    /* Of the consumers. With twelve there is always one that multiplies, if they get by on the registers. */
+    static constexpr int WAVES = WIDER > 192 ? 4 : WIDER <= 64 && PASS == GRAD_QUERY ? 12 : 8;
+    static constexpr int STAGES = WIDER <= 128 ? 4 : 2;
+    static constexpr int COPIERS = 128; /* threads */
+    /* Registers of a thread. A block of n threads starts with 65536 / n each and then deals them out anew. */
+    static constexpr int CONSUMER_REGISTERS = WAVES == 12 ? 152 : WIDER <= 64 ? 224 : 240;
+    static constexpr int PRODUCER_REGISTERS = WIDER <= 64 ? 56 : 24;
+};
+
+template <int HEAD_DIM, int VALUE_DIM, int PASS, class Shape = BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>>
+using BackwardWarpgroupStages =
+    CopiedTiles<BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, Shape::WAVES * ROW_TILE, 64, Shape::STAGES, Shape::COPIERS>,
+                Shape::WAVES, Shape::COPIERS>;
+
+template <int HEAD_DIM, int VALUE_DIM, int PASS>
+struct BackwardWarpgroupTiles : BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PASS> {
+    using Shape = BackwardWarpgroupShape<HEAD_DIM, VALUE_DIM, PASS>;
+    using Tiles = BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PASS>;
+    static constexpr int WAVES = Shape::WAVES, TEAM = 4, TOKENS = 64;
+    /* Groups of products that run on into the next tile: their operands are in registers that nothing else can use. */
+    static constexpr int RUN_ON = PASS == GRAD_KEY_VALUE && Shape::WIDER > 64 ? 0 : 1;
+    using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
+    static constexpr int SHARED_BYTES = Tiles::TILE_BYTES + Tiles::STAGE_BARRIERS_BYTES;
+    using Scores = Accumulator<1, TOKENS>;
+    using GradX = Accumulator<1, round_up(HEAD_DIM, 64)>;
+    using GradY = Accumulator<1, round_up(VALUE_DIM, 64)>;
+
+    SharedAddress tile;  /* the current stage */
+    int unreleased = -1; /* the stage before, while products that read it may run */
+
+    __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
+        if (thread_in_block() == 0) this->make_barriers(WAVES * WAVE);
+        barrier();
+    }
+
+    /* The producer */
+    __device__ __forceinline__ bool produces() const { return wave() >= WAVES; }
+    static __device__ __forceinline__ void begin_to_produce() {
+        if (WAVES > 4) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Shape::PRODUCER_REGISTERS));
+    }
 
     /* The consumers */
     static __device__ __forceinline__ void begin_to_consume() {
         if (WAVES > 4) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Shape::CONSUMER_REGISTERS));
     }
     __device__ __forceinline__ void publish() {
-        mbarrier::wait(full(current), turn);
+        mbarrier::wait(this->full(this->current), this->turn);
         wgmma::shared_is_written();
-        tile = this->stage(current);
+        tile = this->stage(this->current);
     }
     /* All but the latest N groups of products are done; the stage before this one is needed no more. */
     template <int OUTSTANDING> __device__ __forceinline__ void release() {
         wait<OUTSTANDING>();
         wave_sync();
-        if (unreleased >= 0) mbarrier::arrive(empty(unreleased));
-        unreleased = current;
-        advance();
+        if (unreleased >= 0) mbarrier::arrive(this->empty(unreleased));
+        unreleased = this->current;
+        this->advance();
     }
     template <int OUTSTANDING> static __device__ __forceinline__ void wait() { wgmma::wait<OUTSTANDING>(); }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
@@ -151,68 +165,14 @@ struct BackwardWarpgroupTiles
         multiply_rows<OwnY, PassingY, VALUE_DIM>(this->own + OwnX::BYTES + team_rows(), tile + PassingX::BYTES, dp);
     }
     __device__ __forceinline__ void add_to_x(const Scores &ds, GradX &dx) const {
-        multiply_columns<PassingX>(ds, tile, dx);
+        uint32_t a[TOKENS / 16][4];
+        round_operands(ds, a);
+        multiply_columns<PassingX, 64>(a, tile, dx);
     }
     __device__ __forceinline__ void add_to_y(const Scores &p, GradY &dy) const {
-        multiply_columns<PassingY>(p, tile + PassingX::BYTES, dy);
-    }
-    /* GRAD_ALL: the gradient of the passing rows, too. Each warpgroup has its own rows' dS, and needs that of all: it
-     * goes through shared memory, where wgmma reads it transposed. */
-    __device__ __forceinline__ void add_to_x_and_queries(const Scores &ds, GradX &dx) {
         uint32_t a[TOKENS / 16][4];
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j) round_operand(ds, 0, j, a[j]);
-        mbarrier::wait(multiplied(), odd ^ 1);
-        const SharedAddress lane_row = grad_scores() + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
-        wgmma::shared_is_written();
-        meet(2, WAVES * WAVE);
-
-        const int warpgroup = wave() / TEAM, part = PARTS == 2 ? warpgroup : 0;
-        const bool mine = PARTS == 2 || from_lane(odd, 0) == static_cast<uint32_t>(warpgroup);
-        if (!mine) { /* all of it in either branch: the assembler does not follow products across one */
-            multiply_columns<PassingX>(a, tile, dx);
-        } else {
-            GradQuery dq;
-            const wgmma::Matrix s = wgmma::matrix(grad_scores()),
-                                k = wgmma::matrix(this->own + part * OwnX::BLOCK_BYTES, OwnX::BLOCK_BYTES);
-            wgmma::begin();
-#pragma unroll
-            for (int j = 0; j < Tiles::ROWS / 16; ++j)
-                wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
-                                                                                  k + j * 16 * 128 / 16, j > 0);
-            wgmma::end();
-            multiply_columns<PassingX>(a, tile, dx);
-            finish<1>(dq);
-            mbarrier::arrive(multiplied());
-            mbarrier::wait(taken(), odd ^ 1);
-            const SharedAddress to = grad_query() + part * QuerySums::PART_BYTES + thread_in_block() % 128 * 16;
-#pragma unroll
-            for (int n = 0; n < GradQuery::TILES; ++n) {
-                const float(&c)[4] = dq.tile[0][n];
-                shared_store(to + n * 128 * 16, make_float4(c[0], c[1], c[2], c[3]));
-            }
-            wgmma::shared_is_written();
-            mbarrier::arrive(to_be_added());
-        }
-        odd ^= 1;
-    }
-    /* ... and one lane adds it to the others' when it is this block's turn. */
-    __device__ __forceinline__ void add_up(char *sum, uint32_t *turns, uint32_t turn) {
-        while (load_acquire(turns) != turn) {
-        }
-        mbarrier::wait(to_be_added(), odd);
-        bulk::order();
-        if (turn == 0) bulk::store(sum, grad_query(), QuerySums::TILE_BYTES);
-        else bulk::add(sum, grad_query(), QuerySums::TILE_BYTES);
-        bulk::end();
-        bulk::wait_for_reads();
-        mbarrier::arrive(taken());
-        bulk::wait();
-        bulk::order();
-        store_release(turns, turn + 1);
-        odd ^= 1;
+        round_operands(p, a);
+        multiply_columns<PassingY, 64>(a, tile + PassingX::BYTES, dy);
     }
     __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
         Tiles::term_at(tile, which, column, run);
@@ -221,41 +181,6 @@ struct BackwardWarpgroupTiles
     template <int COLUMNS, class Gradient, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
         Tiles::template store<COLUMNS>(gradient, wave_row(), 0, row);
-    }
-
-    /* s = A B^T, of 64 rows of A */
-    template <class Own, class Passing, int COLUMNS>
-    static __device__ __forceinline__ void multiply_rows(SharedAddress a_rows, SharedAddress b_rows, Scores &s) {
-        const wgmma::Matrix a = wgmma::matrix(a_rows), b = wgmma::matrix(b_rows);
-        wgmma::begin();
-#pragma unroll
-        for (int j = 0; j < round_up(COLUMNS, 16) / 16; ++j)
-            wgmma::Product<TOKENS>::multiply(s.tile[0], a + (j / 4 * Own::BLOCK_BYTES + j % 4 * 32) / 16,
-                                             b + (j / 4 * Passing::BLOCK_BYTES + j % 4 * 32) / 16, j > 0);
-        wgmma::end();
-    }
-
-    /* o += round(s) B */
-    template <class Passing, class Gradient>
-    static __device__ __forceinline__ void multiply_columns(const Scores &s, SharedAddress b_rows, Gradient &o) {
-        uint32_t a[TOKENS / 16][4];
-#pragma unroll
-        for (int j = 0; j < TOKENS / 16; ++j) round_operand(s, 0, j, a[j]);
-        multiply_columns<Passing>(a, b_rows, o);
-    }
-    template <class Passing, class Gradient>
-    static __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[TOKENS / 16][4], SharedAddress b_rows,
-                                                            Gradient &o) {
-        constexpr int WIDTH = PASS == GRAD_ALL ? Gradient::TILES * 8 : 64; /* of a product */
-        const wgmma::Matrix b = wgmma::matrix(b_rows, Passing::BLOCK_BYTES);
-        wgmma::begin();
-#pragma unroll
-        for (int n = 0; n < Gradient::TILES * 8 / WIDTH; ++n)
-#pragma unroll
-            for (int j = 0; j < TOKENS / 16; ++j)
-                wgmma::Product<WIDTH>::multiply_transposed(&o.tile[0][n * 8], a[j],
-                                                           b + (n * Passing::BLOCK_BYTES + j * 16 * 128) / 16);
-        wgmma::end();
     }
 };
 
@@ -276,8 +201,7 @@ template <int PASS> struct BackwardWarpgroupLoop {
         Tile tile(shared);
         if (tile.produces()) {
             tile.begin_to_produce();
-            if (tile.copies()) produce(share, tile);
-            else if (tile.adds_up()) add_up(share, tile);
+            tile.copy_all(share);
         } else {
             tile.begin_to_consume();
             GradX grad_x;
@@ -287,26 +211,6 @@ template <int PASS> struct BackwardWarpgroupLoop {
             if (share.tiles > 0) consume(share, tile, grad_x, grad_y);
             finish(tile, grad_x, grad_y);
         }
-    }
-
-    static __device__ __forceinline__ void produce(const Share &share, Tile &tile) {
-        if (share.tiles == 0) return;
-        tile.load_own(share.own(), share.block_row);
-        Issue<Tile, Share> issue(share, tile);
-        for (int count = 0; count < share.tiles * share.heads_passing; ++count) issue();
-    }
-
-    static __device__ __forceinline__ void add_up(const Share &share, Tile &tile) {
-        const QuerySums sums(share.sequence.arguments);
-        if (lane() != 0) return;
-#pragma unroll 1
-        for (int head = 0; head < share.heads_passing; ++head)
-#pragma unroll 1
-            for (int count = 0; count < share.tiles; ++count) {
-                const int row = share.tile_row(count);
-                const int64_t index = sums.tile(share.sequence, share.first_head + head, row);
-                tile.add_up(sums.sums + index * QuerySums::TILE_BYTES, sums.turns + index, share.turn(row));
-            }
     }
 
     static __device__ __forceinline__ void consume(const Share &share, Tile &tile, GradX &grad_x, GradY &grad_y) {
@@ -323,8 +227,7 @@ template <int PASS> struct BackwardWarpgroupLoop {
                 const int first = share.tile_row(count);
                 tile.publish();
                 const int end = first + Tile::TOKENS;
-                if (PASS != GRAD_ALL &&
-                    (end <= first_sees.low || first >= seen_end)) { /* the tile is the other waves' */
+                if (end <= first_sees.low || first >= seen_end) { /* the tile is the other waves' */
                     tile.template release<0>();
                     continue;
                 }
@@ -343,8 +246,7 @@ template <int PASS> struct BackwardWarpgroupLoop {
                 tile.template finish<gives_y(PASS) ? 1 : 0>(ds);
                 rows.grad_scores(tile, p, derivative, ds);
                 if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
-                if constexpr (PASS == GRAD_ALL) tile.add_to_x_and_queries(ds, grad_x);
-                else tile.add_to_x(ds, grad_x);
+                tile.add_to_x(ds, grad_x);
                 tile.template wait<Tile::RUN_ON>();
             }
         }

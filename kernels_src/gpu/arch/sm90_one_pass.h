@@ -1,0 +1,314 @@
+/* GRAD_ALL on sm_90a (see backward.h), up to 128 columns: two warpgroups of consumers, each with 64 keys and both their
+ * gradients; tiles of 64 queries. S and dP have a row for each key. From top to bottom, one warpgroup's work on a tile:
+ *
+ *   matrix unit                      meanwhile
+ *   dP = V dO^T                      P = exp2(S - LSE)
+ *   dV += P dO                       dS = P (dP - delta), to shared memory in 16 bits
+ *   dK += dS Q                       the other warpgroup's dS gets there, too
+ *   dQ = dS^T K
+ *   S = K Q^T of the next tile       dQ to shared memory, in float32
+ *
+ * The other warpgroup does the same, up to a tile earlier or later: while one is at its exponentials, the other has the
+ * matrix unit. Of dQ each multiplies half of the columns; up to 96 columns, where a half would be too narrow, all of
+ * them, but of one of two tiles (a group).
+ *
+ *   copiers     Q, dO, LSE and delta of the tiles to come
+ *   two lanes   in turns, a tile each: wait until all blocks before this one have added to it, add, tell the next
+ *
+ * A block waits only for blocks with earlier tickets, and a ticket is drawn when a block begins. So the earliest of the
+ * blocks that have begun and not ended waits for none that is still at work: it ends, then so does the next, whatever
+ * the order in which blocks begin and however few of them the device, or a part of it, has room for. */
+#ifndef AITER_GPU_ARCH_SM90_ONE_PASS_H
+#define AITER_GPU_ARCH_SM90_ONE_PASS_H
+
+#include "gpu/arch/sm90_backward.h"
+
+namespace aiter {
+
+/* The lanes that add a block's part of the gradients of queries: calls add(sums, index, place, turn) for all tiles.
+ * index: in this block; place: in the sums; turn: how many blocks add to the tile before this one. */
+template <class Share, class Add> __device__ __forceinline__ void add_in_turn(const Share &share, Add add) {
+    const QuerySums sums(share.sequence.arguments);
+    int index = 0;
+#pragma unroll 1
+    for (int head = 0; head < share.heads_passing; ++head)
+#pragma unroll 1
+        for (int count = 0; count < share.tiles; ++count, ++index) {
+            const int row = share.tile_row(count);
+            const int64_t place = sums.tile(share.sequence, share.first_head + head, row);
+            add(sums, index, place, static_cast<uint32_t>(share.turn(row)));
+        }
+}
+
+/* Until `turn` blocks have added to a tile. */
+__device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
+    while (load_acquire(sums.turns + place) != turn) {
+    }
+}
+/* Adds a tile from shared memory; arrives at `taken` when it has been read. */
+__device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place, uint32_t turn, SharedAddress from,
+                                            SharedAddress taken) {
+    char *sum = sums.sums + place * QuerySums::TILE_BYTES;
+    bulk::order();
+    if (turn == 0) bulk::store(sum, from, QuerySums::TILE_BYTES);
+    else bulk::add(sum, from, QuerySums::TILE_BYTES);
+    bulk::end();
+    bulk::wait_for_reads();
+    mbarrier::arrive(taken);
+    bulk::wait();
+    bulk::order();
+    store_release(sums.turns + place, turn + 1);
+}
+
+/* To where its lanes' values are in QuerySums. */
+template <class GradQuery> __device__ __forceinline__ void store_sums(const GradQuery &dq, SharedAddress to) {
+#pragma unroll
+    for (int n = 0; n < GradQuery::TILES; ++n) {
+        const float(&c)[4] = dq.tile[0][n];
+        shared_store(to + thread_in_block() % 128 * 16 + n * 128 * 16, make_float4(c[0], c[1], c[2], c[3]));
+    }
+}
+
+struct OnePassShape {
+    /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
+    static constexpr bool PAIRED = QuerySums::PARTS == 1;
+    static constexpr int GROUP = PAIRED ? 2 : 1;
+    static constexpr int ROWS = 128, TOKENS = QuerySums::ROWS, STAGES = HEAD_DIM <= 64 ? 4 : PAIRED ? 2 : 3;
+    static constexpr int WAVES = 8;    /* of the consumers */
+    static constexpr int COPIERS = 64; /* threads */
+    /* Registers of a thread */
+    static constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
+    static constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
+    /* Behind the stages: dS of a group of tiles, and their gradients of queries. */
+    using GradScores = BlockLayout<ROWS, TOKENS>;
+    static constexpr int GRADIENTS_BYTES = GROUP * (GradScores::BYTES + QuerySums::TILE_BYTES);
+    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                               COPIERS, GRADIENTS_BYTES>;
+};
+
+struct OnePassTiles : OnePassShape::Stages {
+    using Shape = OnePassShape;
+    using GradScores = Shape::GradScores;
+    static constexpr bool PAIRED = Shape::PAIRED;
+    static constexpr int GROUP = Shape::GROUP, WAVES = Shape::WAVES, COPIERS = Shape::COPIERS, TEAM_THREADS = 128;
+    static constexpr int SHARED_BYTES =
+        TILE_BYTES + Shape::GRADIENTS_BYTES + STAGE_BARRIERS_BYTES + 6 * mbarrier::BYTES;
+    /* Whether products set off one right after the other: descriptors from scalars that are worked out once (from
+     * anything else, each is made between two products), dP before the exponentials, the next tile awaited before dQ.
+     * On an H100 this gave up to 3 % at 128 columns, and took up to 4 % at 64 and 5 to 10 % at 96. */
+    static constexpr bool AT_ONCE = !PAIRED;
+    using Scores = Accumulator<1, TOKENS>;
+    using Operand = uint32_t[TOKENS / 16][4];
+    using Gradient = Accumulator<1, round_up(HEAD_DIM, 16)>;
+    using GradQuery = Accumulator<1, QuerySums::PART_COLUMNS>;
+
+    uint32_t group = 0;  /* of tiles whose gradients of queries are multiplied together */
+    SharedAddress tile;  /* the current stage */
+    const int kept_team; /* AT_ONCE: which warpgroup this is */
+
+    __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared)
+        : Shape::Stages(shared), kept_team(wave() / 4) {
+        if (thread_in_block() == 0) {
+            make_barriers(WAVES * WAVE);
+            mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
+            for (int i = 0; i < 2; ++i)
+                mbarrier::make(to_be_added(i), PAIRED ? TEAM_THREADS : 2 * TEAM_THREADS), mbarrier::make(taken(i), 1);
+        }
+        barrier();
+    }
+    __device__ __forceinline__ SharedAddress grad_scores(int i) const {
+        return this->stage(STAGES) + i * GradScores::BYTES;
+    }
+    __device__ __forceinline__ SharedAddress grad_query(int i) const {
+        return grad_scores(GROUP) + i * QuerySums::TILE_BYTES;
+    }
+    /* dS is there; has been multiplied. A tile's dQ is there; its place is free again. */
+    __device__ __forceinline__ SharedAddress scored() const { return full(STAGES); }
+    __device__ __forceinline__ SharedAddress multiplied() const { return scored() + 8; }
+    __device__ __forceinline__ SharedAddress to_be_added(int i) const { return scored() + 16 + i * 16; }
+    __device__ __forceinline__ SharedAddress taken(int i) const { return to_be_added(i) + 8; }
+
+    /* The lanes that add */
+    __device__ __forceinline__ void add_up(const QuerySums &sums, int index, int64_t place, uint32_t turn) {
+        const int from = PAIRED ? index % 2 : 0;
+        wait_for_turn(sums, place, turn);
+        mbarrier::wait(to_be_added(index % 2), index / 2 % 2);
+        add_to_sums(sums, place, turn, grad_query(from), taken(from));
+    }
+
+    /* The consumers */
+    static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
+    __device__ __forceinline__ int team() const { return AT_ONCE ? kept_team : wave() / 4; }
+    __device__ __forceinline__ SharedAddress published() const {
+        mbarrier::wait(full(current), turn);
+        wgmma::shared_is_written();
+        return AT_ONCE ? from_lane(this->stage(current), 0) : this->stage(current);
+    }
+    template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
+        wgmma::wait<OUTSTANDING>();
+        changed(matrix);
+    }
+    __device__ __forceinline__ void term(int which, int column, float (&run)[2]) const {
+        term_at(tile, which, column, run);
+    }
+    /* Of the warpgroup's own rows and a tile's: x or, VALUES, y */
+    template <bool VALUES> __device__ __forceinline__ void multiply(SharedAddress tile, Scores &s) const {
+        multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own + (VALUES ? OwnX::BYTES : 0) + team() * 64 * 128,
+                                                tile + (VALUES ? PassingX::BYTES : 0), s);
+    }
+    template <bool VALUES> __device__ __forceinline__ void add(const Operand &a, Gradient &gradient) const {
+        multiply_columns<PassingX, Gradient::TILES * 8>(a, tile + (VALUES ? PassingX::BYTES : 0), gradient);
+    }
+    /* WHICH of its group the tile is. */
+    template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
+        if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
+        const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
+        wgmma::shared_is_written();
+    }
+    __device__ __forceinline__ void multiply_queries(GradQuery &dq) const {
+        const wgmma::Matrix s = wgmma::matrix(grad_scores(PAIRED ? team() : 0));
+        const wgmma::Matrix k = wgmma::matrix(this->own + (PAIRED ? 0 : team() * OwnX::BLOCK_BYTES), OwnX::BLOCK_BYTES);
+        wgmma::begin();
+#pragma unroll
+        for (int j = 0; j < ROWS / 16; ++j)
+            wgmma::Product<QuerySums::PART_COLUMNS>::multiply_both_transposed(dq.tile[0], s + j * 16 * 128 / 16,
+                                                                              k + j * 16 * 128 / 16, j > 0);
+        wgmma::end();
+    }
+    /* Not both: the group has one tile. */
+    __device__ __forceinline__ void store_queries(const GradQuery &dq, bool both) const {
+        mbarrier::arrive(multiplied());
+        if (PAIRED && !both && team() == 1) return;
+        mbarrier::wait(taken(PAIRED ? team() : 0), group % 2 ^ 1);
+        store_sums(dq, grad_query(PAIRED ? team() : 0) + (PAIRED ? 0 : team() * QuerySums::PART_BYTES));
+        wgmma::shared_is_written();
+        mbarrier::arrive(to_be_added(PAIRED ? team() : group % 2));
+    }
+    template <int COLUMNS, class RowPointer>
+    __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
+        Shape::Stages::template store<COLUMNS>(gradient, wave_row(), 0, row);
+    }
+};
+
+struct OnePassLoop {
+    using Tile = OnePassTiles;
+    using Scores = Tile::Scores;
+    using Gradient = Tile::Gradient;
+    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
+    using Rows = RowWise<GRAD_ALL, Tile, Share>;
+    static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
+    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
+    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+
+    /* See BackwardTileLoop. */
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        Tile tile(shared);
+        if (wave() >= Tile::WAVES) {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::Shape::PRODUCER_REGISTERS));
+            const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
+            if (adder < 0) tile.copy_all(share);
+            else if (lane() == 0) /* every other tile: one can be added while the other becomes visible to all */
+                add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
+                    if (index % 2 == adder) tile.add_up(sums, index, place, turn);
+                });
+            return;
+        }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::Shape::CONSUMER_REGISTERS));
+        Gradient grad_x, grad_y;
+        grad_x.clear(), grad_y.clear();
+        if (share.tiles > 0) {
+            Consumer(share, tile, grad_x, grad_y).consume();
+            meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
+        }
+        finish(tile, grad_x, grad_y);
+    }
+
+    struct Consumer {
+        const Share &share;
+        Tile &tile;
+        Gradient &grad_x, &grad_y;
+        Rows rows;
+        int head = 0, count = 0, left; /* of the tile at hand; tiles from there on */
+        int seen_by_all, seen_to;      /* query rows that all keys of the warpgroup take part with */
+        Scores scores;                 /* of the tile at hand */
+
+        __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
+            : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
+              left(share.tiles * share.heads_passing) {
+            const int team_row = share.block_row + tile.team() * 64;
+            seen_by_all = share.sees(lesser(team_row + 64, share.own_rows) - 1).low;
+            seen_to = share.sees(team_row).high;
+        }
+        __device__ __forceinline__ void consume() {
+            rows.begin_head(0);
+            tile.tile = tile.published();
+            tile.template multiply<false>(tile.tile, scores);
+            Tile::template finish<0>(scores);
+            if constexpr (Tile::PAIRED) {
+#pragma unroll 1
+                while (left >= 2) step<0, false>(), step<1, true>();
+                if (left > 0) step<0, true>();
+            } else
+#pragma unroll 1
+                while (left > 0) step<0, true>();
+            Tile::template finish<0>(scores);
+            changed(grad_x), changed(grad_y);
+        }
+        /* WHICH of its group the tile is, and whether the last. */
+        template <int WHICH, bool LAST> __device__ __forceinline__ void step() {
+            const int first = share.tile_row(count);
+            const bool masked = first < seen_by_all || first + Tile::TOKENS > seen_to;
+            Scores ds, derivative;
+            typename Tile::Operand a;
+            tile.template multiply<true>(tile.tile, ds);
+            if (Tile::AT_ONCE) Tile::template finish<1>(scores); /* of before; but the assembler moves nothing across */
+            rows.probabilities(tile, scores, derivative, first);
+            if (masked) rows.hide(scores, first);
+            if (DROPOUT) rows.drop(scores, first);
+            if constexpr (DROPOUT) round_operands(rows.kept(scores), a);
+            else round_operands(scores, a);
+            tile.template add<true>(a, grad_y);
+            Tile::template finish<1>(ds);
+            rows.grad_scores(tile, scores, derivative, ds);
+            if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
+            typename Tile::Operand b;
+            round_operands(ds, b);
+            tile.template publish_grad_scores<WHICH>(b);
+            if (LAST) mbarrier::arrive(tile.scored());
+            tile.template add<false>(b, grad_x);
+            --left;
+            if (++count == share.tiles) {
+                count = 0;
+                if (++head < share.heads_passing) rows.begin_head(head);
+            }
+            const SharedAddress before = tile.empty(tile.current);
+            tile.advance();
+            SharedAddress next = tile.tile;
+            if (Tile::AT_ONCE && left > 0) next = tile.published();
+            typename Tile::GradQuery dq;
+            if constexpr (LAST) {
+                mbarrier::wait(tile.scored(), tile.group % 2);
+                tile.multiply_queries(dq);
+                if (!Tile::PAIRED) wgmma::wait<1>(); /* dK's operand makes room for the scores */
+            }
+            if (!Tile::AT_ONCE && left > 0) next = tile.published();
+            tile.template multiply<false>(next, scores);
+            wgmma::wait<1>();
+            mbarrier::arrive(before);
+            if constexpr (LAST) {
+                changed(dq);
+                tile.store_queries(dq, WHICH == 1);
+                ++tile.group;
+            }
+            Tile::template finish<0>(scores); /* the assembler follows no product around a loop */
+            tile.tile = next;
+        }
+    };
+};
+
+} // namespace aiter
+
+#endif
