@@ -31,6 +31,7 @@ from aiter.layout import NO_INDICES, Indices, index_tensor, page_lists
 from aiter.options import OptionKeywords, chunk_in_range, readable_index
 from aiter.parts import merge_attention_states
 from aiter.reference import attend_one
+from aiter.repeated import repeats
 
 __all__ = [
     "flash_attn_combine",
@@ -72,6 +73,7 @@ _OPERATION = Operation(
 )
 
 
+@repeats
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -139,6 +141,7 @@ def flash_attn_qkvpacked_func(
     return flash_attn_func(q, k, v, *arguments, **keywords)
 
 
+@repeats
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -238,6 +241,7 @@ def flash_attn_varlen_qkvpacked_func(
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *arguments, **keywords)
 
 
+@repeats
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,

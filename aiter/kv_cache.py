@@ -21,6 +21,7 @@ from aiter.kernels import ANY_HEAD_DIM
 from aiter.options import readable_index, strides_per_kv_head
 from aiter.plan import untraced
 from aiter.plan_cache import plans
+from aiter.repeated import repeats
 
 __all__ = ["reshape_and_cache"]
 
@@ -29,6 +30,7 @@ _TOKENS = "(tokens, heads_kv, head_dim)"
 _CACHE = "(pages, page_size, heads_kv, head_dim)"
 
 
+@repeats
 def reshape_and_cache(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -381,4 +383,4 @@ def _launch(like: torch.Tensor, cache: torch.Tensor, *fields: int) -> int:
     found = plans.get(key)
     if found is None:
         found = plans[key] = plan.Plan(key, like.device)
-    return found.run(pack_cache_write(*fields), like)
+    return found.run(pack_cache_write(*fields))

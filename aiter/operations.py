@@ -27,6 +27,7 @@ from aiter.checks import BSHD, CACHE, PACKED, Names
 from aiter.dispatch import Operation, attend
 from aiter.layout import NO_INDICES, Indices, Sizes, index_tensor, page_lists
 from aiter.options import OptionKeywords
+from aiter.repeated import repeats
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,6 +74,7 @@ def flash_attn_func(
     return_lse: bool,
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@repeats
 def flash_attn_func(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -139,6 +141,7 @@ def grouped_query_attention(
     return_lse: bool,
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@repeats
 def grouped_query_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -198,6 +201,7 @@ def multi_query_attention(
     return_lse: bool,
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@repeats
 def multi_query_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -271,6 +275,7 @@ def flash_attn_with_kvcache(
     return_lse: bool,
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@repeats
 def flash_attn_with_kvcache(
     query: torch.Tensor,
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
@@ -379,6 +384,7 @@ def variable_length_attention(
     return_lse: bool,
     **options: Unpack[OptionKeywords],
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@repeats
 def variable_length_attention(
     query: torch.Tensor,
     key: torch.Tensor,

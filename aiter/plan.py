@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -60,12 +61,23 @@ class Call(NamedTuple):
     names: checks.Names
 
 
+class Noted(threading.local):
+    """What this thread launches, while somebody wants to know: plan, call, bytes of workspace. None for what else is
+    done to the output. See repeated.py."""
+
+    launches: list[tuple[Plan, bytes, int] | None] | None = None
+
+
+noted = Noted()
+
+
 class Plan:
     """One kernel on one device, ready to launch; immutable, so that any number of threads may use it at once."""
 
-    __slots__ = ("kernel", "launch", "workspace_raw")
+    __slots__ = ("device", "kernel", "key", "launch", "workspace_raw")
 
     def __init__(self, key: Key, device: torch.device) -> None:
+        self.key, self.device = key, device
         name, _, dtype, head_dim, value_dim, causal, paged, options = key
         spec = kernels.kernel_spec(
             name, checks.DTYPE_NAMES[dtype], head_dim, causal, arch_of(device), paged, value_dim, options
@@ -75,16 +87,22 @@ class Plan:
         self.workspace_raw = self.kernel.workspace_raw
         self.launch = launcher(self.kernel, device)
 
-    def run(self, packed: bytes, like: torch.Tensor) -> int:
-        """Launches a call that is packed but for its workspace, which is made where `like` is. Returns 0 or BAD_VALUES;
-        raises LaunchError."""
+    def run(self, packed: bytes) -> int:
+        """Launches a call that is packed but for its workspace. Returns 0 or BAD_VALUES; raises LaunchError."""
         needed = self.workspace_raw(packed)
+        if noted.launches is not None:
+            noted.launches.append((self, packed, needed))
         if not needed:
             return self.launch(packed + NO_WORKSPACE)
-        if needed <= SCRATCH_BYTES and like.is_cpu:
-            return self.launch(packed + pack_workspace(cpu_queue.scratch()))
-        workspace = _empty(needed, dtype=torch.uint8, device=like.device)
-        return self.launch(packed + pack_workspace(workspace.data_ptr()))
+        address, _keep = self.workspace(needed)
+        return self.launch(packed + pack_workspace(address))
+
+    def workspace(self, needed: int) -> tuple[int, torch.Tensor | None]:
+        """Its address, and what must be kept until the launch."""
+        if needed <= SCRATCH_BYTES and self.device.type == "cpu":
+            return cpu_queue.scratch(), None
+        memory = _empty(needed, dtype=torch.uint8, device=self.device)
+        return memory.data_ptr(), memory
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,6 +148,8 @@ def forward(
         lse = _empty(_lse_shape(sizes), dtype=torch.float32, device=query.device)
         if given:  # rows that belong to no sequence are left alone in the output; this is new
             lse.fill_(-math.inf)
+            if noted.launches is not None:
+                noted.launches.append(None)
     if 0 in sizes[:5] or (indices is not NO_INDICES and _has_no_rows(sizes)):
         # Nothing to write, or no key to read: nothing to compile.
         return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
@@ -157,7 +177,7 @@ def forward(
         if gpu or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
             query, key, value = _readable(query), _readable(key), _readable(value)
         packed = pack(call, query, key, value, output, lse, more_strides, chosen)
-    if plan.run(packed, query):
+    if plan.run(packed):
         _refuse_values(call)
     if given:
         torch.autograd.graph.increment_version(output)  # autograd may have saved it
@@ -247,7 +267,7 @@ def backward(
         alibi_slopes,
         rng_state,
     )
-    plan.run(packed, query)
+    plan.run(packed)
     return grads
 
 

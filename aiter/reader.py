@@ -5,6 +5,8 @@ has in it, so that nothing is to be compiled for it alone.
     is_index    layout.index_tensor     True, for an index tensor that is as kernels read it
     sizes_of    layout.read_sizes       the fields of Sizes
     pack        plan.pack               the call as bytes, but for its workspace
+    form_of     -                       what a call's arguments are, and where its tensors lie: see repeated.py
+    fill        -                       a call like that, with other addresses
 
 That is for calls as they mostly are; None for all others, which Python then looks at. The functions themselves are None
 before the first kernel is loaded, and where PyTorch cannot tell C what a tensor is.
@@ -23,14 +25,16 @@ from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
 is_index: Callable[..., bool | None] | None = None
 sizes_of: Callable[..., tuple[int, ...] | None] | None = None
 pack: Callable[..., bytes | None] | None = None
+form_of: Callable[..., tuple[bytes, bytes] | None] | None = None
+fill: Callable[..., bytes | None] | None = None
 
 
 def take_from(library: ctypes.CDLL) -> None:
     """From now on reads tensors with what a loaded kernel has in it for that, if it does and nothing did before."""
-    global is_index, sizes_of, pack
+    global is_index, sizes_of, pack, form_of, fill
     exchange = exchange_of_torch()
     if pack is None and exchange is not None and hasattr(library, "aiter_call_reader"):
-        is_index, sizes_of, pack = functions_of(library, exchange)
+        is_index, sizes_of, pack, form_of, fill = functions_of(library, exchange)
 
 
 def exchange_of_torch() -> int | None:
@@ -44,12 +48,16 @@ def exchange_of_torch() -> int | None:
         return None
 
 
+_NAMES = "requires_grad", "is_neg"  # which C asks tensors for, and which must stay
+
+
 def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any] | None, ...]:
-    """is_index, sizes_of and pack of a library that has them."""
+    """The five functions of a library that has them."""
     address = ctypes.cast(library.aiter_call_reader, ctypes.c_void_p).value
     assert address is not None
-    make = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int)(address)
-    functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM)
+    objects = torch.Tensor, *_NAMES
+    make = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.py_object] * 3)(address)
+    functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM, *objects)
     if functions is None:  # Python's functions cannot be seen from there, or this is another version of DLPack
-        return None, None, None
+        return (None,) * 5
     return ctypes.cast(functions, ctypes.py_object).value

@@ -31,6 +31,24 @@ def _are_tensors(*tensors: torch.Tensor) -> bool:
     return all(type(tensor) in (_Tensor, _Parameter) for tensor in tensors)
 
 
+def needs_nothing() -> bool:
+    """Whether nobody is to know of calls but, perhaps, autograd."""
+    return (
+        # torch.jit.trace records what passes the dispatcher and nothing else.
+        _tracing_state() is None
+        # Modes see every operator: fake tensors, FLOP counters, make_fx.
+        and not _active_dispatch_modes()
+        # torch.func's vmap, grad, jvp wrap tensors.
+        and _active_transform() is None
+        # Forward-mode tangents ride on plain tensors.
+        and forward_ad._current_level < 0
+        # Autocast chooses another dtype.
+        and not _is_autocast_enabled()
+        # A profile should name the call.
+        and not _is_profiling()
+    )
+
+
 def is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call needs nothing of PyTorch's dispatcher but, perhaps, a gradient."""
     return (
@@ -45,16 +63,5 @@ def is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> boo
         and value.layout is _strided
         # Lazily negated: what memory holds is not the value.
         and not (query.is_neg() or key.is_neg() or value.is_neg())
-        # torch.jit.trace records what passes the dispatcher and nothing else.
-        and _tracing_state() is None
-        # Modes see every operator: fake tensors, FLOP counters, make_fx.
-        and not _active_dispatch_modes()
-        # torch.func's vmap, grad, jvp wrap tensors.
-        and _active_transform() is None
-        # Forward-mode tangents ride on plain tensors.
-        and forward_ad._current_level < 0
-        # Autocast chooses another dtype.
-        and not _is_autocast_enabled()
-        # A profile should name the call.
-        and not _is_profiling()
+        and needs_nothing()
     )

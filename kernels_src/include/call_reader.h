@@ -2,10 +2,12 @@
  *
  *   Python (aiter/reader.py)                          the first kernel of attention that is loaded
  *   ------------------------                          --------------------------------------------
- *   once        aiter_call_reader(exchange, ...)  -->  these three, as Python functions
+ *   once        aiter_call_reader(exchange, ...)  -->  these five, as Python functions
  *   each call   is_index(index, shape, query)     -->  True, or None       as layout.py has it
  *               sizes_of(query, key, value, ...)  -->  sizes, or None
  *               pack(call, query, key, ...)       -->  bytes, or None      as plan.py has it
+ *               form_of(arguments, keywords, ...) -->  bytes, or None      of calls that may be like one before:
+ *               fill(call, places, addresses, ...) --> bytes, or None      aiter/repeated.py
  *
  * None: something is not as it mostly is, wrong or only rare, and Python's function decides. So nothing is refused here,
  * and tests/test_reader.py holds every answer against Python's.
@@ -31,7 +33,14 @@ typedef struct {
     int flags;
     const char *doc;
 } PyMethodDef;
-AITER_OF_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct;
+AITER_OF_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_FalseStruct, PyLong_Type, PyFloat_Type, PyTuple_Type;
+AITER_OF_PYTHON PyObject *PyObject_Type(PyObject *);
+AITER_OF_PYTHON PyObject *PyObject_GetAttr(PyObject *, PyObject *);
+AITER_OF_PYTHON PyObject *PyObject_CallMethodObjArgs(PyObject *, PyObject *, ...);
+AITER_OF_PYTHON int PyDict_Next(PyObject *, ptrdiff_t *, PyObject **, PyObject **); /* borrowed */
+AITER_OF_PYTHON const char *PyUnicode_AsUTF8AndSize(PyObject *, ptrdiff_t *);
+AITER_OF_PYTHON PyObject *PyErr_Occurred(void);
+AITER_OF_PYTHON void Py_DecRef(PyObject *);
 AITER_OF_PYTHON PyObject *PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject *);
 AITER_OF_PYTHON PyObject *PyTuple_New(ptrdiff_t);
 AITER_OF_PYTHON ptrdiff_t PyTuple_Size(PyObject *);
@@ -83,6 +92,7 @@ struct Exchange {
 struct Common {
     int (*read)(PyObject *, Tensor *);
     int64_t dim_step, dim_max, dim_latent;
+    PyObject *tensor_type, *requires_grad, *is_neg; /* torch.Tensor, and names of what it has */
 };
 static Common common;
 
@@ -262,21 +272,159 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
                                      reinterpret_cast<const char *>(address) - reinterpret_cast<const char *>(&packed));
 }
 
+/* ---- calls like one before ---- */
+
+/* All that a call's arguments are but where its tensors lie, in bytes. */
+class Form {
+    static constexpr int MOST_BYTES = 2048, MOST_TENSORS = 24;
+    char bytes[MOST_BYTES];
+    uint64_t addresses[MOST_TENSORS];
+    int size = 0, tensors = 0;
+    bool grad; /* does autograd record? Then no tensor may require a gradient */
+
+    bool write(const void *from, size_t count) {
+        if (size + count > MOST_BYTES) return false;
+        memcpy(bytes + size, from, count);
+        size += static_cast<int>(count);
+        return true;
+    }
+    template <class T> bool write(const T &value) { return write(&value, sizeof value); }
+
+    static bool is_true(PyObject *answer) { /* and lets go of it; for true where there is none */
+        if (answer == nullptr) return true;
+        Py_DecRef(answer);
+        return answer == &_Py_TrueStruct;
+    }
+
+    bool add_tensor(PyObject *object) {
+        Tensor tensor;
+        if (tensors == MOST_TENSORS || common.read(object, &tensor) != 0 || tensor.rank > 8) return false;
+        if (grad && is_true(PyObject_GetAttr(object, common.requires_grad))) return false;
+        /* Lazily negated, which parts of complex numbers can be: what memory holds is not the value. */
+        if ((tensor.has_type(2, 16) || tensor.has_type(2, 32) || tensor.has_type(2, 64)) &&
+            is_true(PyObject_CallMethodObjArgs(object, common.is_neg, nullptr)))
+            return false;
+        for (int i = 0; i < tensor.rank; ++i)
+            if (tensor.shape[i] == 0) return false;
+        const uint64_t address = tensor.address();
+        /* Which of the others lies at the same place, so that it can be told by that which is which. */
+        int same = 0;
+        while (same < tensors && addresses[same] != address) ++same;
+        addresses[tensors++] = address;
+        const int32_t head[] = {'T', tensor.device_type, tensor.device_id, tensor.type_code, tensor.type_bits,
+                                tensor.type_lanes, tensor.rank, same, static_cast<int32_t>(address % 16)};
+        return address != 0 && write(head) && write(tensor.shape, tensor.rank * sizeof *tensor.shape) &&
+               write(tensor.strides, tensor.rank * sizeof *tensor.strides);
+    }
+
+    bool add(PyObject *object, bool inner = false) {
+        if (is_none(object)) return write('N');
+        if (object == &_Py_TrueStruct || object == &_Py_FalseStruct) return write(object == &_Py_TrueStruct ? 't' : 'f');
+        PyObject *const type = PyObject_Type(object);
+        Py_DecRef(type); /* there are others that hold it */
+        if (type == common.tensor_type) return !inner && add_tensor(object);
+        if (type == &PyLong_Type) {
+            const long long number = PyLong_AsLongLong(object);
+            return !(number == -1 && PyErr_Occurred()) && write('I') && write(number);
+        }
+        if (type == &PyFloat_Type) return write('F') && write(PyFloat_AsDouble(object));
+        if (type != &PyTuple_Type || inner) return false;
+        const ptrdiff_t count = PyTuple_Size(object);
+        if (!write('(') || !write(count)) return false;
+        for (ptrdiff_t i = 0; i < count; ++i)
+            if (!add(PyTuple_GetItem(object, i), true)) return false;
+        return true;
+    }
+
+  public:
+    explicit Form(bool grad) : grad(grad) {}
+
+    bool add_all(PyObject *arguments, PyObject *keywords) {
+        const ptrdiff_t count = PyTuple_Size(arguments);
+        if (!write(count)) return false;
+        for (ptrdiff_t i = 0; i < count; ++i)
+            if (!add(PyTuple_GetItem(arguments, i))) return false;
+        PyObject *name, *value;
+        for (ptrdiff_t place = 0; PyDict_Next(keywords, &place, &name, &value);) {
+            ptrdiff_t length;
+            const char *text = PyUnicode_AsUTF8AndSize(name, &length);
+            if (text == nullptr || !write(length) || !write(text, length) || !add(value)) return false;
+        }
+        return true;
+    }
+    PyObject *pair() const {
+        PyObject *result = PyTuple_New(2);
+        if (result == nullptr) return nullptr;
+        PyTuple_SetItem(result, 0, PyBytes_FromStringAndSize(bytes, size));
+        PyTuple_SetItem(
+            result, 1,
+            PyBytes_FromStringAndSize(reinterpret_cast<const char *>(addresses), tensors * sizeof *addresses));
+        return result;
+    }
+};
+
+/* form_of(arguments, keywords, grad): the form, and the addresses of its tensors */
+inline PyObject *form_of(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
+    if (count != 3) return unusual();
+    Form form(arguments[2] == &_Py_TrueStruct);
+    return form.add_all(arguments[0], arguments[1]) ? form.pair() : unusual();
+}
+
+/* fill(call, places, addresses, output, lse, workspace): a call with new addresses in its last fields, one for each of
+ * `places`: of tensors by their number, of the output, of the log-sum-exp, of the workspace; or none. What the fields
+ * hold is added. */
+enum Place : unsigned char { NOTHING = 255, OUTPUT = 254, LSE = 253, WORKSPACE = 252 };
+inline PyObject *fill(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
+    char *call, *places, *addresses;
+    ptrdiff_t call_bytes, fields, address_bytes;
+    Tensor output, lse;
+    if (count != 6 || PyBytes_AsStringAndSize(arguments[0], &call, &call_bytes) ||
+        PyBytes_AsStringAndSize(arguments[1], &places, &fields) ||
+        PyBytes_AsStringAndSize(arguments[2], &addresses, &address_bytes) || !read(arguments[3], &output) ||
+        !read(arguments[4], &lse))
+        return unusual();
+    const uint64_t workspace = static_cast<uint64_t>(PyLong_AsLongLong(arguments[5]));
+    char filled[2048];
+    if (call_bytes > static_cast<ptrdiff_t>(sizeof filled) || fields * 8 > call_bytes) return unusual();
+    memcpy(filled, call, call_bytes);
+    for (ptrdiff_t i = 0; i < fields; ++i) {
+        const unsigned char place = static_cast<unsigned char>(places[i]);
+        uint64_t address = 0;
+        if (place == OUTPUT) address = output.address();
+        else if (place == LSE) address = lse.address();
+        else if (place == WORKSPACE) address = workspace;
+        else if (place != NOTHING) {
+            if (place * 8 >= address_bytes) return unusual();
+            memcpy(&address, addresses + place * 8, 8);
+        }
+        uint64_t further;
+        char *const field = filled + call_bytes - (fields - i) * 8;
+        memcpy(&further, field, 8);
+        address += further;
+        memcpy(field, &address, 8);
+    }
+    return PyBytes_FromStringAndSize(filled, call_bytes);
+}
+
 } // namespace aiter_reader
 
-/* A tuple of the three functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
- * queries and keys dim_latent too. */
-AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int dim_max, int dim_latent) {
+/* A tuple of the five functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
+ * queries and keys dim_latent too. The last three arguments stay alive. */
+AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int dim_max, int dim_latent,
+                                         PyObject *tensor_type, PyObject *requires_grad, PyObject *is_neg) {
     namespace reader = aiter_reader;
     const reader::Exchange *version = static_cast<const reader::Exchange *>(exchange);
     while (version && version->major != 1) version = version->older;
     if (!PyCFunction_NewEx || !version || !version->read) return nullptr;
-    reader::common = {version->read, dim_step, dim_max, dim_latent};
+    reader::common = {version->read, dim_step, dim_max, dim_latent, tensor_type, requires_grad, is_neg};
     static PyMethodDef methods[] = {{"is_index", reader::is_index, reader::METH_FASTCALL, nullptr},
                                     {"sizes_of", reader::sizes_of, reader::METH_FASTCALL, nullptr},
-                                    {"pack", reader::pack, reader::METH_FASTCALL, nullptr}};
-    PyObject *functions = PyTuple_New(3);
-    for (int i = 0; functions && i < 3; ++i)
+                                    {"pack", reader::pack, reader::METH_FASTCALL, nullptr},
+                                    {"form_of", reader::form_of, reader::METH_FASTCALL, nullptr},
+                                    {"fill", reader::fill, reader::METH_FASTCALL, nullptr}};
+    constexpr int COUNT = sizeof methods / sizeof *methods;
+    PyObject *functions = PyTuple_New(COUNT);
+    for (int i = 0; functions && i < COUNT; ++i)
         PyTuple_SetItem(functions, i, PyCFunction_NewEx(&methods[i], nullptr, nullptr));
     return functions;
 }
