@@ -134,7 +134,9 @@ def _learn(
         plan.noted.launches = before
     if len(kept) >= MOST_KEPT:
         kept.pop(next(iter(kept)), None)
-    tensors = [value for value in (*arguments, *keywords.values()) if isinstance(value, torch.Tensor)]
+    tensors = []  # in the order of the form
+    for value in (*arguments, *keywords.values()):
+        tensors += [part for part in (value if type(value) is tuple else (value,)) if isinstance(part, torch.Tensor)]
     kept[form] = _kept(launches, tensors, result, keywords.get("out")) or False
     return result
 

@@ -163,7 +163,7 @@ class Draw:
 
 @needs_exchange
 def test_calls_are_packed_alike(functions):
-    _, sizes_of, pack = functions
+    _, sizes_of, pack, *_ = functions
     for seed in range(400):
         draw = Draw(seed)
         sizes = draw.sizes(sizes_of)
@@ -174,7 +174,7 @@ def test_calls_are_packed_alike(functions):
 
 @needs_exchange
 def test_what_breaks_a_rule_is_left_to_python(functions):
-    _, sizes_of, _ = functions
+    _, sizes_of, *_ = functions
     refused = 0
     for seed in range(600):
         draw = Draw(seed, broken=True)
@@ -202,7 +202,7 @@ def test_what_breaks_a_rule_is_left_to_python(functions):
     ids=str,
 )
 def test_what_is_no_call_is_left_to_python(functions, change):
-    _, sizes_of, _ = functions
+    _, sizes_of, *_ = functions
     call = {name: torch.zeros(1, 5, 2, 8) for name in ("query", "key", "value")}
     call |= {"indices": NO_INDICES, "lengths": (0, 0)}
     *tensors, lengths = call.values()
@@ -216,7 +216,7 @@ def test_what_is_no_call_is_left_to_python(functions, change):
 @needs_exchange
 def test_what_is_not_packed_as_it_lies(functions):
     """Strides that must be copied, numbers that do not fit, bytes of another struct."""
-    _, _, pack = functions
+    _, _, pack, *_ = functions
     draw = Draw(0)
     call, *rest = *draw.arguments(draw.sizes(read_sizes)), False
     assert pack(call, *rest) is not None
@@ -257,7 +257,7 @@ def test_what_is_not_packed_as_it_lies(functions):
     ids=str,
 )
 def test_indices(functions, index, shape, is_one):
-    is_index, _, _ = functions
+    is_index, *_ = functions
     assert is_index(index, shape, torch.zeros(1)) is is_one
     assert is_index(index, shape, "no tensor") is None
 
@@ -303,7 +303,7 @@ def on_devices(library):
 @needs_exchange
 def test_on_gpus_rows_are_aligned(functions, monkeypatch):
     """Packed as they lie only where `_readable` takes them as they are."""
-    _, _, pack = functions
+    _, _, pack, *_ = functions
     monkeypatch.setattr(plan, "on_gpu", lambda tensor: True)
     memory, taken = torch.zeros(4096), 0
     for seed in range(300):
@@ -328,7 +328,7 @@ def test_tensors_of_two_devices_are_left_to_python(on_devices):
     index = torch.zeros(1, dtype=torch.int32)
     for other in (1, 0), (2, 1), (10, 0):
         for elsewhere in (key, value, query):
-            _, sizes_of, _ = on_devices(lambda tensor, it=elsewhere, device=other: device if tensor is it else (2, 0))
+            _, sizes_of, *_ = on_devices(lambda tensor, it=elsewhere, device=other: device if tensor is it else (2, 0))
             assert sizes_of(query, key, value, NO_INDICES, 0, 0) is None
         is_index, _, _ = on_devices(lambda tensor, device=other: device if tensor is index else (2, 0))
         assert is_index(index, (1,), query) is None
@@ -339,7 +339,7 @@ def test_tensors_of_two_devices_are_left_to_python(on_devices):
 
 @needs_exchange
 def test_another_version_of_dlpack_is_not_used(on_devices):
-    assert on_devices(lambda tensor: (1, 0), major=2) == (None,) * 3
+    assert on_devices(lambda tensor: (1, 0), major=2) == (None,) * 5
 
 
 def test_programs_without_python_load_it(library, tmp_path):

@@ -322,7 +322,7 @@ class Form {
         if (object == &_Py_TrueStruct || object == &_Py_FalseStruct) return write(object == &_Py_TrueStruct ? 't' : 'f');
         PyObject *const type = PyObject_Type(object);
         Py_DecRef(type); /* there are others that hold it */
-        if (type == common.tensor_type) return !inner && add_tensor(object);
+        if (type == common.tensor_type) return add_tensor(object);
         if (type == &PyLong_Type) {
             const long long number = PyLong_AsLongLong(object);
             return !(number == -1 && PyErr_Occurred()) && write('I') && write(number);
