@@ -362,12 +362,29 @@ def flash_attn_with_kvcache(
         rotated = kv_cache.append(
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales)
         )
-        q = q if rotated is None else rotated
-        lengths = after
-    elif cu_seqlens_k_new is not None:
+        # They are in the cache now: what is left is a call like any other.
+        return flash_attn_with_kvcache(
+            *(q if rotated is None else rotated, k_cache, v_cache),
+            cache_seqlens=after,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=padding,
+            block_table=block_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            return_softmax_lse=return_softmax_lse,
+            cu_seqlens_q=starts_q,
+            max_seqlen_q=max_seqlen_q,
+            qv=qv,
+            sinks=sinks,
+            out=out,
+            **others,
+        )
+    if cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    else:
-        _check_padding(padding, cache, lengths)
+    _check_padding(padding, cache, lengths)
     if padding is not None:
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value

@@ -272,6 +272,7 @@ def _reshape_and_cache(
         )
 
 
+@repeats
 @untraced
 def _append(
     key: torch.Tensor,

@@ -28,7 +28,8 @@ from aiter import plan, reader, torch_state
 from aiter.abi import NO_WORKSPACE, AttentionTensors, CacheWriteTensors
 from aiter.jit import settings
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MOST_KEPT = 64  # calls of one function; the oldest goes
 MOST_MISSED = 32  # forms that were met once
@@ -36,7 +37,6 @@ PATIENCE = 16  # calls in a row that are like none before, and how rarely the ne
 
 # Places of addresses that are not an argument's; as in call_reader.h.
 NOTHING, OUTPUT, LSE, WORKSPACE = 255, 254, 253, 252
-_NAMES = {OUTPUT: "output", LSE: "lse"}
 _REFUSED = object()
 _is_compiling, _is_grad_enabled, _empty = torch.compiler.is_compiling, torch.is_grad_enabled, torch.empty
 _increment_version = torch.autograd.graph.increment_version
@@ -76,17 +76,14 @@ class Kept(NamedTuple):
         if self.out:
             output = keywords["out"]
             _increment_version(output)
-        returns = self.returns
-        if returns == OUTPUT:
-            return output
-        if returns is None:
-            return None
-        return tuple([output if place == OUTPUT else lse if place == LSE else None for place in returns])
+        if isinstance(self.returns, tuple):
+            return tuple([output if place == OUTPUT else lse if place == LSE else None for place in self.returns])
+        return output if self.returns == OUTPUT else None
 
 
 def repeats(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, which calls one kernel, with a memory of calls."""
-    kept: dict[bytes, Kept | bool] = {}
+    kept: dict[bytes, Kept | None] = {}  # None: not to be kept
     missed: dict[bytes, bool] = {}
     misses = rest = 0
 
@@ -99,19 +96,20 @@ def repeats(function: Callable[P, R]) -> Callable[P, R]:
             rest -= 1
             return function(*arguments, **keywords)
         form_of = reader.form_of
-        if form_of is None or not torch_state.needs_nothing():
+        # Whoever learns a call around this one is to see its launch.
+        if form_of is None or plan.noted.launches is not None or not torch_state.needs_nothing():
             return function(*arguments, **keywords)
         form = form_of(arguments, keywords, _is_grad_enabled())
         if form is not None:
             found = kept.get(form[0])
-            if found:
+            if found is not None:
                 result = found.send(form[1], keywords)
                 misses = 0
                 if result is not _REFUSED:
                     return result
-            elif found is None and missed.pop(form[0], False):
+            elif missed.pop(form[0], False):
                 return _learn(kept, form[0], function, arguments, keywords)
-            elif found is None:
+            elif form[0] not in kept:
                 if len(missed) >= MOST_MISSED:
                     missed.clear()
                 missed[form[0]] = True
@@ -124,20 +122,19 @@ def repeats(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _learn(
-    kept: dict[bytes, Kept | bool], form: bytes, function: Callable, arguments: tuple, keywords: dict[str, Any]
+    kept: dict[bytes, Kept | None], form: bytes, function: Callable, arguments: tuple, keywords: dict[str, Any]
 ) -> Any:
-    before, plan.noted.launches = plan.noted.launches, []
+    launches = plan.noted.launches = []
     try:
         result = function(*arguments, **keywords)
-        launches = plan.noted.launches
     finally:
-        plan.noted.launches = before
+        plan.noted.launches = None
     if len(kept) >= MOST_KEPT:
         kept.pop(next(iter(kept)), None)
     tensors = []  # in the order of the form
     for value in (*arguments, *keywords.values()):
         tensors += [part for part in (value if type(value) is tuple else (value,)) if isinstance(part, torch.Tensor)]
-    kept[form] = _kept(launches, tensors, result, keywords.get("out")) or False
+    kept[form] = _kept(launches, tensors, result, keywords.get("out"))
     return result
 
 
@@ -148,6 +145,7 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
     own, call, workspace_bytes = launches[0]
     tensors = CacheWriteTensors if own.key[0] == "cache_write" else AttentionTensors
     names = [name for name, *_ in tensors._fields_]
+    called = {OUTPUT: "rotated" if "rotated" in names else "output", LSE: "lse"}
     addresses = dict(zip(names, memoryview(call)[-8 * (len(names) - 1) :].cast("Q"), strict=False))  # but the workspace
 
     # What the function returns: the output and, perhaps, the log-sum-exp and what there is none of.
@@ -156,7 +154,7 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
     for tensor in result if isinstance(result, tuple) else () if result is None else (result,):
         place = None if tensor is None else LSE if OUTPUT in returns else OUTPUT
         if place is not None and not (place == OUTPUT and tensor is out):
-            if place in fresh or not tensor.is_contiguous() or tensor.data_ptr() != addresses[_NAMES[place]]:
+            if place in fresh or not tensor.is_contiguous() or tensor.data_ptr() != addresses[called[place]]:
                 return None
             fresh[place] = tensor
         returns.append(place)
@@ -164,11 +162,12 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
         return None
 
     # Where each address comes from.
-    places, further, used = bytearray(), [], set()
+    places, further = bytearray(), []
+    used: set[int] = set()
     for name, address in addresses.items():
         place, start = NOTHING, address
         if address:
-            made = [key for key, tensor in fresh.items() if name == _NAMES[key]]
+            made = [key for key, tensor in fresh.items() if name == called[key]]
             sources = [i for i, tensor in enumerate(arguments) if tensor.data_ptr() == address]
             if not (made or sources):  # a part of an argument, and of one alone
                 sources = [i for i, tensor in enumerate(arguments) if address in _extent(tensor)]

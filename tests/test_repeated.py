@@ -160,6 +160,15 @@ def windows_in_a_tensor():
     return arguments, keywords | {"window_size": torch.randint(0, 3, (2,))}
 
 
+def appended(rotary=False):
+    """Two calls in one, each of which is kept by itself."""
+    arguments, keywords = from_pages()
+    new = tuple(randn(2, 1, 1, 16) for _ in "kv")
+    angles = dict(zip(("rotary_cos", "rotary_sin"), torch.rand(2, 12, 8), strict=True)) if rotary else {}
+    keywords["cache_seqlens"] -= 1
+    return (*arguments, *new), keywords | angles
+
+
 LONG = {
     "a window in a tensor": (flash_attn.flash_attn_func, windows_in_a_tensor),
     "lengths of int64": (
@@ -180,15 +189,25 @@ LONG = {
     "the log-sum-exp beside a given output": (
         flash_attn.flash_attn_varlen_func, lambda: (with_out()[0], with_out()[1] | {"return_lse": True}),
     ),
-    "tokens that are appended": (
-        flash_attn.flash_attn_with_kvcache,
-        lambda: ((*from_pages()[0], randn(2, 1, 1, 16), randn(2, 1, 1, 16)), from_pages()[1]),
-    ),
     "lazily negated": (
         operations.flash_attn_func,
         lambda: ((torch.randn(2, 5, 2, 16, dtype=torch.cfloat).conj().imag, *dense()[0][1:]), {}),
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_tokens_that_are_appended(rotary, runs):
+    fresh = repeated.repeats(flash_attn.flash_attn_with_kvcache.__wrapped__)
+    torch.manual_seed(14)
+    for _ in range(6):
+        agree(fresh, *appended(rotary))
+    arguments, keywords = appended(rotary)
+    before = runs.count
+    agree(fresh, arguments, keywords)
+    assert runs.count == before
+    with pytest.raises(ValueError, match="do not fit"):
+        fresh(*arguments, **keywords | {"cache_seqlens": ints(12, 3)})
 
 
 @pytest.mark.parametrize("name", LONG)
