@@ -330,9 +330,9 @@ def test_tensors_of_two_devices_are_left_to_python(on_devices):
         for elsewhere in (key, value, query):
             _, sizes_of, *_ = on_devices(lambda tensor, it=elsewhere, device=other: device if tensor is it else (2, 0))
             assert sizes_of(query, key, value, NO_INDICES, 0, 0) is None
-        is_index, _, _ = on_devices(lambda tensor, device=other: device if tensor is index else (2, 0))
+        is_index, *_ = on_devices(lambda tensor, device=other: device if tensor is index else (2, 0))
         assert is_index(index, (1,), query) is None
-    is_index, sizes_of, _ = on_devices(lambda tensor: (2, 1))
+    is_index, sizes_of, *_ = on_devices(lambda tensor: (2, 1))
     assert sizes_of(query, key, value, NO_INDICES, 0, 0) == (1, 2, 2, 5, 5, *[0] * 8)
     assert is_index(index, (1,), query) is True
 
