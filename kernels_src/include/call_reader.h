@@ -311,15 +311,23 @@ class Form {
         int same = 0;
         while (same < tensors && addresses[same] != address) ++same;
         addresses[tensors++] = address;
-        const int32_t head[] = {'T', tensor.device_type, tensor.device_id, tensor.type_code, tensor.type_bits,
-                                tensor.type_lanes, tensor.rank, same, static_cast<int32_t>(address % 16)};
+        const int32_t head[] = {'T',
+                                tensor.device_type,
+                                tensor.device_id,
+                                tensor.type_code,
+                                tensor.type_bits,
+                                tensor.type_lanes,
+                                tensor.rank,
+                                same,
+                                static_cast<int32_t>(address % 16)};
         return address != 0 && write(head) && write(tensor.shape, tensor.rank * sizeof *tensor.shape) &&
                write(tensor.strides, tensor.rank * sizeof *tensor.strides);
     }
 
     bool add(PyObject *object, bool inner = false) {
         if (is_none(object)) return write('N');
-        if (object == &_Py_TrueStruct || object == &_Py_FalseStruct) return write(object == &_Py_TrueStruct ? 't' : 'f');
+        if (object == &_Py_TrueStruct || object == &_Py_FalseStruct)
+            return write(object == &_Py_TrueStruct ? 't' : 'f');
         PyObject *const type = PyObject_Type(object);
         Py_DecRef(type); /* there are others that hold it */
         if (type == common.tensor_type) return add_tensor(object);
