@@ -3,8 +3,8 @@
     what selects code     ── key ──> Plan: a loaded kernel on a device
     what is only a number ── sizes, strides, scalars, addresses ──> one struct.pack ──> one foreign call
 
-So whether a call is taken or refused does not depend on the calls before it, and no call costs more for them. One that is
-like another but for its addresses costs less: repeated.py.
+So whether a call is taken or refused does not depend on the calls before it, and no call costs more for them. One that
+is like another but for its addresses costs less: repeated.py.
 """
 
 from __future__ import annotations
