@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -39,6 +40,7 @@ PATIENCE = 16  # calls in a row that are like none before, and how rarely the ne
 NOTHING, OUTPUT, LSE, WORKSPACE = 255, 254, 253, 252
 _REFUSED = object()
 _is_compiling, _is_grad_enabled, _empty = torch.compiler.is_compiling, torch.is_grad_enabled, torch.empty
+_empty_strided = torch.empty_strided
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -50,6 +52,7 @@ class Kept(NamedTuple):
     places: bytes  # of each address: the number of an argument's tensor, or one of the above
     workspace_bytes: int
     output_shape: torch.Size | None  # None: the caller's own, or there is none
+    output_strides: tuple[int, ...] | None  # contiguous, where a size of 1 may have any
     output_dtype: torch.dtype | None
     lse_shape: torch.Size | None
     returns: tuple[int | None, ...] | int | None  # OUTPUT and LSE, in what the function returns
@@ -62,8 +65,8 @@ class Kept(NamedTuple):
         if plan.plans.get(own.key) is not own or (self.looks and settings.flag("AITER_CHECK_VALUES")):
             return _REFUSED
         output = lse = None
-        if self.output_shape is not None:
-            output = _empty(self.output_shape, dtype=self.output_dtype, device=own.device)
+        if self.output_shape is not None and self.output_strides is not None:
+            output = _empty_strided(self.output_shape, self.output_strides, dtype=self.output_dtype, device=own.device)
         if self.lse_shape is not None:
             lse = _empty(self.lse_shape, dtype=torch.float32, device=own.device)
         address = 0
@@ -130,7 +133,7 @@ def _learn(
     finally:
         plan.noted.launches = None
     if len(kept) >= MOST_KEPT:
-        kept.pop(next(iter(kept)), None)
+        kept.pop(next(iter(tuple(kept))), None)  # a copy: other threads may add to it
     tensors = []  # in the order of the form
     for value in (*arguments, *keywords.values()):
         tensors += [part for part in (value if type(value) is tuple else (value,)) if isinstance(part, torch.Tensor)]
@@ -163,12 +166,14 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
 
     # Where each address comes from.
     places, further = bytearray(), []
-    used: set[int] = set()
+    used: Counter[int] = Counter()  # how many of the addresses each argument may be
     for name, address in addresses.items():
         place, start = NOTHING, address
         if address:
             made = [key for key, tensor in fresh.items() if name == called[key]]
             sources = [i for i, tensor in enumerate(arguments) if tensor.data_ptr() == address]
+            if sources and any(tensor.dim() == 5 and address in _extent(tensor)[1:] for tensor in arguments):
+                return None  # an argument at the second half of stacked caches: who knows which of the two is meant
             if not (made or sources):  # a part of an argument, and of one alone
                 sources = [i for i, tensor in enumerate(arguments) if address in _extent(tensor)]
                 if len(sources) != 1:
@@ -179,7 +184,9 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
                 used.update(i for i, tensor in enumerate(arguments) if tensor.data_ptr() == start)
         places.append(place)
         further.append(0 if place in (OUTPUT, LSE, NOTHING) else address - start)
-    if len(used) != len(arguments):  # there is one that nobody but Python has read
+    # Is there one that nobody but Python has read? It may lie where another does, which the kernel reads.
+    starts = Counter(tensor.data_ptr() for tensor in arguments)
+    if any(used[i] < starts[tensor.data_ptr()] for i, tensor in enumerate(arguments)):
         return None
     output, lse = fresh.get(OUTPUT), fresh.get(LSE)
     return Kept(
@@ -188,11 +195,12 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
         bytes((*places, WORKSPACE)),
         workspace_bytes,
         None if output is None else output.shape,
+        None if output is None else output.stride(),
         None if output is None else output.dtype,
         None if lse is None else lse.shape,
         tuple(returns) if isinstance(result, tuple) else returns[0] if returns else None,
         out is not None,
-        looks=own.device.type != "cpu" and len(arguments) > 3,
+        looks=own.device.type != "cpu" and any(tensor.dtype is torch.int32 for tensor in arguments),
     )
 
 

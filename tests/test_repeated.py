@@ -169,8 +169,22 @@ def appended(rotary=False):
     return (*arguments, *new), keywords | angles
 
 
+def window_is_state():
+    """One tensor for what Python reads and for what the kernel does."""
+    both = torch.randint(0, 3, (2,))
+    return dense()[0], {"dropout_p": 0.5, "window_size": both, "rng_state": both}
+
+
+def window_is_lengths():
+    arguments, _ = packed()
+    both = torch.randint(1, 3, (2,), dtype=torch.int32)
+    return arguments, {"window_size": both, "seqused_q": both}
+
+
 LONG = {
     "a window in a tensor": (flash_attn.flash_attn_func, windows_in_a_tensor),
+    "a window that is the state of a mask": (flash_attn.flash_attn_func, window_is_state),
+    "a window that is lengths": (flash_attn.flash_attn_varlen_func, window_is_lengths),
     "lengths of int64": (
         flash_attn.flash_attn_with_kvcache,
         lambda: (from_pages()[0], from_pages()[1] | {"cache_seqlens": torch.randint(4, 12, (2,))}),
@@ -241,6 +255,28 @@ def test_which_tensors_are_one(runs):
     for _ in range(4):
         agree(fresh, tuple(randn(2, 5, 2, 16) for _ in "qkv"), {})
     assert runs.count == 4 + 2 + 4 + 2
+
+
+def test_a_query_that_is_a_part_of_the_cache(runs):
+    """Values that lie where the query does belong to the cache all the same."""
+    fresh = repeated.repeats(operations.flash_attn_with_kvcache.__wrapped__)
+    for inside in (True, True, True, False, False, False):
+        (query, cache, *rest), keywords = own_pages(shared=True)
+        cache = cache.contiguous()  # so that a clone of the query lies elsewhere, and one of the cache is alike
+        query = cache[1].view(-1)[:64].view(2, 1, 2, 16) if inside else query
+        agree(fresh, (query, cache, *rest), keywords)
+
+
+@pytest.mark.parametrize("shape, strides", [((1, 5, 2, 16), (7, 32, 16, 1)), ((2, 5, 1, 16), (80, 16, 3, 1))])
+def test_strides_of_dimensions_of_one(shape, strides, runs):
+    """The output has them as the query does, whichever way it goes."""
+    fresh = repeated.repeats(operations.flash_attn_func.__wrapped__)
+    for _ in range(4):
+        query, key, value = torch.randn(160).as_strided(shape, strides), randn(*shape), randn(*shape)
+        expected = fresh.__wrapped__(query, key, value)
+        result = fresh(query, key, value)
+        assert result.stride() == expected.stride() and torch.equal(result, expected)
+    assert runs.count == 4 + 2
 
 
 def test_values_out_of_range(runs):
