@@ -361,12 +361,13 @@ class Form {
         return true;
     }
     PyObject *pair() const {
-        PyObject *result = PyTuple_New(2);
-        if (result == nullptr) return nullptr;
-        PyTuple_SetItem(result, 0, PyBytes_FromStringAndSize(bytes, size));
-        PyTuple_SetItem(
-            result, 1,
-            PyBytes_FromStringAndSize(reinterpret_cast<const char *>(addresses), tensors * sizeof *addresses));
+        PyObject *const own = PyBytes_FromStringAndSize(bytes, size);
+        PyObject *const of_tensors =
+            PyBytes_FromStringAndSize(reinterpret_cast<const char *>(addresses), tensors * sizeof *addresses);
+        PyObject *const result = own && of_tensors ? PyTuple_New(2) : nullptr;
+        if (result == nullptr) return nullptr; /* there is no memory, and an exception that says so */
+        PyTuple_SetItem(result, 0, own);
+        PyTuple_SetItem(result, 1, of_tensors);
         return result;
     }
 };
