@@ -74,7 +74,7 @@ KEPT = {
     "dense": (operations.flash_attn_func, dense),
     "a window, a cap, slopes, sinks": (
         operations.flash_attn_func,
-        lambda: dense(window_size=(3, 0), softcap=2.0, alibi_slopes=torch.rand(2), sinks=randn(2), return_lse=True),
+        lambda: dense(72, window_size=(3, 0), softcap=2.0, alibi_slopes=torch.rand(2), sinks=randn(2), return_lse=True),
     ),
     "grouped": (operations.grouped_query_attention, lambda: ((*dense(heads=(4, 2))[0], 2), {"causal": True})),
     "one head": (operations.multi_query_attention, lambda: dense(heads=(4, 1))),
@@ -334,7 +334,7 @@ def test_no_more_than_so_many(runs):
     fresh = repeated.repeats(operations.flash_attn_func.__wrapped__)
     for seq in range(1, repeated.MOST_KEPT + 20):
         for _ in range(3):
-            agree(fresh, tuple(randn(1, seq, 1, 8) for _ in "qkv"), {})
+            agree(fresh, tuple(randn(1, seq, 1, 16) for _ in "qkv"), {})
     cells = dict(zip(fresh.__code__.co_freevars, fresh.__closure__, strict=True))
     assert len(cells["kept"].cell_contents) == repeated.MOST_KEPT
 
