@@ -165,25 +165,25 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
         return None
 
     # Where each address comes from.
+    of_result = {called[place]: place for place in fresh}
     places, further = bytearray(), []
     used: Counter[int] = Counter()  # how many of the addresses each argument may be
     for name, address in addresses.items():
-        place, start = NOTHING, address
-        if address:
-            made = [key for key, tensor in fresh.items() if name == called[key]]
-            sources = [i for i, tensor in enumerate(arguments) if tensor.data_ptr() == address]
-            if sources and any(tensor.dim() == 5 and address in _extent(tensor)[1:] for tensor in arguments):
-                return None  # an argument at the second half of stacked caches: who knows which of the two is meant
-            if not (made or sources):  # a part of an argument, and of one alone
-                sources = [i for i, tensor in enumerate(arguments) if address in _extent(tensor)]
-                if len(sources) != 1:
-                    return None
-            place = made[0] if made else sources[0]
-            start = 0 if made else arguments[place].data_ptr()
-            if not made:
-                used.update(i for i, tensor in enumerate(arguments) if tensor.data_ptr() == start)
-        places.append(place)
-        further.append(0 if place in (OUTPUT, LSE, NOTHING) else address - start)
+        if name in of_result or not address:
+            places.append(of_result.get(name, NOTHING) if address else NOTHING)
+            further.append(0)
+            continue
+        sources = [i for i, tensor in enumerate(arguments) if tensor.data_ptr() == address]
+        if sources and any(tensor.dim() == 5 and address in _extent(tensor)[1:] for tensor in arguments):
+            return None  # an argument at the second half of stacked caches: who knows which of the two is meant
+        if not sources:  # a part of an argument, and of one alone
+            sources = [i for i, tensor in enumerate(arguments) if address in _extent(tensor)]
+            if len(sources) != 1:
+                return None
+        start = arguments[sources[0]].data_ptr()
+        used.update(i for i, tensor in enumerate(arguments) if tensor.data_ptr() == start)
+        places.append(sources[0])
+        further.append(address - start)
     # Is there one that nobody but Python has read? It may lie where another does, which the kernel reads.
     starts = Counter(tensor.data_ptr() for tensor in arguments)
     if any(used[i] < starts[tensor.data_ptr()] for i, tensor in enumerate(arguments)):

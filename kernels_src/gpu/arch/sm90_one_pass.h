@@ -192,16 +192,19 @@ struct OnePassTiles : OnePassShape::Stages {
     }
 };
 
-struct OnePassLoop {
-    using Tile = OnePassTiles;
-    using Scores = Tile::Scores;
-    using Gradient = Tile::Gradient;
+/* What attention_backward.hip asks both of the loops for, beside attend(). */
+template <class Tiles> struct OnePassForm {
+    using Tile = Tiles;
+    using Scores = typename Tile::Scores;
+    using Gradient = typename Tile::Gradient;
     using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
     using Rows = RowWise<GRAD_ALL, Tile, Share>;
     static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
     static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+};
 
+struct OnePassLoop : OnePassForm<OnePassTiles> {
     /* See BackwardTileLoop. */
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {

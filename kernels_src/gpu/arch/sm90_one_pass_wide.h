@@ -151,15 +151,7 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
     }
 };
 
-struct WideOnePassLoop {
-    using Tile = WideOnePassTiles;
-    using Scores = Tile::Scores;
-    using Gradient = Tile::Gradient;
-    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
-    static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
-    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
-
+struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
     /* As BackwardTileLoop::attend, but either gradient may be a NoGradient. */
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
@@ -192,7 +184,7 @@ struct WideOnePassLoop {
     static __device__ __forceinline__ void consume(const Share &share, Tile &tile, Gradient &gradient) {
         const Range first_sees = share.sees(share.block_row);
         const Range last_sees = share.sees(lesser(share.block_row + ROWS, share.own_rows) - 1);
-        RowWise<GRAD_ALL, Tile, Share> rows(share, share.block_row + Tile::wave_row());
+        Rows rows(share, share.block_row + Tile::wave_row());
         for (int head = 0; head < share.heads_passing; ++head) {
             rows.begin_head(head);
             for (int count = 0; count < share.tiles; ++count) {
