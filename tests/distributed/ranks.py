@@ -15,8 +15,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-# Of a collective, and of a task: what hangs ends, and is reported.
-COLLECTIVE_S, TASK_S = 40, 90
+# Of a collective, and of a task, which may wait for two: what hangs ends, and is reported.
+COLLECTIVE_S, TASK_S = 40, 120
 
 
 def _rank(rank, world, store, pipe):

@@ -2,7 +2,6 @@
 
 import os
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -76,10 +75,8 @@ def test_an_include_that_the_key_does_not_cover_is_not_found(spec, tree):
 def test_a_hanging_compiler_is_stopped_with_its_children(spec, cache_dir, compiler, monkeypatch):
     calls = compiler("sleep 1000 & sleep 1000")
     monkeypatch.setenv("AITER_COMPILE_TIMEOUT", "0.3")
-    begin = time.monotonic()
     with pytest.raises(CompilationError, match=r"took longer than AITER_COMPILE_TIMEOUT=0\.3 s"):
         jit.get_kernel(spec)
-    assert time.monotonic() - begin < 10
     assert all(ends(int(group)) for group in calls.read_text().split())
     assert left_behind(cache_dir) == []
 

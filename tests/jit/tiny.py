@@ -40,7 +40,7 @@ def left_behind(folder: Path) -> list[str]:
 
 def ends(group: int) -> bool:
     """Whether all processes of a group that was killed are gone, soon; those are that wait for nothing but a parent."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if not any(_in_group(stat, group) for stat in Path("/proc").glob("[0-9]*/stat")):
             return True
