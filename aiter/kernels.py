@@ -62,6 +62,8 @@ def kernel_spec(
     if is_gpu(arch) and dtype == "fp32":
         raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")
     chosen = dict.fromkeys(options, 1)
+    if is_gpu(arch) or kernel != "attention_forward":
+        chosen.pop("batch_invariant", None)  # a number of the call there
     if paged and is_gpu(arch):
         chosen["paged"] = 1
     if value_dim not in (None, head_dim):
@@ -94,9 +96,9 @@ def specs_for(
 ) -> list[Spec]:
     """Every spec that calls of a public operation can need on `arch`: what `aiter prewarm` builds for it.
 
-    options: "alibi", "chunk", "dropout", "softcap", "window" where the calls have them. A window says what is causal
-    itself, and chunks are built with one. cache_dtype: one of CACHE_DTYPES, or None: keys and values have the dtype of
-    queries.
+    options: "alibi", "batch_invariant", "chunk", "dropout", "softcap", "window" where the calls have them. A window
+    says what is causal itself, and chunks are built with one. cache_dtype: one of CACHE_DTYPES, or None: keys and
+    values have the dtype of queries.
     """
     kept = () if cache_dtype is None else (cache_dtype,)
     if operation == "reshape_and_cache":

@@ -81,11 +81,12 @@ class Options(NamedTuple):
     def that_select_code(self) -> tuple[str, ...]:
         """Names of the spec's options that these ask for, sorted."""
         alibi = ("alibi",) if self.alibi_slopes is not None else ()
+        invariant = ("batch_invariant",) if self.batch_invariant else ()
         chunk = ("chunk",) if self.attention_chunk else ()
         dropout = ("dropout",) if self.dropout_p else ()
         softcap = ("softcap",) if self.softcap else ()
         window = ("window",) if self.has_window or chunk else ()  # whose kernels know ranges with two ends
-        return (*alibi, *chunk, *dropout, *softcap, *window)
+        return (*alibi, *invariant, *chunk, *dropout, *softcap, *window)
 
     @property
     def has_window(self) -> bool:

@@ -163,7 +163,7 @@ def forward(
         value_dim,
         causal,
         indices.page_table is not None,
-        () if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key),
+        _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key),
     )
     plan = plans.get(plan_key)
     if plan is None:
@@ -273,7 +273,7 @@ def backward(
 
 
 def _code_options(options: Options, query: torch.Tensor, key: torch.Tensor) -> tuple[str, ...]:
-    chosen = () if options is NO_OPTIONS else options.that_select_code
+    chosen = _CODE_OF_NONE if options is NO_OPTIONS else options.that_select_code
     return chosen if key.dtype is query.dtype else tuple(sorted((*chosen, checks.FP8_NAMES[key.dtype])))
 
 
@@ -367,6 +367,7 @@ def _options(options: Options, check: int, given: bool) -> bytes:
 
 
 # The same, and the rest, of a call without options or indices.
+_CODE_OF_NONE = NO_OPTIONS.that_select_code
 _NO_LAYOUT = pack_layout(*[0] * 8)
 _NO_MORE_STRIDES = _more_strides(NO_OPTIONS)
 _NO_OPTIONS = {(check, given): _options(NO_OPTIONS, check, given) for check in range(3) for given in (False, True)}

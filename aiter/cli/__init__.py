@@ -117,6 +117,8 @@ def _add_prewarm(commands) -> None:
     add("--dropout", choices=flags, help="calls with dropout_p; default: no")
     add("--softcap", choices=flags, help="calls with softcap; default: no, or as --model says")
     add("--alibi", choices=flags, help="calls with alibi_slopes; default: no")
+    add("--batch-invariant", choices=flags, help="calls with batch_invariant, which CPUs have kernels for; "
+        "default: no, or as AITER_BATCH_INVARIANT says")  # fmt: skip
     add("--backward", action="store_true", help="the kernels of the backward pass too")
     add("--model", metavar="FILE", help="a Hugging Face config.json, or its folder: head_dims, masks, soft caps and "
         "dtypes of all its parts")  # fmt: skip

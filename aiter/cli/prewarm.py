@@ -35,7 +35,7 @@ STATES = {BUILT: "built", PRESENT: "already there", MISSING: "to be built", FAIL
 COMMON = tuple(Variant(head_dim, causal, head_dim) for head_dim in (64, 128) for causal in (False, True))
 
 # Options of calls that select code, sorted; each is an option of this command.
-CODE_OPTIONS = ("alibi", "chunk", "dropout", "softcap", "window")
+CODE_OPTIONS = ("alibi", "batch_invariant", "chunk", "dropout", "softcap", "window")
 # What keys and values may be kept in: `same` is the dtype of queries.
 SAME = "same"
 FLAGS = {"yes": (True,), "no": (False,), "both": (False, True)}
@@ -112,10 +112,11 @@ def _narrowed(kernels: Iterable[Variant], options: argparse.Namespace) -> list[V
     """What the command line says, and what `kernels` have where it says nothing."""
     head_dims = [_head_dim(text) for text in _split(options.head_dims)]
     value_dims = [_head_dim(text, value=True) for text in _split(options.value_dims)]
+    always = ("batch_invariant",) if settings.flag("AITER_BATCH_INVARIANT") else ()
     chosen: dict[Variant, None] = {}
     for own in kernels:
         causals = FLAGS.get(options.causal, (own.causal,))
-        code = [FLAGS.get(getattr(options, name), (name in own.options,)) for name in CODE_OPTIONS]
+        code = [FLAGS.get(getattr(options, name), (name in (*own.options, *always),)) for name in CODE_OPTIONS]
         for head_dim, causal, flags in itertools.product(
             head_dims or [own.head_dim], causals, itertools.product(*code)
         ):

@@ -19,6 +19,7 @@ import aiter
 from aiter import kv_cache
 from aiter.jit.spec import Spec
 from aiter.kernels import ANY_HEAD_DIM, kernel_spec, specs_for
+from aiter.options import BATCH_INVARIANT
 from aiter.reference import attend_one, gather_pages, pytorch_attend_one, visible_keys
 
 PAGE = 16
@@ -55,7 +56,8 @@ class Family:
     def specs(self, dtype: str, arch: str) -> list[Spec]:
         operation = "flash_attn_with_kvcache" if self.form == "paged" else "flash_attn_func"
         keywords = {"window_size": "window", "softcap": "softcap", "alibi_slopes": "alibi"}
-        options = tuple(sorted(keywords[name] for name in self.options if name in keywords))
+        always = ["batch_invariant"] if BATCH_INVARIANT else []
+        options = tuple(sorted([*always, *(keywords[name] for name in self.options if name in keywords)]))
         return specs_for(operation, dtype, self.head_dim, self.causal, arch, self.backward, self.dims[1], options)
 
     def products(self, size: Size) -> float:

@@ -196,7 +196,12 @@ def compile_kernels(
     asked: Asked, products: Iterable[Product], query: torch.Tensor, value: torch.Tensor, gradients: bool
 ) -> None:
     """Builds what these products need, or waits for the process of this machine that does."""
-    own = (*(["alibi"] if asked.alibi_slopes is not None else []), *(["softcap"] if asked.softcap else []))
+    switched_on = {
+        "alibi": asked.alibi_slopes is not None,
+        "batch_invariant": asked.batch_invariant,
+        "softcap": asked.softcap,
+    }
+    own = [name for name, on in switched_on.items() if on]
     kinds = {(call.causal, (call.left, call.right) != (NO_LIMIT, NO_LIMIT)) for call in products}
     for causal, window in sorted(kinds):
         options = (*own, *(["window"] if window else []))

@@ -13,7 +13,7 @@
  *       for each strip of the tile: attend (O^T stays in L2, S^T in L1), and fetch a few rows of the next block
  *   transpose O^T back, row by row
  *
- *   few rows that must have the bits of many (batch_invariant): narrow_strip.h
+ *   few rows that must have the bits of many (AITER_BATCH_INVARIANT): narrow_strip.h
  *
  *   one split:   finish_row divides by the sum, which the sink joins, and writes the output row
  *   more splits: the row goes to the workspace unfinished; whoever completes the last split of a tile merges them in
@@ -105,7 +105,7 @@ struct Forward {
         if (first == end) return;
         const Visibility seen(mask, seq, first / schedule.group, (end - 1) / schedule.group);
         /* The splits of this unit: its own or, where splits are not shared out, all of them. */
-        const KeyRange pieces = schedule.invariant && schedule.splits == 1
+        const KeyRange pieces = INVARIANT && schedule.splits == 1
                                     ? KeyRange{seen.some.low / INVARIANT_KEYS, ceil_div(seen.some.high, INVARIANT_KEYS)}
                                     : KeyRange{split, split + 1};
         int64_t piece = pieces.low;
@@ -124,10 +124,6 @@ struct Forward {
         do {
             const KeyRange part = part_of(seen.some, seq, piece);
             if (!schedule.few_rows) many_rows(seq, b, first_head, first, end, part, seen.some.low, scratch, deliver);
-#if !AITER_TILES
-            else if (schedule.invariant)
-                narrow_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
-#endif
             else few_rows(seq, b, first_head, end_head, end, part, seen.some.low, scratch, deliver);
         } while (++piece < pieces.high);
         if (schedule.splits > 1 && __atomic_sub_fetch(&unfinished[whole], 1, __ATOMIC_ACQ_REL) == 0)
@@ -155,7 +151,7 @@ struct Forward {
     KeyRange part_of(const KeyRange &seen, const Sequence &seq, int64_t split) const {
         if (WINDOW && seen.low >= seen.high)
             return {seen.low, seen.low}; /* none, and there is no first one to begin at */
-        if (schedule.invariant) {
+        if (INVARIANT) {
             const int64_t first = maximum(split * INVARIANT_KEYS, seen.low / BLOCK_KEYS * BLOCK_KEYS);
             return {first, maximum(first, minimum((split + 1) * INVARIANT_KEYS, seen.high))};
         }
@@ -173,6 +169,7 @@ struct Forward {
         }
     }
 
+#if !AITER_NARROW_STRIPS
     template <class Deliver>
     void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
                   const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
@@ -228,19 +225,18 @@ struct Forward {
             }
         }
     }
-
-#if !AITER_TILES
+#else
     /* Few rows with the bits that they would have among many. */
     template <class Deliver>
-    void narrow_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
-                     const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
+    void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
+                  const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
         const int64_t heads = end_head - first_head;
         for (int64_t i = 0; i < heads; i++) {
             Strip &strip = scratch.strips[i] = strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT);
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
             open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
         }
-        /* As in few_rows: all heads of some keys, then all heads of the next keys. */
+        /* All heads of some keys, then all heads of the next keys. */
         const int64_t steps = ceil_div(part.high - part.low, BLOCK_KEYS) * heads;
         auto rows_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
         auto locate = [&](int64_t step) {

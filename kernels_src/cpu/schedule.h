@@ -10,6 +10,12 @@
 #include "score.h"
 #include "strip.h"
 
+#if AITER_BATCH_INVARIANT
+constexpr bool INVARIANT = true; /* no bit of a row depends on other sequences, or on the other rows of its own */
+#else
+constexpr bool INVARIANT = false;
+#endif
+
 constexpr int64_t TARGET_UNITS = 64;     /* enough to keep the cores of a large socket busy */
 constexpr int64_t MIN_SPLIT_KEYS = 512;  /* a shorter split costs more in merging than it gains */
 constexpr int64_t UNITS_PER_THREAD = 4;  /* for an even load, as units differ in length */
@@ -23,12 +29,11 @@ constexpr int64_t MIN_TILE_STRIPS = MIN_TILE_ROWS / STRIP_ROWS; /* packing K and
  * Where keys are split, and so what the workspace holds, depends on the problem alone. How many rows a tile has is up
  * to the number of threads: large tiles pack keys less often, and no bit of a row depends on the others of its tile.
  *
- * With batch_invariant, the place of a key alone says to which split it belongs. Splits are then shared out, or worked
+ * With AITER_BATCH_INVARIANT, the place of a key alone says to which split it belongs. Splits are then shared out, or worked
  * off by one unit that merges them as it goes: the bits are the same. */
 struct Schedule {
     int64_t group, rows; /* query heads per KV head; rows of one KV head in the longest sequence */
     bool serial;         /* one thread will do */
-    bool invariant;      /* batch_invariant */
     bool few_rows;       /* that read K and V where they lie */
     int64_t tile_rows, tiles;
     int64_t set_heads, sets; /* KV heads of one unit; sets of one sequence */
@@ -41,14 +46,13 @@ struct Schedule {
         const Mask mask(p);
         const int64_t row_keys = mask.most_keys(1, p.seqlen_k);
         serial = 2.0 * (HEAD_DIM + VALUE_DIM) * p.batch * p.heads_kv * rows * row_keys < SERIAL_FLOPS;
-        invariant = p.batch_invariant != 0;
-        few_rows = rows <= MAX_ROWS && !(invariant && TILES); /* no other way to the sums that tiles make */
+        few_rows = rows <= MAX_ROWS && !(INVARIANT && TILES); /* no other way to the sums that tiles make */
         const int64_t most_splits = clamp(row_keys / MIN_SPLIT_KEYS, 1, TARGET_UNITS);
         if (few_rows) {
             /* Memory bounds these: all heads of a token lie side by side, so one unit reads them all. */
             tile_rows = rows;
             tiles = rows > 0;
-            splits = invariant ? ceil_div(p.seqlen_k, INVARIANT_KEYS)
+            splits = INVARIANT ? ceil_div(p.seqlen_k, INVARIANT_KEYS)
                                : clamp(ceil_div(TARGET_UNITS, p.batch + !p.batch), 1, most_splits);
             splits = splits > 0 ? splits : 1;
             set_heads = p.heads_kv;
@@ -61,7 +65,7 @@ struct Schedule {
             cut_rows(p.batch * sets, TARGET_UNITS / 2);
             const int64_t whole = p.batch * sets * tiles;
             splits = whole > 0 ? clamp(TARGET_UNITS / 2 / whole, 1, most_splits) : 1;
-            if (invariant) splits = splits > 1 && rows <= INVARIANT_ROWS ? ceil_div(p.seqlen_k, INVARIANT_KEYS) : 1;
+            if (INVARIANT) splits = splits > 1 && rows <= INVARIANT_ROWS ? ceil_div(p.seqlen_k, INVARIANT_KEYS) : 1;
         }
         sequences_bytes = Sequences::workspace_bytes(p);
         counters_bytes = splits > 1 ? tiles * p.batch * sets * static_cast<int64_t>(sizeof(int32_t)) : 0;
@@ -113,7 +117,7 @@ struct Scratch {
     /* Points every buffer to its place and returns how many bytes they take. */
     int64_t lay_out(const Schedule &schedule) {
         int64_t end = 0;
-        if (schedule.few_rows && !schedule.invariant) {
+        if (schedule.few_rows && !INVARIANT) {
             take(row_queries, schedule.set_heads * schedule.rows, end);
             take(row_states, schedule.set_heads * schedule.rows, end);
             return end;
@@ -130,8 +134,8 @@ struct Scratch {
         take(slopes, ALIBI ? rows : 0, end);
         take(tokens, DROPOUT ? rows : 0, end);
         take(heads, DROPOUT ? rows : 0, end);
-        take(row_states, schedule.invariant && schedule.splits == 1 ? rows : 0, end);
-#if !AITER_TILES
+        take(row_states, INVARIANT && schedule.splits == 1 ? rows : 0, end);
+#if AITER_NARROW_STRIPS
         if (schedule.few_rows) {
             take(this->strips, strips, end);
             take(outputs, strips * NarrowWorker::OUTPUT, end);

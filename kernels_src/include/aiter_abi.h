@@ -98,7 +98,8 @@ typedef struct aiter_attention_problem {
     int32_t window_left;       /* where AITER_WINDOW: keys before a row's own that it sees, or -1: all */
     int32_t window_right;      /* the same for keys after it */
     int32_t clear_rest;        /* 0 or 1 */
-    int32_t batch_invariant;   /* 1: no bit of a sequence's result may depend on the rest of the batch */
+    int32_t batch_invariant;   /* 1: no bit of a sequence's result may depend on the rest of the batch; a CPU's forward
+                                * kernel is built for it, with AITER_BATCH_INVARIANT */
     int32_t check_values;      /* CPU kernels: 1, refuse lengths and page numbers that are out of range; 2, and lengths
                                 of packed queries that do not fill them */
     int32_t attention_chunk;   /* at least 1 where AITER_CHUNK */

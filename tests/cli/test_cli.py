@@ -235,6 +235,21 @@ def test_prewarm_takes_the_options_that_select_code(arguments, names, capsys):
     assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
 
 
+@pytest.mark.parametrize(
+    "flags, variable, names", ((("yes",), "", [True]), (("both",), "1", [False, True]), ((), "1", [True]))
+)
+def test_prewarm_for_results_that_do_not_depend_on_the_batch(flags, variable, names, capsys, monkeypatch):
+    """A CPU's forward kernels alone are built for it."""
+    monkeypatch.setenv("AITER_BATCH_INVARIANT", variable)
+    choice = ("--arch", "x86-64-v3,gfx942", "--dtypes", "bf16", "--head-dims", "64", "--causal", "yes", "--backward")
+    choice = (*choice, "--ops", "flash_attn_func", "--dry-run", *(f"--batch-invariant={flag}" for flag in flags))
+    _, report = run_json(capsys, "prewarm", *choice)
+    expected = {f"attention_{kernel}-bf16-d64-causal-gfx942" for kernel in ("forward", "decode", "backward")}
+    expected |= {"attention_backward-bf16-d64-causal-x86-64-v3"}
+    expected |= {f"attention_forward-bf16-d64-causal{'-batch_invariant' * name}-x86-64-v3" for name in names}
+    assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
+
+
 def test_prewarm_for_8_bit_caches(capsys):
     """They have no backward pass; what writes them has a kernel for each."""
     choice = ("--arch", "gfx942", "--dtypes", "bf16", "--head-dims", "64", "--causal", "yes", "--backward", "--dry-run")

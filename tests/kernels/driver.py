@@ -176,6 +176,7 @@ class Options:
     def spec(self, target: str, name: str, query: torch.Tensor, value: torch.Tensor) -> Spec:
         switched_on = {
             "alibi": self.alibi_slopes is not None,
+            "batch_invariant": self.batch_invariant and name == "attention_forward" and target not in GPUS,
             "chunk": self.chunk > 0,
             "dropout": self.dropout_p > 0,
             "paged": self.page_table is not None and target in GPUS,

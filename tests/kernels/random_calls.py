@@ -56,7 +56,7 @@ def draw_call(
         for n, least, full in ((seq_q, 1, draw(st.booleans())), (seq_k, fewest_keys, draw(st.booleans())))
     ]
 
-    options, each = {"batch_invariant": draw(st.booleans())}, [{} for _ in range(batch)]
+    options, each = {"batch_invariant": "batch_invariant" in switched_on}, [{} for _ in range(batch)]
     if "window" in switched_on:
         options["window"] = pick(-1, 3, 7, 40, 130), pick(-1, 0, 3, 33, 100)
     if "softcap" in switched_on:

@@ -16,18 +16,24 @@ from test_cpu_kernels import HEAD_DIM, archs
 
 AMX = "x86-64-v4+avx512bf16+amxbf16"
 ALL = ("alibi", "softcap", "window")
-# dtype, arch, value head_dim, options: each engine, each option alone and with others. Each line is a compilation.
+# dtype, arch, value head_dim, options: each engine, each option alone and with others. Each line is a compilation, and
+# of the first list two, with that for gradients.
 KERNELS = [
     ("fp16", "x86-64-v2", HEAD_DIM, ("chunk", "dropout")),
     ("fp32", "x86-64-v3", 40, ALL),
     ("fp32", "x86-64-v3", HEAD_DIM, ("causal", "chunk", "dropout")),
-    ("fp32", "x86-64-v4", HEAD_DIM, ("dropout", "softcap")),
-    ("bf16", "x86-64-v4", HEAD_DIM, ("alibi",)),
-    ("bf16", "x86-64-v4+avx512bf16", 40, ALL),
+    ("fp32", "x86-64-v4", HEAD_DIM, ("batch_invariant", "dropout", "softcap")),
+    ("bf16", "x86-64-v4+avx512bf16", 40, (*ALL, "batch_invariant")),
     ("bf16", AMX, 96, (*ALL, "dropout")),
-    ("fp16", f"{AMX}+amxfp16", HEAD_DIM, ("causal", "softcap")),
+    ("fp16", f"{AMX}+amxfp16", HEAD_DIM, ("batch_invariant", "causal", "softcap")),
 ]
-KERNELS = [kernel for kernel in KERNELS if kernel[:2] in CPUS]
+FORWARD_ONLY = [
+    ("fp16", "x86-64-v3", 40, (*ALL, "batch_invariant")),
+    ("bf16", "x86-64-v4", HEAD_DIM, ("alibi",)),
+    ("bf16", "x86-64-v4", HEAD_DIM, ("batch_invariant", "chunk", "dropout")),
+    ("bf16", "x86-64-v4+avx512bf16", HEAD_DIM, ("dropout", "window")),
+]
+KERNELS, FORWARD_ONLY = ([kernel for kernel in some if kernel[:2] in CPUS] for some in (KERNELS, FORWARD_ONLY))
 
 
 def on_kernels(kernels):
@@ -35,7 +41,7 @@ def on_kernels(kernels):
     return pytest.mark.parametrize(("dtype", "arch", "value_dim", "on"), kernels, ids=ids)
 
 
-@on_kernels(KERNELS)
+@on_kernels(KERNELS + FORWARD_ONLY)
 @settings(max_examples=12)
 @given(data=st.data())
 def test_forward(dtype, arch, value_dim, on, data):
@@ -62,7 +68,7 @@ def test_sinks_starts_and_offsets(dtype, arch, data):
     assert_rest_is_clear(call, output, lse)
 
 
-@on_kernels([kernel for kernel in KERNELS if kernel[3] != ("alibi",)])
+@on_kernels(KERNELS)
 @settings(max_examples=8)
 @given(data=st.data())
 def test_backward(dtype, arch, value_dim, on, data):
@@ -174,7 +180,7 @@ def test_rest_is_left_alone(dtype, arch):
         assert packed_lse[:, :2].eq(-math.inf).all() if clear_rest else packed_lse[:, :2].isnan().all()
 
 
-@on_kernels([kernel for kernel in KERNELS if kernel[3] == ALL][:2])
+@on_kernels([kernel for kernel in KERNELS if kernel[3][: len(ALL)] == ALL][:2])
 @settings(max_examples=40)
 @given(data=st.data())
 def test_whatever_device_memory_holds(dtype, arch, value_dim, on, data):
@@ -194,7 +200,7 @@ def test_whatever_device_memory_holds(dtype, arch, value_dim, on, data):
     }[layout]
     query = randn(*query_shape, heads, HEAD_DIM, dtype=dtype)
     key, value = (randn(*key_shape, 2, dim, dtype=dtype) for dim in (HEAD_DIM, value_dim))
-    options = {"alibi_slopes": torch.rand(heads), "softcap": 3.0, "batch_invariant": data.draw(st.booleans())}
+    options = {"alibi_slopes": torch.rand(heads), "softcap": 3.0, "batch_invariant": "batch_invariant" in on}
     options["window"] = data.draw(st.sampled_from(((-1, -1), (5, 0), (0, 9), (-1, 0))))
     options |= {name: anything(batch) for name in ("seqlens_q", "seqlens_k", "query_offsets")}
     if layout == "packed":

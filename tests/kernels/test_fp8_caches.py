@@ -19,10 +19,12 @@ ALL = ("alibi", "softcap", "window")
 # instructions (e4m3fnuz on gfx942, e4m3fn and e5m2 on gfx950, e4m3fn from sm_89 on) and by bits. Each line is a
 # compilation.
 KERNELS = [
-    ("x86-64-v2", FORWARD, "fp16", (72, 72), "e5m2", ("causal",)),
+    ("x86-64-v2", FORWARD, "fp16", (72, 72), "e5m2", ("batch_invariant", "causal")),
     ("x86-64-v3", FORWARD, "bf16", (72, 72), "e4m3fn", ("causal",)),
     ("x86-64-v3", FORWARD, "fp32", (72, 40), "e4m3fnuz", ("causal",)),
+    ("x86-64-v3", FORWARD, "fp16", (72, 72), "e4m3fnuz", ("batch_invariant", "causal")),
     ("x86-64-v4+avx512bf16", FORWARD, "bf16", (72, 40), "e4m3fnuz", ALL),
+    ("x86-64-v4+avx512bf16", FORWARD, "bf16", (72, 72), "e4m3fn", ("batch_invariant", "causal")),
     ("x86-64-v4+avx512bf16+amxbf16+amxfp16", FORWARD, "fp16", (72, 72), "e4m3fn", ("causal",)),
     ("gfx90a", DECODE, "bf16", (72, 72), "e4m3fn", ("causal",)),
     ("gfx90a", FORWARD, "fp16", (72, 72), "e5m2", ("causal",)),
@@ -73,7 +75,7 @@ def test_every_number(target, name, dtype, dims, fp8, on):
     # All heads share one KV head, or each has its own: few rows are another way through the CPU's kernels.
     for heads_kv in (1,) if target in GPUS else (1, head_dim):
         k, v = (t.expand(batch, 1, heads_kv, t.shape[-1]).contiguous() for t in (key, value))
-        for batch_invariant in (False, True):
+        for batch_invariant in (False, True) if target in GPUS else ("batch_invariant" in on,):
             output, _ = attend(target, query, k, v, scale=1e-9, batch_invariant=batch_invariant, **options)
             exact = multiplied(target, dtype, value).to(DTYPES[dtype]).expand_as(output)
             torch.testing.assert_close(output, exact, rtol=0, atol=0, equal_nan=True)
@@ -97,6 +99,8 @@ def test_calls(target, name, dtype, dims, fp8, on, data):
     how = {"lengths_q": tokens, "lengths_k": tokens, "strides": GPU_STRIDES if on_gpu else STRIDES[:3]}
     call = draw_call(data, dtype, dims, on, layouts, fp8=FP8[fp8], **how)
     causal, scale = "causal" in on, data.draw(st.sampled_from((None, 0.3, -0.2)))
+    if on_gpu:  # needs no kernel of its own
+        call.options["batch_invariant"] = data.draw(st.booleans())
     output, lse = attend(target, *call.tensors, causal, scale, name=name, **call.options)
     assert_sequences(output, lse, call.sequences, causal, scale)
     assert_rest_is_clear(call, output, lse)

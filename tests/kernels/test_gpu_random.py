@@ -28,6 +28,7 @@ def on_kernels(*names):
 
 def draw(data, target, kernel, **how):
     on = {kernel.mask} | {name for name in ("softcap", "alibi", "chunk", "dropout") if getattr(kernel, name)}
+    on |= {"batch_invariant"} if data.draw(st.booleans()) else set()  # needs no kernel of its own
     dims = kernel.head_dim, kernel.value_dim
     lengths = {"lengths_q": ROWS[kernel.name], "lengths_k": KEYS}
     call = draw_call(data, kernel.dtype, dims, on, strides=GPU_STRIDES, **lengths, **how)
