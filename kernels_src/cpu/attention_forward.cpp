@@ -231,30 +231,41 @@ struct Forward {
     void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
                   const KeyRange &part, int64_t first_seen, const Scratch &scratch, const Deliver &deliver) const {
         const int64_t heads = end_head - first_head;
+        auto keys_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
         for (int64_t i = 0; i < heads; i++) {
-            Strip &strip = scratch.strips[i] = strip_at(scratch, i, scratch.outputs + i * NarrowWorker::OUTPUT);
+            NarrowStrip &own = scratch.narrow_strips[i];
+            own.strip = strip_at(scratch, i, scratch.outputs + i * rows * OUTPUT_DIM);
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
-            open_strip(strip, queries, seq, b, first_head + i, 0, rows, part.high);
+            open_strip(own.strip, queries, seq, b, first_head + i, 0, rows, part.high);
+            own.rows = static_cast<int>(rows);
+            own.queries = scratch.row_queries + i * rows;
+            own.scores = scratch.scores + i * rows * BLOCK_KEYS;
+            own.states = scratch.row_states + i * rows;
+            for (int64_t r = 0; r < rows; r++)
+                load_query(scratch.row_queries[i * rows + r], queries.query_row(r), score_of(b, first_head + i).sign);
         }
-        /* All heads of some keys, then all heads of the next keys. */
-        const int64_t steps = ceil_div(part.high - part.low, BLOCK_KEYS) * heads;
-        auto rows_of = [&](int64_t i) { return KeyRows(problem, tensors, seq, b, first_head + i); };
-        auto locate = [&](int64_t step) {
-            const int64_t j = part.low + step / heads * BLOCK_KEYS;
-            return NarrowBlock(rows_of(step % heads), j, static_cast<int>(minimum(BLOCK_KEYS, part.high - j)),
-                               first_seen);
+        /* As above: all heads of some keys, then all heads of the next keys. */
+        auto step_at = [&](int64_t i, int64_t key) {
+            return RowStep(keys_of(i), key, static_cast<int>(minimum(ROW_KEYS, part.high - key)), first_seen);
         };
-        NarrowBlock now, next;
-        if (steps > 0) next = locate(0);
-        for (int64_t step = 0; step < steps; step++) {
-            now = next;
-            if (step + 1 < steps) next = locate(step + 1);
-            NarrowWorker worker(scratch.scores, scratch.weights, score_of(b, first_head + step % heads), dropout);
-            worker.attend(scratch.strips[step % heads], static_cast<int>(rows), now, next);
-        }
+        RowStep now, next;
+        if (part.low < part.high) next = step_at(0, part.low);
+        for (int64_t j = part.low; j < part.high; j += ROW_KEYS)
+            for (int64_t i = 0; i < heads; i++) {
+                now = next;
+                if (i + 1 < heads) next = step_at(i + 1, j);
+                else if (j + ROW_KEYS < part.high) next = step_at(0, j + ROW_KEYS);
+                NarrowStrip &own = scratch.narrow_strips[i];
+                const Score &of_head = score_of(b, first_head + i);
+                const int64_t of_block = (j - part.low) % BLOCK_KEYS;
+                if (of_block == 0) own.open_block(static_cast<int32_t>(j));
+                own.attend(now, next, of_head, dropout);
+                if (of_block + ROW_KEYS == BLOCK_KEYS || j + ROW_KEYS >= part.high)
+                    own.close_block(of_head, dropout, [&](int64_t key) { return step_at(i, key); });
+            }
         for (int64_t i = 0; i < heads; i++) {
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
-            const Strip &strip = scratch.strips[i];
+            const Strip &strip = scratch.narrow_strips[i].strip;
             for (int64_t r = 0; r < rows; r++) {
                 RowState state;
                 state.clear();
@@ -262,7 +273,7 @@ struct Forward {
                 state.sum = strip.sum[r];
                 if (!strip.empty) memcpy(state.output, strip.output + r * OUTPUT_DIM, sizeof state.output);
                 restore_order(state.output);
-                deliver(queries, rows_of(i), first_head + i, r, state);
+                deliver(queries, keys_of(i), first_head + i, r, state);
             }
         }
     }
@@ -341,7 +352,7 @@ struct Forward {
                 strip.maximum[v * LANES + i] = -INFINITE;
                 strip.sum[v * LANES + i] = 0.0f;
             }
-            pack_lanes<HEAD_DIM>(strip.queries, v, rows, score_of(b, head).sign);
+            if (!schedule.few_rows) pack_lanes<HEAD_DIM>(strip.queries, v, rows, score_of(b, head).sign);
         }
     }
 

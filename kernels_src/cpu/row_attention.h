@@ -32,7 +32,8 @@ struct RowState {
 typedef RowVec RowQuery[KEY_VECTORS];
 typedef Weight RowWeights[ROW_KEYS / PAIR];
 
-/* Where the keys and values of one step lie; places past the last key repeat it, those before `seen` repeat that. */
+/* Where the keys and values of one step lie. Past the last key that one is repeated, and values are zeros; places before
+ * `seen` repeat that. */
 struct RowStep {
     const Cached *keys[ROW_KEYS], *values[ROW_KEYS];
 
@@ -41,7 +42,7 @@ struct RowStep {
         find_seen(rows, first, count, seen, keys, values);
         for (int i = count; i < ROW_KEYS; i++) {
             keys[i] = keys[count - 1];
-            values[i] = values[count - 1];
+            values[i] = NO_ROW;
         }
     }
 };
@@ -100,10 +101,11 @@ static AITER_OUTLINE void attend_exactly(const ScoredRow &row, const KeyRows &ro
     }
 }
 
-/* Scores of every key with every row, not yet scaled: LANES at a time, each in a vector until they are summed. */
+/* Scores of every key with every row, not yet scaled, those of row r from scores + r * row_scores on: LANES at a time,
+ * each in a vector until they are summed. */
 template <int ROWS>
-AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next,
-                             float (*scores)[ROW_KEYS]) {
+AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const RowStep &next, float *scores,
+                             int row_scores) {
     constexpr int KEYS = LANES / (ROWS == 3 ? 4 : ROWS), PART = LANES / ROWS_AT_ONCE;
     for (int i = 0; i < ROW_KEYS; i += KEYS) {
         Vec products[LANES]; /* [row][key] */
@@ -129,7 +131,8 @@ AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const
         const Vec sums = sums_of(products);
         AITER_UNROLL
         for (int r = 0; r < ROWS; r++)
-            memcpy(scores[r] + i, reinterpret_cast<const float *>(&sums) + r * KEYS, KEYS * sizeof(float));
+            memcpy(scores + r * row_scores + i, reinterpret_cast<const float *>(&sums) + r * KEYS,
+                   KEYS * sizeof(float));
     }
 }
 
@@ -185,7 +188,7 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
                                       RowState *states) {
     alignas(64) float all_scores[ROWS][ROW_KEYS];
     alignas(64) RowWeights weights[ROWS];
-    score_keys<ROWS>(queries, step, next, all_scores);
+    score_keys<ROWS>(queries, step, next, all_scores[0], ROW_KEYS);
     for (int r = 0; r < ROWS; r++) {
         RowState &state = states[r];
         float *scores = all_scores[r];
@@ -220,18 +223,23 @@ static AITER_OUTLINE void attend_rows(const RowQuery *queries, const RowStep &st
     add_values<ROWS>(step, next, weights, states);
 }
 
+/* Calls body(Constant<rows>(), first) for some of `count` rows after the others, as many as share a load from L1. */
+template <class Body> AITER_INLINE void for_rows(int count, const Body &body) {
+    for (int first = 0; first < count; first += ROWS_AT_ONCE) switch (count - first) {
+        case 1: body(Constant<1>(), first); break;
+        case 2: body(Constant<2>(), first); break;
+        case 3: body(Constant<3>(), first); break;
+        default: body(Constant<ROWS_AT_ONCE>(), first);
+        }
+}
+
 /* Up to MAX_ROWS rows. */
 static void attend_rows(int count, const RowQuery *queries, const RowStep &step, const RowStep &next,
                         const RowScope *scopes, const Score &score, const Dropout &dropout, RowState *states) {
-    for (int r = 0; r < count; r += ROWS_AT_ONCE) {
+    for_rows(count, [&](auto rows, int r) {
         const RowStep &fetch = r == 0 ? next : step; /* once is enough */
-        switch (count - r) {
-        case 1: attend_rows<1>(queries + r, step, fetch, scopes + r, score, dropout, states + r); break;
-        case 2: attend_rows<2>(queries + r, step, fetch, scopes + r, score, dropout, states + r); break;
-        case 3: attend_rows<3>(queries + r, step, fetch, scopes + r, score, dropout, states + r); break;
-        default: attend_rows<ROWS_AT_ONCE>(queries + r, step, fetch, scopes + r, score, dropout, states + r);
-        }
-    }
+        attend_rows<decltype(rows)::value>(queries + r, step, fetch, scopes + r, score, dropout, states + r);
+    });
 }
 
 #endif

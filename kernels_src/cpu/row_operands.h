@@ -48,7 +48,7 @@ AITER_INLINE void store_weights(Weight *weights, Vec values) {
 }
 
 /* The order of elements that value_vector() leaves in an output row, undone. */
-static void restore_order(float *row) {
+AITER_INLINE void restore_order(float *row) {
     for (int first = 0; first < OUTPUT_DIM; first += 2 * LANES) {
         const Vec low = load(row + first), high = load(row + first + LANES);
         store(row + first, shuffle<0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23>(low, high));
@@ -92,7 +92,7 @@ template <int N, class Row> AITER_INLINE RowVec row_vector(const Row *row, int v
     return half_of(element_pairs(row + first, N - first), v % 2);
 }
 
-static void restore_order(float *row) {
+AITER_INLINE void restore_order(float *row) {
     for (int first = 0; first < OUTPUT_DIM; first += 2 * LANES) {
         const Vec even = load(row + first), odd = load(row + first + LANES);
         store(row + first, shuffle<AITER_ZIP_LOW>(even, odd));
@@ -105,7 +105,7 @@ static void restore_order(float *row) {
 template <int N, class Row> AITER_INLINE RowVec row_vector(const Row *row, int v) {
     return to_floats(row + v * LANES, N - v * LANES);
 }
-static void restore_order(float *) {}
+AITER_INLINE void restore_order(float *) {}
 
 #endif
 
@@ -115,5 +115,7 @@ AITER_INLINE RowVec value_vector(const Cached *const *values, int v) { return ro
 #endif
 
 constexpr int KEY_VECTORS = round_up(HEAD_DIM, UNIT) / LANES / PAIR; /* of a query or key */
+constexpr int LANE_STEPS =
+    UNIT_VECTORS / PAIR; /* that lie side by side, and in one lane of vectors one after the other */
 
 #endif

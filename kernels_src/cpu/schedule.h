@@ -10,12 +10,6 @@
 #include "score.h"
 #include "strip.h"
 
-#if AITER_BATCH_INVARIANT
-constexpr bool INVARIANT = true; /* no bit of a row depends on other sequences, or on the other rows of its own */
-#else
-constexpr bool INVARIANT = false;
-#endif
-
 constexpr int64_t TARGET_UNITS = 64;     /* enough to keep the cores of a large socket busy */
 constexpr int64_t MIN_SPLIT_KEYS = 512;  /* a shorter split costs more in merging than it gains */
 constexpr int64_t UNITS_PER_THREAD = 4;  /* for an even load, as units differ in length */
@@ -94,7 +88,9 @@ struct Scratch {
     Step *queries, *packed, *weights;
     float *outputs, *maxima, *sums, *scores, *slopes;
     int32_t *highs, *lows, *places, *tokens, *heads;
-    Strip *strips; /* of few rows, one for each KV head */
+#if AITER_NARROW_STRIPS
+    NarrowStrip *narrow_strips; /* one for each KV head */
+#endif
     RowQuery *row_queries;
     RowState *row_states; /* few rows: one for each; else, of invariant results, what splits have come to */
     char *memory;
@@ -125,7 +121,6 @@ struct Scratch {
         const int64_t strips =
             schedule.few_rows ? schedule.set_heads : ceil_div(minimum(schedule.tile_rows, schedule.rows), STRIP_ROWS);
         const int64_t rows = strips * STRIP_ROWS;
-        take(queries, rows * DIM_STEPS, end);
         take(maxima, rows, end);
         take(sums, rows, end);
         take(highs, rows, end);
@@ -134,16 +129,18 @@ struct Scratch {
         take(slopes, ALIBI ? rows : 0, end);
         take(tokens, DROPOUT ? rows : 0, end);
         take(heads, DROPOUT ? rows : 0, end);
-        take(row_states, INVARIANT && schedule.splits == 1 ? rows : 0, end);
 #if AITER_NARROW_STRIPS
         if (schedule.few_rows) {
-            take(this->strips, strips, end);
-            take(outputs, strips * NarrowWorker::OUTPUT, end);
-            take(scores, NarrowWorker::SCORES, end);
-            take(weights, NarrowWorker::WEIGHTS, end);
+            take(narrow_strips, strips, end);
+            take(row_queries, strips * schedule.rows, end);
+            take(row_states, strips * schedule.rows, end);
+            take(outputs, strips * schedule.rows * OUTPUT_DIM, end);
+            take(scores, strips * schedule.rows * BLOCK_KEYS, end);
             return end;
         }
 #endif
+        take(row_states, INVARIANT && schedule.splits == 1 ? rows : 0, end);
+        take(queries, rows * DIM_STEPS, end);
         take(outputs, rows * VALUE_WIDTH, end);
         take(packed, StripWorker::PACKED_BLOCKS * PACKED_BLOCK, end);
         take(scores, StripWorker::SCORES, end);

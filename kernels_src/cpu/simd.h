@@ -73,6 +73,11 @@ template <int... LANE, class V> AITER_INLINE V shuffle(V a, V b) {
 #endif
 }
 
+/* A number that a function's argument carries in its type. */
+template <int N> struct Constant {
+    static constexpr int value = N;
+};
+
 /* 0, 1, 2, ... */
 AITER_INLINE IntVec lane_index() {
     int32_t lanes[LANES];
@@ -276,22 +281,20 @@ AITER_INLINE void store_elements(Element *p, Vec v, int count) {
 #define AITER_ZIP_HIGH 2, 6, 3, 7
 #endif
 
-/* Of every BLOCK elements, the first (HALF: 0) or second (1) half of a and of b, UNIT elements of each in turn. */
-template <int UNIT, int BLOCK, int HALF, class V, int... LANE>
-AITER_INLINE V zip(V a, V b, std::integer_sequence<int, LANE...>) {
+/* Of every BLOCK lanes, the first (HALF: 0) or second (1) half of a and of b, UNIT lanes of each in turn. */
+template <int UNIT, int BLOCK, int HALF, int... LANE>
+AITER_INLINE Vec zip(Vec a, Vec b, std::integer_sequence<int, LANE...>) {
     return shuffle<(LANE / BLOCK * BLOCK + HALF * BLOCK / 2 + LANE % BLOCK / UNIT / 2 * UNIT + LANE % UNIT +
-                    LANE / UNIT % 2 * static_cast<int>(sizeof...(LANE)))...>(a, b);
+                    LANE / UNIT % 2 * LANES)...>(a, b);
 }
 
-/* Of a square of 32-bit elements, element d of row i goes to place i of row d. Of LANES rows of 16-bit elements, twice as
- * many (LANES at least 8): to place d / 8 % 2 * LANES + i of row d / 16 * 8 + d % 8. DEALT: see deal(). */
-template <bool DEALT = false, class V> AITER_INLINE void transpose(V (&rows)[LANES]) {
-    constexpr int COUNT = sizeof(V) / sizeof(rows[0][0]), BLOCK = 16 / sizeof(rows[0][0]), BLOCKS = LANES / BLOCK;
-    constexpr auto ALL = std::make_integer_sequence<int, COUNT>();
-    constexpr auto LANES_ALL = std::make_integer_sequence<int, LANES>();
-    V next[LANES];
+/* Lane d of row i goes to lane i of row d: within 128 bits first, as that is one cheap instruction everywhere. */
+AITER_INLINE void transpose(Vec (&rows)[LANES]) {
+    constexpr int BLOCK = 4, BLOCKS = LANES / BLOCK;
+    constexpr auto ALL = std::make_integer_sequence<int, LANES>();
+    Vec next[LANES];
     AITER_UNROLL
-    for (int stage = 1; stage < BLOCK; stage *= 2) { /* within 128 bits: one cheap instruction everywhere */
+    for (int stage = 1; stage < BLOCK; stage *= 2) {
         AITER_UNROLL
         for (int i = 0; i < LANES / 2; i++) {
             const int first = i / (BLOCK / 2) * BLOCK, low = first + i % (BLOCK / 2), high = low + BLOCK / 2;
@@ -301,38 +304,17 @@ template <bool DEALT = false, class V> AITER_INLINE void transpose(V (&rows)[LAN
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
-    if constexpr (DEALT) return;
     AITER_UNROLL
-    for (int stage = 1; stage < BLOCKS; stage *= 2) { /* 128 bits at a time */
+    for (int stage = 1; stage < BLOCKS; stage *= 2) {
         AITER_UNROLL
         for (int i = 0; i < LANES / 2; i++) {
             const int to = i / BLOCK * 2 * BLOCK + i % BLOCK;
-            const IntVec low = (IntVec)rows[i], high = (IntVec)rows[i + LANES / 2];
-            next[to] = (V)zip<4, LANES, 0>(low, high, LANES_ALL);
-            next[to + BLOCK] = (V)zip<4, LANES, 1>(low, high, LANES_ALL);
+            next[to] = zip<4, LANES, 0>(rows[i], rows[i + LANES / 2], ALL);
+            next[to + BLOCK] = zip<4, LANES, 1>(rows[i], rows[i + LANES / 2], ALL);
         }
         AITER_UNROLL
         for (int i = 0; i < LANES; i++) rows[i] = next[i];
     }
-}
-
-/* 128 bits of each of the rows p[0], p[4], p[8] ..., from element `first` on, side by side. Where row 4 c + r of a square of
- * 32-bit elements holds piece c of rows r, r + 4, r + 8 ..., loads have done half of the exchanges (transpose<true>). */
-template <class Row> AITER_INLINE IntVec deal(const Row *const *p, int first) {
-#if AITER_AVX512 || AITER_AVX2
-    const auto piece = [&](int row) { return _mm_loadu_si128(reinterpret_cast<const __m128i *>(p[row] + first)); };
-#endif
-#if AITER_AVX512
-    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(4), 1);
-    const __m512i most = _mm512_inserti32x4(_mm512_castsi256_si512(low), piece(8), 2);
-    return (IntVec)_mm512_inserti32x4(most, piece(12), 3);
-#elif AITER_AVX2
-    return (IntVec)_mm256_inserti128_si256(_mm256_castsi128_si256(piece(0)), piece(4), 1);
-#else
-    IntVec v;
-    memcpy(&v, p[0] + first, sizeof v);
-    return v;
-#endif
 }
 
 /* Adds lanes that are HALF apart, those of a in the lanes without that bit and those of b in the lanes with it: one

@@ -36,10 +36,6 @@ struct Strip {
     }
 };
 
-template <int N> struct Constant {
-    static constexpr int value = N;
-};
-
 /* Calls body(Constant<vectors of the strip>()). */
 template <class Body> AITER_INLINE void with_vectors(const Strip &strip, const Body &body) {
     switch (strip.vectors) {

@@ -40,22 +40,33 @@ class StripWorker {
   private:
     template <int VECTORS>
     void attend(Strip &strip, const Step *keys, const Step *values, int32_t first_key, int count) {
-        product<VECTORS, KeySteps>(scores, keys, strip.queries, count, DIM_STEPS, false, SCORE_PART);
+        for_pieces(count, [&](int first) {
+            float *c = scores + first * Lanes::ROW;
+            const Step *a = keys + first * KeySteps::ROW;
+#if AITER_BATCH_INVARIANT
+            multiply_by_lanes<VECTORS, Lanes, KeySteps, Lanes>(c, a, strip.queries, PIECE);
+#else
+            multiply<VECTORS, Lanes, KeySteps, Lanes>(c, a, strip.queries, PIECE, DIM_STEPS, false, SCORE_PART);
+#endif
+        });
         mask_scores<VECTORS>(scores, strip, score, first_key, count);
         if (DROPOUT) draw<VECTORS>(kept, strip, dropout, first_key, count);
         OnlineSoftmax softmax{scores, kept, weights, &strip, count, score.softmax_scale(), 0, {}, {}, {}};
         softmax.run<VECTORS>();
         const int steps = count / STEP_ELEMENTS;
-        product<VECTORS, ValueColumns>(strip.output, values, weights, VALUE_WIDTH, steps, !strip.empty, steps);
+        for_pieces(VALUE_WIDTH, [&](int first) {
+            multiply<VECTORS, Lanes, ValueColumns, Lanes>(strip.output + first * Lanes::ROW,
+                                                          values + first * ValueColumns::ROW, weights, PIECE, steps,
+                                                          !strip.empty);
+        });
         strip.empty = false;
     }
 
-    template <int VECTORS, class A>
-    void product(float *c, const Step *a, const Step *b, int count, int steps, bool accumulate, int part) {
+    /* Multiplies so many rows, PIECE at a time. */
+    template <class Multiply> AITER_INLINE_MEMBER void for_pieces(int count, const Multiply &multiply_piece) {
         for (int first = 0; first < count; first += PIECE) {
             next.fetch();
-            multiply<VECTORS, Lanes, A, Lanes>(c + first * Lanes::ROW, a + first * A::ROW, b, PIECE, steps, accumulate,
-                                               part);
+            multiply_piece(first);
         }
     }
 
