@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from hearing import hear_signals
 
 from aiter.cli import main
 from aiter.cli.table import duration
@@ -97,8 +98,7 @@ def test_an_interrupt_leaves_a_clean_line(number, tmp_path):
     compiler = f'case "$*" in --version) echo none;; *) : > {tmp_path}/busy; sleep 99;; esac'
     (tmp_path / "c++").write_text(f"#!/bin/sh\n{compiler}\n")
     terminal, end = pty.openpty()
-    hearing = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    process = subprocess.Popen([*AITER, *ONE_KERNEL], stdout=end, stderr=end, preexec_fn=hearing)
+    process = subprocess.Popen([*AITER, *ONE_KERNEL], stdout=end, stderr=end, preexec_fn=hear_signals)
     os.close(end)
     deadline = time.monotonic() + 60
     while not (tmp_path / "busy").exists() and time.monotonic() < deadline:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from hearing import hear_signals
 from tiny import ends, left_behind, tiny_spec
 
 from aiter import jit
@@ -60,9 +61,8 @@ sys.exit(main(sys.argv[1:]))
     record = tmp_path / "record"
     record.write_text("".join(f"{json.dumps(spec.to_json())}\n" for spec in SPECS))
     command = [sys.executable, "-c", script, "prewarm", "--replay", str(record), "--jobs", "2"]
-    # A shell starts background jobs, and all their children, deaf to interrupts.
-    hearing = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hearing)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_signals)
     deadline = time.monotonic() + 60
     while len(calls.read_text().split()) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from hearing import hear_signals
 from tiny import ends, left_behind, tiny_spec
 
 from aiter import jit
@@ -41,12 +42,14 @@ build = lambda: jit.get_kernel(tiny_spec())
 {body}
 """
         command = [sys.executable, "-c", script]
-        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True))
+        pipe = subprocess.PIPE
+        one = subprocess.Popen(command, stderr=pipe, text=True, start_new_session=True, preexec_fn=hear_signals)
+        started.append(one)
         deadline = time.monotonic() + 60
         while not calls.read_text() and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(0.1)
-        return started[-1], int(calls.read_text())
+        return one, int(calls.read_text())
 
     yield start
     for one in started:
