@@ -169,6 +169,22 @@ struct Forward {
         }
     }
 
+    /* Calls body(i, key, step, next) for each step of keys of the i-th head, and with the one that follows: all heads of some
+     * keys, then all heads of the next keys, which is mostly the order of memory, whatever the layout. */
+    template <class StepAt, class Body>
+    static AITER_INLINE_MEMBER void for_steps(int64_t heads, int64_t first_key, int64_t end_key, const StepAt &step_at,
+                                              const Body &body) {
+        RowStep now, next;
+        if (first_key < end_key) next = step_at(0, first_key);
+        for (int64_t key = first_key; key < end_key; key += ROW_KEYS)
+            for (int64_t i = 0; i < heads; i++) {
+                now = next;
+                if (i + 1 < heads) next = step_at(i + 1, key);
+                else if (key + ROW_KEYS < end_key) next = step_at(0, key + ROW_KEYS);
+                body(i, key, now, next);
+            }
+    }
+
 #if !AITER_NARROW_STRIPS
     template <class Deliver>
     void few_rows(const Sequence &seq, int64_t b, int64_t first_head, int64_t end_head, int64_t rows,
@@ -183,25 +199,17 @@ struct Forward {
                 scratch.row_states[i].clear();
             }
         }
-        /* All heads of some keys, then all heads of the next keys: mostly the order of memory, whatever the layout. */
         const int64_t first_key = WINDOW ? maximum(part.low, first_seen / ROW_KEYS * ROW_KEYS) : part.low;
-        const int64_t heads = end_head - first_head, steps = ceil_div(part.high - first_key, ROW_KEYS) * heads;
-        auto locate = [&](int64_t step) {
-            const int64_t j = first_key + step / heads * ROW_KEYS;
-            return RowStep(KeyRows(problem, tensors, seq, b, first_head + step % heads), j,
-                           static_cast<int>(minimum(ROW_KEYS, part.high - j)), first_seen);
+        auto step_at = [&](int64_t i, int64_t key) {
+            return RowStep(KeyRows(problem, tensors, seq, b, first_head + i), key,
+                           static_cast<int>(minimum(ROW_KEYS, part.high - key)), first_seen);
         };
-        RowStep now, next;
-        if (steps > 0) next = locate(0);
-        for (int64_t step = 0; step < steps; step++) {
-            now = next;
-            if (step + 1 < steps) next = locate(step + 1);
+        auto attend = [&](int64_t i, int64_t j, const RowStep &step, const RowStep &next) {
             RowScope scopes[MAX_ROWS];
-            const int64_t j = first_key + step / heads * ROW_KEYS, i = step % heads * rows;
             for (int64_t r = 0; r < rows; r++) {
                 scopes[r].high = static_cast<int>(clamp(visible[r].high - j, 0, minimum(ROW_KEYS, part.high - j)));
                 if (WINDOW) scopes[r].low = static_cast<int>(clamp(visible[r].low - j, 0, ROW_KEYS));
-                const int64_t head = (first_head + step % heads) * schedule.group + r % schedule.group;
+                const int64_t head = (first_head + i) * schedule.group + r % schedule.group;
                 if (ALIBI) {
                     scopes[r].distance = place_of(seq, r / schedule.group) - static_cast<int32_t>(j);
                     scopes[r].slope = score.slope(b, head);
@@ -212,9 +220,10 @@ struct Forward {
                     scopes[r].key = static_cast<int32_t>(j);
                 }
             }
-            attend_rows(static_cast<int>(rows), scratch.row_queries + i, now, next, scopes,
-                        score_of(b, first_head + step % heads), dropout, scratch.row_states + i);
-        }
+            attend_rows(static_cast<int>(rows), scratch.row_queries + i * rows, step, next, scopes,
+                        score_of(b, first_head + i), dropout, scratch.row_states + i * rows);
+        };
+        for_steps(end_head - first_head, first_key, part.high, step_at, attend);
         for (int64_t head = first_head; head < end_head; head++) {
             const QueryRows queries(problem, tensors, seq, b, head);
             const KeyRows keys(problem, tensors, seq, b, head);
@@ -244,25 +253,19 @@ struct Forward {
             for (int64_t r = 0; r < rows; r++)
                 load_query(scratch.row_queries[i * rows + r], queries.query_row(r), score_of(b, first_head + i).sign);
         }
-        /* As above: all heads of some keys, then all heads of the next keys. */
         auto step_at = [&](int64_t i, int64_t key) {
             return RowStep(keys_of(i), key, static_cast<int>(minimum(ROW_KEYS, part.high - key)), first_seen);
         };
-        RowStep now, next;
-        if (part.low < part.high) next = step_at(0, part.low);
-        for (int64_t j = part.low; j < part.high; j += ROW_KEYS)
-            for (int64_t i = 0; i < heads; i++) {
-                now = next;
-                if (i + 1 < heads) next = step_at(i + 1, j);
-                else if (j + ROW_KEYS < part.high) next = step_at(0, j + ROW_KEYS);
-                NarrowStrip &own = scratch.narrow_strips[i];
-                const Score &of_head = score_of(b, first_head + i);
-                const int64_t of_block = (j - part.low) % BLOCK_KEYS;
-                if (of_block == 0) own.open_block(static_cast<int32_t>(j));
-                own.attend(now, next, of_head, dropout);
-                if (of_block + ROW_KEYS == BLOCK_KEYS || j + ROW_KEYS >= part.high)
-                    own.close_block(of_head, dropout, [&](int64_t key) { return step_at(i, key); });
-            }
+        for_steps(heads, part.low, part.high, step_at,
+                  [&](int64_t i, int64_t j, const RowStep &step, const RowStep &next) {
+                      NarrowStrip &own = scratch.narrow_strips[i];
+                      const Score &of_head = score_of(b, first_head + i);
+                      const int64_t of_block = (j - part.low) % BLOCK_KEYS;
+                      if (of_block == 0) own.open_block(static_cast<int32_t>(j));
+                      own.attend(step, next, of_head, dropout);
+                      if (of_block + ROW_KEYS == BLOCK_KEYS || j + ROW_KEYS >= part.high)
+                          own.close_block(of_head, dropout, [&](int64_t key) { return step_at(i, key); });
+                  });
         for (int64_t i = 0; i < heads; i++) {
             const QueryRows queries(problem, tensors, seq, b, first_head + i);
             const Strip &strip = scratch.narrow_strips[i].strip;

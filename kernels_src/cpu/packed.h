@@ -32,12 +32,6 @@ constexpr bool TILES = true;
 constexpr bool TILES = false;
 #endif
 
-#if AITER_BATCH_INVARIANT
-constexpr bool INVARIANT = true; /* no bit of a row depends on other sequences, or on the other rows of its own */
-#else
-constexpr bool INVARIANT = false;
-#endif
-
 #if AITER_PAIRS
 typedef int32_t Step;
 typedef IntVec StepVec;

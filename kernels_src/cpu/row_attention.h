@@ -115,9 +115,9 @@ AITER_INLINE void score_keys(const RowQuery *queries, const RowStep &step, const
         for (int part = 0; part < KEYS; part += PART) {
             AITER_UNROLL
             for (int k = part; k < part + PART; k++) prefetch_row<HEAD_DIM>(next.keys[i + k]);
-            for (int first = 0; first < KEY_VECTORS; first += UNIT_VECTORS / PAIR) {
+            for (int first = 0; first < KEY_VECTORS; first += LANE_STEPS) {
                 AITER_UNROLL
-                for (int v = first; v < first + UNIT_VECTORS / PAIR; v++) {
+                for (int v = first; v < first + LANE_STEPS; v++) {
                     AITER_UNROLL
                     for (int k = part; k < part + PART; k++) {
                         const RowVec key = key_vector(step.keys[i + k], v);

@@ -115,7 +115,6 @@ AITER_INLINE RowVec value_vector(const Cached *const *values, int v) { return ro
 #endif
 
 constexpr int KEY_VECTORS = round_up(HEAD_DIM, UNIT) / LANES / PAIR; /* of a query or key */
-constexpr int LANE_STEPS =
-    UNIT_VECTORS / PAIR; /* that lie side by side, and in one lane of vectors one after the other */
+constexpr int LANE_STEPS = UNIT_VECTORS / PAIR; /* lie side by side, and in one lane of vectors one after the other */
 
 #endif

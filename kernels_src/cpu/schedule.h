@@ -10,6 +10,12 @@
 #include "score.h"
 #include "strip.h"
 
+#if AITER_BATCH_INVARIANT
+constexpr bool INVARIANT = true; /* no bit of a row depends on other sequences, or on the other rows of its own */
+#else
+constexpr bool INVARIANT = false;
+#endif
+
 constexpr int64_t TARGET_UNITS = 64;     /* enough to keep the cores of a large socket busy */
 constexpr int64_t MIN_SPLIT_KEYS = 512;  /* a shorter split costs more in merging than it gains */
 constexpr int64_t UNITS_PER_THREAD = 4;  /* for an even load, as units differ in length */
@@ -113,14 +119,15 @@ struct Scratch {
     /* Points every buffer to its place and returns how many bytes they take. */
     int64_t lay_out(const Schedule &schedule) {
         int64_t end = 0;
-        if (schedule.few_rows && !INVARIANT) {
+        if (schedule.few_rows) {
             take(row_queries, schedule.set_heads * schedule.rows, end);
             take(row_states, schedule.set_heads * schedule.rows, end);
-            return end;
+            if (!INVARIANT) return end;
         }
         const int64_t strips =
             schedule.few_rows ? schedule.set_heads : ceil_div(minimum(schedule.tile_rows, schedule.rows), STRIP_ROWS);
         const int64_t rows = strips * STRIP_ROWS;
+        take(queries, schedule.few_rows ? 0 : rows * DIM_STEPS, end);
         take(maxima, rows, end);
         take(sums, rows, end);
         take(highs, rows, end);
@@ -132,15 +139,12 @@ struct Scratch {
 #if AITER_NARROW_STRIPS
         if (schedule.few_rows) {
             take(narrow_strips, strips, end);
-            take(row_queries, strips * schedule.rows, end);
-            take(row_states, strips * schedule.rows, end);
             take(outputs, strips * schedule.rows * OUTPUT_DIM, end);
             take(scores, strips * schedule.rows * BLOCK_KEYS, end);
             return end;
         }
 #endif
         take(row_states, INVARIANT && schedule.splits == 1 ? rows : 0, end);
-        take(queries, rows * DIM_STEPS, end);
         take(outputs, rows * VALUE_WIDTH, end);
         take(packed, StripWorker::PACKED_BLOCKS * PACKED_BLOCK, end);
         take(scores, StripWorker::SCORES, end);
