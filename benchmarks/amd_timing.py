@@ -19,7 +19,7 @@ import itertools
 import json
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import amd_predict  # first: it finds the test tree
@@ -290,15 +290,31 @@ def play_object(options: argparse.Namespace, arch: str) -> dict:
     seen = run(list(range(timing.resident_groups(run([0])))))
     clock = options.clock or timing.values(arch)["clock_mhz"]
     played = timing.play(arch, options.symbol, seen, clock_mhz=clock, events=bool(options.plot))
-    return row(argparse.Namespace(**vars(options) | {"kernel": "decode"}), arch, clock, options.symbol,
+    alike = {"kernel": "decode", "head_dim": options.head_dim[0]}
+    return row(argparse.Namespace(**vars(options) | alike), arch, clock, options.symbol,
                [(0, {options.symbol: seen}, {options.symbol: played}, {})])  # fmt: skip
 
 
+def some_of(allowed: Sequence[str], name: str) -> Callable[[str], list[str]]:
+    """The type of an argument that is one or more of these, with commas."""
+
+    def words(text: str) -> list[str]:
+        for word in text.split(","):
+            if word not in allowed:
+                raise argparse.ArgumentTypeError(f"{word!r} is no {name}")
+        return text.split(",")
+
+    return words
+
+
 def main() -> None:
+    archs = some_of(EMULATED, f"arch of the emulator's: {', '.join(EMULATED)}")
+    kernels = some_of(("forward", "backward", "decode"), "kernel of these: forward, backward, decode")
+    head_dims = some_of([str(dim) for dim in range(8, 513, 8)], "multiple of 8 up to 512")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="gfx942", help=f"one or more of {','.join(EMULATED)}")
-    parser.add_argument("--kernel", default="forward", help="one or more of forward, backward, decode")
-    parser.add_argument("--head-dim", default="128", help="one or more, with commas")
+    parser.add_argument("--arch", type=archs, default="gfx942", help=f"one or more of {','.join(EMULATED)}")
+    parser.add_argument("--kernel", type=kernels, default="forward", help="one or more of forward, backward, decode")
+    parser.add_argument("--head-dim", type=head_dims, default="128", help="one or more, with commas")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--heads", type=int, default=32)
@@ -322,9 +338,11 @@ def main() -> None:
     parser.add_argument("--arguments", default="")
     parser.add_argument("--strict", action="store_true", help="hold the code object to the emulator's rules")
     options = parser.parse_args()
+    if options.code_object and not options.symbol:
+        parser.error("--code-object needs --symbol, the kernel's name in it")
     torch.manual_seed(0)
     results = []
-    for arch in options.arch.split(","):
+    for arch in options.arch:
         if options.probe:
             measured = json.loads(options.probe.read_text())[arch]
             timing.replace(arch, {name: value for name, value in measured.items() if not name.startswith("seen_")})
@@ -336,7 +354,7 @@ def main() -> None:
             show(rows, None, options.listing)
             results.append(result_of(rows, None))
         else:
-            for kernel, head_dim in itertools.product(options.kernel.split(","), options.head_dim.split(",")):
+            for kernel, head_dim in itertools.product(options.kernel, options.head_dim):
                 chosen = argparse.Namespace(**vars(options) | {"kernel": kernel, "head_dim": int(head_dim)})
                 rows = predict(chosen, arch)
                 whole = None if kernel == "decode" else speeds(chosen, arch, rows)
