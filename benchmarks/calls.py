@@ -3,7 +3,7 @@
     python benchmarks/calls.py [--device cuda] [--json FILE]
 
 Calls so small that the work is nothing: dense, packed, decoding from pages, the last two as FlashAttention has them
-(varlen), the forward pass of training, and the same of PyTorch's operator where it has one. Shapes repeat, grow by a
+(varlen, with_kvcache, which also writes new tokens), the forward pass of training, and the same of PyTorch's operator where it has one. Shapes repeat, grow by a
 token each call (a cache in use), or are random (what a server does). Of each, many short rounds in turn with the
 others, so that a busy machine is as unkind to all; printed is the median over rounds of the quickest tenth's time per
 call. On a GPU the time is the host's: calls are not waited for.
@@ -81,6 +81,14 @@ def calls(device: str, shape: str) -> dict[str, Callable[[], object]]:
             **{"causal": True, "seqused_k": held[n], "block_table": pages, "out": output},
         )
 
+    def kvcache(lengths=series()):  # noqa: B008
+        used = {"cache_seqlens": held[next(lengths)], "block_table": pages, "causal": True}
+        return flash_attn.flash_attn_with_kvcache(token, *by_token, **used)
+
+    def appending(lengths=series()):  # noqa: B008
+        used = {"cache_seqlens": held[next(lengths) - 1], "block_table": pages, "causal": True}
+        return flash_attn.flash_attn_with_kvcache(token, *by_token, token, token, **used)
+
     def training(lengths=series()):  # noqa: B008
         some = trained[:, : next(lengths)]
         with torch.enable_grad():
@@ -104,6 +112,8 @@ def calls(device: str, shape: str) -> dict[str, Callable[[], object]]:
         "paged": paged,
         "varlen": varlen,
         "varlen paged, out=": varlen_paged,
+        "paged, with_kvcache": kvcache,
+        "paged, appending": appending,
         "training": training,
         "PyTorch dense": pytorch,
         "PyTorch training": pytorch_training,

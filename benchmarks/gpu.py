@@ -520,9 +520,10 @@ def main() -> None:
         except (aiter.errors.AiterError, RuntimeError) as error:
             print(f"{section}: {error}", flush=True)
         torch.cuda.empty_cache()
+        if options.out:  # after each section: a run that ends early keeps what it has
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "gpu.json").write_text(json.dumps({"device": device, "results": rows}, indent=1) + "\n")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpu.json").write_text(json.dumps({"device": device, "results": rows}, indent=1) + "\n")
         try:
             plot(rows, device, options.out / "gpu.png")
         except ImportError:

@@ -9,7 +9,7 @@ import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
 
 import aiter
-from aiter import reference
+from aiter import flash_attn, plan, reference, repeated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 
@@ -30,13 +30,26 @@ def decode(batch=4, seq_k=4096):
     return (query, cache, table, page_size), {"cache_seqlens": lengths}
 
 
+def mixed():
+    """Packed queries over pages: a prompt, a chunk, a token."""
+    rows, length, page_size = [300, 17, 1], 900, 16
+    cache = [torch.randn(3 * 57, page_size, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
+    starts = torch.tensor([0, *rows], device="cuda").cumsum(0).int()
+    query = torch.randn(sum(rows), 32, 128, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(3 * 57, device="cuda").view(3, 57).int()
+    used = torch.randint(300, length, (3,), device="cuda", dtype=torch.int32)
+    options = {"block_table": table, "seqused_k": used, "causal": True}
+    return (query, *cache, starts, None, max(rows), length), options
+
+
 CALLS = {
+    "mixed batch": lambda: (flash_attn.flash_attn_varlen_func, *mixed()),
     "forward": lambda: (aiter.flash_attn_func, qkv(seq_q=500, seq_k=700), {"causal": True}),
     "decode": lambda: (aiter.flash_attn_func, qkv(seq_q=1, seq_k=9000), {}),
     "paged decode": lambda: (aiter.flash_attn_with_kvcache, *decode()),
     "packed": lambda: (
         aiter.variable_length_attention,
-        (*(t.flatten(0, 1) for t in qkv()), torch.tensor([100, 156], device="cuda"), 200),
+        (*(t.flatten(0, 1) for t in qkv()), torch.tensor([100, 156], device="cuda", dtype=torch.int32), 200),
         {"causal": True},
     ),
 }
@@ -67,6 +80,36 @@ def test_graph_capture_and_replay(call):
     arguments[0].copy_(torch.randn_like(arguments[0]))
     graph.replay()
     torch.testing.assert_close(output, operation(*arguments, **options), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_call_like_one_before(call):
+    """aiter/repeated.py: the bits of the long way with other tensors, on another stream and in a graph, and nothing
+    looked at again."""
+    operation, *made = call()
+    fresh, stream = repeated.repeats(operation.__wrapped__), torch.cuda.Stream()
+    for _ in range(2):
+        fresh(*made[0], **made[1])
+    for _ in range(3):
+        _, arguments, options = call()
+        expected = operation.__wrapped__(*arguments, **options)
+        runs, run = [], plan.Plan.run
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan.Plan, "run", lambda *arguments: runs.append(1) or run(*arguments))
+            result = fresh(*arguments, **options)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+                late = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments]  # after the sleep
+                on_stream = fresh(*late, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                in_graph = fresh(*arguments, **options)
+            graph.replay()
+        assert not runs
+        for got in (result, on_stream, in_graph):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
