@@ -85,6 +85,8 @@ def main() -> None:
         check_variable_length(dtype, head_dim, "packed", [100, 0, 1, 260], 0, (4, 2), causal)
         check_variable_length(dtype, head_dim, "padded", [100, 0, 1, 130], 3, (4, 2), causal)
         backward(dtype, head_dim, causal, 300)
+    for head_dim, causal in ((64, True), (96, False), (128, True), (256, True)):
+        backward(BF16, head_dim, causal, 1090)  # all gradients in one pass, on sm_90a
     options()
     torch.cuda.synchronize()
     print("all right")
