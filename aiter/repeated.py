@@ -40,7 +40,7 @@ PATIENCE = 16  # calls in a row that are like none before, and how rarely the ne
 NOTHING, OUTPUT, LSE, WORKSPACE = 255, 254, 253, 252
 _REFUSED = object()
 _is_compiling, _is_grad_enabled, _empty = torch.compiler.is_compiling, torch.is_grad_enabled, torch.empty
-_empty_strided = torch.empty_strided
+_empty_strided, _empty_like = torch.empty_strided, torch.empty_like
 _increment_version = torch.autograd.graph.increment_version
 
 
@@ -54,18 +54,21 @@ class Kept(NamedTuple):
     output_shape: torch.Size | None  # None: the caller's own, or there is none
     output_strides: tuple[int, ...] | None  # contiguous, where a size of 1 may have any
     output_dtype: torch.dtype | None
+    like: int | None  # the number of a positional argument that the output is like in all of that
     lse_shape: torch.Size | None
     returns: tuple[int | None, ...] | int | None  # OUTPUT and LSE, in what the function returns
     out: bool  # is `out` among the keywords?
     looks: bool  # is somebody to look at values where AITER_CHECK_VALUES is set?
 
-    def send(self, addresses: bytes, keywords: dict[str, Any]) -> Any:
+    def send(self, addresses: bytes, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """What the function would return, or _REFUSED."""
         own = self.plan
         if plan.plans.get(own.key) is not own or (self.looks and settings.flag("AITER_CHECK_VALUES")):
             return _REFUSED
         output = lse = None
-        if self.output_shape is not None and self.output_strides is not None:
+        if self.like is not None:
+            output = _empty_like(arguments[self.like])
+        elif self.output_shape is not None and self.output_strides is not None:
             output = _empty_strided(self.output_shape, self.output_strides, dtype=self.output_dtype, device=own.device)
         if self.lse_shape is not None:
             lse = _empty(self.lse_shape, dtype=torch.float32, device=own.device)
@@ -106,7 +109,7 @@ def repeats(function: Callable[P, R]) -> Callable[P, R]:
         if form is not None:
             found = kept.get(form[0])
             if found is not None:
-                result = found.send(form[1], keywords)
+                result = found.send(form[1], arguments, keywords)
                 misses = 0
                 if result is not _REFUSED:
                     return result
@@ -137,11 +140,17 @@ def _learn(
     tensors = []  # in the order of the form
     for value in (*arguments, *keywords.values()):
         tensors += [part for part in (value if type(value) is tuple else (value,)) if isinstance(part, torch.Tensor)]
-    kept[form] = _kept(launches, tensors, result, keywords.get("out"))
+    kept[form] = _kept(launches, tensors, result, arguments, keywords.get("out"))
     return result
 
 
-def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch.Tensor | None) -> Kept | None:
+def _kept(
+    launches: list,
+    arguments: list[torch.Tensor],
+    result: Any,
+    by_position: tuple[Any, ...],
+    out: torch.Tensor | None,
+) -> Kept | None:
     """The call that was launched, if it follows from the form and the addresses of arguments alone."""
     if len(launches) != 1 or launches[0] is None:
         return None
@@ -197,10 +206,21 @@ def _kept(launches: list, arguments: list[torch.Tensor], result: Any, out: torch
         None if output is None else output.shape,
         None if output is None else output.stride(),
         None if output is None else output.dtype,
+        next((i for i, tensor in enumerate(by_position) if _alike(tensor, output)), None),
         None if lse is None else lse.shape,
         tuple(returns) if isinstance(result, tuple) else returns[0] if returns else None,
         out is not None,
         looks=own.device.type != "cpu" and any(tensor.dtype is torch.int32 for tensor in arguments),
+    )
+
+
+def _alike(argument: Any, output: torch.Tensor | None) -> bool:
+    """Whether empty_like() of an argument is such an output: it costs a third less than saying what that is."""
+    return (
+        output is not None
+        and isinstance(argument, torch.Tensor)
+        and argument.is_contiguous()
+        and (argument.shape, argument.stride(), argument.dtype) == (output.shape, output.stride(), output.dtype)
     )
 
 

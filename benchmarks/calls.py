@@ -3,10 +3,10 @@
     python benchmarks/calls.py [--device cuda] [--json FILE]
 
 Calls so small that the work is nothing: dense, packed, decoding from pages, the last two as FlashAttention has them
-(varlen, with_kvcache, which also writes new tokens), the forward pass of training, and the same of PyTorch's operator where it has one. Shapes repeat, grow by a
-token each call (a cache in use), or are random (what a server does). Of each, many short rounds in turn with the
-others, so that a busy machine is as unkind to all; printed is the median over rounds of the quickest tenth's time per
-call. On a GPU the time is the host's: calls are not waited for.
+(varlen, with_kvcache, which also writes new tokens), the forward pass of training, and the same of PyTorch's operator
+where it has one. Shapes repeat, grow by a token each call (a cache in use), or are random (what a server does). Of
+each, many short rounds in turn with the others, so that a busy machine is as unkind to all; printed is the median over
+rounds of the quickest tenth's time per call. On a GPU the time is the host's: calls are not waited for.
 """
 
 from __future__ import annotations

@@ -90,10 +90,10 @@ def test_a_call_like_one_before(call):
     fresh, stream = repeated.repeats(operation.__wrapped__), torch.cuda.Stream()
     for _ in range(2):
         fresh(*made[0], **made[1])
+    runs, run = [], plan.Plan.run
     for _ in range(3):
         _, arguments, options = call()
         expected = operation.__wrapped__(*arguments, **options)
-        runs, run = [], plan.Plan.run
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(plan.Plan, "run", lambda *arguments: runs.append(1) or run(*arguments))
             result = fresh(*arguments, **options)
