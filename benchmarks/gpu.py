@@ -141,11 +141,11 @@ def forward() -> Iterator[Case]:
 
 
 def dims() -> Iterator[Case]:
-    """fp16, head dims that are no multiple of 64, and values of another length, at 4096 tokens; unit: useful FLOPs."""
+    """fp16 beside bf16, head dims that are no multiple of 64, values of another length; 4096 tokens; useful FLOPs."""
     batch, length = 4, 4096
     for head_dim, value_dim, dtype in (
-        *((d, d, torch.float16) for d in (64, 128, 256)),
-        *((d, d, BF16) for d in (40, 64, 72, 80, 112, 128, 160, 192)),
+        *((d, d, dtype) for d in (64, 128, 256) for dtype in (torch.float16, BF16)),
+        *((d, d, BF16) for d in (40, 72, 80, 112, 160, 192)),
         (192, 128, BF16),
     ):
         heads = 2048 // head_dim
@@ -157,6 +157,9 @@ def dims() -> Iterator[Case]:
                 "TFLOP/s",
                 2 * batch * heads * length * length * (head_dim + value_dim) / (2 if causal else 1),
                 [partial(aiter.flash_attn_func, *tensors, causal=causal)],
+                {"FA3": [partial(fa3.flash_attn_func, *tensors, causal=causal)]}
+                if fa3 and head_dim == value_dim and head_dim % 64 == 0
+                else {},
             )
 
 
