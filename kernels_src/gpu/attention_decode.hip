@@ -10,8 +10,9 @@
  *     ranges   |  range 0   |  range 1   |  range 2   | ...    |  range 0   |  range 1 ...
  *
  * so whatever the lengths, all blocks have equally much to read, and blocks that run side by side read the same tokens
- * for one head each: where these lie side by side in memory, it opens a page once for all of them. Units of equal
- * length are not cut where they nearly fill all blocks. What a block has of a unit it computes like this:
+ * for one head each: where these lie side by side in memory, it opens a page once for all of them. Where no block has
+ * much more to do for it, units are not cut, or into equal parts; all blocks find that out from the lengths, alike. What
+ * a block has of a unit it computes like this:
  *
  *     a step         tile 0   tile 1   tile 2   tile 3  | next step ...    A tile is KEYS tokens of K and V. With one
  *     row tile 0     wave 0   wave 1   wave 2   wave 3  |                  row tile each wave takes every fourth tile;
@@ -249,82 +250,159 @@ struct PartsOfBlocks {
     }
 };
 
-/* A row whose parts have been added up, by a whole wave: lanes have its dimensions. */
-template <int DIMENSIONS>
+/* A row, or a part of one, of which each lane of a wave has some dimensions: RUN adjacent ones of every RUN * WAVE, as
+ * many as a load or store can have without leaving lanes idle. */
+struct WaveRow {
+    static constexpr int RUN = VALUE_DIM > 2 * WAVE ? 4 : VALUE_DIM > WAVE ? 2 : 1;
+    static constexpr int RUNS = (VALUE_DIM + RUN * WAVE - 1) / (RUN * WAVE);
+    float value[RUNS][RUN];
+
+    static __device__ __forceinline__ int column(int run) { return (run * WAVE + lane()) * RUN; }
+    static __device__ __forceinline__ bool has(int run) {
+        return (run + 1) * RUN * WAVE <= VALUE_DIM || column(run) < VALUE_DIM;
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int r = 0; r < RUNS; ++r)
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) value[r][i] = 0.0f;
+    }
+    __device__ __forceinline__ void load(const float *from) {
+#pragma unroll
+        for (int r = 0; r < RUNS; ++r)
+            if (has(r)) {
+                const auto run = *reinterpret_cast<const Pack<float, RUN> *>(from + column(r));
+#pragma unroll
+                for (int i = 0; i < RUN; ++i) value[r][i] = run.item[i];
+            }
+    }
+    __device__ __forceinline__ void store(float *to) const {
+#pragma unroll
+        for (int r = 0; r < RUNS; ++r) {
+            Pack<float, RUN> run;
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) run.item[i] = value[r][i];
+            if (has(r)) *reinterpret_cast<Pack<float, RUN> *>(to + column(r)) = run;
+        }
+    }
+    __device__ __forceinline__ void store(Element *to) const {
+#pragma unroll
+        for (int r = 0; r < RUNS; ++r) {
+            Pack<Element, RUN> run;
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) run.item[i] = to_element(value[r][i]);
+            if (has(r)) *reinterpret_cast<Pack<Element, RUN> *>(to + column(r)) = run;
+        }
+    }
+    __device__ __forceinline__ void add(const WaveRow &other, float weight) {
+#pragma unroll
+        for (int r = 0; r < RUNS; ++r)
+#pragma unroll
+            for (int i = 0; i < RUN; ++i) value[r][i] += weight * other.value[r][i];
+    }
+};
+
+/* A row whose parts have been added up, by a whole wave. */
 __device__ __forceinline__ void store_row(const Unit &unit, int row, bool sees_keys, float maximum, float total,
-                                          float (&sum)[DIMENSIONS]) {
+                                          WaveRow &sum) {
     /* A score of +inf makes the output NaN (inf - inf), as it should, but the log-sum-exp is +inf. */
     const float log_sum = !sees_keys || maximum == -INFINITE && total == 0 ? -INFINITE
                           : maximum == INFINITE                            ? INFINITE
                                                                            : maximum + log2(total);
-    const float share = unit.share(row, log_sum);
+    const float inverse = reciprocal(total) * unit.share(row, log_sum);
     bool spoiled = false;
 #pragma unroll
-    for (int d = 0; d < DIMENSIONS; ++d) {
-        sum[d] = sees_keys ? sum[d] * (reciprocal(total) * share) : 0.0f;
-        spoiled |= sum[d] != sum[d];
-    }
+    for (int r = 0; r < WaveRow::RUNS; ++r)
+#pragma unroll
+        for (int i = 0; i < WaveRow::RUN; ++i) {
+            float &x = sum.value[r][i];
+            x = sees_keys ? x * inverse : 0.0f;
+            spoiled |= WaveRow::has(r) && x != x;
+        }
     if (lane() == 0) unit.store_lse(row, log_sum);
     if (MASKED && wave_any(spoiled) && __builtin_fabsf(log_sum) < INFINITE &&
         unit.repair(row, Score(unit.arguments.problem), log_sum))
         return;
-    Element *to = unit.output(row);
-#pragma unroll
-    for (int d = 0; d < DIMENSIONS; ++d)
-        if (lane() + d * WAVE < VALUE_DIM) to[lane() + d * WAVE] = to_element(sum[d]);
+    sum.store(unit.output(row));
 }
 
-/* Adds up that many parts of a unit: rows `first_row` ... + rows - 1, by as many waves as `sums` has places for, which
- * all take part. Of each row, some waves take parts in turn, their lanes dimensions. meet(): where they do. */
-struct MergeSums {
-    static constexpr int DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
-    float of_wave[DIMENSIONS * WAVE];
+/* Adds up that many parts of a unit, more than one: rows `first_row` ... + rows - 1, by WAVES waves, which all take
+ * part. Few parts: each row by one wave, which asks for all of them at once. More: by several waves, which take parts
+ * in turn. How many these are, and so the order of additions, depends on the number of parts alone. meet(): where the
+ * waves do. */
+struct alignas(16) MergeSums {
+    static constexpr int TOGETHER = 4; /* parts on their way to a wave */
+    static constexpr int OF_LANE = 4;  /* of which a lane looks at the maximum and sum at one time */
+    float of_wave[WaveRow::RUNS * WaveRow::RUN * WAVE];
 };
 template <int WAVES, class Parts, class Meet>
 __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts, int all, int first_row, int rows,
                                            MergeSums *sums, Meet meet) {
-    constexpr int DIMENSIONS = MergeSums::DIMENSIONS;
-    int slices = WAVES;
-    while (slices > 1 && rows * slices > WAVES) slices /= 2;
+    constexpr int TOGETHER = MergeSums::TOGETHER;
+    int slices = 1;
+    while (slices < WAVES && slices * TOGETHER < all) slices *= 2;
     const int slice = wave() % slices;
 #pragma unroll 1
     for (int passed = 0; passed < rows; passed += WAVES / slices) {
         const int index = passed + wave() / slices, row = first_row + index;
         const bool sees_keys = unit.sees_keys(row);
         const int count = sees_keys && index < rows ? all : 0;
+        WaveRow part[TOGETHER], sum;
+        float its_maximum[TOGETHER];
+        const auto request = [&](int first) {
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j) {
+                const int i = first + j * slices;
+                its_maximum[j] = i < count ? parts.softmax_row(i, row)[0] : -INFINITE;
+                part[j].clear();
+                if (i < count) part[j].load(parts.output_row(i, row));
+            }
+        };
+        request(slice);
 
         float maximum = -INFINITE, total = 0.0f;
-        for (int i = lane(); i < count; i += WAVE) maximum = __builtin_fmaxf(maximum, parts.softmax_row(i, row)[0]);
+        /* visit(its maximum, its sum) */
+        const auto for_own_parts = [&](auto visit) {
+#pragma unroll 1
+            for (int first = lane(); first < count; first += MergeSums::OF_LANE * WAVE) {
+                Pack<float, 2> own[MergeSums::OF_LANE];
+#pragma unroll
+                for (int j = 0; j < MergeSums::OF_LANE; ++j) {
+                    const int i = first + j * WAVE;
+                    own[j] = {{-INFINITE, 0.0f}};
+                    if (i < count) own[j] = *reinterpret_cast<const Pack<float, 2> *>(parts.softmax_row(i, row));
+                }
+#pragma unroll
+                for (int j = 0; j < MergeSums::OF_LANE; ++j) visit(own[j].item[0], own[j].item[1]);
+            }
+        };
+        for_own_parts([&](float its, float) { maximum = __builtin_fmaxf(maximum, its); });
 #pragma unroll
         for (int distance = 1; distance < WAVE; distance *= 2)
             maximum = __builtin_fmaxf(maximum, from_lane(maximum, lane() ^ distance));
         const float reference = maximum == -INFINITE ? 0.0f : maximum;
-        for (int i = lane(); i < count; i += WAVE) {
-            const float *part = parts.softmax_row(i, row);
-            total += part[1] * exp2(part[0] - reference);
-        }
+        for_own_parts([&](float its, float its_sum) { total += its_sum * exp2(its - reference); });
         total = wave_sum(total);
-        float sum[DIMENSIONS] = {};
-#pragma unroll 4
-        for (int i = slice; i < count; i += slices) {
-            const float weight = exp2(parts.softmax_row(i, row)[0] - reference);
-            const float *part = parts.output_row(i, row);
+
+        sum.clear();
+#pragma unroll 1
+        for (int first = slice; first < count; first += TOGETHER * slices) {
 #pragma unroll
-            for (int d = 0; d < DIMENSIONS; ++d)
-                if (lane() + d * WAVE < VALUE_DIM) sum[d] += weight * part[lane() + d * WAVE];
+            for (int j = 0; j < TOGETHER; ++j) sum.add(part[j], exp2(its_maximum[j] - reference));
+            request(first + TOGETHER * slices);
         }
-#pragma unroll
-        for (int d = 0; d < DIMENSIONS; ++d) sums[wave()].of_wave[lane() + d * WAVE] = sum[d];
-        meet();
-        if (slice == 0 && index < rows && row < unit.padded_rows) {
-#pragma unroll
-            for (int d = 0; d < DIMENSIONS; ++d) {
-                sum[d] = 0.0f;
-                for (int w = 0; w < slices; ++w) sum[d] += sums[wave() + w].of_wave[lane() + d * WAVE];
-            }
-            store_row(unit, row, sees_keys, maximum, total, sum);
+        if (slices > 1) {
+            sum.store(sums[wave()].of_wave);
+            meet();
+            if (slice == 0)
+#pragma unroll 1
+                for (int other = 1; other < slices; ++other) {
+                    part[0].load(sums[wave() + other].of_wave);
+                    sum.add(part[0], 1.0f);
+                }
         }
-        if (passed + WAVES / slices < rows) meet();
+        if (slice == 0 && index < rows && row < unit.padded_rows) store_row(unit, row, sees_keys, maximum, total, sum);
+        if (slices > 1 && passed + WAVES / slices < rows) meet();
     }
 }
 
@@ -342,11 +420,12 @@ struct NearParts {
 
 /* A row of a few such parts, added up by a wave. */
 struct NearRow {
-    static constexpr int DIMENSIONS = MergeSums::DIMENSIONS;
-    float maximum = -INFINITE, total = 0.0f, sum[DIMENSIONS] = {};
+    float maximum = -INFINITE, total = 0.0f;
+    WaveRow sum;
 
     template <int MOST> static __device__ __forceinline__ NearRow of(const NearParts &parts, int count, int row) {
         NearRow result;
+        result.sum.clear();
         float maxima[MOST], totals[MOST];
 #pragma unroll
         for (int i = 0; i < MOST; ++i) {
@@ -362,21 +441,19 @@ struct NearRow {
             if (i >= count) break;
             const float weight = exp2(maxima[i] - reference);
             result.total += totals[i] * weight;
-            const float *part = parts.output_row(i, row);
-#pragma unroll
-            for (int d = 0; d < DIMENSIONS; ++d)
-                if (lane() + d * WAVE < VALUE_DIM) result.sum[d] += weight * part[lane() + d * WAVE];
+            WaveRow part = {};
+            part.load(parts.output_row(i, row));
+            result.sum.add(part, weight);
         }
         return result;
     }
     __device__ __forceinline__ void store_part(float *output, float *softmax) const {
-#pragma unroll
-        for (int d = 0; d < DIMENSIONS; ++d)
-            if (lane() + d * WAVE < VALUE_DIM) output[lane() + d * WAVE] = sum[d];
+        sum.store(output);
         if (lane() == 0) *reinterpret_cast<Pack<float, 2> *>(softmax) = {{maximum, total}};
     }
 };
 static_assert(Loop::READERS * Tile::ROWS / 2 * Loop::PART_FLOATS * 4 <= Loop::EXCHANGE_BYTES, "");
+static_assert(Loop::READERS * sizeof(MergeSums) <= Loop::EXCHANGE_BYTES, "");
 
 /* By all readers of a cluster's blocks, each of which has a part of the unit: a block hands rows to those that have
  * them in the end, and adds up its own. */
@@ -407,7 +484,7 @@ __device__ __forceinline__ void share_in_cluster(const Unit &unit, char *shared,
 /* By all readers, who have written a part of the unit to the workspace: whoever comes last adds up all of them. */
 __device__ __forceinline__ void merge_as_last(const Unit &unit, const Loop::Launch &launch, const Schedule &schedule,
                                               const Parts &parts, const Schedule::Place &place, char *shared) {
-    const int first = schedule.block_of(place.begin), last = schedule.block_of(place.begin + place.steps - 1);
+    const int first = schedule.first_range(place), last = schedule.last_range(place);
     if (Loop::count_arrival(launch.arrived + first, shared) != last - first) return;
     merge_rows<Loop::READERS>(unit, PartsOfBlocks{parts, first}, last - first + 1, 0, unit.padded_rows,
                               reinterpret_cast<MergeSums *>(shared + Loop::EXCHANGE_AT), [] { Loop::meet_readers(); });
@@ -435,18 +512,22 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
         place = schedule.lines() == 1 ? schedule.find(step) : schedule.find(step, line);
     }
 
-    for (bool again = false;; again = true) {
-        const int first = step - place.begin, last = lesser(end - place.begin, place.steps);
-        const Unit unit(reread(arguments), place.batch, place.index, schedule);
-        const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
-        const int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
-        int first_key = origin + first * keys_of_step;
-        if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
+    for (bool again = false;;) {
+        const int lead = schedule.led(), all = place.steps - lead;
+        const int first = greater(step - place.begin - lead, 0), last = lesser(end - place.begin - lead, all);
+        if (lead == 0 || last > 0) {
+            const Unit unit(reread(arguments), place.batch, place.index, schedule);
+            const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
+            const int end_key =
+                lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
+            int first_key = origin + first * keys_of_step;
+            if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
 
-        const bool whole = first == 0 && last == place.steps && schedule.cluster == 1;
-        visit(unit, Piece{place, unit.rows, first_key, end_key, first == 0, whole, again});
-
-        step = place.begin + last;
+            const bool whole = first == 0 && last == all && schedule.cluster == 1;
+            visit(unit, Piece{place, unit.rows, first_key, end_key, first == 0, whole, again});
+            again = true;
+        }
+        step = place.begin + lead + last;
         if (step >= end) return;
         place = schedule.after(place);
     }
@@ -550,15 +631,16 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE, MERGE_BLOCKS)
     __shared__ MergeSums sums[MERGE_WAVES];
     if (cuts.length == 0) wait_for_previous(); /* lengths may be from a kernel that the one before waits for */
     const Schedule schedule(arguments, cuts, grid);
+    /* Even where there is nothing to merge: whoever comes next on the stream waits for this kernel alone. */
+    if (schedule.whole) return wait_for_previous();
     const Parts parts(arguments, grid);
     const int row_blocks = (parts.rows + rows - 1) / rows, item = block() / row_blocks;
     const bool exists = over_units || item + 1 < schedule.blocks;
     const int batches = schedule.problem.batch;
     const Schedule::Place place = over_units ? schedule.unit(item % batches, item / batches)
                                              : schedule.find(exists ? schedule.range_begin(item + 1) : 0);
-    const int first = schedule.block_of(place.begin), last = schedule.block_of(place.begin + place.steps - 1);
+    const int first = schedule.first_range(place), last = schedule.last_range(place);
     const Unit unit(arguments, place.batch, place.index, schedule);
-    /* Even where there is nothing to merge: whoever comes next on the stream waits for this kernel alone. */
     wait_for_previous();
     if (!exists || first == last || !over_units && first != item) return;
     merge_rows<MERGE_WAVES>(unit, PartsOfBlocks{parts, first}, last - first + 1, block() % row_blocks * rows, rows,
@@ -575,9 +657,10 @@ struct Plan {
     Plan(const aiter_attention_problem &p, bool alike, int compute_units) {
         units = static_cast<int64_t>(p.batch) * p.heads_kv * row_parts(p);
         steps = units * steps_of(p, most_keys_to_read(p));
-        const Deal<int64_t> deal(p, row_parts(p), alike, steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
+        const Deal<int64_t> deal(p, row_parts(p), steps, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
         grid = deal.blocks;
-        cuts = grid > 1 && steps > units && !deal.whole;
+        const bool whole = alike && ranges_of_unit(p, deal, steps, steps_of(p, most_keys_to_read(p))) == 1;
+        cuts = grid > 1 && steps > units && !whole;
         cluster = cluster_of(p, alike, steps, units, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
         if (cluster > 0) grid = cluster * units, cuts = false;
     }
@@ -631,13 +714,12 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
         return error;
     if (!plan.cuts) return 0;
     const int over_units = plan.units < grid - 1;
-    /* Two rows a block, and more where not all blocks would find a place at one time: each has its unit to find, four
-     * or five loads one after the other. Never more where no bit may depend on what else there is: the order in which a
-     * row's parts are added up depends on it. */
+    /* One row a block, and more where not all blocks would find a place at one time: each has its unit to find, four
+     * or five loads one after the other. */
     const int64_t items = over_units ? plan.units : grid - 1, unit_rows = aiter::rows_of_unit(problem);
-    int rows = 2;
+    int rows = 1;
     const auto blocks = [&] { return items * ((unit_rows + rows - 1) / rows); };
-    while (!problem.batch_invariant && rows < unit_rows && blocks() > compute_units * aiter::MERGE_BLOCKS) rows *= 2;
+    while (rows < unit_rows && blocks() > compute_units * aiter::MERGE_BLOCKS) rows *= 2;
     return aiter::launch_next(aiter::merge, blocks(), aiter::MERGE_WAVES * aiter::WAVE, 0, stream, *call, cuts, grid,
                               over_units, rows);
 }

@@ -28,7 +28,7 @@ using Tile = RingDecode<HEAD_DIM, VALUE_DIM>;
 /* Each team of waves has tiles, or rows, of its own; its waves share them, and split the columns of V. */
 struct Tile : Decode<HEAD_DIM, VALUE_DIM> {
     static constexpr int TEAMS = WAVES / TEAM, STEP_KEYS = TEAMS * KEYS, PART_ROWS = TEAMS * ROWS;
-    static constexpr int ALIGNMENT = 1, MOST_CLUSTER = 1;
+    static constexpr int ALIGNMENT = 1, MOST_CLUSTER = 1, MERGE_STEPS = 0, PIECE_STEPS = 0;
 };
 #endif
 constexpr int KEYS = Tile::KEYS, THREADS = Tile::WAVES * WAVE;
@@ -85,22 +85,37 @@ __host__ __device__ inline bool all_alike(const aiter_attention_tensors &t) {
 template <class Int> struct Deal {
     Int units, blocks; /* of all sequences; that have a range of steps */
     Int lines;         /* that are cut on their own, each into as many ranges: those of one unit of each sequence, or
-                              a single one */
-    bool whole;        /* ranges are of whole units */
+                          a single one */
+    Int rounds, share; /* whole units that a range would have, at most; ranges that each unit can have, all as many */
 
-    __host__ __device__ Deal(const aiter_attention_problem &p, int parts, bool alike, Int steps, Int most) {
+    Deal() = default;
+    __host__ __device__ Deal(const aiter_attention_problem &p, int parts, Int steps, Int most) {
         const Int line_units = p.heads_kv * static_cast<Int>(greater(parts, 1));
         units = p.batch * static_cast<Int>(p.heads_kv) * parts;
         const Int useful = lesser<Int>(greater<Int>(steps / LEAST_STEPS, units), most),
                   even = useful / line_units * line_units;
         blocks = p.batch_invariant ? steps : even >= useful - useful / 16 ? even : useful;
         lines = blocks % line_units == 0 ? line_units : 1;
-        /* Where units are alike and fill rounds of all blocks, or nearly: memory has enough to do in the last one. */
-        const Int ranges = greater<Int>(blocks / lines, 1), of_line = units / lines,
-                  places = (of_line + ranges - 1) / ranges * ranges;
-        whole = !p.batch_invariant && alike && of_line >= places - places / 16;
+        const Int ranges = greater<Int>(blocks / lines, 1);
+        rounds = (units / lines + ranges - 1) / ranges;
+        share = units < useful ? useful / greater<Int>(units, 1) : 1;
     }
 };
+
+/* How units are parted. 0: ranges are equal, and units are cut wherever these end. Else each is taken for as long as the
+ * longest of them, and is not cut (1; a range may have several), or has that many ranges of its own. That is done where
+ * no block has much more to do for it than all have on average: a sixteenth, as memory has enough to do in the last
+ * round, or what cutting costs. Never where cuts may not depend on what else there is. */
+template <class Int>
+__host__ __device__ inline int ranges_of_unit(const aiter_attention_problem &p, const Deal<Int> &deal, Int steps,
+                                              int longest) {
+    if (p.batch_invariant) return 0;
+    const int64_t blocks = deal.blocks, most = steps + lesser<int64_t>(deal.units, blocks) * Tile::PIECE_STEPS;
+    const int64_t whole = int64_t(deal.rounds) * longest * blocks;
+    if (whole * 15 <= int64_t(steps) * 16 || whole <= most + blocks * Tile::MERGE_STEPS) return 1;
+    if (Tile::PIECE_STEPS == 0 || deal.share < 2) return 0;
+    return (longest + deal.share - 1) / deal.share * blocks <= most ? static_cast<int>(deal.share) : 0;
+}
 
 /* Division of numbers from 0 to 2^31 - 1 by one that the host knows, which spares the GPU a long sequence (T. Granlund,
  * P. Montgomery, "Division by Invariant Integers using Multiplication", 1994, figure 4.1). */
@@ -123,39 +138,55 @@ struct Cuts {
     int parts;                /* of the rows */
     int line_units;           /* of one sequence: as many lines */
     int group;                /* query heads of a KV head */
-    int length = 0;           /* steps of a line; 0: lengths on the device tell, and the last four */
+    int length = 0;           /* steps of a line; 0: lengths on the device tell, and the rest */
+    int unit_steps = 0;       /* of each unit; 0: they differ. Shorter ones have no keys in the last of these */
+    Deal<int> deal;           /* for as many steps as there are, or as are enough for all blocks */
     int blocks;               /* that have a range of steps */
     int ranges = 1;           /* of what is cut on its own: of a line, or of all */
     int cut = 0, grain = 1;   /* steps that are cut: of a line, or of all; that are not parted: 1, or those of a unit */
     int each = 0, longer = 0; /* grains in a range; that many ranges at the beginning have one more */
     int cluster;              /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
-    bool whole = false;       /* see Deal */
-    Divisor by_line_units, by_group, by_cluster, by_steps; /* of a unit, where all are alike */
+    int lead = 0;             /* see led() */
+    bool whole = false;       /* units are not cut */
+    Divisor by_line_units, by_group, by_cluster, by_steps; /* by unit_steps, where the host knows it */
 
     __host__ Cuts(const aiter_attention_problem &p, bool alike, int grid, int cluster)
         : parts(row_parts(p)), line_units(p.heads_kv * parts), group(p.heads_q / p.heads_kv), blocks(grid),
           cluster(cluster), by_line_units(line_units), by_group(group), by_cluster(cluster) {
         if (cluster > 1 || WINDOW) return;
-        const int steps = steps_of(p, p.seqlen_k);
-        if (alike) by_steps = Divisor(steps);
-        if (p.batch_invariant) return;
-        /* Lengths that the device knows are mostly enough for all blocks. */
-        deal(Deal<int>(p, parts, alike, alike ? steps * p.batch * line_units : INT32_MAX, grid));
-        if (alike) cut_lines(p, steps * p.batch);
+        if (alike) unit_steps = steps_of(p, p.seqlen_k);
+        if (!p.batch_invariant) {
+            /* Lengths that the device knows are mostly enough for all blocks. */
+            set(Deal<int>(p, parts, alike ? unit_steps * p.batch * line_units : INT32_MAX, grid));
+            if (alike) cut_lines(p, unit_steps * p.batch, unit_steps);
+        }
+        if (alike) by_steps = Divisor(unit_steps);
     }
+    /* Steps before those of each unit that stand for what its beginning costs a block, so that all have as much to do
+     * however many units begin in their ranges. A range that ends among them has nothing of the unit. */
+    __host__ __device__ int led() const { return Tile::PIECE_STEPS == 0 ? 0 : lead; }
     /* That are cut on their own, or 1. */
     __host__ __device__ int lines() const { return ranges == blocks ? 1 : line_units; }
-    __host__ __device__ void deal(const Deal<int> &dealt) {
+    __host__ __device__ void set(const Deal<int> &dealt) {
+        deal = dealt;
         blocks = dealt.blocks;
         ranges = blocks / dealt.lines;
-        whole = dealt.whole;
     }
-    /* Steps of a line. */
-    __host__ __device__ void cut_lines(const aiter_attention_problem &p, int steps) {
-        length = steps;
-        cut = lines() == 1 ? steps * line_units : steps;
-        grain = whole ? length / p.batch : 1;
-        const int grains = cut / grain;
+    /* So many steps of a line, of which the longest unit has `longest`. */
+    __host__ __device__ void cut_lines(const aiter_attention_problem &p, int steps, int longest) {
+        const int of_unit = ranges_of_unit(p, deal, steps * line_units, longest);
+        whole = of_unit == 1;
+        if (of_unit > 1) {
+            unit_steps = (longest + of_unit - 1) / of_unit * of_unit;
+            blocks = of_unit * deal.units;
+            ranges = of_unit * p.batch;
+        } else if (whole) unit_steps = longest;
+        else if (!p.batch_invariant) lead = Tile::PIECE_STEPS, unit_steps += unit_steps > 0 ? led() : 0;
+        length = of_unit > 0 ? unit_steps * p.batch : steps + led() * p.batch;
+        const int cut_units = lines() == 1 ? line_units : 1;
+        cut = length * cut_units;
+        grain = whole ? unit_steps : 1;
+        const int grains = whole ? p.batch * cut_units : cut;
         each = grains / ranges;
         longer = grains - each * ranges;
     }
@@ -202,7 +233,7 @@ struct Schedule : Cuts {
     const bool alike;
     struct Place { /* of a step: its unit */
         int batch, index;
-        int begin, steps; /* the unit's first step; how many it has */
+        int begin, steps; /* the unit's first step; how many it has, with those that lead it */
         __device__ __forceinline__ Place moved(int lines, int length) const {
             return {batch, index + lines, begin + lines * length, steps};
         }
@@ -212,10 +243,11 @@ struct Schedule : Cuts {
         : Cuts(cuts), problem(a.problem), queries(query_side(a.problem, a.tensors)),
           keys(key_side(a.problem, a.tensors)), offsets(a.tensors.query_offsets), alike(all_alike(a.tensors)) {
         if (cluster > 1 || length > 0) return;
-        const int steps = in_line(problem.batch, INT32_MAX).begin, all = steps * line_units;
-        if (WINDOW || problem.batch_invariant || all / LEAST_STEPS < grid)
-            deal(Deal<int>(problem, parts, alike, all, grid));
-        cut_lines(problem, steps);
+        const LineSteps steps = line_steps();
+        const int all = steps.sum * line_units;
+        if (alike) unit_steps = steps.longest;
+        if (WINDOW || problem.batch_invariant || all / LEAST_STEPS < grid) set(Deal<int>(problem, parts, all, grid));
+        cut_lines(problem, steps.sum, steps.longest);
     }
     /* Of a line's range, or of all steps'. */
     __device__ __forceinline__ int range_begin(int line, int index) const {
@@ -226,6 +258,9 @@ struct Schedule : Cuts {
         const int index = step % cut / grain, ordinary = index - longer * (each + 1);
         return step / cut * ranges + (ordinary < 0 ? index / (each + 1) : longer + ordinary / each);
     }
+    /* The first and the last range that have keys of a unit. */
+    __device__ __forceinline__ int first_range(const Place &unit) const { return block_of(unit.begin + led()); }
+    __device__ __forceinline__ int last_range(const Place &unit) const { return block_of(unit.begin + unit.steps - 1); }
     __device__ __forceinline__ int steps_in(int batch) const {
         const Mask mask(problem, WINDOW ? length_of(queries, batch) : 0, length_of(keys, batch),
                         WINDOW ? offsets : nullptr, batch);
@@ -255,19 +290,43 @@ struct Schedule : Cuts {
     __device__ __forceinline__ Place after(const Place &place) const {
         const bool last = place.batch + 1 == problem.batch;
         const int batch = last ? 0 : place.batch + 1;
-        return {batch, uniform(place.index + last), place.begin + place.steps, steps_in(batch)};
+        return {batch, uniform(place.index + last), place.begin + place.steps,
+                unit_steps > 0 ? unit_steps : steps_in(batch) + led()};
     }
 
   private:
+    static constexpr int OWN = 4; /* sequences of a lane: their lengths are on their way together */
+
+    struct LineSteps {
+        int sum, longest; /* of all units, of one */
+    };
+    __device__ __forceinline__ LineSteps line_steps() const {
+        if (alike) {
+            const int steps = steps_in(0);
+            return {steps * problem.batch, steps};
+        }
+        int sum = 0, longest = 0;
+#pragma unroll 1
+        for (int base = lane(); base < problem.batch; base += OWN * WAVE) {
+            int own[OWN];
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) own[i] = base + i * WAVE < problem.batch ? steps_in(base + i * WAVE) : 0;
+#pragma unroll
+            for (int i = 0; i < OWN; ++i) sum += own[i], longest = greater(longest, own[i]);
+        }
+#pragma unroll
+        for (int distance = 1; distance < WAVE; distance *= 2)
+            longest = greater(longest, from_lane(longest, lane() ^ distance));
+        return {uniform(wave_sum(sum)), uniform(longest)};
+    }
     /* The sequence of a line that a step belongs to, or sequence `wanted` where that comes first. Past the last one:
      * where all steps end. */
     __device__ __forceinline__ Place in_line(int wanted, int step) const {
-        if (alike) {
-            const int steps = steps_in(0), before = WINDOW ? step / steps : by_steps.quotient(step);
+        if (unit_steps > 0) {
+            const int before = alike && !WINDOW ? by_steps.quotient(step) : step / unit_steps;
             const int batch = step == INT32_MAX ? wanted : lesser(before, wanted);
-            return {batch, 0, batch * steps, steps};
+            return {batch, 0, batch * unit_steps, unit_steps};
         }
-        constexpr int OWN = 4; /* sequences of a lane: their lengths are on their way together */
         int begin = 0;
 #pragma unroll 1
         for (int base = 0; base < problem.batch; base += OWN * WAVE) {
@@ -275,7 +334,7 @@ struct Schedule : Cuts {
 #pragma unroll
             for (int i = 0; i < OWN; ++i) {
                 const int batch = base + lane() * OWN + i;
-                own[i] = batch < problem.batch ? steps_in(batch) : 0;
+                own[i] = batch < problem.batch ? steps_in(batch) + led() : 0;
             }
 #pragma unroll
             for (int i = 0; i < OWN; ++i) sum += own[i];

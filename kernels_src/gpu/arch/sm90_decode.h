@@ -76,6 +76,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingDecode {
     static constexpr int STAGE_TILES = WIDER <= 128 ? 4 : 2, STAGE_KEYS = STAGE_TILES * KEYS, STEP_KEYS = STAGE_KEYS;
     static constexpr int ALIGNMENT = 16;   /* of a window's first key: no box of a page is longer there */
     static constexpr int MOST_CLUSTER = 8; /* blocks; of 16, not all that a GPU has SMs for find a place */
+    static constexpr int MERGE_STEPS = 0, PIECE_STEPS = 0; /* what cutting costs: little, as memory is never idle */
     static constexpr int LANES = LANES_PER_ROW, RUN = FP8 ? 4 : 2, TEAM = 1;
     using Scores = Accumulator<1, KEYS>;
     using Output = RingOutput<VALUE_DIM>;

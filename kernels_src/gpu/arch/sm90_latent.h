@@ -51,6 +51,8 @@ namespace aiter {
 struct LatentDecode {
     static constexpr int ROWS = 64, PART_ROWS = ROWS, KEYS = 64, STEP_KEYS = KEYS, WAVES = 12, BLOCKS = 1;
     static constexpr int ALIGNMENT = 1, MOST_CLUSTER = 1;
+    /* What cutting costs in the time of a step, 2.2 us: a kernel that adds up; for a block, one more piece. */
+    static constexpr int MERGE_STEPS = 4, PIECE_STEPS = 6;
     static constexpr int LANES = LANES_PER_ROW, RUN = 2;
     static constexpr int COLUMNS = VALUE_DIM / 2; /* of a warpgroup */
     using Scores = Accumulator<1, KEYS>;
@@ -112,68 +114,76 @@ struct LatentLoop : LatentDecode {
     /* ---- copies ---- */
 
     /* Of a tile each thread has one chunk of 16 bytes in each block, of rows row, row + 16, ... Rows that the piece
-     * does not have are zeros. */
+     * does not have are zeros. Where a tile's rows are is looked up while the copies of the one before wait for room. */
     struct Copier {
         using Rows = KeyValueRows<PAGED>;
         static constexpr int PASS_ROWS = WARPGROUP / 8, PASSES = KEYS / PASS_ROWS;
         SharedAddress shared;
         uint32_t count = 0; /* tiles of which the keys have set off */
         int row = thread_in_block() % WARPGROUP / 8, chunk = thread_in_block() % 8;
-        typename Rows::Tile::Place places[PASSES]; /* of the rows to come */
+        const char *from[PASSES]; /* this thread's chunks of the first block */
 
         __device__ __forceinline__ explicit Copier(SharedAddress shared) : shared(shared) {}
 
-        __device__ __forceinline__ void look_up(const Rows &rows, int first) {
+        /* Of the tile of keys or values that begins at `first`. */
+        template <bool VALUES>
+        __device__ __forceinline__ void look_up(const Rows &rows, int first, const char *(&chunks)[PASSES]) const {
             const auto tile = rows.tile(first);
+            typename Rows::Tile::Place places[PASSES];
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) places[pass] = tile.place(row, pass * PASS_ROWS);
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass)
+                chunks[pass] = VALUES ? tile.value(places[pass], chunk * 16) : tile.key(places[pass], chunk * 16);
         }
 
-        template <bool VALUES>
         __device__ __forceinline__ void copy(const Rows &rows, int first, const Stage &stage, int line, int end) const {
-            const auto tile = rows.tile(first);
             const SharedAddress to = stage.tile() + RowLayout<64>::chunk(row, chunk);
 #pragma unroll
             for (int pass = 0; pass < PASSES; ++pass) {
                 const bool exists = rows.exists(first + row + pass * PASS_ROWS);
 #pragma unroll
-                for (int l = line; l < end; ++l) {
-                    const int byte = l * 128 + chunk * 16;
-                    copy_async(to + l * LINE_BYTES + pass * PASS_ROWS * 128,
-                               VALUES ? tile.value(places[pass], byte) : tile.key(places[pass], byte), exists);
-                }
+                for (int l = line; l < end; ++l)
+                    copy_async(to + l * LINE_BYTES + pass * PASS_ROWS * 128, from[pass] + l * 128, exists);
             }
         }
 
-        __device__ __forceinline__ void copy_keys(const Rows &rows, int first) {
+        /* Those from `first` on, which `from` is for; then it is for `next`. */
+        __device__ __forceinline__ void copy_keys(const Rows &rows, int first, int next) {
             const Stage stage(shared, count++);
+            const char *coming[PASSES];
 #pragma unroll
             for (int group = 0; group < GROUPS; ++group) {
                 /* At once in turn 0. */
                 if (group == 0) mbarrier::wait(stage.scored(), stage.turn ^ 1);
                 if (group == 1) mbarrier::wait(stage.used(0), stage.turn ^ 1);
                 if (group == 3) mbarrier::wait(stage.used(1), stage.turn ^ 1);
-                copy<false>(rows, first, stage, first_line(group), end_line(group));
+                copy(rows, first, stage, first_line(group), end_line(group));
                 mbarrier::arrive_after_copies(stage.full(group));
+                if (group == 0) look_up<false>(rows, next, coming);
             }
+#pragma unroll
+            for (int pass = 0; pass < PASSES; ++pass) from[pass] = coming[pass];
         }
         __device__ __forceinline__ void copy_values(const Rows &rows, int first, uint32_t number) {
             const Stage stage(shared, number);
-            look_up(rows, first);
+            look_up<true>(rows, first, from);
             mbarrier::wait(stage.scored(), stage.turn);
-            copy<true>(rows, first, stage, 0, VALUE_LINES);
+            copy(rows, first, stage, 0, VALUE_LINES);
             mbarrier::arrive_after_copies(stage.values());
         }
 
         __device__ __forceinline__ void copy_piece(const Rows &rows, int first, int end) {
             const bool values = apart(rows);
-            look_up(rows, first);
+            look_up<false>(rows, first, from);
 #pragma unroll 1
             for (int key = first; key < end; key += KEYS) {
-                copy_keys(rows, key);
-                if (values && key > first) copy_values(rows, key - KEYS, count - 2);
-                if (key + KEYS < end) look_up(rows, key + KEYS);
-                else if (values) copy_values(rows, key, count - 1);
+                const int next = key + KEYS < end ? key + KEYS : key;
+                copy_keys(rows, key, next);
+                if (!values) continue;
+                if (key > first) copy_values(rows, key - KEYS, count - 2);
+                if (next == key) copy_values(rows, key, count - 1);
+                look_up<false>(rows, next, from);
             }
         }
     };
