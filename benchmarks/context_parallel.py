@@ -334,11 +334,11 @@ def main() -> None:
                 idle = row["from idle to idle"][name] / row["one GPU, from idle to idle"]
                 print(f"   {name} {rate / 1e12:.2f} ({rate / base:.2f}; {idle:.2f})", end="")
             print(flush=True)
-    if given.out and dist.get_rank() == 0:
-        given.out.mkdir(parents=True, exist_ok=True)
-        name = torch.cuda.get_device_name() if GPU else "CPU, gloo"
-        run = {"device": name, "cases": rows}
-        (given.out / "context_parallel.json").write_text(json.dumps(run, indent=1))
+            if given.out:  # what there is, should the run be ended
+                given.out.mkdir(parents=True, exist_ok=True)
+                run = {"device": torch.cuda.get_device_name() if GPU else "CPU, gloo", "cases": rows}
+                (given.out / "context_parallel.json").write_text(json.dumps(run, indent=1))
+    if given.out and rows and dist.get_rank() == 0:
         try:
             picture(given.out / "context_parallel.png", [run])
         except ImportError:
