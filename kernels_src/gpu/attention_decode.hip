@@ -691,6 +691,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     int device = 0;
     if (const int error = hipGetDevice(&device)) return error;
     const int compute_units = aiter::compute_units(device);
+    if (compute_units == 0) return aiter::LAUNCH_NO_COMPUTE_UNITS;
     const aiter::Plan plan(problem, aiter::all_alike(call->tensors), compute_units);
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     if (plan.grid == 0) return 0;

@@ -52,6 +52,7 @@ enum LaunchError : int {
     LAUNCH_STRIDE_TOO_LARGE = 100002,
     LAUNCH_BAD_PROBLEM = 100003,
     LAUNCH_TOO_MANY_STEPS = 100004,
+    LAUNCH_NO_COMPUTE_UNITS = 100005,
 };
 
 inline const char *error_text(int code) {
@@ -60,6 +61,7 @@ inline const char *error_text(int code) {
     case LAUNCH_GRID_TOO_LARGE: return "more blocks than one launch can have (2^31 - 1)";
     case LAUNCH_STRIDE_TOO_LARGE: return "the stride from token to token is 2^24 elements or more";
     case LAUNCH_TOO_MANY_STEPS: return "too many keys in all: the decoding kernel counts its steps in 32 bits";
+    case LAUNCH_NO_COMPUTE_UNITS: return "the driver does not tell how many compute units this GPU has";
     case LAUNCH_BAD_PROBLEM: return "the problem contradicts itself or the options this kernel was built with";
     default: return hipGetErrorString(static_cast<hipError_t>(code));
     }
