@@ -230,6 +230,7 @@ def measure(case: Case, mesh, device: torch.device) -> dict:
         "head_dim": HEAD_DIM,
         "backward": case.backward,
         "window": case.window,
+        "documents": case.documents,
         "special": case.window is not None or case.documents is not None,
         "one GPU, FLOP/s": base[0],
         "FLOP/s": {name: rate for name, (rate, _) in rates.items()},

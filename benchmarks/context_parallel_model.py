@@ -10,6 +10,7 @@ benchmarks/context_parallel.py has written; its rows are printed beside the pred
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -30,9 +31,14 @@ def problem(
     window: int | None = None,
     head_dim: int = 128,
     size: int = 2,
+    documents: list[int] | None = None,
 ) -> Problem:
-    """Causal and balanced; in a window, contiguous: only the rows before a rank's own are sent."""
-    if window is None:
+    """Causal and balanced; in a window, contiguous: only the rows before a rank's own are sent. documents: where they
+    end, with 0; each is cut by itself."""
+    if documents is not None:
+        pairs = sum((stop - start) ** 2 / 2 for start, stop in itertools.pairwise(documents))
+        seen, span, runs = pairs / tokens**2, (world - 1) / world, 2 * (len(documents) - 1)
+    elif window is None:
         seen, span, runs = 0.5, (world - 1) / world, 2
     else:
         seen, span, runs = min(0.5, window / tokens), min(window / tokens, (world - 1) / world), 1
@@ -85,6 +91,7 @@ def main() -> None:
             case = problem(
                 *(measured["tokens"], measured["ranks"], (measured["heads_q"], measured["heads_kv"])),
                 *(measured["backward"], measured["window"], measured["head_dim"]),
+                documents=measured.get("documents"),
             )
             found = row(case, measured["ranks"], machine)
             for scheme, rate in measured["FLOP/s"].items():

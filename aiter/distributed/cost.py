@@ -1,12 +1,14 @@
 """How long each scheme takes, from a few constants: what scheme="auto" goes by, and what larger machines are predicted
 by.
 
-    time = start + max(products, bytes that move meanwhile) + what is waited for + messages and calls
+    time = start + max(products, bytes that move meanwhile, the host's part in products) + what is waited for
+           + messages and launches
 
 Products are FLOPs of the busiest rank over what kernels sustain; messages are bytes that a rank receives over what its
-link brings, within a node, or between nodes where some messages leave one. Keys of all-gather and ring move while
-products run, but for the first piece; the exchanges of an all-to-all are waited for. The ring reads and writes float32
-rows to merge them. benchmarks/context_parallel_model.py prints tables of this."""
+link brings, within a node, or between nodes where some messages leave one. Keys of all-gather move while products run,
+but for the first piece; the exchanges of an all-to-all are waited for, and so, by what was measured, are the ring's:
+its products take all multiprocessors, which messages then wait for. The ring reads and writes float32 rows to merge
+them. benchmarks/context_parallel_model.py prints tables of this."""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ from aiter.distributed.exchange import SEPARATE_MOST
 
 class Machine(NamedTuple):
     """Of a GPU: FLOP/s that kernels sustain; bytes/s that it receives within a node, copies at both ends in it, and
-    from other nodes; bytes/s of its memory; seconds for a send or a receive, for a launch, and from a call to its first
-    launch; how many share a node. Defaults: `within`, `message` and `start` are fitted to forward passes on 2 and 4
-    H200 with NVLink (docs/context_parallel.md, its table); `between`, a network of 400 Gbit/s a GPU, and `memory` are
-    rounded from what others have published."""
+    from other nodes; bytes/s of its memory; seconds for a send or a receive, for a launch, of the host for a product of
+    some rows and its copies, and from a call to its first launch; how many share a node. Defaults: `within`, `message`
+    and `start` are fitted to forward passes on 2 and 4 H200 with NVLink, `product` to those of documents, whose many
+    runs leave the GPUs waiting for the host (docs/context_parallel.md, its tables); `between`, a network of 400 Gbit/s
+    a GPU, and `memory` are rounded from what others have published."""
 
     flops: float = 550e12
     within: float = 200e9
@@ -29,6 +32,7 @@ class Machine(NamedTuple):
     memory: float = 2.4e12
     message: float = 20e-6
     call: float = 12e-6
+    product: float = 250e-6
     start: float = 1.5e-3
     node: int = 8
 
@@ -80,6 +84,7 @@ def predict(scheme: str, problem: Problem, world: int, machine: Machine, inner: 
     keys = p.batch * p.heads_kv * p.tokens * (p.head_dim + p.value_dim) * p.bytes  # of all ranks
     rows = p.batch * p.heads_q * p.tokens / world * (p.head_dim + p.value_dim) * p.bytes  # queries and output of one
     calls = (1 + BACKWARD_CALLS * back) * machine.call
+    host = (1 + BACKWARD_CALLS * back) * machine.product
     message = (1 + BACKWARD_CALLS * back) * machine.message
     link = machine.within if world <= machine.node else machine.between
 
@@ -106,7 +111,8 @@ def predict(scheme: str, problem: Problem, world: int, machine: Machine, inner: 
         merges = 1 + steps * min(p.seen, 1.0)  # of all rows: a causal mask leaves half of them in a step
         merging = MERGE_BYTES * p.batch * p.heads_q * p.tokens / world * p.value_dim * merges / machine.memory
         products = compute * p.imbalance + merging
-        return max(products, moved) + (steps + 1) * p.runs * calls + steps * batch(1, 2)
+        parts = (steps + 1) * p.runs
+        return max(products, parts * host) + moved + parts * calls + steps * batch(1, 2)
 
     if scheme == "alltoall":
         busiest = -(-p.heads_q // world) * world / max(p.heads_q, 1)
@@ -122,7 +128,8 @@ def predict(scheme: str, problem: Problem, world: int, machine: Machine, inner: 
         waited = keys * p.span * (1 + back) / link / pieces  # the first piece; backward, the last one's gradients
         messages = batch(min(math.ceil(p.span * world), world - 1), p.runs)
         of_pieces = pieces * (p.runs * calls + messages * (1 + back))  # gradients go back in two messages
-        return Prediction(machine.start + max(compute * p.imbalance, moved) + waited + of_pieces, compute)
+        busy = max(compute * p.imbalance, moved, pieces * p.runs * host)
+        return Prediction(machine.start + busy + waited + of_pieces, compute)
     raise ValueError(f"scheme is {scheme!r}; there are {', '.join(SCHEMES)} and alltoall+ring")
 
 
