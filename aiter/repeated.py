@@ -220,7 +220,8 @@ def _alike(argument: Any, output: torch.Tensor | None) -> bool:
         output is not None
         and isinstance(argument, torch.Tensor)
         and argument.is_contiguous()
-        and (argument.shape, argument.stride(), argument.dtype) == (output.shape, output.stride(), output.dtype)
+        and (argument.shape, argument.stride()) == (output.shape, output.stride())
+        and (argument.dtype, argument.device) == (output.dtype, output.device)
     )
 
 
