@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from aiter import checks, kv_cache
+from aiter import checks, kv_cache, plan
 from aiter.dispatch import Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
 from aiter.layout import NO_INDICES, Indices, index_tensor, page_lists
@@ -357,7 +357,7 @@ def flash_attn_with_kvcache(
         if k.dtype in checks.FP8_NAMES and k.dtype == v.dtype == k_cache.dtype:
             k, v, scales = k.to(q.dtype), v.to(q.dtype), (None, None)  # they are of the cache's scale already
         checks.same_kind(q=q, k=k, v=v)
-        after = lengths + (k.shape[1] if starts_new is None else starts_new.diff())
+        after = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
         _check_padding(padding, cache, after)
         rotated = kv_cache.append(
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales)

@@ -62,14 +62,29 @@ class Call(NamedTuple):
     names: checks.Names
 
 
-class Noted(threading.local):
-    """What this thread launches, while somebody wants to know: plan, call, bytes of workspace. None for what else is
-    done to the output. See repeated.py."""
+class Longer(NamedTuple):
+    """Lengths that a call makes of its own: those given, and so many more."""
 
-    launches: list[tuple[Plan, bytes, int] | None] | None = None
+    made: torch.Tensor
+    given: torch.Tensor
+    more: int
+
+
+class Noted(threading.local):
+    """What this thread launches, while somebody wants to know: plan, call, bytes of workspace; and lengths made between
+    two launches. None for what else is done to the output. See repeated.py."""
+
+    launches: list[tuple[Plan, bytes, int] | Longer | None] | None = None
 
 
 noted = Noted()
+
+
+def longer(lengths: torch.Tensor, more: int | torch.Tensor) -> torch.Tensor:
+    made = lengths + more
+    if noted.launches is not None and isinstance(more, int):
+        noted.launches.append(Longer(made, lengths, more))
+    return made
 
 
 class Plan:

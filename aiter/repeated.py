@@ -5,8 +5,8 @@ decoding with the same caches. What all the checks of such a call find, and what
 
     form_of      all arguments but addresses, as bytes: kinds, shapes, strides, devices, numbers, which tensors are one
     first time   the function runs as ever
-    second       likewise, while `noted` keeps what it launches; if that is one call whose addresses are those of the
-                 arguments and of what it returns, it is kept
+    second       likewise, while `noted` keeps what it launches; if that is one call, or several, whose addresses are
+                 those of the arguments, of lengths made of them, and of what it returns, it is kept
     from then    that call with other addresses: 2 to 3 us in place of 6 to 18
 
 Kept is only what depends on nothing but the form: a call with a tensor that Python has read or copied (lengths of
@@ -44,13 +44,30 @@ _empty_strided, _empty_like = torch.empty_strided, torch.empty_like
 _increment_version = torch.autograd.graph.increment_version
 
 
-class Kept(NamedTuple):
-    """A call that needs nothing but addresses."""
+class Step(NamedTuple):
+    """A launch that needs nothing but addresses."""
 
     plan: plan.Plan
     call: bytes
-    places: bytes  # of each address: the number of an argument's tensor, or one of the above
+    places: bytes  # of each address: the number of an argument's tensor or of lengths made, or one of the above
     workspace_bytes: int
+
+    def send(self, addresses: bytes, output: torch.Tensor | None, lse: torch.Tensor | None) -> bool:
+        """Whether it was taken."""
+        address = 0
+        if self.workspace_bytes:
+            address, _keep = self.plan.workspace(self.workspace_bytes)
+        assert reader.fill is not None
+        call = reader.fill(self.call, self.places, addresses, output, lse, address)
+        return call is not None and not self.plan.launch(call)
+
+
+class Kept(NamedTuple):
+    """A call of one launch or, when tokens are appended before, two."""
+
+    before: tuple[Step, ...]
+    last: Step
+    longer: tuple[tuple[int, int], ...]  # lengths to be made: of which argument, and how many more
     output_shape: torch.Size | None  # None: the caller's own, or there is none
     output_strides: tuple[int, ...] | None  # contiguous, where a size of 1 may have any
     output_dtype: torch.dtype | None
@@ -62,9 +79,17 @@ class Kept(NamedTuple):
 
     def send(self, addresses: bytes, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """What the function would return, or _REFUSED."""
-        own = self.plan
+        own = self.last.plan
         if plan.plans.get(own.key) is not own or (self.looks and settings.flag("AITER_CHECK_VALUES")):
             return _REFUSED
+        if self.before:
+            if any([plan.plans.get(step.plan.key) is not step.plan for step in self.before]):
+                return _REFUSED
+            tensors = _tensors(arguments, keywords)
+            made = [tensors[number] + more for number, more in self.longer]  # until all is launched
+            addresses += struct.pack(f"={len(made)}Q", *[lengths.data_ptr() for lengths in made])
+            if not all([step.send(addresses, None, None) for step in self.before]):
+                return _REFUSED
         output = lse = None
         if self.like is not None:
             output = _empty_like(arguments[self.like])
@@ -72,12 +97,7 @@ class Kept(NamedTuple):
             output = _empty_strided(self.output_shape, self.output_strides, dtype=self.output_dtype, device=own.device)
         if self.lse_shape is not None:
             lse = _empty(self.lse_shape, dtype=torch.float32, device=own.device)
-        address = 0
-        if self.workspace_bytes:
-            address, _keep = own.workspace(self.workspace_bytes)
-        assert reader.fill is not None
-        call = reader.fill(self.call, self.places, addresses, output, lse, address)
-        if call is None or own.launch(call):
+        if not self.last.send(addresses, output, lse):
             return _REFUSED
         if self.out:
             output = keywords["out"]
@@ -137,11 +157,16 @@ def _learn(
         plan.noted.launches = None
     if len(kept) >= MOST_KEPT:
         kept.pop(next(iter(tuple(kept))), None)  # a copy: other threads may add to it
-    tensors = []  # in the order of the form
+    kept[form] = _kept(launches, _tensors(arguments, keywords), result, arguments, keywords.get("out"))
+    return result
+
+
+def _tensors(arguments: tuple, keywords: dict[str, Any]) -> list[torch.Tensor]:
+    """In the order of the form."""
+    tensors: list[torch.Tensor] = []
     for value in (*arguments, *keywords.values()):
         tensors += [part for part in (value if type(value) is tuple else (value,)) if isinstance(part, torch.Tensor)]
-    kept[form] = _kept(launches, tensors, result, arguments, keywords.get("out"))
-    return result
+    return tensors
 
 
 def _kept(
@@ -151,14 +176,22 @@ def _kept(
     by_position: tuple[Any, ...],
     out: torch.Tensor | None,
 ) -> Kept | None:
-    """The call that was launched, if it follows from the form and the addresses of arguments alone."""
-    if len(launches) != 1 or launches[0] is None:
+    """The launches, if they follow from the form and the addresses of arguments alone."""
+    made: list[plan.Longer] = []
+    steps: list[tuple[plan.Plan, bytes, int]] = []
+    for entry in launches:
+        if entry is None:
+            return None
+        if isinstance(entry, plan.Longer):
+            made.append(entry)
+        else:
+            steps.append(entry)
+    numbers = [[i for i, tensor in enumerate(arguments) if tensor is lengths.given] for lengths in made]
+    if not steps or any(len(of_one) != 1 for of_one in numbers):
         return None
-    own, call, workspace_bytes = launches[0]
-    tensors = CacheWriteTensors if own.key[0] == "cache_write" else AttentionTensors
-    names = [name for name, *_ in tensors._fields_]
-    called = {OUTPUT: "rotated" if "rotated" in names else "output", LSE: "lse"}
-    addresses = dict(zip(names, memoryview(call)[-8 * (len(names) - 1) :].cast("Q"), strict=False))  # but the workspace
+    own, call, _ = steps[-1]
+    of_last = _addresses(own, call)
+    called = {OUTPUT: "rotated" if "rotated" in of_last else "output", LSE: "lse"}
 
     # What the function returns: the output and, perhaps, the log-sum-exp and what there is none of.
     fresh: dict[int, torch.Tensor] = {}
@@ -166,43 +199,31 @@ def _kept(
     for tensor in result if isinstance(result, tuple) else () if result is None else (result,):
         place = None if tensor is None else LSE if OUTPUT in returns else OUTPUT
         if place is not None and not (place == OUTPUT and tensor is out):
-            if place in fresh or not tensor.is_contiguous() or tensor.data_ptr() != addresses[called[place]]:
+            if place in fresh or not tensor.is_contiguous() or tensor.data_ptr() != of_last[called[place]]:
                 return None
             fresh[place] = tensor
         returns.append(place)
     if (out is not None) != (OUTPUT in returns and OUTPUT not in fresh):
         return None
 
-    # Where each address comes from.
     of_result = {called[place]: place for place in fresh}
-    places, further = bytearray(), []
-    used: Counter[int] = Counter()  # how many of the addresses each argument may be
-    for name, address in addresses.items():
-        if name in of_result or not address:
-            places.append(of_result.get(name, NOTHING) if address else NOTHING)
-            further.append(0)
-            continue
-        sources = [i for i, tensor in enumerate(arguments) if tensor.data_ptr() == address]
-        if sources and any(tensor.dim() == 5 and address in _extent(tensor)[1:] for tensor in arguments):
-            return None  # an argument at the second half of stacked caches: who knows which of the two is meant
-        if not sources:  # a part of an argument, and of one alone
-            sources = [i for i, tensor in enumerate(arguments) if address in _extent(tensor)]
-            if len(sources) != 1:
-                return None
-        start = arguments[sources[0]].data_ptr()
-        used.update(i for i, tensor in enumerate(arguments) if tensor.data_ptr() == start)
-        places.append(sources[0])
-        further.append(address - start)
+    tensors, kept = [*arguments, *[lengths.made for lengths in made]], []
+    used: Counter[int] = Counter()  # how many of the addresses of a launch each of them may be
+    for launch in steps:
+        step = _step(*launch, tensors, of_result if launch is steps[-1] else {})
+        if step is None:
+            return None
+        kept.append(step[0])
+        used |= step[1]
     # Is there one that nobody but Python has read? It may lie where another does, which the kernel reads.
-    starts = Counter(tensor.data_ptr() for tensor in arguments)
-    if any(used[i] < starts[tensor.data_ptr()] for i, tensor in enumerate(arguments)):
+    starts = Counter(tensor.data_ptr() for tensor in tensors)
+    if any(used[i] < starts[tensor.data_ptr()] for i, tensor in enumerate(tensors)):
         return None
     output, lse = fresh.get(OUTPUT), fresh.get(LSE)
     return Kept(
-        own,
-        call[: -8 * len(further)] + struct.pack(f"={len(further)}Q", *further) + NO_WORKSPACE,
-        bytes((*places, WORKSPACE)),
-        workspace_bytes,
+        tuple(kept[:-1]),
+        kept[-1],
+        tuple([(of_one[0], lengths.more) for of_one, lengths in zip(numbers, made, strict=True)]),
         None if output is None else output.shape,
         None if output is None else output.stride(),
         None if output is None else output.dtype,
@@ -212,6 +233,39 @@ def _kept(
         out is not None,
         looks=own.device.type != "cpu" and any(tensor.dtype is torch.int32 for tensor in arguments),
     )
+
+
+def _addresses(own: plan.Plan, call: bytes) -> dict[str, int]:
+    """Of a packed call, but for the workspace's."""
+    tensors = CacheWriteTensors if own.key[0] == "cache_write" else AttentionTensors
+    names = [name for name, *_ in tensors._fields_]
+    return dict(zip(names, memoryview(call)[-8 * (len(names) - 1) :].cast("Q"), strict=False))
+
+
+def _step(
+    own: plan.Plan, call: bytes, workspace_bytes: int, tensors: list[torch.Tensor], of_result: dict[str, int]
+) -> tuple[Step, Counter[int]] | None:
+    """Where each address comes from, and how many of them each tensor may be."""
+    places, further = bytearray(), []
+    used: Counter[int] = Counter()
+    for name, address in _addresses(own, call).items():
+        if name in of_result or not address:
+            places.append(of_result.get(name, NOTHING) if address else NOTHING)
+            further.append(0)
+            continue
+        sources = [i for i, tensor in enumerate(tensors) if tensor.data_ptr() == address]
+        if sources and any(tensor.dim() == 5 and address in _extent(tensor)[1:] for tensor in tensors):
+            return None  # an argument at the second half of stacked caches: who knows which of the two is meant
+        if not sources:  # a part of an argument, and of one alone
+            sources = [i for i, tensor in enumerate(tensors) if address in _extent(tensor)]
+            if len(sources) != 1:
+                return None
+        start = tensors[sources[0]].data_ptr()
+        used.update(i for i, tensor in enumerate(tensors) if tensor.data_ptr() == start)
+        places.append(sources[0])
+        further.append(address - start)
+    filled = call[: -8 * len(further)] + struct.pack(f"={len(further)}Q", *further) + NO_WORKSPACE
+    return Step(own, filled, bytes((*places, WORKSPACE)), workspace_bytes), used
 
 
 def _alike(argument: Any, output: torch.Tensor | None) -> bool:

@@ -216,12 +216,29 @@ def test_tokens_that_are_appended(rotary, runs):
     torch.manual_seed(14)
     for _ in range(3 * repeated.PATIENCE):  # what is called within remembers the tests before, too
         agree(fresh, *appended(rotary))
+    cells = dict(zip(fresh.__code__.co_freevars, fresh.__closure__, strict=True))
+    whole = [kept for kept in cells["kept"].cell_contents.values() if kept is not None]
+    assert [len(kept.before) for kept in whole] == ([] if rotary else [1])  # or its two launches, each by itself
     arguments, keywords = appended(rotary)
     before = runs.count
     agree(fresh, arguments, keywords)
     assert runs.count == before
+    caches = [cache.clone() for cache in arguments[1:3]]
     with pytest.raises(ValueError, match="do not fit"):
         fresh(*arguments, **keywords | {"cache_seqlens": ints(12, 3)})
+    assert all(torch.equal(cache, old) for cache, old in zip(arguments[1:3], caches, strict=True))
+    agree(fresh, *appended(rotary))
+
+
+def test_tokens_that_are_appended_to_what_else_is_given(runs):
+    """Two tensors where one was before, and the same lengths for another argument too."""
+    fresh = repeated.repeats(flash_attn.flash_attn_with_kvcache.__wrapped__)
+    torch.manual_seed(15)
+    for shared in (True, True, True, False, False, False):
+        arguments, keywords = appended()
+        if shared:  # new keys and values are one tensor
+            arguments = (*arguments[:4], arguments[3])
+        agree(fresh, arguments, keywords | {"return_softmax_lse": True})
 
 
 @pytest.mark.parametrize("name", LONG)
