@@ -108,7 +108,7 @@ class Kept(NamedTuple):
 
 
 def repeats(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, which calls one kernel, with a memory of calls."""
+    """`function`, which launches a kernel or two, with a memory of calls."""
     kept: dict[bytes, Kept | None] = {}  # None: not to be kept
     missed: dict[bytes, bool] = {}
     misses = rest = 0
