@@ -141,6 +141,10 @@ def agree(function, arguments, keywords):
     return result
 
 
+def kept_by(function):
+    return dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))["kept"].cell_contents
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_kept(name, runs):
     function, make = KEPT[name]
@@ -216,9 +220,8 @@ def test_tokens_that_are_appended(rotary, runs):
     torch.manual_seed(14)
     for _ in range(3 * repeated.PATIENCE):  # what is called within remembers the tests before, too
         agree(fresh, *appended(rotary))
-    cells = dict(zip(fresh.__code__.co_freevars, fresh.__closure__, strict=True))
-    whole = [kept for kept in cells["kept"].cell_contents.values() if kept is not None]
-    assert [len(kept.before) for kept in whole] == ([] if rotary else [1])  # or its two launches, each by itself
+    whole = [call for call in kept_by(fresh).values() if call is not None]
+    assert [len(call.before) for call in whole] == ([] if rotary else [1])  # or its two launches, each by itself
     arguments, keywords = appended(rotary)
     before = runs.count
     agree(fresh, arguments, keywords)
@@ -352,8 +355,7 @@ def test_no_more_than_so_many(runs):
     for seq in range(1, repeated.MOST_KEPT + 20):
         for _ in range(3):
             agree(fresh, tuple(randn(1, seq, 1, 16) for _ in "qkv"), {})
-    cells = dict(zip(fresh.__code__.co_freevars, fresh.__closure__, strict=True))
-    assert len(cells["kept"].cell_contents) == repeated.MOST_KEPT
+    assert len(kept_by(fresh)) == repeated.MOST_KEPT
 
 
 def test_threads(runs):

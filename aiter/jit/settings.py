@@ -28,25 +28,25 @@ VARIABLES = {
     "AITER_CHECK_VALUES": "1: check page numbers and lengths that live on a GPU too, which waits for the GPU",
 }
 
-# What is not set costs os.environ.get() an exception, half a microsecond at every call that asks; the dictionary behind
-# it none.
-_set, _encoded = getattr(os.environ, "_data", os.environ), getattr(os.environ, "encodekey", str)
-
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
 
 
 def text(name: str) -> str:
     """The variable's value, empty where it is not set."""
-    return os.environ[name].strip() if _encoded(name) in _set else ""
+    # What is not set costs os.environ.get() an exception, half a microsecond at every call that asks; the dictionary
+    # behind it none. A program may have put a mapping of its own there.
+    environ = os.environ
+    values = getattr(environ, "_data", None)
+    if values is not None and environ.encodekey(name) not in values:
+        return ""
+    return environ.get(name, "").strip()
 
 
 def flag(name: str) -> bool:
     value = text(name).lower()
-    if value in _FALSE:
-        return False
-    if value in _TRUE:
-        return True
+    if value in _TRUE or value in _FALSE:
+        return value in _TRUE
     raise SettingError(f"{name}={os.environ[name]!r}: expected 1 or 0")
 
 
