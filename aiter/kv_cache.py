@@ -98,7 +98,9 @@ def append(
     tensors = key, value, key_cache, value_cache, cache_seqlens, page_table, starts_new
     cos, sin, positions, interleaved, query_moves = rotary or (None, None, None, False, False)
     rest = query if rotary else None, starts_q, cos, sin, positions, interleaved, query_moves, k_scale, v_scale
-    if _is_plain(key, value, key_cache, value_cache) and (query is None or torch_state.is_plain(query, key, value)):
+    if _is_plain(key, value, key_cache, value_cache) and (
+        query is None or (torch_state.is_plain(query, key, value) and not torch_state.wants_gradient(query))
+    ):
         rotated = _append(*tensors, *rest)
     else:
         _refuse_gradient(key, value, key_cache, value_cache, *([] if query is None else [query]))

@@ -285,6 +285,24 @@ def test_bad_arguments(changes, error, words):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU does not look at lengths; it leaves out what does not fit")
+@pytest.mark.parametrize("rotary", (False, True))
+@pytest.mark.parametrize("wanted", range(3))
+def test_no_gradient_of_a_call_that_appends(wanted, rotary):
+    """Of none of q, k and v: the next call would write over what a backward pass reads."""
+    tensors = [randn(2, 1, 2, 16, dtype=torch.bfloat16) for _ in "qkv"]
+    caches = [randn(2, 9, 2, 16, dtype=torch.bfloat16) for _ in "kv"]
+    before = [cache.clone() for cache in caches]
+    angles = [randn(16, 8, dtype=torch.bfloat16) for _ in "cs"] if rotary else [None, None]
+    tensors[wanted].requires_grad_()
+    lengths = torch.tensor([3, 5], device=DEVICE, dtype=torch.int32)
+    call = (tensors[0], *caches, *tensors[1:], *angles)
+    with pytest.raises(ValueError, match="takes no gradient"):
+        flash_attn_with_kvcache(*call, cache_seqlens=lengths)
+    assert all(torch.equal(cache, old) for cache, old in zip(caches, before, strict=True))
+    with torch.no_grad():
+        assert flash_attn_with_kvcache(*call, cache_seqlens=lengths).isfinite().all()
+
+
 def test_no_room_for_new_tokens():
     case = Case(DTYPES[0], "pages", lengths=(5, 0, 15))
     with pytest.raises(ValueError, match=r"new tokens do not fit: cache_seqlens is \[5, 0, 15\].* room for 16 tokens"):
