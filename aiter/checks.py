@@ -7,7 +7,7 @@ unless AITER_CHECK_VALUES=1 asks for it: a call must not synchronise.
 from __future__ import annotations
 
 import itertools
-import math
+from math import inf
 from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 VALUE_DIMS = frozenset(range(HEAD_DIM_STEP, HEAD_DIM_MAX + 1, HEAD_DIM_STEP))
 HEAD_DIMS = VALUE_DIMS | {LATENT_HEAD_DIM}
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+FLOAT32_MAX = torch.finfo(torch.float32).max
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # 8-bit floats that keys and values may be kept in, by their names in specs.
 FP8_NAMES = {getattr(torch, f"float8_{name}"): name for name in CACHE_DTYPES}
@@ -43,6 +44,44 @@ def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -
     if value.dim() not in ranks:
         raise ValueError(f"{name} must be {layout}, but has {value.dim()} dimensions: {tuple(value.shape)}")
     return value
+
+
+# Tensors whose storage was freed have the address null or, views of it, little more. Few others lie there, so that it
+# costs nearly nothing to look at those.
+LOW_ADDRESSES = 2**32
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether there is any behind its elements; not after `untyped_storage().resize_(0)`."""
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
+
+
+def address(name: str, value: torch.Tensor | None) -> int:
+    """Where a tensor lies, 0 where there is none. Refuses one whose memory was freed: a kernel that touched it would
+    end the process."""
+    if value is None:
+        return 0
+    found = value.data_ptr()
+    if found < LOW_ADDRESSES and not has_memory(value):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)} but no memory: its storage has 0 bytes (resize_(0)); give it "
+            "memory before the call"
+        )
+    return found
+
+
+def overlap(name: str, value: torch.Tensor) -> None:
+    """Refuses what is to be written and has several elements in one place of memory."""
+    if value.is_contiguous():
+        return
+    covered = 0  # elements from the first on, by the dimensions with smaller strides
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= covered:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and strides {value.stride()}: several of its elements are the "
+                "same memory"
+            )
+        covered += (size - 1) * stride
 
 
 def same_kind(**tensors: torch.Tensor) -> None:
@@ -90,42 +129,38 @@ def equal_size(name: str, size: int, meaning: str, expected_name: str, expected:
         raise ValueError(f"{name} has {meaning} {size}; it must be that of {expected_name}, {expected}")
 
 
-def head_dim(tensor: torch.Tensor, name: str = "query") -> int:
+def head_dim(tensor: torch.Tensor, name: str = "query", *, latent: bool = True) -> int:
+    """latent: of queries and keys, which may have one more."""
     size = tensor.shape[-1]
-    latent = name == "query" and size == LATENT_HEAD_DIM
-    if not latent and (size % HEAD_DIM_STEP or not 0 < size <= HEAD_DIM_MAX):
+    if not (latent and size == LATENT_HEAD_DIM) and (size % HEAD_DIM_STEP or not 0 < size <= HEAD_DIM_MAX):
         raise ValueError(
             f"{name} has head_dim {size} (its last dimension); it must be a multiple of {HEAD_DIM_STEP} from "
-            f"{HEAD_DIM_STEP} to {HEAD_DIM_MAX}"
-            + (f", or {LATENT_HEAD_DIM} (latent attention)" if name == "query" else "")
+            f"{HEAD_DIM_STEP} to {HEAD_DIM_MAX}" + (f", or {LATENT_HEAD_DIM} (latent attention)" if latent else "")
         )
     return size
 
 
-def output(out: object, query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def output(out: object, query: torch.Tensor, value: torch.Tensor, names: Names) -> torch.Tensor:
     """Returns `out` if the output of a call can go there."""
-    out = tensor("out", out, query.dim(), "of the shape of query, with value's head_dim")
+    out = tensor("out", out, query.dim(), f"of the shape of {names.query}, with {names.value}'s head_dim")
     if out.shape[:-1] != query.shape[:-1] or out.shape[-1] != value.shape[-1]:
         raise ValueError(f"out has shape {tuple(out.shape)}; it must be {(*query.shape[:-1], value.shape[-1])}")
     if out.dtype != query.dtype:
-        raise TypeError(f"out has dtype {out.dtype}; it must be that of query, {query.dtype}")
-    same_device("out", out, "query", query)
+        raise TypeError(f"out has dtype {out.dtype}; it must be that of {names.query}, {query.dtype}")
+    same_device("out", out, names.query, query)
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError("out requires a gradient, which nothing that is written into it can have")
-    if not out.is_contiguous() and any(
-        size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
-    ):
-        raise ValueError(f"out has strides {out.stride()}: several of its elements are the same memory")
+    overlap("out", out)
     return out
 
 
-def heads(heads_q: int, heads_kv: int, key_name: str = "key") -> None:
+def heads(heads_q: int, heads_kv: int, key_name: str = "key", query_name: str = "query") -> None:
     if heads_q == 0 and heads_kv == 0:
         return
     if heads_kv == 0 or heads_q % heads_kv:
         raise ValueError(
-            f"query has {heads_q} heads and {key_name} {heads_kv}; the heads of query must be a multiple of those of "
-            f"{key_name}"
+            f"{query_name} has {heads_q} heads and {key_name} {heads_kv}; the heads of {query_name} must be a multiple "
+            f"of those of {key_name}"
         )
 
 
@@ -156,27 +191,45 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def finite(name: str, value: object, kind: str) -> float:
+    """A number that float32, which kernels compute in, can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {kind}, not {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # of an int
+        number = inf
+    if not abs(number) <= FLOAT32_MAX:
+        raise ValueError(f"{name} is {number}; it must be a finite number of float32, up to {FLOAT32_MAX:.4g}")
+    return number
+
+
 def softmax_scale(value: object, size: int) -> float:
     """The scale to use: `value`, or 1/sqrt(head_dim) when it is None."""
     if value is None:
         return (int(size) if torch.jit.is_tracing() else size) ** -0.5  # sizes are tensors while torch.jit traces
     if torch.compiler.is_compiling() and isinstance(value, float):
         return value  # perhaps a symbol, that no question may be asked of; the operator looks at its value
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"softmax_scale must be a float or None, not {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"softmax_scale is {value}; it must be finite")
-    return float(value)
+    return finite("softmax_scale", value, "a float or None")
 
 
-def per_kv_head(name: str, scale: object, cache: torch.Tensor, batch: int | None, heads_kv: int | None) -> torch.Tensor:
-    """Returns `scale` if it can be what the 8-bit floats of a cache are to be multiplied by, or were divided by. Sizes
-    that are None are not known."""
+def per_kv_head(
+    name: str,
+    scale: object,
+    scaled: torch.Tensor,
+    batch: int | None,
+    heads_kv: int | None,
+    scaled_name: str = "the cache",
+) -> torch.Tensor:
+    """Returns `scale` if it can be what 8-bit floats, of a cache mostly, are to be multiplied by, or were divided by.
+    Sizes that are None are not known."""
     layout = "float32 (1,), (heads_kv,) or (batch, heads_kv)"
     scale = tensor(name, scale, (0, 1, 2), layout)
-    if cache.dtype not in FP8_NAMES:
-        raise ValueError(f"{name} is given, but the cache has dtype {cache.dtype}, which is not scaled: leave it out")
-    same_device(name, scale, "the cache", cache)
+    if scaled.dtype not in FP8_NAMES:
+        raise ValueError(
+            f"{name} is given, but {scaled_name} has dtype {scaled.dtype}, which is not scaled: leave it out"
+        )
+    same_device(name, scale, scaled_name, scaled)
     if scale.dtype != torch.float32:
         raise TypeError(f"{name} has dtype {scale.dtype}; it must be torch.float32")
     if torch.is_grad_enabled() and scale.requires_grad:
@@ -190,8 +243,15 @@ def per_kv_head(name: str, scale: object, cache: torch.Tensor, batch: int | None
     return scale
 
 
-def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str, first: torch.Tensor) -> None:
-    """Checks an int32 or int64 tensor of lengths or page numbers on the device of query."""
+def indices(
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    layout: str,
+    first: torch.Tensor,
+    first_name: str = "the query",
+) -> None:
+    """Checks an int32 or int64 tensor of lengths or page numbers on the device of the query."""
     value = tensor(name, value, len(shape), layout)
     if value.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int32 (or torch.int64)")
@@ -200,11 +260,11 @@ def indices(name: str, value: object, shape: tuple[int | None, ...], layout: str
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it must be {layout}: the batch size is {expected}"
             )
-    same_device(name, value, "query", first)
+    same_device(name, value, first_name, first)
 
 
 class Names(NamedTuple):
-    """What messages about values call things."""
+    """What messages call things."""
 
     seqlens_q: str = "seqlens_q"
     seqlens_k: str = "seqlens_k"
@@ -213,6 +273,10 @@ class Names(NamedTuple):
     fill: bool = False  # the lengths of packed queries must add up to the rows there are
     starts_q: str = "starts_q"
     starts_k: str = "starts_k"
+    page_table: str = "page_table"
+    query: str = "query"
+    key: str = "key"
+    value: str = "value"
 
 
 def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> None:
@@ -238,7 +302,8 @@ def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> No
         indices = indices._replace(page_table=page_table, seqlens_k=seqlens_k)
     if page_table is not None:
         first_seen = _first_keys_seen(sizes, indices, options)
-        _pages(page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen, page_indptr)
+        name = names.page_table
+        pages(name, page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen, page_indptr)
 
 
 def _lengths(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None, fill: bool) -> None:
@@ -324,14 +389,15 @@ def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.
     return torch.where(rows > 0, first, sizes.seqlen_k)
 
 
-def _pages(
+def pages(
+    table_name: str,
     page_table: torch.Tensor,
     num_pages: int,
     page_size: int,
     lengths: torch.Tensor | None,
     seqlen_k: int,
     first_seen: torch.Tensor | None,
-    indptr: torch.Tensor | None,
+    indptr: torch.Tensor | None = None,
 ) -> None:
     """The page numbers that the valid tokens need, from the first that a window lets a row see; what stands before and
     past them may be anything."""
@@ -346,5 +412,5 @@ def _pages(
         wrong &= torch.arange(page_table.shape[1], device=page_table.device) < needed.unsqueeze(1)
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
-        name = f"page_table[{row}, {column}]" if indptr is None else f"page_indices[{int(indptr[row]) + column}]"
+        name = f"{table_name}[{row}, {column}]" if indptr is None else f"page_indices[{int(indptr[row]) + column}]"
         raise ValueError(f"{name} is {int(page_table[row, column])}; the cache has pages 0 to {num_pages - 1}")

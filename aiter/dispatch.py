@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -24,6 +24,9 @@ _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
 
 _OUT_TAKES_NO_GRADIENT = "out= takes no gradient: leave it out where one is needed, or use torch.no_grad()"
+
+
+First: TypeAlias = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class Operation(NamedTuple):
@@ -53,13 +56,15 @@ def attend(
     max_seqlen_q: int = 0,
     max_seqlen_k: int = 0,
     out: torch.Tensor | None = None,
+    first: First | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Runs one call of an operation; `own` are the arguments that only it has. out: where the output goes, of which
-    rows that belong to no sequence are left alone."""
+    rows that belong to no sequence are left alone. first: what is to be done when nothing can be refused any more; it
+    returns the query, key and value to use, of the same shapes as those given, which are not read then."""
     if not torch_state.is_plain(query, key, value):
         output, lse = _through_dispatcher(
             *(operation, own, query, key, value, causal, softmax_scale, keywords, indices, max_seqlen_q, max_seqlen_k),
-            out,
+            *(out, first),
         )
         return (output, lse) if return_lse else output
 
@@ -68,7 +73,7 @@ def attend(
     if sizes is None or (fits is not None and not fits(sizes, *own)):
         check(query, key, value, *own)
         if sizes is None:
-            check_common(query, key, value, indices)
+            check_common(query, key, value, indices, names)
     if causal is not True and causal is not False:
         checks.flag("causal", causal)
     if softmax_scale is None:
@@ -78,13 +83,16 @@ def attend(
     options, sinks = NO_OPTIONS, None
     if keywords:
         causal, options = read_options(causal, keywords)
-        options.check(query, key, sizes)
+        options.check(query, key, sizes, names.query)
         sinks, options = options.sinks, options.drawn(query).readable()
     if out is not None:
-        checks.output(out, query, value)
+        checks.output(out, query, value, names)
     call = _new(Call, (sizes, indices, options, causal, softmax_scale, names))
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
+    if first is not None:
+        plan.look(call, query, key, value)
+        query, key, value = first()
     if _is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (sinks is not None and sinks.requires_grad)
     ):
@@ -111,6 +119,7 @@ def _through_dispatcher(
     max_seqlen_q: int,
     max_seqlen_k: int,
     out: torch.Tensor | None,
+    first: First | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for a call that something of PyTorch must see. Whatever is wrong is found here, or by the operator."""
     query, key, value = library.autocast(query, key, value)
@@ -118,20 +127,28 @@ def _through_dispatcher(
     checks.flag("causal", causal)
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     causal, options = read_options(causal, keywords)
-    options.check(query, key)
+    options.check(query, key, query_name=operation.names.query)
     wants_gradient = torch_state.wants_gradient(query, key, value, *([] if options.sinks is None else [options.sinks]))
     if wants_gradient and key.dtype in checks.FP8_NAMES:
         raise NotImplementedError(library.NO_FP8_GRADIENT)
     options = options.drawn(query)
     inputs = (
-        *(query, key, value, indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q),
-        *(max_seqlen_k, indices.starts_q, indices.starts_k, *options, indices.page_indptr, indices.last_page_len),
+        *(indices.seqlens_q, indices.seqlens_k, indices.page_table, causal, scale, max_seqlen_q, max_seqlen_k),
+        *(indices.starts_q, indices.starts_k, *options, indices.page_indptr, indices.last_page_len),
     )
+    traced = torch.compiler.is_compiling()
+    if out is not None:
+        if wants_gradient:
+            raise ValueError(_OUT_TAKES_NO_GRADIENT)
+        if not traced:
+            checks.output(out, query, value, operation.names)
+    if first is not None:
+        if not traced:  # what the operator finds would be found too late
+            library.read_call(query, key, value, *inputs)
+        query, key, value = library.autocast(*first())
     if out is None:
-        return library.operator()(*inputs)
-    if wants_gradient:
-        raise ValueError(_OUT_TAKES_NO_GRADIENT)
-    return out, torch.ops.aiter.attention_out(out, *inputs)
+        return library.operator()(query, key, value, *inputs)
+    return out, torch.ops.aiter.attention_out(out, query, key, value, *inputs)
 
 
 # The index tensors whose values were looked at last, each with its version then and what it was held against: layers

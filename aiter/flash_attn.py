@@ -19,16 +19,20 @@ total_tokens), natural logarithm, of the keys alone (a sink is not in it). Rows 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from aiter import checks, kv_cache, plan
-from aiter.dispatch import Operation, attend
+from aiter.cache_layout import Cache, check_padding
+from aiter.dispatch import First, Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
-from aiter.layout import NO_INDICES, Indices, index_tensor, page_lists
-from aiter.options import OptionKeywords, chunk_in_range, readable_index
+from aiter.layout import NO_INDICES, Indices, check_tensors, index_tensor, page_lists
+from aiter.options import OptionKeywords, chunk_in_range, dropout_in_range
 from aiter.parts import merge_attention_states
 from aiter.reference import attend_one
 from aiter.repeated import repeats
@@ -44,18 +48,16 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-# Taken and of no consequence: how fast, on how many units, in which order.
-_HINTS = frozenset(
-    (
-        "num_splits",
-        "pack_gqa",
-        "sm_margin",
-        "scheduler_metadata",
-        "how_v3_bf16_cvt",
-        "min_seqlen_q",
-        "is_v3_atomic_fp32",
-    )
-)
+# Taken and of no consequence: how fast, on how many units, in which order. None is taken for each, too.
+_HINTS: dict[str, tuple[type, ...]] = {
+    "num_splits": (int,),
+    "pack_gqa": (bool, int),
+    "sm_margin": (int,),
+    "scheduler_metadata": (torch.Tensor,),
+    "how_v3_bf16_cvt": (int,),
+    "min_seqlen_q": (int,),
+    "is_v3_atomic_fp32": (bool, int),
+}
 # Not offered, and the value of each that asks for nothing.
 _NOT_OFFERED: dict[str, Any] = {
     "q_descale": None,
@@ -64,13 +66,30 @@ _NOT_OFFERED: dict[str, Any] = {
     "cu_seqlens_k_padded": None,
     "learnable_sink": None,
 }
-_OPERATION = Operation(
-    lambda query, key, value: None,
-    None,
-    checks.Names(
-        *("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k"), starts_q="cu_seqlens_q", starts_k="cu_seqlens_k"
-    ),
+
+
+def _operation(names: checks.Names) -> Operation:
+    return Operation(partial(check_tensors, names=names), None, names)
+
+
+_NAMES = checks.Names(
+    *("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k", False, "cu_seqlens_q", "cu_seqlens_k", "block_table"),
+    *("q", "k", "v"),
 )
+_OPERATION = _operation(_NAMES)
+# Lengths of keys in pages that follow from cu_seqlens_k.
+_STARTS_OF_PAGED = _operation(_NAMES._replace(seqlens_k="the length in cu_seqlens_k"))
+_CACHE_NAMES = _NAMES._replace(longest_k="what the cache has room for", key="k_cache", value="v_cache")
+_CACHED = {  # by whether there is a cache_batch_idx, and new tokens
+    (indexed, appends): _operation(
+        _CACHE_NAMES._replace(
+            page_table="cache_batch_idx" if indexed else "block_table",
+            seqlens_k="cache_seqlens + new tokens" if appends else "cache_seqlens",
+        )
+    )
+    for indexed in (False, True)
+    for appends in (False, True)
+}
 
 
 @repeats
@@ -109,12 +128,13 @@ def flash_attn_func(
     a head that joins the softmax. out: where the output goes.
     """
     if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
-        q, k, v = _widened(q, k.shape[-2], others), k.detach(), v.detach()
+        q, k, v = _widened(q, k, v, others, _NAMES)
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if qv is not None:
         q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
     return _attend(
-        *(q, k, v, NO_INDICES, 0, 0, softmax_scale, causal, options, out, deterministic, return_attn_probs, return_lse)
+        *(_OPERATION, q, k, v, NO_INDICES, 0, 0, softmax_scale, causal, options, out, deterministic),
+        *(return_attn_probs, return_lse),
     )
 
 
@@ -182,15 +202,18 @@ def flash_attn_varlen_func(
     and max_seqlen_k bound the lengths. Rows of q that belong to no sequence give zeros, or are left alone in `out`. qv:
     packed as q. S_dmask has a row and a column for each place that max_seqlen_q and max_seqlen_k leave room for.
     """
-    if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
-        q, k, v = _widened(q, k.shape[-2], others, cu_seqlens_q), k.detach(), v.detach()
-    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
+    if not isinstance(q, torch.Tensor):
+        checks.tensor("q", q, 3, checks.PACKED)
     starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
     starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (None,), "int32 (batch + 1,)", q)
     used_q = index_tensor("seqused_q", seqused_q, (None,), "int32 (batch,)", q)
     used_k = index_tensor("seqused_k", seqused_k, (None,), "int32 (batch,)", q)
     if starts_q is None:
         raise TypeError("cu_seqlens_q must be a torch.Tensor int32 (batch + 1,), not NoneType")
+    if q.dtype in checks.FP8_NAMES:
+        q, k, v = _widened(q, k, v, others, _NAMES, starts_q)
+    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
+    operation = _OPERATION
     pages: dict[str, torch.Tensor | None] = {}
     if not (page_indptr is page_indices is last_page_len is None):
         batch = starts_q.shape[0] - 1
@@ -201,7 +224,7 @@ def flash_attn_varlen_func(
         for name, cache in (("k", k), ("v", v)):
             checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there are pages")
         if used_k is None and starts_k is not None:
-            used_k = starts_k.diff()
+            used_k, operation = starts_k.diff(), _STARTS_OF_PAGED
         k, v, starts_k = k.transpose(1, 2), v.transpose(1, 2), None
     elif starts_k is None:
         raise TypeError("cu_seqlens_k must be a torch.Tensor int32 (batch + 1,), as there is no block_table")
@@ -209,7 +232,7 @@ def flash_attn_varlen_func(
     if qv is not None:
         q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
     return _attend(
-        *(q, k, v, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options, out, deterministic),
+        *(operation, q, k, v, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options, out, deterministic),
         *(return_attn_probs, return_lse),
     )
 
@@ -297,12 +320,20 @@ def flash_attn_with_kvcache(
     qv: of the shape of q but with the values' head_dim, a second query, of the values. Where keys and values lie in one
     cache side by side (latent attention) it costs nothing, elsewhere a copy of the caches at every call.
 
-    Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. On the CPU raises ValueError,
-    and writes nothing, where new tokens do not fit; on a GPU those are not written.
+    Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. Nothing is written before all
+    arguments have been looked at. On the CPU raises ValueError, and writes nothing, where new tokens do not fit; on a
+    GPU those are not written.
     """
+    if not isinstance(q, torch.Tensor):
+        checks.tensor("q", q, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
+    if "rng_state" in others:
+        raise TypeError("there is no argument 'rng_state': there is no dropout over a cache")
+    checks.flag("rotary_interleaved", rotary_interleaved)
+    checks.flag("return_softmax_lse", return_softmax_lse)
+    starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
     others = {"num_splits": num_splits, **others}
-    if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
-        q = _widened(q, k_cache.shape[-2], others, cu_seqlens_q)
+    if q.dtype in checks.FP8_NAMES:
+        q, k_cache, v_cache = _widened(q, k_cache, v_cache, others, _CACHE_NAMES, starts_q)
     options = _options(0.0, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if page_table is not None:
         if block_table is not None:
@@ -310,22 +341,27 @@ def flash_attn_with_kvcache(
         block_table = page_table
     for name, given in (("k_cache", k_cache), ("v_cache", v_cache)):
         checks.tensor(name, given, 4, "(batch or num_blocks, seq or block_size, heads_kv, head_dim)")
-    starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
     checks.tensor("q", q, 4 if starts_q is None else 3, checks.BSHD if starts_q is None else checks.PACKED)
     checks.attention_kind(q=q, k_cache=k_cache, v_cache=v_cache)
     checks.equal_size("k_cache", k_cache.shape[-1], "head_dim", "q", q.shape[-1])
-    checks.heads(q.shape[-2], k_cache.shape[2], "k_cache")
+    checks.heads(q.shape[-2], k_cache.shape[2], "k_cache", "q")
     if qv is not None:
         _check_values(q, qv, k_cache, v_cache)
-    if starts_q is not None and max_seqlen_q is None:
-        raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
     batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+    if max_seqlen_q is None:
+        if starts_q is not None:
+            raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
+        max_seqlen_q = 0
+    elif starts_q is None and checks.is_int(max_seqlen_q) and max_seqlen_q < q.shape[1]:
+        raise ValueError(f"max_seqlen_q is {max_seqlen_q}, but q has {q.shape[1]} rows a sequence (no cu_seqlens_q)")
     if checks.is_int(cache_seqlens):
+        if not 0 <= cache_seqlens <= checks.INT32_MAX:
+            raise ValueError(f"cache_seqlens is {cache_seqlens}; it must be from 0 to what the cache has room for")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    lengths = index_tensor("cache_seqlens", cache_seqlens, (None,), "int32 (batch,)", q)
+    lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", q)
     lists: dict[str, torch.Tensor | None] = {}
     if page_indptr is page_indices is last_page_len is None:
-        cache = _Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
+        cache = Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
     else:
         lists = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
         if k is not None or v is not None or cache_batch_idx is not None:
@@ -335,56 +371,42 @@ def flash_attn_with_kvcache(
             )
         if cache_leftpad is not None:
             raise NotImplementedError("with page_indptr, cache_leftpad is not offered: leave out pages not seen")
-        cache = _Cache(k_cache, v_cache, lists["page_table"])
-    padding = index_tensor("cache_leftpad", cache_leftpad, (None,), "int32 (batch,)", q)
+        cache = Cache(k_cache, v_cache, lists["page_table"])
+    padding = index_tensor("cache_leftpad", cache_leftpad, (batch,), "int32 (batch,)", q)
     seen = cache if padding is None else cache.without(padding)
 
-    rotary = None
+    rotary, positions = None, index_tensor("rotary_seqlens", rotary_seqlens, (batch,), "int32 (batch,)", q)
     if rotary_cos is not None or rotary_sin is not None:
         if k is None or rotary_cos is None or rotary_sin is None:
             raise ValueError("rotary_cos and rotary_sin are given together, with new k and v")
         moves = causal or "window_size" in options
-        positions = index_tensor("rotary_seqlens", rotary_seqlens, (None,), "int32 (batch,)", q)
         rotary_cos, rotary_sin = (
-            table.to(q.dtype) if table.dtype in checks.FP8_NAMES else table for table in (rotary_cos, rotary_sin)
+            checks.tensor(name, angles, 2, "(places, rotary_dim / 2)")
+            for name, angles in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin))
         )
-        rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, bool(rotary_interleaved), moves)
+        rotary_cos, rotary_sin = (
+            angles.to(q.dtype) if angles.dtype in checks.FP8_NAMES else angles for angles in (rotary_cos, rotary_sin)
+        )
+        rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, rotary_interleaved, moves)
+    append: Callable[[], torch.Tensor | None] | None = None
     if k is not None or v is not None:
         if k is None or v is None or lengths is None:
             raise ValueError("k and v are given together, with cache_seqlens")
-        starts_new = index_tensor("cu_seqlens_k_new", cu_seqlens_k_new, (None,), "int32 (batch + 1,)", q)
+        starts_new = index_tensor("cu_seqlens_k_new", cu_seqlens_k_new, (batch + 1,), "int32 (batch + 1,)", q)
+        for name, new in (("k", k), ("v", v)):
+            checks.tensor(name, new, *((4, checks.BSHD) if starts_new is None else (3, checks.PACKED)))
         scales = options.get("k_descale"), options.get("v_descale")
         if k.dtype in checks.FP8_NAMES and k.dtype == v.dtype == k_cache.dtype:
             k, v, scales = k.to(q.dtype), v.to(q.dtype), (None, None)  # they are of the cache's scale already
         checks.same_kind(q=q, k=k, v=v)
-        after = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
-        _check_padding(padding, cache, after)
-        rotated = kv_cache.append(
-            *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales)
+        append = partial(
+            kv_cache.append,
+            *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales),
         )
-        # They are in the cache now: what is left is a call like any other.
-        return flash_attn_with_kvcache(
-            *(q if rotated is None else rotated, k_cache, v_cache),
-            cache_seqlens=after,
-            cache_batch_idx=cache_batch_idx,
-            cache_leftpad=padding,
-            block_table=block_table,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            return_softmax_lse=return_softmax_lse,
-            cu_seqlens_q=starts_q,
-            max_seqlen_q=max_seqlen_q,
-            qv=qv,
-            sinks=sinks,
-            out=out,
-            **others,
-        )
-    if cu_seqlens_k_new is not None:
+        lengths = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
+    elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    _check_padding(padding, cache, lengths)
+    check_padding(padding, cache, lengths)
     if padding is not None:
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value
@@ -392,14 +414,24 @@ def flash_attn_with_kvcache(
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     elif key.shape[0] != batch:  # sequence b has row b
         key, value = key[:batch], value[:batch]
+
+    def appended() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, once the new tokens are in the cache."""
+        rotated = None if append is None else append()
+        own = q if rotated is None else rotated
+        return (own, key, value) if qv is None else (*_with_values(own, qv, key, value, scale)[:2], value)
+
+    query, seen_key, scale = q, key, softmax_scale
     if qv is not None:
-        q, key, softmax_scale = _with_values(q, qv, key, value, softmax_scale)
+        query, seen_key, softmax_scale = _with_values(q, qv, key, value, scale, copies=append is None)
+    operation = _CACHED[cache_batch_idx is not None, append is not None]
     indices = NO_INDICES
     if lengths is not None or seen.table is not None or starts_q is not None:
         indices = Indices(None, lengths, starts_q=starts_q, **(lists or {"page_table": seen.table}))
     return _attend(
-        *(q, key, value, indices, max_seqlen_q or 0, 0, softmax_scale, causal, options, out, False, False),
-        return_softmax_lse,
+        *(operation, query, seen_key, value, indices, max_seqlen_q, 0),
+        *(softmax_scale, causal, options, out, False, False, return_softmax_lse),
+        None if append is None else appended,
     )
 
 
@@ -417,116 +449,34 @@ def flash_attn_combine(
     """
     checks.tensor("out_partial", out_partial, (4, 5), "(parts, batch, seq, heads, head_dim)")
     checks.tensor("lse_partial", lse_partial, out_partial.dim() - 1, "(parts, batch, seq, heads)")
+    checks.same_kind(out_partial=out_partial)
+    checks.same_device("lse_partial", lse_partial, "out_partial", out_partial)
     checks.same_shape("lse_partial", lse_partial, "out_partial without head_dim", out_partial[..., 0])
-    dtype = out_dtype or (out_partial.dtype if out is None else out.dtype)
+    if lse_partial.dtype != torch.float32:
+        raise TypeError(f"lse_partial has dtype {lse_partial.dtype}; it must be torch.float32")
+    if out_partial.shape[0] == 0:
+        raise ValueError(f"out_partial has shape {tuple(out_partial.shape)}; there must be at least one part")
+    if out_dtype is not None and out_dtype not in checks.DTYPE_NAMES:
+        known = ", ".join(str(dtype) for dtype in checks.DTYPE_NAMES)
+        raise TypeError(f"out_dtype is {out_dtype!r}; it must be None or one of {known}")
+    dtype = out_dtype or out_partial.dtype
     if out is not None:
         checks.tensor("out", out, out_partial.dim() - 1, "(batch, seq, heads, head_dim)")
+        checks.same_kind(out=out)
+        checks.same_device("out", out, "out_partial", out_partial)
         checks.same_shape("out", out, "a part of out_partial", out_partial[0])
-        if out.dtype != dtype:
-            raise TypeError(f"out has dtype {out.dtype}; it must be out_dtype, {dtype}")
+        checks.overlap("out", out)
+        if out_dtype not in (None, out.dtype):
+            raise TypeError(f"out has dtype {out.dtype}; it must be out_dtype, {out_dtype}")
+        if torch.is_grad_enabled() and (out.requires_grad or out_partial.requires_grad or lse_partial.requires_grad):
+            raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
     output, lse = merge_attention_states(out_partial.float().unbind(), lse_partial.transpose(-1, -2).unbind())
     output = output.to(dtype) if out is None else out.copy_(output)
     return output, lse.transpose(-1, -2)
 
 
-class _Cache(NamedTuple):
-    """A cache as pages (pages, page_size, heads_kv, dim), and int32 (batch, max_pages) which of them each sequence has;
-    without a table, sequence b has page b."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    table: torch.Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        batch: int,
-        block_table: torch.Tensor | None,
-        batch_index: torch.Tensor | None,
-        query: torch.Tensor,
-    ) -> _Cache:
-        checks.same_shape("v_cache", value, "k_cache", key, but_last=True)
-        if block_table is not None:
-            if batch_index is not None:
-                layout = "int32 (batch_cache, max_blocks), as there is a cache_batch_idx"
-                checks.indices("block_table", block_table, (None, None), layout, query)
-                block_table = _rows_of(block_table, batch_index, batch, query)
-            checks.indices("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", query)
-            return cls(key, value, readable_index(block_table))
-        if batch_index is not None:
-            checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
-            return cls(key, value, readable_index(batch_index).unsqueeze(1))
-        if key.shape[0] < batch:
-            raise ValueError(f"k_cache has shape {tuple(key.shape)}; it must have a row for each of {batch} sequences")
-        return cls(key, value, None)
-
-    @property
-    def room(self) -> int:
-        """For tokens of a sequence."""
-        return self.key.shape[1] * (1 if self.table is None else self.table.shape[1])
-
-    def without(self, padding: torch.Tensor) -> _Cache:
-        """The same without the first tokens of each sequence: a page for each of the others."""
-        rows, page_size = self.key.shape[:2]
-        apart = [_rows_apart(name, cache) for name, cache in (("k_cache", self.key), ("v_cache", self.value))]
-        if apart[0] != apart[1]:
-            raise ValueError("with cache_leftpad, k_cache and v_cache must have alike strides")
-        batch = padding.shape[0]
-        pages = torch.arange(batch, device=padding.device).unsqueeze(1) if self.table is None else self.table
-        places = torch.arange(self.room, device=padding.device) + padding.unsqueeze(1)
-        places = places.clamp(0, self.room - 1).long()
-        page = pages.long().clamp(0, rows - 1).gather(1, places // page_size)
-        key, value = (_as_tokens(cache, apart[0]) for cache in (self.key, self.value))
-        return _Cache(key, value, (page * apart[0] + places % page_size).to(torch.int32))
-
-
-def _rows_of(block_table: torch.Tensor, batch_index: torch.Tensor, batch: int, query: torch.Tensor) -> torch.Tensor:
-    """The rows of block_table that cache_batch_idx names; on a GPU those that there are none of are the last."""
-    checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
-    last, looks = block_table.shape[0] - 1, batch_index.is_cpu and not torch.compiler.is_compiling()
-    if looks and bool(((batch_index < 0) | (batch_index > last)).any()):
-        raise ValueError(f"cache_batch_idx is {batch_index.tolist()}; it must name rows of block_table, 0 to {last}")
-    return block_table.index_select(0, batch_index.clamp(0, last))
-
-
-def _check_padding(padding: torch.Tensor | None, cache: _Cache, lengths: torch.Tensor | None) -> None:
-    """Looks at cache_leftpad where that makes nobody wait."""
-    if padding is None or not padding.is_cpu or torch.compiler.is_compiling():
-        return
-    room = cache.room
-    whole = [room] * padding.shape[0] if lengths is None else lengths.tolist()
-    for index, (most, length) in enumerate(zip(whole, padding.tolist(), strict=True)):
-        if most > room:
-            raise ValueError(f"sequence {index} has {most} tokens; the cache has room for {room}")
-        if not 0 <= length <= most:
-            raise ValueError(f"cache_leftpad[{index}] is {length}; it must be from 0 to its sequence's {most} tokens")
-
-
-def _rows_apart(name: str, cache: torch.Tensor) -> int:
-    """How many tokens further the next sequence begins."""
-    batch_stride, token_stride = cache.stride()[:2]
-    if cache.shape[1] == 1:  # whose stride from token to token means nothing
-        return 1
-    if token_stride == 0 or batch_stride % token_stride:
-        raise ValueError(
-            f"with cache_leftpad, {name} must have a stride from sequence to sequence that is a multiple of the one "
-            f"from token to token; its strides are {cache.stride()}"
-        )
-    return batch_stride // token_stride
-
-
-def _as_tokens(cache: torch.Tensor, apart: int) -> torch.Tensor:
-    """Pages of one token."""
-    rows, room, heads, dim = cache.shape
-    if room == 1:
-        return cache
-    _, token, head, element = cache.stride()
-    return cache.as_strided(((rows - 1) * apart + room if rows else 0, 1, heads, dim), (token, token, head, element))
-
-
 def _attend(
+    operation: Operation,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -540,18 +490,29 @@ def _attend(
     deterministic: bool,
     return_attn_probs: bool,
     return_lse: bool,
+    first: First | None = None,
 ) -> Any:
-    checks.flag("deterministic", deterministic)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
+    """`attend`, of head_dims that need not be multiples of 8."""
+    names = operation.names
+    for name, flag in (
+        ("deterministic", deterministic),
+        ("return_attn_probs", return_attn_probs),
+        ("return_lse", return_lse),
+    ):
+        if flag is not True and flag is not False:
+            checks.flag(name, flag)
+    for name, tensor in ((names.query, q), (names.key, k), (names.value, v)):
         checks.tensor(name, tensor, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
     head_dim, value_dim = q.shape[-1], v.shape[-1]
-    checks.equal_size("k", k.shape[-1], "head_dim", "q", head_dim)
-    for name, size in (("q", head_dim), ("v", value_dim)):
+    checks.equal_size(names.key, k.shape[-1], "head_dim", names.query, head_dim)
+    for name, size in ((names.query, head_dim), (names.value, value_dim)):
         if not 0 < size <= checks.HEAD_DIM_MAX and size != checks.LATENT_HEAD_DIM:
             raise ValueError(f"{name} has head_dim {size}; it must be from 1 to {checks.HEAD_DIM_MAX}")
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if not checks.is_int(bound):
             raise TypeError(f"{name} must be an int, not {type(bound).__name__}")
+        if bound < 0:
+            raise ValueError(f"{name} is {bound}; it must be at least 0")
     if indices is not NO_INDICES:  # a bound of 0 is one that nothing but empty sequences keeps
         max_seqlen_q = max(max_seqlen_q, 1)
         if indices.page_indptr is None:
@@ -562,14 +523,19 @@ def _attend(
     target = out
     if padded:
         if out is not None:
-            target = _pad(checks.output(out, q, v))
-        q, k, v = (_pad(tensor) for tensor in (q, k, v))
+            target = _pad(checks.output(out, q, v, names))
+        if first is None:
+            q, k, v = _padded(q, k, v)
+        else:
+            unpadded, step = first, checks.HEAD_DIM_STEP
+            q, k, v = (_shape_of(tensor, -(-tensor.shape[-1] // step) * step) for tensor in (q, k, v))
+            first = lambda: _padded(*unpadded())  # noqa: E731
     wants_lse = return_attn_probs or return_lse
     if return_attn_probs and options.get("dropout_p"):
         options.setdefault("rng_state", draw_rng_state(q.device))
     result: Any = attend(
-        *(_OPERATION, (), q, k, v, causal, softmax_scale, wants_lse, options, indices, max_seqlen_q, max_seqlen_k),
-        target,
+        *(operation, (), q, k, v, causal, softmax_scale, wants_lse, options, indices, max_seqlen_q, max_seqlen_k),
+        *(target, first),
     )
     output, lse = result if wants_lse else (result, None)
     if padded:
@@ -582,17 +548,30 @@ def _attend(
 
 
 def _widened(
-    q: torch.Tensor, heads_kv: int, others: dict[str, Any], starts_q: torch.Tensor | None = None
-) -> torch.Tensor:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    others: dict[str, Any],
+    names: checks.Names,
+    starts_q: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """8-bit queries as bfloat16, times the q_descale among the other keywords: float32 of one element, (heads_kv,) or
-    (batch, heads_kv), each for the query heads of a KV head. The product is rounded once."""
-    q, descale = q.detach().to(torch.bfloat16), others.pop("q_descale", None)
+    (batch, heads_kv), each for the query heads of a KV head. The product is rounded once. Keys and values as they are,
+    without a gradient."""
+    ranks = (3,) if starts_q is not None else (4,)
+    checks.tensor(names.query, q, ranks, checks.BSHD if starts_q is None else checks.PACKED)
+    for name, tensor in ((names.key, k), (names.value, v)):
+        checks.tensor(name, tensor, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
+    k, v, heads_kv = k.detach(), v.detach(), k.shape[-2]
+    checks.heads(q.shape[-2], heads_kv, names.key, names.query)
+    descale = others.pop("q_descale", None)
+    if descale is not None:
+        batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+        checks.per_kv_head("q_descale", descale, q, batch, heads_kv, names.query)
+    q = q.detach().to(torch.bfloat16)
     if descale is None:
-        return q
-    checks.tensor("q_descale", descale, (0, 1, 2), "one element, (heads_kv,) or (batch, heads_kv)")
+        return q, k, v
     if descale.numel() != 1:
-        if descale.shape[-1] != heads_kv or q.shape[-2] % heads_kv:
-            raise ValueError(f"q_descale has shape {tuple(descale.shape)}; it must be (heads_kv,) or (batch, heads_kv)")
         descale = descale.repeat_interleave(q.shape[-2] // heads_kv, -1)
         if descale.dim() == 2 and starts_q is not None:  # a row of scales for each row of q
             rows = torch.arange(q.shape[0], device=q.device)
@@ -601,14 +580,19 @@ def _widened(
         elif descale.dim() == 2:
             descale = descale.unsqueeze(1)
         descale = descale.unsqueeze(-1)
-    return (q.float() * descale.detach()).to(torch.bfloat16)
+    return (q.float() * descale.detach()).to(torch.bfloat16), k, v
 
 
 def _with_values(
-    q: torch.Tensor, qv: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None
+    q: torch.Tensor,
+    qv: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None,
+    copies: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Query, key and scale such that scores are those of q and k and those of qv and v together. Where k and v lie side
-    by side in one memory the key is that memory, else a copy of both."""
+    by side in one memory the key is that memory, else a copy of both, or only of that shape."""
     _check_values(q, qv, k, v)
     both = q.shape[-1] + qv.shape[-1]
     scale = both**-0.5 if softmax_scale is None else softmax_scale
@@ -616,7 +600,7 @@ def _with_values(
         return torch.cat((qv, q), -1), v.as_strided((*v.shape[:-1], both), v.stride()), scale
     if _is_behind(k, v):
         return torch.cat((q, qv), -1), k.as_strided((*k.shape[:-1], both), k.stride()), scale
-    return torch.cat((q, qv), -1), torch.cat((k, v), -1), scale
+    return torch.cat((q, qv), -1), torch.cat((k, v), -1) if copies else _shape_of(k, both), scale
 
 
 def _check_values(q: torch.Tensor, qv: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -699,6 +683,15 @@ def _pad(tensor: torch.Tensor) -> torch.Tensor:
     return F.pad(tensor, (0, -tensor.shape[-1] % checks.HEAD_DIM_STEP))
 
 
+def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _pad(q), _pad(k), _pad(v)
+
+
+def _shape_of(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """What checks can be asked about, in place of a copy with that head_dim that is yet to be made."""
+    return tensor.new_empty(()).expand(*tensor.shape[:-1], head_dim)
+
+
 def _options(
     dropout_p: float,
     causal: bool,
@@ -712,6 +705,7 @@ def _options(
     """What is asked for beyond tensors, in this package's words. Raises for what is not offered or not known."""
     checks.flag("causal", causal)
     if isinstance(window_size, torch.Tensor) and window_size.is_cpu:
+        checks.tensor("window_size", window_size, 1, "(left, right)")
         window_size = tuple(window_size.tolist())
     if window_size is None:
         window_size = (-1, -1)
@@ -721,7 +715,11 @@ def _options(
         if window_size[2]:
             raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")
         window_size = window_size[:2]
-    options: OptionKeywords = {"dropout_p": dropout_p} if dropout_p else {}
+    options: OptionKeywords = {}
+    if type(dropout_p) is not float or dropout_p != 0.0:
+        dropout_p = dropout_in_range(dropout_p)
+        if dropout_p:
+            options["dropout_p"] = dropout_p
     for name, value in others.items():
         if name in ("sink_ptr", "s_aux") and name in others:
             if sinks is not None and value is not None:
@@ -737,7 +735,11 @@ def _options(
             if isinstance(value, torch.Tensor) or (value is not None and value != neutral):
                 given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
                 raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give {neutral!r}")
-        elif name not in _HINTS and name not in ("rng_state", "attention_chunk"):
+        elif name in _HINTS:
+            if value is not None and not isinstance(value, _HINTS[name]):
+                kinds = " or ".join(kind.__name__ for kind in _HINTS[name])
+                raise TypeError(f"{name} must be {kinds} or None, not {type(value).__name__}")
+        elif name not in ("rng_state", "attention_chunk"):
             raise TypeError(f"there is no argument {name!r}")
     if others.get("rng_state") is not None:
         options["rng_state"] = others["rng_state"]
@@ -745,7 +747,7 @@ def _options(
         options["attention_chunk"] = chunk_in_range(others["attention_chunk"])
     if tuple(window_size) != (-1, -1):
         options["window_size"] = tuple(window_size)  # type: ignore[typeddict-item]
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)) or softcap != softcap:
+    if isinstance(softcap, bool) or not isinstance(softcap, Real) or softcap != softcap:
         raise TypeError(f"softcap must be a number, 0.0 for none, not {softcap!r}")
     if softcap > 0:  # FlashAttention takes any other number for none
         options["softcap"] = softcap

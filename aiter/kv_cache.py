@@ -26,8 +26,24 @@ from aiter.repeated import repeats
 __all__ = ["reshape_and_cache"]
 
 DIM_MAX = 1024
-_TOKENS = "(tokens, heads_kv, head_dim)"
 _CACHE = "(pages, page_size, heads_kv, head_dim)"
+
+
+class _Names(NamedTuple):
+    """What messages call things."""
+
+    key: str
+    value: str
+    key_cache: str
+    value_cache: str
+    k_scale: str
+    v_scale: str
+
+
+_BY_SLOTS = _Names("key", "value", "key_cache", "value_cache", "k_scale", "v_scale")
+_BY_LENGTHS = _Names("k", "v", "k_cache", "v_cache", "k_descale", "v_descale")
+
+_increment_version = torch._C._increment_version
 
 
 @repeats
@@ -59,6 +75,8 @@ def reshape_and_cache(
         _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     else:
         _refuse_gradient(key, value, key_cache, value_cache)
+        if not torch.compiler.is_compiling():
+            _check_tokens(key, value, key_cache, value_cache, 3, _BY_SLOTS)
         torch.ops.aiter.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
 
 
@@ -104,6 +122,8 @@ def append(
         rotated = _append(*tensors, *rest)
     else:
         _refuse_gradient(key, value, key_cache, value_cache, *([] if query is None else [query]))
+        if not torch.compiler.is_compiling():
+            _check_tokens(key, value, key_cache, value_cache, 4 if starts_new is None else 3, _BY_LENGTHS)
         rotated = torch.ops.aiter.append_to_cache(*tensors, *rest)
     return rotated if rotary and query is not None else None
 
@@ -139,7 +159,7 @@ def _is_plain(key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, v
     """Whether a call may go straight to the kernel. What is no tensor is found by the checks."""
     for tensor in (key, value, key_cache, value_cache):
         if not isinstance(tensor, torch.Tensor):
-            _check_tokens(key, value, key_cache, value_cache, 3)
+            _check_tokens(key, value, key_cache, value_cache, 3, _BY_SLOTS)
     return (
         torch_state.is_plain(key, value, key_cache)
         and torch_state.is_plain(key, value, value_cache)
@@ -181,34 +201,45 @@ def _tokens_fit(key: object, value: object, key_cache: object, value_cache: obje
     )
 
 
-def _check_tokens(key: object, value: object, key_cache: object, value_cache: object, rank: int) -> None:
-    layout = _TOKENS if rank == 3 else "(batch, seq_new, heads_kv, head_dim)"
-    key, value = checks.tensor("key", key, rank, layout), checks.tensor("value", value, rank, layout)
-    checks.same_kind(key=key, value=value)
-    checks.same_shape("value", value, "key", key, but_last=True)
-    for name, new, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        cache = checks.tensor(f"{name}_cache", cache, 4, _CACHE)
+def _check_tokens(key: object, value: object, key_cache: object, value_cache: object, rank: int, names: _Names) -> None:
+    key_name, value_name, key_cache_name, value_cache_name, *_ = names
+    layout = "(tokens, heads_kv, head_dim)" if rank == 3 else "(batch, seq_new, heads_kv, head_dim)"
+    key, value = checks.tensor(key_name, key, rank, layout), checks.tensor(value_name, value, rank, layout)
+    checks.same_kind(**{key_name: key, value_name: value})
+    checks.same_shape(value_name, value, key_name, key, but_last=True)
+    for name, new, cache_name, cache in (
+        (key_name, key, key_cache_name, key_cache),
+        (value_name, value, value_cache_name, value_cache),
+    ):
+        cache = checks.tensor(cache_name, cache, 4, _CACHE)
         if cache.dtype != key.dtype and cache.dtype not in checks.FP8_NAMES:
             known = ", ".join(str(dtype) for dtype in (key.dtype, *checks.FP8_NAMES))
-            raise TypeError(f"{name}_cache has dtype {cache.dtype}; it must be one of {known}")
-        checks.same_device(f"{name}_cache", cache, "key", key)
+            raise TypeError(f"{cache_name} has dtype {cache.dtype}; it must be one of {known}")
+        checks.same_device(cache_name, cache, key_name, key)
         if cache.shape[2:] != new.shape[-2:] or not 0 < new.shape[-1] <= DIM_MAX:
             raise ValueError(
-                f"{name}_cache has shape {tuple(cache.shape)}; it must be {_CACHE} with the heads_kv and head_dim (up "
+                f"{cache_name} has shape {tuple(cache.shape)}; it must be {_CACHE} with the heads_kv and head_dim (up "
                 f"to {DIM_MAX}) of {name}, which has shape {tuple(new.shape)}"
             )
         if cache.shape[1] == 0:
-            raise ValueError(f"{name}_cache has shape {tuple(cache.shape)}; a page must have room for a token")
+            raise ValueError(f"{cache_name} has shape {tuple(cache.shape)}; a page must have room for a token")
     assert isinstance(key_cache, torch.Tensor) and isinstance(value_cache, torch.Tensor)
-    checks.same_shape("value_cache", value_cache, "key_cache", key_cache, but_last=True)
+    checks.same_shape(value_cache_name, value_cache, key_cache_name, key_cache, but_last=True)
     if value_cache.dtype != key_cache.dtype:
-        raise TypeError(f"value_cache has dtype {value_cache.dtype}; it must be that of key_cache, {key_cache.dtype}")
+        raise TypeError(
+            f"{value_cache_name} has dtype {value_cache.dtype}; it must be that of {key_cache_name}, {key_cache.dtype}"
+        )
 
 
 def _scale_strides(
-    cache: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, batch: int, heads: int
+    cache: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    batch: int,
+    heads: int,
+    names: _Names,
 ) -> tuple[int, ...]:
-    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+    for name, scale in ((names.k_scale, k_scale), (names.v_scale, v_scale)):
         if scale is not None:
             checks.per_kv_head(name, scale, cache, batch, heads)
     return (*strides_per_kv_head(k_scale), *strides_per_kv_head(v_scale))
@@ -217,9 +248,9 @@ def _scale_strides(
 def _check_rotary(query: torch.Tensor | None, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     for name, tensor in (("rotary_cos", cos), ("rotary_sin", sin)):
         checks.tensor(name, tensor, 2, "(places, rotary_dim / 2)")
-        checks.same_device(name, tensor, "key", key)
+        checks.same_device(name, tensor, "k", key)
         if tensor.dtype != key.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be that of key, {key.dtype}")
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be that of k, {key.dtype}")
     checks.same_shape("rotary_sin", sin, "rotary_cos", cos)
     if not 0 < 2 * cos.shape[1] <= key.shape[-1]:
         raise ValueError(
@@ -227,8 +258,8 @@ def _check_rotary(query: torch.Tensor | None, key: torch.Tensor, cos: torch.Tens
             f"head_dim, {key.shape[-1]}"
         )
     if query is not None:
-        checks.same_kind(key=key, query=query)
-        checks.equal_size("query", query.shape[-1], "head_dim", "key", key.shape[-1])
+        checks.same_kind(k=key, q=query)
+        checks.equal_size("q", query.shape[-1], "head_dim", "k", key.shape[-1])
 
 
 # ---- to the kernel ----
@@ -245,7 +276,9 @@ def _reshape_and_cache(
     v_scale: torch.Tensor | None = None,
 ) -> None:
     if not _tokens_fit(key, value, key_cache, value_cache, 3):
-        _check_tokens(key, value, key_cache, value_cache, 3)
+        _check_tokens(key, value, key_cache, value_cache, 3, _BY_SLOTS)
+    checks.overlap("key_cache", key_cache)
+    checks.overlap("value_cache", value_cache)
     slots = checks.tensor("slot_mapping", slot_mapping, 1, "int32 or int64 (n,)")
     if slots.dtype not in checks.INDEX_DTYPES:
         raise TypeError(f"slot_mapping has dtype {slots.dtype}; it must be torch.int32 or torch.int64")
@@ -255,7 +288,7 @@ def _reshape_and_cache(
         raise ValueError(f"slot_mapping has {count} slots; key has {key.shape[0]} tokens, and needs as many or more")
     slots = slots.contiguous()
     pages, page_size, heads, _ = key_cache.shape
-    scales = _scale_strides(key_cache, k_scale, v_scale, 1, heads)
+    scales = _scale_strides(key_cache, k_scale, v_scale, 1, heads, _BY_SLOTS)
     if 0 in (count, heads, pages):
         return
     refused = _launch(
@@ -264,14 +297,16 @@ def _reshape_and_cache(
         *(1, 0, heads, 0, count, key.shape[2], value.shape[2], page_size, 0, 0, 0, 0, 0, slots.dtype is torch.int64),
         *(pages, 0, 0, 0, *_NONE, *_NONE, 0, *key.stride(), 0, *value.stride()),
         *(*key_cache.stride(), *value_cache.stride(), 0, 0, *scales),
-        *(0, 0, key.data_ptr(), value.data_ptr(), key_cache.data_ptr(), value_cache.data_ptr(), slots.data_ptr()),
-        *(0, 0, 0, 0, 0, 0, 0, _address(k_scale), _address(v_scale)),
+        *(0, 0, _address("key", key), _address("value", value), _address("key_cache", key_cache)),
+        *(_address("value_cache", value_cache), _address("slot_mapping", slots), 0, 0, 0, 0, 0, 0, 0),
+        *(_address("k_scale", k_scale), _address("v_scale", v_scale)),
     )
     if refused:
         raise ValueError(
             f"slot_mapping has a slot {int(slots.max())}; the cache has slots 0 to {pages * page_size - 1} "
             f"({pages} pages of {page_size}). Nothing was written."
         )
+    _increment_version((key_cache, value_cache))  # autograd may have saved them
 
 
 @repeats
@@ -297,29 +332,31 @@ def _append(
     """Query rotated, or an empty tensor."""
     rank = 4 if starts_new is None else 3
     if not _tokens_fit(key, value, key_cache, value_cache, rank):
-        _check_tokens(key, value, key_cache, value_cache, rank)
+        _check_tokens(key, value, key_cache, value_cache, rank, _BY_LENGTHS)
+    checks.overlap("k_cache", key_cache)
+    checks.overlap("v_cache", value_cache)
     batch = cache_seqlens.shape[0]
     indices = {
         "cache_seqlens": (cache_seqlens, (batch,)),
-        "page_table": (page_table, (batch, None)),
-        "starts_new": (starts_new, (batch + 1,)),
-        "starts_q": (starts_q, (batch + 1,)),
-        "rotary_positions": (rotary_positions, (batch,)),
+        "block_table": (page_table, (batch, None)),
+        "cu_seqlens_k_new": (starts_new, (batch + 1,)),
+        "cu_seqlens_q": (starts_q, (batch + 1,)),
+        "rotary_seqlens": (rotary_positions, (batch,)),
     }
     readable: dict[str, torch.Tensor | None] = {}
     for name, (index, shape) in indices.items():
         if index is not None:
-            checks.indices(name, index, shape, f"int32 {shape}", key)
+            checks.indices(name, index, shape, f"int32 {shape}", key, "k")
         readable[name] = None if index is None else readable_index(index)
     seqlens, table, first_new, first_q, positions = readable.values()
     if starts_new is None:
-        checks.equal_size("key", key.shape[0], "batch size", "cache_seqlens", batch)
+        checks.equal_size("k", key.shape[0], "batch size", "cache_seqlens", batch)
     pages, page_size, heads, _ = key_cache.shape
-    scales = _scale_strides(key_cache, k_scale, v_scale, batch, heads)
+    scales = _scale_strides(key_cache, k_scale, v_scale, batch, heads, _BY_LENGTHS)
     if table is None and pages < batch:
         shape = tuple(key_cache.shape)
         raise ValueError(
-            f"key_cache has shape {shape}; without a page table it needs a page for each of {batch} sequences"
+            f"k_cache has shape {shape}; without a block_table it needs a row for each of {batch} sequences"
         )
     angles, cos_strides = (0, 0), (0, 0)
     if rotary_cos is not None and rotary_sin is not None:
@@ -334,6 +371,8 @@ def _append(
         query_strides = rotated_strides = _NONE
     else:
         rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        if plan.noted.launches is not None:
+            plan.noted.launches.append(plan.Between(rotated))
         heads_q, seqlen_q = query.shape[-2], 0 if first_q is not None else query.shape[1]
         total_q = 0 if first_q is None else query.shape[0]
         query_strides, rotated_strides = _four(query), _four(rotated)
@@ -347,10 +386,12 @@ def _append(
         *(0 if table is None else table.shape[1], *angles, interleaved, query_moves, 0),
         *(pages, 0 if table is None else table.stride(0), total_q, total_new, *query_strides, *rotated_strides),
         *(*_four(key), *_four(value), *key_cache.stride(), *value_cache.stride(), *cos_strides, *scales),
-        *(_address(query), rotated.data_ptr() if query is not None else 0, key.data_ptr(), value.data_ptr()),
-        *(key_cache.data_ptr(), value_cache.data_ptr(), 0, _address(seqlens), _address(table), _address(first_q)),
-        *(_address(first_new), _address(rotary_cos), _address(rotary_sin), _address(positions)),
-        *(_address(k_scale), _address(v_scale)),
+        *(_address("q", query), rotated.data_ptr() if query is not None else 0, _address("k", key)),
+        *(_address("v", value), _address("k_cache", key_cache), _address("v_cache", value_cache), 0),
+        *(_address("cache_seqlens", seqlens), _address("block_table", table), _address("cu_seqlens_q", first_q)),
+        *(_address("cu_seqlens_k_new", first_new), _address("rotary_cos", rotary_cos)),
+        *(_address("rotary_sin", rotary_sin), _address("rotary_seqlens", positions)),
+        *(_address("k_descale", k_scale), _address("v_descale", v_scale)),
     )
     if refused:
         room = page_size * (1 if table is None else table.shape[1])
@@ -360,6 +401,7 @@ def _append(
             + (f", places with rotary embedding from 0 to {angles[1] - 1}" if angles[0] else "")
             + ". Nothing was written."
         )
+    _increment_version((key_cache, value_cache))
     return rotated
 
 
@@ -368,15 +410,12 @@ for _device in ("CPU", "CUDA"):
     _library.impl("append_to_cache", _append, _device)
 
 _NONE: tuple[int, ...] = (0, 0, 0, 0)
+_address = checks.address
 
 
 def _four(tensor: torch.Tensor) -> tuple[int, ...]:
     """Strides of batch, token, head, element."""
     return tensor.stride() if tensor.dim() == 4 else (0, *tensor.stride())
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _launch(like: torch.Tensor, cache: torch.Tensor, *fields: int) -> int:

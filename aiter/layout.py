@@ -215,22 +215,34 @@ def page_lists(
     }
 
 
-def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices) -> NoReturn:
+def check_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, names: checks.Names, paged: bool = False
+) -> None:
+    """Raises for tensors that go together in no call."""
+    query_name, key_name, value_name = names[-3:]
+    layout = f"{checks.BSHD}, or packed {checks.PACKED}"
+    checks.tensor(query_name, query, (3, 4), layout)
+    for name, tensor in ((key_name, key), (value_name, value)):
+        checks.tensor(name, tensor, 4 if paged else (3, 4), checks.CACHE if paged else layout)
+    checks.attention_kind(**{query_name: query, key_name: key, value_name: value})
+    checks.equal_size(key_name, key.shape[-1], "head_dim", query_name, checks.head_dim(query, query_name))
+    checks.head_dim(value, value_name, latent=False)
+    checks.same_shape(value_name, value, key_name, key, but_last=True)
+
+
+def check_common(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, indices: Indices, names: checks.Names
+) -> NoReturn:
     """Raises for a call that `sizes_of` refuses; says which rule it breaks."""
-    packed_q, paged = query.dim() == 3, indices.page_table is not None
-    checks.tensor("query", query, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
-    layout = checks.CACHE if paged else f"{checks.BSHD}, or packed {checks.PACKED}"
-    for name, tensor in (("key", key), ("value", value)):
-        checks.tensor(name, tensor, 4 if paged else (3, 4), layout)
-    checks.attention_kind(query=query, key=key, value=value)
-    checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
-    checks.head_dim(value, "value")
-    checks.same_shape("value", value, "key", key, but_last=True)
-    packed_k = key.dim() == 3
-    if packed_q and indices.seqlens_q is None and indices.starts_q is None:
-        raise ValueError(f"query is packed {checks.PACKED}: its lengths, seqlens_q int32 (batch,), must be given")
-    if packed_k and indices.seqlens_k is None and indices.starts_k is None:
-        raise ValueError(f"key is packed {checks.PACKED}: its lengths, seqlens_k int32 (batch,), must be given")
+    packed_q, packed_k, paged = query.dim() == 3, key.dim() == 3, indices.page_table is not None
+    check_tensors(query, key, value, names, paged)
+    query_name, key_name, _ = names[-3:]
+    for name, packed, lengths, starts, called in (
+        (query_name, packed_q, indices.seqlens_q, indices.starts_q, names.seqlens_q),
+        (key_name, packed_k, indices.seqlens_k, indices.starts_k, names.seqlens_k),
+    ):
+        if packed and lengths is None and starts is None:
+            raise ValueError(f"{name} is packed {checks.PACKED}: its lengths, {called} int32 (batch,), must be given")
     if not packed_q:
         batch = query.shape[0]
     elif indices.starts_q is not None:
@@ -238,7 +250,7 @@ def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in
     else:
         batch = indices.seqlens_q.numel() if indices.seqlens_q is not None else 0
     if not (paged or packed_k):
-        checks.equal_size("key", key.shape[0], "batch size", "query", batch)
+        checks.equal_size(key_name, key.shape[0], "batch size", query_name, batch)
     listed = indices.page_indptr is not None
     if (listed and not paged) or (indices.last_page_len is not None and not listed):
         raise ValueError("lists of pages are page_indptr and page_indices, and last_page_len only with them")
@@ -253,12 +265,15 @@ def check_common(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, in
     }
     for name, index in indices._asdict().items():
         if index is not None:
-            called = "page_indices" if listed and name == "page_table" else name
-            checks.indices(called, index, *shapes[name], query)
-    for name, starts, packed in (("starts_q", indices.starts_q, packed_q), ("starts_k", indices.starts_k, packed_k)):
+            called = "page_indices" if listed and name == "page_table" else getattr(names, name, name)
+            checks.indices(called, index, *shapes[name], query, query_name)
+    for name, starts, tensor_name, packed in (
+        (names.starts_q, indices.starts_q, query_name, packed_q),
+        (names.starts_k, indices.starts_k, key_name, packed_k),
+    ):
         if starts is not None and not packed:
-            raise ValueError(f"{name} is given, but its tensor is not packed {checks.PACKED}")
-    checks.heads(query.shape[-2], key.shape[1] if paged else key.shape[-2])
+            raise ValueError(f"{name} is given, but {tensor_name} is not packed {checks.PACKED}")
+    checks.heads(query.shape[-2], key.shape[1] if paged else key.shape[-2], key_name, query_name)
     raise ValueError(
         f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together"
     )

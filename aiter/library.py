@@ -100,7 +100,7 @@ def read_call(
         max_seqlen_k = max_seqlen_k or max_seqlen_q
     sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
     if sizes is None:
-        check_common(query, key, value, indices)
+        check_common(query, key, value, indices, checks.Names())
     scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     chunk, dropout_p = chunk_in_range(attention_chunk), dropout_in_range(dropout_p)
     causal, left, right = one_mask(causal, window_left, window_right, chunk)
@@ -119,7 +119,7 @@ def _attention(query, key, value, *inputs):
 
 def _attention_out(output, query, key, value, *inputs):
     call = read_call(query, key, value, *inputs)
-    return plan.forward(call, query, key, value, True, checks.output(output, query, value))[1]
+    return plan.forward(call, query, key, value, True, checks.output(output, query, value, checks.Names()))[1]
 
 
 def _attention_backward(

@@ -466,7 +466,7 @@ def _check_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
     checks.equal_size("key", key.shape[3], "head_dim", "query", checks.head_dim(query))
     checks.equal_size("key", key.shape[0], "batch size", "query", query.shape[0])
     checks.same_shape("value", value, "key", key, but_last=True)
-    checks.head_dim(value, "value")
+    checks.head_dim(value, "value", latent=False)
     checks.heads(query.shape[2], key.shape[2])
 
 
@@ -506,7 +506,7 @@ def _check_cache(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bl
         checks.tensor(part, tensor, 4, CACHE)
     checks.attention_kind(query=query, **{f"{name}key": key, f"{name}value": value})
     checks.same_shape(f"{name}value", value, f"{name}key", key, but_last=True)
-    checks.head_dim(value, f"{name}value")
+    checks.head_dim(value, f"{name}value", latent=False)
     checks.equal_size(f"{name}key", key.shape[3], "head_dim", "query", checks.head_dim(query))
     checks.heads(query.shape[-2], key.shape[1], f"{name}key")
     checks.equal_size("block_size", checks.positive_int("block_size", block_size), "the value", CACHE, key.shape[2])
@@ -527,7 +527,7 @@ def _check_variable_length(
     checks.equal_size("key", key.dim(), "number of dimensions", "query", query.dim())
     checks.equal_size("key", key.shape[-1], "head_dim", "query", checks.head_dim(query))
     checks.same_shape("value", value, "key", key, but_last=True)
-    checks.head_dim(value, "value")
+    checks.head_dim(value, "value", latent=False)
     if alike and query.shape[:-2] != key.shape[:-2]:
         raise ValueError(
             f"key has shape {tuple(key.shape)}; it must hold as many tokens as query, {tuple(query.shape)}, or have "

@@ -6,7 +6,6 @@ on whatever keywords they get.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from aiter.layout import Sizes
 
 NO_LIMIT = -1
+FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least that is not subnormal, which GPUs may take for 0
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -92,23 +92,25 @@ class Options(NamedTuple):
     def has_window(self) -> bool:
         return self.window_left != NO_LIMIT or self.window_right != NO_LIMIT
 
-    def check(self, query: torch.Tensor, key: torch.Tensor, sizes: Sizes | None = None) -> None:
+    def check(
+        self, query: torch.Tensor, key: torch.Tensor, sizes: Sizes | None = None, query_name: str = "query"
+    ) -> None:
         """Raises for tensors that do not fit query and key, and, where they are known, the sizes."""
         batch = sizes.batch if sizes is not None else query.shape[0] if query.dim() == 4 else None
         for name, descale in (("k_descale", self.k_descale), ("v_descale", self.v_descale)):
             if descale is not None:
                 checks.per_kv_head(name, descale, key, batch, None if sizes is None else sizes.heads_kv)
         if self.alibi_slopes is not None:
+            per_head("alibi_slopes", self.alibi_slopes, query, (1, 2), batch, query_name=query_name)
             if torch.is_grad_enabled() and self.alibi_slopes.requires_grad:
                 raise ValueError("alibi_slopes takes no gradient: detach it, or use torch.no_grad()")
-            per_head("alibi_slopes", self.alibi_slopes, query, (1, 2), batch)
         if self.sinks is not None:
-            per_head("sinks", self.sinks, query, (1,))
+            per_head("sinks", self.sinks, query, (1,), query_name=query_name)
         if self.query_offsets is not None:
             checks.indices("query_offsets", self.query_offsets, (batch,), "int32 (batch,)", query)
         if self.rng_state is not None:
             checks.tensor("rng_state", self.rng_state, 1, "int64 (2,)")
-            checks.same_device("rng_state", self.rng_state, "query", query)
+            checks.same_device("rng_state", self.rng_state, query_name, query)
             if self.rng_state.shape != (2,) or self.rng_state.dtype != torch.int64:
                 given = f"{self.rng_state.dtype} {tuple(self.rng_state.shape)}"
                 raise ValueError(f"rng_state is {given}; it must be torch.int64 (2,): a seed and an offset")
@@ -221,25 +223,31 @@ def chunk_in_range(value: object) -> int:
 
 
 def softcap_in_range(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"softcap must be a float, 0.0 for none, not {type(value).__name__}")
-    if not torch.compiler.is_compiling() and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"softcap is {value}; it must be 0 (none) or a positive, finite number")
-    return float(value)
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        return value  # perhaps a symbol; see checks.softmax_scale
+    number = checks.finite("softcap", value, "a float, 0.0 for none")
+    if number != 0 and number < FLOAT32_TINY:
+        raise ValueError(f"softcap is {value}; it must be 0 (none) or a positive number, from {FLOAT32_TINY:.4g} on")
+    return number
 
 
 def per_head(
-    name: str, value: object, query: torch.Tensor, ranks: tuple[int, ...], batch: int | None = None
+    name: str,
+    value: object,
+    query: torch.Tensor,
+    ranks: tuple[int, ...],
+    batch: int | None = None,
+    query_name: str = "query",
 ) -> torch.Tensor:
     """Checks numbers of which each query head has one, or each head of each sequence."""
     layout = "(heads_q,)" if ranks == (1,) else "(heads_q,) or (batch, heads_q)"
     value = checks.tensor(name, value, ranks, layout)
-    checks.same_device(name, value, "query", query)
+    checks.same_device(name, value, query_name, query)
     if value.dtype not in checks.DTYPE_NAMES:
-        raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.float32 (or query's)")
+        raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.float32 (or that of {query_name})")
     if value.shape[-1] != query.shape[-2] or (value.dim() == 2 and batch is not None and value.shape[0] != batch):
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; it must be {layout}: query has {query.shape[-2]} heads"
+            f"{name} has shape {tuple(value.shape)}; it must be {layout}: {query_name} has {query.shape[-2]} heads"
             + ("" if batch is None else f", the batch size is {batch}")
         )
     return value

@@ -70,11 +70,17 @@ class Longer(NamedTuple):
     more: int
 
 
-class Noted(threading.local):
-    """What this thread launches, while somebody wants to know: plan, call, bytes of workspace; and lengths made between
-    two launches. None for what else is done to the output. See repeated.py."""
+class Between(NamedTuple):
+    """Memory that one launch fills and a later one reads."""
 
-    launches: list[tuple[Plan, bytes, int] | Longer | None] | None = None
+    made: torch.Tensor
+
+
+class Noted(threading.local):
+    """What this thread launches, while somebody wants to know: plan, call, bytes of workspace; and what is made for
+    them. None for what else is done to the output. See repeated.py."""
+
+    launches: list[tuple[Plan, bytes, int] | Longer | Between | None] | None = None
 
 
 noted = Noted()
@@ -148,10 +154,10 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Output (new and contiguous, or the given one, of which rows that belong to no sequence are left alone) and, if
     wanted, log-sum-exp; launched on the current stream."""
-    sizes, indices, options, causal, _, _ = call
+    sizes, indices, options, _, _, _ = call
     head_dim, value_dim, gpu, given = query.shape[-1], value.shape[-1], on_gpu(query), output is not None
     if output is not None:
-        if _readable(output) is not output:
+        if _readable("out", output) is not output:
             raise ValueError(f"out has strides {output.stride()} that no kernel can write to: {_READABLE}")
     elif value_dim != head_dim:
         output = _empty((*query.shape[:-1], value_dim), dtype=query.dtype, device=query.device)
@@ -170,6 +176,39 @@ def forward(
         # Nothing to write, or no key to read: nothing to compile.
         return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
 
+    plan = _plan_of(call, query, key, head_dim, value_dim, gpu)
+    if options is NO_OPTIONS:
+        more_strides, chosen = _NO_MORE_STRIDES, _NO_OPTIONS[_check(call, gpu), given]
+    else:
+        more_strides, chosen = _more_strides(options), _options(options, _check(call, gpu), given)
+    in_c = reader.pack
+    packed = in_c and in_c(call, query, key, value, output, lse, more_strides, chosen, gpu)
+    if packed is None:
+        if gpu or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
+            names = call.names
+            query, key, value = _readable(names.query, query), _readable(names.key, key), _readable(names.value, value)
+        packed = pack(call, query, key, value, output, lse, more_strides, chosen)
+    if plan.run(packed):
+        _refuse_values(call)
+    if given:
+        torch.autograd.graph.increment_version(output)  # autograd may have saved it
+    return output, lse
+
+
+def look(call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raises for values that a CPU kernel would refuse in `forward`; for who must know before something is written. Of
+    the large tensors, nothing is read."""
+    sizes = call.sizes
+    if on_gpu(query) or call.indices is NO_INDICES or 0 in sizes[:5] or _has_no_rows(sizes):
+        return
+    plan = _plan_of(call, query, key, query.shape[-1], value.shape[-1], False)
+    chosen = _options(call.options, _LOOK, True)
+    if plan.run(pack(call, query, key, value, query, None, _more_strides(call.options), chosen)):
+        _refuse_values(call)
+
+
+def _plan_of(call: Call, query: torch.Tensor, key: torch.Tensor, head_dim: int, value_dim: int, gpu: bool) -> Plan:
+    sizes, indices, options, causal, _, _ = call
     plan_key = (
         kernels.forward_kernel(sizes, head_dim, options) if gpu else "attention_forward",
         query.get_device(),
@@ -180,24 +219,7 @@ def forward(
         indices.page_table is not None,
         _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key),
     )
-    plan = plans.get(plan_key)
-    if plan is None:
-        plan = _make_plan(plan_key, call, query)
-    if options is NO_OPTIONS:
-        more_strides, chosen = _NO_MORE_STRIDES, _NO_OPTIONS[_check(call, gpu), given]
-    else:
-        more_strides, chosen = _more_strides(options), _options(options, _check(call, gpu), given)
-    in_c = reader.pack
-    packed = in_c and in_c(call, query, key, value, output, lse, more_strides, chosen, gpu)
-    if packed is None:
-        if gpu or not query.stride(-1) == key.stride(-1) == value.stride(-1) == 1:
-            query, key, value = _readable(query), _readable(key), _readable(value)
-        packed = pack(call, query, key, value, output, lse, more_strides, chosen)
-    if plan.run(packed):
-        _refuse_values(call)
-    if given:
-        torch.autograd.graph.increment_version(output)  # autograd may have saved it
-    return output, lse
+    return plans.get(plan_key) or _make_plan(plan_key, call, query)
 
 
 def pack(
@@ -211,7 +233,7 @@ def pack(
     options: bytes,
 ) -> bytes:
     """A call as kernels take it, but for its workspace; of tensors that are `_readable`."""
-    sizes, no_tensors = call.sizes, call.options is NO_OPTIONS and call.indices is NO_INDICES
+    sizes, names, no_tensors = call.sizes, call.names, call.options is NO_OPTIONS and call.indices is NO_INDICES
     try:
         return pack_call(
             *sizes[:5],
@@ -221,11 +243,11 @@ def pack(
             more_strides,
             call.softmax_scale,
             options,
-            query.data_ptr(),
-            key.data_ptr(),
-            value.data_ptr(),
-            output.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
+            checks.address(names.query, query),
+            checks.address(names.key, key),
+            checks.address(names.value, value),
+            checks.address("out", output),
+            checks.address("lse", lse),
             _NO_ADDRESSES if no_tensors else pack_addresses(*_addresses(call)),
         )
     except struct.error:
@@ -255,7 +277,10 @@ def backward(
         return tuple(grad.zero_() for grad in grads)
     if grad_output is None:
         grad_output = torch.zeros_like(output)
-    query, key, value, output, grad_output = (_readable(tensor) for tensor in (query, key, value, output, grad_output))
+    names = call.names
+    query, key, value = _readable(names.query, query), _readable(names.key, key), _readable(names.value, value)
+    output, grad_output = _readable("the output", output), _readable("the output's gradient", grad_output)
+    checks.address("the log-sum-exp", lse)
     if lse.stride(-1) != 1 or (grad_lse is not None and grad_lse.stride() != lse.stride()):
         lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
     plan_key: Key = (
@@ -369,6 +394,9 @@ def _more_strides(options: Options) -> bytes:
     )
 
 
+_LOOK = 3  # check as 1 does, and do nothing else
+
+
 def _check(call: Call, gpu: bool) -> int:
     """What a CPU kernel is to check of a call's values."""
     return 0 if gpu or call.indices is NO_INDICES else 2 if call.names.fill else 1
@@ -393,30 +421,31 @@ def _addresses(call: Call) -> tuple[int, ...]:
     """Of what a call has beside the large tensors, in the order of the tensors struct."""
     seqlens_q, seqlens_k, page_table, starts_q, starts_k, page_indptr, last_page_len = call.indices
     _, _, _, alibi_slopes, sinks, query_offsets, _, _, rng_state, _, k_descale, v_descale = call.options
+    names = call.names
     return (
-        0 if seqlens_q is None else seqlens_q.data_ptr(),
-        0 if seqlens_k is None else seqlens_k.data_ptr(),
-        0 if starts_q is None else starts_q.data_ptr(),
-        0 if starts_k is None else starts_k.data_ptr(),
-        0 if query_offsets is None else query_offsets.data_ptr(),
-        0 if page_table is None else page_table.data_ptr(),
-        0 if page_indptr is None else page_indptr.data_ptr(),
-        0 if last_page_len is None else last_page_len.data_ptr(),
-        0 if alibi_slopes is None else alibi_slopes.data_ptr(),
-        0 if sinks is None else sinks.data_ptr(),
-        0 if rng_state is None else rng_state.data_ptr(),
-        0 if k_descale is None else k_descale.data_ptr(),
-        0 if v_descale is None else v_descale.data_ptr(),
+        checks.address(names.seqlens_q, seqlens_q),
+        checks.address(names.seqlens_k, seqlens_k),
+        checks.address(names.starts_q, starts_q),
+        checks.address(names.starts_k, starts_k),
+        checks.address("query_offsets", query_offsets),
+        checks.address(names.page_table, page_table),
+        checks.address("page_indptr", page_indptr),
+        checks.address("last_page_len", last_page_len),
+        checks.address("alibi_slopes", alibi_slopes),
+        checks.address("sinks", sinks),
+        checks.address("rng_state", rng_state),
+        checks.address("k_descale", k_descale),
+        checks.address("v_descale", v_descale),
     )
 
 
-def _readable(tensor: torch.Tensor) -> torch.Tensor:
+def _readable(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as a kernel can read it: in place, or copied where it cannot take its strides."""
-    strides = tensor.stride()
+    address, strides = checks.address(name, tensor), tensor.stride()
     if strides[-1] == 1:
         if not on_gpu(tensor):
             return tensor
-        address, size = tensor.data_ptr(), tensor.element_size()
+        size = tensor.element_size()
         alignment = GPU_PIECE * size
         together = 0
         for stride in strides[:-1]:

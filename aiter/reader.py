@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from aiter import checks
 from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
 
 is_index: Callable[..., bool | None] | None = None
@@ -48,16 +49,19 @@ def exchange_of_torch() -> int | None:
         return None
 
 
-_NAMES = "requires_grad", "is_neg"  # which C asks tensors for, and which must stay
+# What C asks, and asks tensors for: it must stay.
+_OBJECTS = checks.has_memory, torch.Tensor, "requires_grad", "is_neg"
 
 
 def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any] | None, ...]:
     """The five functions of a library that has them."""
     address = ctypes.cast(library.aiter_call_reader, ctypes.c_void_p).value
     assert address is not None
-    objects = torch.Tensor, *_NAMES
-    make = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 3, *[ctypes.py_object] * 3)(address)
-    functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM, *objects)
+    objects = [ctypes.py_object] * len(_OBJECTS)
+    make = ctypes.PYFUNCTYPE(
+        ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_uint64, *objects
+    )(address)  # fmt: skip
+    functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM, checks.LOW_ADDRESSES, *_OBJECTS)
     if functions is None:  # Python's functions cannot be seen from there, or this is another version of DLPack
         return (None,) * 5
     return ctypes.cast(functions, ctypes.py_object).value

@@ -38,10 +38,11 @@ PATIENCE = 16  # calls in a row that are like none before, and how rarely the ne
 
 # Places of addresses that are not an argument's; as in call_reader.h.
 NOTHING, OUTPUT, LSE, WORKSPACE = 255, 254, 253, 252
+_CACHES = "key_cache", "value_cache"  # what a launch that writes into caches calls them
 _REFUSED = object()
 _is_compiling, _is_grad_enabled, _empty = torch.compiler.is_compiling, torch.is_grad_enabled, torch.empty
 _empty_strided, _empty_like = torch.empty_strided, torch.empty_like
-_increment_version = torch.autograd.graph.increment_version
+_increment_version = torch._C._increment_version
 
 
 class Step(NamedTuple):
@@ -62,12 +63,33 @@ class Step(NamedTuple):
         return call is not None and not self.plan.launch(call)
 
 
+class Made(NamedTuple):
+    """What is to be made for the launches: lengths, those of an argument and so many more; or memory."""
+
+    argument: int | None
+    more: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def like(cls, entry: plan.Longer | plan.Between, arguments: list[torch.Tensor]) -> Made | None:
+        if isinstance(entry, plan.Between):
+            return cls(None, 0, entry.made.shape, entry.made.dtype)
+        numbers = [i for i, tensor in enumerate(arguments) if tensor is entry.given]
+        return cls(numbers[0], entry.more, entry.made.shape, entry.made.dtype) if len(numbers) == 1 else None
+
+    def anew(self, arguments: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        if self.argument is None:
+            return _empty(self.shape, dtype=self.dtype, device=device)
+        return arguments[self.argument] + self.more
+
+
 class Kept(NamedTuple):
-    """A call of one launch or, when tokens are appended before, two."""
+    """A call of one launch or, when tokens are appended before, a few."""
 
     before: tuple[Step, ...]
     last: Step
-    longer: tuple[tuple[int, int], ...]  # lengths to be made: of which argument, and how many more
+    made: tuple[Made, ...]
     output_shape: torch.Size | None  # None: the caller's own, or there is none
     output_strides: tuple[int, ...] | None  # contiguous, where a size of 1 may have any
     output_dtype: torch.dtype | None
@@ -75,6 +97,7 @@ class Kept(NamedTuple):
     lse_shape: torch.Size | None
     returns: tuple[int | None, ...] | int | None  # OUTPUT and LSE, in what the function returns
     out: bool  # is `out` among the keywords?
+    written: tuple[int | str, ...]  # arguments whose versions are to rise, by place or by name
     looks: bool  # is somebody to look at values where AITER_CHECK_VALUES is set?
 
     def send(self, addresses: bytes, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -86,8 +109,8 @@ class Kept(NamedTuple):
             if any([plan.plans.get(step.plan.key) is not step.plan for step in self.before]):
                 return _REFUSED
             tensors = _tensors(arguments, keywords)
-            made = [tensors[number] + more for number, more in self.longer]  # until all is launched
-            addresses += struct.pack(f"={len(made)}Q", *[lengths.data_ptr() for lengths in made])
+            made = [of.anew(tensors, own.device) for of in self.made]  # which stay until all is launched
+            addresses += struct.pack(f"={len(made)}Q", *[tensor.data_ptr() for tensor in made])
             if not all([step.send(addresses, None, None) for step in self.before]):
                 return _REFUSED
         output = lse = None
@@ -99,9 +122,10 @@ class Kept(NamedTuple):
             lse = _empty(self.lse_shape, dtype=torch.float32, device=own.device)
         if not self.last.send(addresses, output, lse):
             return _REFUSED
+        if self.written:
+            _increment_version([keywords[of] if isinstance(of, str) else arguments[of] for of in self.written])
         if self.out:
             output = keywords["out"]
-            _increment_version(output)
         if isinstance(self.returns, tuple):
             return tuple([output if place == OUTPUT else lse if place == LSE else None for place in self.returns])
         return output if self.returns == OUTPUT else None
@@ -157,7 +181,7 @@ def _learn(
         plan.noted.launches = None
     if len(kept) >= MOST_KEPT:
         kept.pop(next(iter(tuple(kept))), None)  # a copy: other threads may add to it
-    kept[form] = _kept(launches, _tensors(arguments, keywords), result, arguments, keywords.get("out"))
+    kept[form] = _kept(launches, result, arguments, keywords)
     return result
 
 
@@ -169,25 +193,21 @@ def _tensors(arguments: tuple, keywords: dict[str, Any]) -> list[torch.Tensor]:
     return tensors
 
 
-def _kept(
-    launches: list,
-    arguments: list[torch.Tensor],
-    result: Any,
-    by_position: tuple[Any, ...],
-    out: torch.Tensor | None,
-) -> Kept | None:
+def _kept(launches: list, result: Any, by_position: tuple[Any, ...], keywords: dict[str, Any]) -> Kept | None:
     """The launches, if they follow from the form and the addresses of arguments alone."""
-    made: list[plan.Longer] = []
+    arguments, out = _tensors(by_position, keywords), keywords.get("out")
+    made: list[plan.Longer | plan.Between] = []
     steps: list[tuple[plan.Plan, bytes, int]] = []
     for entry in launches:
         if entry is None:
             return None
-        if isinstance(entry, plan.Longer):
-            made.append(entry)
+        if isinstance(entry, (plan.Longer, plan.Between)):
+            if entry.made is not result:
+                made.append(entry)
         else:
             steps.append(entry)
-    numbers = [[i for i, tensor in enumerate(arguments) if tensor is lengths.given] for lengths in made]
-    if not steps or any(len(of_one) != 1 for of_one in numbers):
+    to_make = tuple([Made.like(entry, arguments) for entry in made])
+    if not steps or None in to_make:
         return None
     own, call, _ = steps[-1]
     of_last = _addresses(own, call)
@@ -207,7 +227,8 @@ def _kept(
         return None
 
     of_result = {called[place]: place for place in fresh}
-    tensors, kept = [*arguments, *[lengths.made for lengths in made]], []
+    tensors, kept = [*arguments, *[entry.made for entry in made]], []
+    written: list[int | str] = [] if out is None else ["out"]
     used: Counter[int] = Counter()  # how many of the addresses of a launch each of them may be
     for launch in steps:
         step = _step(*launch, tensors, of_result if launch is steps[-1] else {})
@@ -215,6 +236,13 @@ def _kept(
             return None
         kept.append(step[0])
         used |= step[1]
+        if launch[0].key[0] == "cache_write":
+            addresses = _addresses(*launch[:2])
+            for name in _CACHES:
+                cache = _argument_at(addresses[name], by_position, keywords)
+                if cache is None:
+                    return None
+                written.append(cache)
     # Is there one that nobody but Python has read? It may lie where another does, which the kernel reads.
     starts = Counter(tensor.data_ptr() for tensor in tensors)
     if any(used[i] < starts[tensor.data_ptr()] for i, tensor in enumerate(tensors)):
@@ -223,7 +251,7 @@ def _kept(
     return Kept(
         tuple(kept[:-1]),
         kept[-1],
-        tuple([(of_one[0], lengths.more) for of_one, lengths in zip(numbers, made, strict=True)]),
+        tuple([of for of in to_make if of is not None]),
         None if output is None else output.shape,
         None if output is None else output.stride(),
         None if output is None else output.dtype,
@@ -231,8 +259,18 @@ def _kept(
         None if lse is None else lse.shape,
         tuple(returns) if isinstance(result, tuple) else returns[0] if returns else None,
         out is not None,
+        tuple(written),
         looks=own.device.type != "cpu" and any(tensor.dtype is torch.int32 for tensor in arguments),
     )
+
+
+def _argument_at(address: int, by_position: tuple[Any, ...], keywords: dict[str, Any]) -> int | str | None:
+    """The place or the name of a tensor that has this address in it."""
+    named: list[tuple[int | str, Any]] = [*enumerate(by_position), *keywords.items()]
+    for of, value in named:
+        if isinstance(value, torch.Tensor) and address in _extent(value):
+            return of
+    return None
 
 
 def _addresses(own: plan.Plan, call: bytes) -> dict[str, int]:

@@ -202,7 +202,7 @@ def test_append_and_attend():
         for b, n in enumerate(lengths):
             assert torch.equal(cache[table[b]].flatten(0, 1)[: n + 3].float(), rows[-1][b])
     assert_sequences(output, None, sequences_of(query, *rows), True)
-    with pytest.raises(ValueError, match="k_scale has shape"):
+    with pytest.raises(ValueError, match="k_descale has shape"):
         kv_cache.append(key, value, *caches, seqlens, table, k_scale=torch.ones(3, device=DEVICE))
 
 

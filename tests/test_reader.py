@@ -316,7 +316,7 @@ def test_on_gpus_rows_are_aligned(functions, monkeypatch):
         options = plan._more_strides(NO_OPTIONS), plan._options(NO_OPTIONS, 0, False)
         arguments = call, query, query, query, query.contiguous(), None, *options
         packed = pack(*arguments, True)
-        readable = plan._readable(query) is query
+        readable = plan._readable("query", query) is query
         assert packed == (plan.pack(*arguments) if readable else None), seed
         taken += readable
     assert 20 < taken < 200

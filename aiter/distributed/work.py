@@ -199,7 +199,7 @@ def _request(
         query, key, value = (tensor.unsqueeze(0) for tensor in (query, key, value))
     query, key, value = library.autocast(query, key, value)
     if sizes_of(query, key, value, NO_INDICES, 0, 0) is None:
-        check_common(query, key, value, NO_INDICES)
+        check_common(query, key, value, NO_INDICES, checks.Names())
     options.check(query, key)
     runs = None
     if isinstance(layout, torch.Tensor):

@@ -101,7 +101,7 @@ typedef struct aiter_attention_problem {
     int32_t batch_invariant;   /* 1: no bit of a sequence's result may depend on the rest of the batch; a CPU's forward
                                 * kernel is built for it, with AITER_BATCH_INVARIANT */
     int32_t check_values;      /* CPU kernels: 1, refuse lengths and page numbers that are out of range; 2, and lengths
-                                of packed queries that do not fill them */
+                                of packed queries that do not fill them; 3, as 1, and do nothing else */
     int32_t attention_chunk;   /* at least 1 where AITER_CHUNK */
     int32_t dropout_threshold; /* from 0 to 65535, where AITER_DROPOUT */
     int32_t reserved;          /* 0 */

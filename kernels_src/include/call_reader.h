@@ -37,6 +37,7 @@ AITER_OF_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_FalseStruct, PyLong
 AITER_OF_PYTHON PyObject *PyObject_Type(PyObject *);
 AITER_OF_PYTHON PyObject *PyObject_GetAttr(PyObject *, PyObject *);
 AITER_OF_PYTHON PyObject *PyObject_CallMethodObjArgs(PyObject *, PyObject *, ...);
+AITER_OF_PYTHON PyObject *PyObject_CallFunctionObjArgs(PyObject *, ...);
 AITER_OF_PYTHON int PyDict_Next(PyObject *, ptrdiff_t *, PyObject **, PyObject **); /* borrowed */
 AITER_OF_PYTHON const char *PyUnicode_AsUTF8AndSize(PyObject *, ptrdiff_t *);
 AITER_OF_PYTHON PyObject *PyErr_Occurred(void);
@@ -92,6 +93,8 @@ struct Exchange {
 struct Common {
     int (*read)(PyObject *, Tensor *);
     int64_t dim_step, dim_max, dim_latent;
+    uint64_t low_addresses;
+    PyObject *has_memory;                           /* to be asked of tensors below that address: checks.py */
     PyObject *tensor_type, *requires_grad, *is_neg; /* torch.Tensor, and names of what it has */
 };
 static Common common;
@@ -104,12 +107,23 @@ inline PyObject *unusual() {
     return &_Py_NoneStruct;
 }
 
+inline bool has_memory(PyObject *object, const Tensor &tensor) {
+    if (tensor.address() >= common.low_addresses) return true;
+    PyObject *const answer = PyObject_CallFunctionObjArgs(common.has_memory, object, nullptr);
+    if (answer != nullptr) Py_DecRef(answer);
+    return answer == &_Py_TrueStruct;
+}
+
 /* A tensor; or None, which has address 0 and no rank. */
 inline bool read(PyObject *object, Tensor *tensor) {
     if (!is_none(object)) return common.read(object, tensor) == 0;
     *tensor = Tensor();
     tensor->rank = -1;
     return true;
+}
+/* Likewise, of one that a kernel may touch. */
+inline bool read_with_memory(PyObject *object, Tensor *tensor) {
+    return read(object, tensor) && (tensor->rank < 0 || has_memory(object, *tensor));
 }
 
 /* is_index(index, shape, query): int32 of this shape, where None is any length, beside query, the last dimension adjacent */
@@ -222,7 +236,7 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
     const bool gpu = count == 9 && arguments[8] == &_Py_TrueStruct;
     if (count != 9) return unusual();
     for (int i = 0; i < 5; ++i)
-        if (!read(arguments[1 + i], &large[i])) return unusual();
+        if (!read_with_memory(arguments[1 + i], &large[i])) return unusual();
     for (int i = 0; i < 4; ++i)
         if (large[i].rank < 3 || large[i].rank > 4 || (i < 3 && !readable(large[i], gpu))) return unusual();
 
@@ -265,7 +279,7 @@ inline PyObject *pack(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
         {options, 8}, {options, 10}, {options, 11}};                           /* rng_state, descales */
     for (const auto &field : rest) {
         Tensor tensor;
-        if (!read(PyTuple_GetItem(field.of, field.place), &tensor)) return unusual();
+        if (!read_with_memory(PyTuple_GetItem(field.of, field.place), &tensor)) return unusual();
         *address++ = reinterpret_cast<const void *>(tensor.address());
     }
     return PyBytes_FromStringAndSize(reinterpret_cast<const char *>(&packed),
@@ -320,7 +334,7 @@ class Form {
                                 tensor.rank,
                                 same,
                                 static_cast<int32_t>(address % 16)};
-        return address != 0 && write(head) && write(tensor.shape, tensor.rank * sizeof *tensor.shape) &&
+        return has_memory(object, tensor) && write(head) && write(tensor.shape, tensor.rank * sizeof *tensor.shape) &&
                write(tensor.strides, tensor.rank * sizeof *tensor.strides);
     }
 
@@ -418,14 +432,16 @@ inline PyObject *fill(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
 } // namespace aiter_reader
 
 /* A tuple of the five functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
- * queries and keys dim_latent too. The last three arguments stay alive. */
+ * queries and keys dim_latent too. The last four arguments stay alive. */
 AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int dim_max, int dim_latent,
-                                         PyObject *tensor_type, PyObject *requires_grad, PyObject *is_neg) {
+                                         uint64_t low_addresses, PyObject *has_memory, PyObject *tensor_type,
+                                         PyObject *requires_grad, PyObject *is_neg) {
     namespace reader = aiter_reader;
     const reader::Exchange *version = static_cast<const reader::Exchange *>(exchange);
     while (version && version->major != 1) version = version->older;
     if (!PyCFunction_NewEx || !version || !version->read) return nullptr;
-    reader::common = {version->read, dim_step, dim_max, dim_latent, tensor_type, requires_grad, is_neg};
+    reader::common = {version->read, dim_step,    dim_max,       dim_latent, low_addresses,
+                      has_memory,    tensor_type, requires_grad, is_neg};
     static PyMethodDef methods[] = {{"is_index", reader::is_index, reader::METH_FASTCALL, nullptr},
                                     {"sizes_of", reader::sizes_of, reader::METH_FASTCALL, nullptr},
                                     {"pack", reader::pack, reader::METH_FASTCALL, nullptr},

@@ -309,7 +309,7 @@ class Attention(AttentionImpl[Metadata]):
         longest, longest_k = attn_metadata.max_query_len, attn_metadata.max_seq_len
         sizes = sizes_of(query, key, value, indices, longest, longest_k)
         if sizes is None:
-            check_common(query, key, value, indices)
+            check_common(query, key, value, indices, _NAMES)
         causal, options = self.masks[attn_metadata.causal]
         if self.sinks is not None:  # as kernels read them; not kept, as a model's weights may be loaded anew
             options = options.readable()

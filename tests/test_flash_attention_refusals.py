@@ -1,0 +1,312 @@
+"""What aiter.flash_attn and aiter.kv_cache refuse: by the names their callers know, before anything is written."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aiter import flash_attn, kv_cache
+from aiter.flash_attn import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+E4M3 = torch.float8_e4m3fn
+
+
+class Watched(TorchDispatchMode):
+    """Sends calls through PyTorch's dispatcher, and changes nothing."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        return function(*arguments, **(keywords or {}))
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def dense(**changes):
+    tensors = {"q": torch.randn(2, 3, 4, 16), "k": torch.randn(2, 5, 2, 16), "v": torch.randn(2, 5, 2, 16)}
+    return flash_attn_func, {**tensors, **changes}
+
+
+def packed(**changes):
+    tensors = {"q": torch.randn(7, 4, 16), "k": torch.randn(9, 2, 16), "v": torch.randn(9, 2, 16)}
+    lengths = {"cu_seqlens_q": ints(0, 3, 7), "cu_seqlens_k": ints(0, 4, 9), "max_seqlen_q": 4, "max_seqlen_k": 5}
+    return flash_attn_varlen_func, {**tensors, **lengths, **changes}
+
+
+def cached(**changes):
+    tensors = {"q": torch.randn(2, 1, 4, 16), "k_cache": torch.randn(2, 8, 2, 16), "v_cache": torch.randn(2, 8, 2, 16)}
+    return flash_attn_with_kvcache, {**tensors, "cache_seqlens": ints(3, 4), **changes}
+
+
+def paged(**changes):
+    caches = {"k_cache": torch.randn(6, 4, 2, 16), "v_cache": torch.randn(6, 4, 2, 16)}
+    return cached(**{**caches, "block_table": ints(0, 1, 2, 3).view(2, 2), **changes})
+
+
+def appended(**changes):
+    return cached(**{"k": torch.randn(2, 1, 2, 16), "v": torch.randn(2, 1, 2, 16), **changes})
+
+
+def appended_packed(**changes):
+    lengths = {"cu_seqlens_q": ints(0, 2, 5), "max_seqlen_q": 3, "q": torch.randn(5, 4, 16)}
+    return appended(**{**lengths, **changes})
+
+
+def rotated(**changes):
+    angles = torch.randn(8, 8)
+    return appended(**{"rotary_cos": angles, "rotary_sin": angles.clone(), **changes})
+
+
+def by_slots(**changes):
+    tokens = {"key": torch.randn(3, 2, 16), "value": torch.randn(3, 2, 16)}
+    caches = {"key_cache": torch.randn(4, 4, 2, 16), "value_cache": torch.randn(4, 4, 2, 16)}
+    return kv_cache.reshape_and_cache, {**tokens, **caches, "slot_mapping": ints(1, 5, 7), **changes}
+
+
+def combined(**changes):
+    parts = {"out_partial": torch.randn(2, 1, 3, 4, 16), "lse_partial": torch.randn(2, 1, 3, 4)}
+    return flash_attn_combine, {**parts, **changes}
+
+
+def freed(*shape, dtype=torch.float32):
+    tensor = torch.ones(shape, dtype=dtype)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def freed_view(*shape):
+    """With an address that is not null."""
+    whole = torch.ones(2, *shape)
+    view = whole[1]
+    whole.untyped_storage().resize_(0)
+    return view
+
+
+MANY = torch.ones(3)
+FLAT = torch.randn(16)
+REFUSED = {
+    # Tensors without memory.
+    "q freed": (dense(q=freed(2, 3, 4, 16)), ValueError, "q has shape .* no memory"),
+    "k freed": (dense(k=freed(2, 5, 2, 16)), ValueError, "k has shape .* no memory"),
+    "a view freed": (dense(v=freed_view(2, 5, 2, 16)), ValueError, "v has shape .* no memory"),
+    "out freed": (dense(out=freed(2, 3, 4, 16)), ValueError, "out has shape .* no memory"),
+    "sinks freed": (dense(sinks=freed(4)), ValueError, "sinks has shape .* no memory"),
+    "lengths freed": (packed(cu_seqlens_q=freed(3, dtype=torch.int32)), ValueError, "cu_seqlens_q has .* no memory"),
+    "a cache freed": (by_slots(key_cache=freed(4, 4, 2, 16)), ValueError, "key_cache has shape .* no memory"),
+    "slots freed": (by_slots(slot_mapping=freed(3, dtype=torch.int32)), ValueError, "slot_mapping has .* no memory"),
+    "new keys freed": (appended(k=freed(2, 1, 2, 16)), ValueError, "k has shape .* no memory"),
+    # On another device.
+    "k on meta": (dense(k=torch.randn(2, 5, 2, 16, device="meta")), ValueError, "k is on device meta"),
+    "q on meta": (dense(q=torch.randn(2, 3, 4, 16, device="meta")), ValueError, "on device meta"),
+    "packed v on meta": (packed(v=torch.randn(9, 2, 16, device="meta")), ValueError, "v is on device meta"),
+    "lengths on meta": (packed(cu_seqlens_k=ints(0, 4, 9).to("meta")), ValueError, "cu_seqlens_k is on device meta"),
+    "out on meta": (dense(out=torch.randn(2, 3, 4, 16, device="meta")), ValueError, "out is on device meta"),
+    "v_cache on meta": (cached(v_cache=torch.randn(2, 8, 2, 16, device="meta")), ValueError, "v_cache is on device"),
+    "a cache on meta": (by_slots(value_cache=torch.randn(4, 4, 2, 16, device="meta")), ValueError, "value_cache is on"),
+    "new values on meta": (appended(v=torch.randn(2, 1, 2, 16, device="meta")), ValueError, "v is on device meta"),
+    "parts on meta": (combined(lse_partial=torch.randn(2, 1, 3, 4, device="meta")), ValueError, "lse_partial is on"),
+    "combined on meta": (combined(out=torch.randn(1, 3, 4, 16, device="meta")), ValueError, "out is on device meta"),
+    # No tensors, or of another kind.
+    "slopes": (dense(alibi_slopes=[0.5] * 4), TypeError, "alibi_slopes must be a torch.Tensor"),
+    "sinks": (dense(sinks=0.5), TypeError, "sinks must be a torch.Tensor"),
+    "no q": (packed(q=None), TypeError, "q must be a torch.Tensor.*NoneType"),
+    "a list": (packed(q=[1.0]), TypeError, "q must be a torch.Tensor.*list"),
+    "no q, cached": (cached(q=None), TypeError, "q must be a torch.Tensor.*NoneType"),
+    "8-bit, no k": (dense(q=torch.ones(2, 3, 4, 16).to(E4M3), k=None), TypeError, "k must be a torch.Tensor"),
+    "8-bit, no v": (packed(q=torch.ones(7, 4, 16).to(E4M3), v=None), TypeError, "v must be a torch.Tensor"),
+    "8-bit, flat k": (dense(q=torch.ones(2, 3, 4, 16).to(E4M3), k=FLAT), ValueError, "k must be .* 1 dimensions"),
+    "8-bit, no cache": (cached(q=torch.ones(2, 1, 4, 16).to(E4M3), k_cache=3), TypeError, "k_cache must be a torch"),
+    "new keys": (appended(k=3), TypeError, "k must be a torch.Tensor"),
+    "new values": (appended(v=[1]), TypeError, "v must be a torch.Tensor"),
+    "flat new keys": (appended(k=FLAT), ValueError, "k must be .* 1 dimensions"),
+    "angles": (rotated(rotary_cos="x"), TypeError, "rotary_cos must be a torch.Tensor"),
+    "places of angles": (cached(rotary_seqlens="x"), TypeError, "rotary_seqlens must be a torch.Tensor"),
+    "sparse": (by_slots(key_cache=torch.randn(4, 4, 2, 16).to_sparse()), TypeError, "key_cache must be a dense"),
+    "a sparse window": (dense(window_size=torch.tensor([1, 1]).to_sparse()), TypeError, "window_size must be a dense"),
+    "a window of rank 0": (dense(window_size=torch.tensor(1)), ValueError, "window_size must be"),
+    # Numbers.
+    "a huge length": (cached(cache_seqlens=2**31), ValueError, f"cache_seqlens is {2**31}"),
+    "a huger length": (cached(cache_seqlens=2**70), ValueError, f"cache_seqlens is {2**70}"),
+    "a negative length": (cached(cache_seqlens=-1), ValueError, "cache_seqlens is -1"),
+    "a huge scale": (dense(softmax_scale=10**40), ValueError, r"softmax_scale is 1e\+40"),
+    "a huger scale": (dense(softmax_scale=10**400), ValueError, "softmax_scale is inf"),
+    "a huge cap": (dense(softcap=1e39), ValueError, r"softcap is 1e\+39"),
+    "a huger cap": (packed(softcap=10**400), ValueError, "softcap is inf"),
+    "a tiny cap": (dense(softcap=1e-45), ValueError, "softcap is 1"),
+    "too few rows": (cached(q=torch.randn(2, 3, 4, 16), max_seqlen_q=2), ValueError, "max_seqlen_q is 2, but q has 3"),
+    "no bound": (cached(max_seqlen_q="x"), TypeError, "max_seqlen_q must be an int"),
+    # Flags and hints.
+    "dropout_p": (dense(dropout_p=MANY), TypeError, "dropout_p must be a float"),
+    "dropout_p, empty": (dense(dropout_p={}), TypeError, "dropout_p must be a float"),
+    "causal": (dense(causal=MANY), TypeError, "causal must be True or False"),
+    "return_lse": (dense(return_lse=MANY), TypeError, "return_lse must be True or False"),
+    "return_attn_probs": (packed(return_attn_probs=object()), TypeError, "return_attn_probs must be True or False"),
+    "return_softmax_lse": (cached(return_softmax_lse=1), TypeError, "return_softmax_lse must be True or False"),
+    "deterministic": (dense(deterministic="x"), TypeError, "deterministic must be True or False"),
+    "rotary_interleaved": (rotated(rotary_interleaved="x"), TypeError, "rotary_interleaved must be True or False"),
+    "num_splits": (cached(num_splits="x"), TypeError, "num_splits must be int or None"),
+    "pack_gqa": (dense(pack_gqa=object()), TypeError, "pack_gqa must be bool or int or None"),
+    "rng_state over a cache": (cached(rng_state=torch.zeros(2, dtype=torch.int64)), TypeError, "rng_state"),
+    # Scales.
+    "q_descale's shape": (dense(q=torch.ones(2, 3, 4, 16).to(E4M3), q_descale=MANY), ValueError, "q_descale has shape"),
+    "q_descale's dtype": (
+        dense(q=torch.ones(2, 3, 4, 16).to(E4M3), q_descale=torch.ones(1).half()), TypeError, "q_descale has dtype",
+    ),
+    "q_descale's batch": (
+        packed(q=torch.ones(7, 4, 16).to(E4M3), q_descale=torch.ones(3, 2)), ValueError, "q_descale .* batch size is 2",
+    ),
+    # Several elements in one place of memory.
+    "an expanded cache": (
+        by_slots(key_cache=torch.randn(1, 4, 2, 16).expand(4, 4, 2, 16)), ValueError, "key_cache has .* same memory",
+    ),
+    "an overlapping cache": (
+        appended(v_cache=torch.randn(999).as_strided((2, 8, 2, 16), (64, 8, 128, 1))), ValueError, "v_cache .* memory",
+    ),
+    "an expanded out": (dense(out=torch.randn(1, 3, 4, 16).expand(2, 3, 4, 16)), ValueError, "out has .* same memory"),
+    "combined, expanded": (combined(out=torch.randn(1, 1, 4, 16).expand(1, 3, 4, 16)), ValueError, "out has .* memory"),
+    # flash_attn_combine.
+    "combined in 3": (combined(out=3), TypeError, "out must be a torch.Tensor"),
+    "combined as x": (combined(out_dtype="x"), TypeError, "out_dtype is 'x'"),
+    "combined as 3": (combined(out_dtype=3), TypeError, "out_dtype is 3"),
+    "combined as int32": (combined(out_dtype=torch.int32), TypeError, "out_dtype is torch.int32"),
+    "combined as True": (combined(out_dtype=True), TypeError, "out_dtype is True"),
+    "combined in integers": (combined(out=torch.zeros(1, 3, 4, 16, dtype=torch.int32)), TypeError, "out has dtype"),
+    "integer parts": (combined(out_partial=torch.ones(2, 1, 3, 4, 16).int()), TypeError, "out_partial has dtype"),
+    "combined in a leaf": (combined(out=torch.zeros(1, 3, 4, 16, requires_grad=True)), ValueError, "out= takes no"),
+    "no parts": (combined(out_partial=torch.randn(0, 1, 3, 4, 16), lse_partial=torch.randn(0, 1, 3, 4)), ValueError,
+                 "at least one part"),
+    # Names.
+    "lengths": (cached(cache_seqlens=ints(3, 9)), ValueError, r"cache_seqlens\[1\] is 9; .*room for, 8"),
+    "lengths and new tokens": (appended(cache_seqlens=ints(3, 8)), ValueError, r"cache_seqlens \+ new tokens\[1\] is"),
+    "lengths' shape": (cached(cache_seqlens=ints(3, 4, 5)), ValueError, "cache_seqlens has shape"),
+    "a page": (paged(block_table=ints(0, 1, 9, 3).view(2, 2)), ValueError, r"block_table\[1, 0\] is 9"),
+    "a page, padded": (
+        paged(block_table=ints(0, 1, 9, 3).view(2, 2), cache_leftpad=ints(0, 1)), ValueError, r"block_table\[1, 0\]",
+    ),
+    "a row": (cached(cache_batch_idx=ints(0, 2)), ValueError, r"cache_batch_idx\[1, 0\] is 2"),
+    "padding's shape": (cached(cache_leftpad=ints(1)), ValueError, "cache_leftpad has shape"),
+    "new tokens' starts": (
+        appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(0, 3)), ValueError,
+        "cu_seqlens_k_new has shape",
+    ),
+    "dtype of k": (dense(k=torch.randn(2, 5, 2, 16).half()), TypeError, "k has dtype torch.float16.*that of q"),
+    "heads of q": (dense(q=torch.randn(2, 3, 3, 16)), ValueError, "q has 3 heads and k 2"),
+    "batch of k": (dense(k=torch.randn(1, 5, 2, 16), v=torch.randn(1, 5, 2, 16)), ValueError, "k has batch size 1"),
+    "shape of v": (packed(v=torch.randn(8, 2, 16)), ValueError, "v has shape"),
+    "used": (packed(seqused_k=ints(4, 6)), ValueError, r"seqused_k\[1\] is 6"),
+    "starts": (packed(cu_seqlens_q=ints(0, 8, 7)), ValueError, r"cu_seqlens_q\[0\] is 0 and the next 8"),
+    "starts of pages": (
+        packed(k=torch.randn(6, 4, 2, 16), v=torch.randn(6, 4, 2, 16), block_table=ints(0, 1, 2, 3).view(2, 2),
+               cu_seqlens_k=ints(0, 4, 13)), ValueError, r"the length in cu_seqlens_k\[1\] is 9",
+    ),
+    "a paged v": (
+        packed(k=torch.randn(6, 4, 2, 16), v=FLAT, block_table=ints(0, 1, 2, 3).view(2, 2)), ValueError, "v must be",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("dispatched", (False, True), ids=("plain", "under a mode"))
+def test_refused(call, error, words, dispatched):
+    function, keywords = call
+    for _ in range(1 if dispatched else 3):  # a call like one before may not pass either
+        # What the operator alone finds out, it says in its own names.
+        mode = Watched() if dispatched else contextlib.nullcontext()
+        with pytest.raises(error, match=None if dispatched else words), mode:
+            function(**keywords)
+
+
+BEFORE_A_WRITE = {
+    "out": (appended(out=torch.zeros(2, 1, 4, 8)), ValueError, "out has shape"),
+    "out of another dtype": (appended(out=torch.zeros(2, 1, 4, 16).half()), TypeError, "out has dtype"),
+    "slopes": (appended(alibi_slopes=torch.ones(3)), ValueError, "alibi_slopes has shape"),
+    "sinks": (appended(sinks=torch.ones(5)), ValueError, "sinks has shape"),
+    "scale": (appended(softmax_scale=math.nan), ValueError, "softmax_scale is nan"),
+    "window": (appended(window_size=(-2, 0)), ValueError, "window_size"),
+    "cap": (appended(softcap=math.inf), ValueError, "softcap is inf"),
+    "bound": (appended_packed(max_seqlen_q=-3), ValueError, "max_seqlen_q is -3"),
+    "rows": (appended_packed(cu_seqlens_q=ints(0, 9, 5)), ValueError, r"cu_seqlens_q\[0\] is 0 and the next 9"),
+    "more rows than the bound": (appended_packed(max_seqlen_q=2), ValueError, "cu_seqlens_q"),
+    "a head_dim of 12": (
+        appended(q=torch.randn(2, 1, 4, 12), k_cache=torch.randn(2, 8, 2, 12), v_cache=torch.randn(2, 8, 2, 12),
+                 k=torch.randn(2, 1, 2, 12), v=torch.randn(2, 1, 2, 12), sinks=torch.ones(3)), ValueError, "sinks",
+    ),
+    "a second query": (appended(qv=torch.randn(2, 1, 4, 16), sinks=torch.ones(3)), ValueError, "sinks has shape"),
+    "a page that is read": (
+        paged(k=torch.randn(2, 1, 2, 16), v=torch.randn(2, 1, 2, 16), cache_seqlens=ints(4, 4),
+              block_table=ints(0, 1, 9, 3).view(2, 2)), ValueError, r"block_table\[1, 0\] is 9",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), BEFORE_A_WRITE.values(), ids=BEFORE_A_WRITE)
+@pytest.mark.parametrize("dispatched", (False, True), ids=("plain", "under a mode"))
+def test_nothing_is_written_before_all_is_checked(call, error, words, dispatched):
+    function, keywords = call
+    if dispatched and words.startswith(("cu_seqlens", "block_table")):
+        pytest.skip("values are the operator's to look at there")
+    caches = keywords["k_cache"], keywords["v_cache"]
+    before = [(cache.clone(), cache._version) for cache in caches]
+    for _ in range(3):
+        with pytest.raises(error, match=words), Watched() if dispatched else contextlib.nullcontext():
+            function(**keywords)
+    for cache, (old, version) in zip(caches, before, strict=True):
+        assert torch.equal(cache, old) and cache._version == version
+
+
+def _write_by_slots(cache):
+    kv_cache.reshape_and_cache(torch.ones(1, 2, 16), torch.ones(1, 2, 16), cache, torch.zeros_like(cache), ints(1))
+
+
+def _write_by_operator(cache):
+    tokens = torch.ones(1, 2, 16)
+    torch.ops.aiter.reshape_and_cache(tokens, tokens, cache, torch.zeros_like(cache), ints(1))
+
+
+def _write_by_lengths(cache):
+    new, query = torch.ones(3, 1, 2, 16), torch.ones(3, 1, 2, 16)
+    flash_attn_with_kvcache(query, cache, torch.zeros_like(cache), new, new, cache_seqlens=ints(0, 1, 2))
+
+
+@pytest.mark.parametrize("write", (_write_by_slots, _write_by_operator, _write_by_lengths))
+@pytest.mark.parametrize("known", (False, True))
+def test_autograd_sees_what_is_written(write, known):
+    """A cache that a graph has saved cannot be written unnoticed, by a call like one before neither."""
+    cache, weight = torch.randn(3, 4, 2, 16), torch.randn(3, 4, 2, 16, requires_grad=True)
+    for _ in range(4 if known else 0):
+        write(torch.randn(3, 4, 2, 16))
+    loss = (weight * cache).sum()
+    with torch.no_grad():
+        write(cache)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_caches_of_inference_mode_are_written():
+    with torch.inference_mode():
+        cache = torch.zeros(3, 4, 2, 16)
+        for _ in range(4):
+            _write_by_slots(cache)
+            _write_by_lengths(cache)
+    _write_by_slots(cache)
+    assert cache[0, 1].eq(1).all()
+
+
+def test_an_interleaved_cache_is_no_overlap():
+    """Keys and values side by side, heads before tokens: memory in another order than the dimensions."""
+    both = torch.zeros(4, 2, 8, 32)
+    key_cache, value_cache = (part.transpose(1, 2) for part in both.split(16, -1))
+    kv_cache.reshape_and_cache(torch.ones(1, 2, 16), torch.ones(1, 2, 16), key_cache, value_cache, ints(9))
+    assert both[1, :, 1].eq(1).all() and both.sum() == 64
+
+
+@pytest.mark.parametrize("name", sorted(flash_attn._HINTS))
+def test_hints_change_nothing(name):
+    torch.manual_seed(0)
+    function, keywords = dense()
+    expected = function(**keywords)
+    kind = flash_attn._HINTS[name][0]
+    for value in (None, kind(2) if kind in (int, bool) else torch.zeros(2)):
+        assert torch.equal(function(**keywords, **{name: value}), expected)
