@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from aiter import checks
+from aiter import checks, torch_state
 from aiter.options import readable_index
 
 
@@ -68,23 +68,23 @@ def _rows_of(block_table: torch.Tensor, batch_index: torch.Tensor, batch: int, q
     """The rows of block_table that cache_batch_idx names; on a GPU those that there are none of are the last."""
     checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
     last, looks = block_table.shape[0] - 1, batch_index.is_cpu and not torch.compiler.is_compiling()
-    if looks and bool(((batch_index < 0) | (batch_index > last)).any()):
+    if looks and torch_state.are_real(batch_index) and bool(((batch_index < 0) | (batch_index > last)).any()):
         raise ValueError(f"cache_batch_idx is {batch_index.tolist()}; it must name rows of block_table, 0 to {last}")
     return block_table.index_select(0, batch_index.clamp(0, last))
 
 
-def check_padding(padding: torch.Tensor | None, cache: Cache, lengths: torch.Tensor | None) -> None:
-    """Looks at cache_leftpad where that makes nobody wait."""
-    if padding is None or not padding.is_cpu or torch.compiler.is_compiling():
+def check_padding(padding: torch.Tensor | None, cache: Cache, lengths: torch.Tensor | None, table_name: str) -> None:
+    """Looks at cache_leftpad, and at what else it is used with, where that makes nobody wait."""
+    if padding is None or not padding.is_cpu or torch.compiler.is_compiling() or not torch_state.are_real(padding):
         return
     room = cache.room
     if cache.table is not None:
         pages, page_size = cache.key.shape[:2]
-        checks.pages("block_table", cache.table, pages, page_size, lengths, room, padding.long())
+        checks.pages(table_name, cache.table, pages, page_size, lengths, room, padding.long())
     whole = [room] * padding.shape[0] if lengths is None else lengths.tolist()
     for index, (most, length) in enumerate(zip(whole, padding.tolist(), strict=True)):
         if most > room:
-            raise ValueError(f"sequence {index} has {most} tokens; the cache has room for {room}")
+            raise ValueError(f"cache_seqlens[{index}], new tokens counted, is {most}; the cache has room for {room}")
         if not 0 <= length <= most:
             raise ValueError(f"cache_leftpad[{index}] is {length}; it must be from 0 to its sequence's {most} tokens")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
@@ -38,36 +38,58 @@ def tensor(name: str, value: object, ndim: int | tuple[int, ...], layout: str) -
     """Returns `value` if it is a strided tensor of one of the ranks that `layout` describes."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {layout}, not {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, not one of layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        given = "a nested one" if value.is_nested else f"one of layout {value.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, not {given}")
     ranks = (ndim,) if isinstance(ndim, int) else ndim
     if value.dim() not in ranks:
         raise ValueError(f"{name} must be {layout}, but has {value.dim()} dimensions: {tuple(value.shape)}")
     return value
 
 
-# Tensors whose storage was freed have the address null or, views of it, little more. Few others lie there, so that it
-# costs nearly nothing to look at those.
-LOW_ADDRESSES = 2**32
+# A tensor whose storage was freed has as its address what it is further on in there. Few others lie so low, so that to
+# ask them costs nearly nothing.
+LOW_ADDRESSES = 2**40
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether there is any behind its elements; not after `untyped_storage().resize_(0)`."""
-    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
+    return tensor.data_ptr() != tensor.storage_offset() * tensor.element_size() or tensor.numel() == 0
 
 
 def address(name: str, value: torch.Tensor | None) -> int:
-    """Where a tensor lies, 0 where there is none. Refuses one whose memory was freed: a kernel that touched it would
-    end the process."""
+    """Where a tensor lies, 0 where there is none. Refuses one whose memory was freed: whoever touched it would end the
+    process."""
     if value is None:
         return 0
     found = value.data_ptr()
     if found < LOW_ADDRESSES and not has_memory(value):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)} but no memory: its storage has 0 bytes (resize_(0)); give it "
-            "memory before the call"
-        )
+        raise ValueError(f"{name} has shape {tuple(value.shape)} but no memory: {_GIVE_IT}")
     return found
+
+
+_GIVE_IT = "its storage has 0 bytes (resize_(0)); give it memory before the call"
+
+
+def is_freed(value: object) -> bool:
+    """Whether it is, or has in it, a tensor without memory."""
+    if isinstance(value, (tuple, list)):
+        return any(is_freed(part) for part in value)
+    if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False  # subclasses mean something of their own
+    if not (value.is_cpu or value.is_cuda):
+        return False
+    try:
+        return value.data_ptr() < LOW_ADDRESSES and not has_memory(value)
+    except (RuntimeError, NotImplementedError):  # in a transform, nested, sparse: it has no address
+        return False
+
+
+def memory(**values: object) -> None:
+    """Refuses tensors whose memory was freed, before anybody reads them."""
+    for name, value in values.items():
+        if is_freed(value):
+            raise ValueError(f"{name} has no memory: {_GIVE_IT}")
 
 
 def overlap(name: str, value: torch.Tensor) -> None:
@@ -172,9 +194,7 @@ def sizes(**named: int) -> None:
 
 def is_int(value: object) -> TypeGuard[int]:
     """Whether `value` is an integer: Python's, a compiler's symbol of one, or one of another library (NumPy)."""
-    if isinstance(value, (int, torch.SymInt)):
-        return not isinstance(value, bool)
-    return not isinstance(value, torch.Tensor) and hasattr(value, "__index__")
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def positive_int(name: str, value: object) -> int:
@@ -182,6 +202,15 @@ def positive_int(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an int, not {type(value).__name__}")
     if value <= 0:
         raise ValueError(f"{name} is {value}; it must be at least 1")
+    return value
+
+
+def bound(name: str, value: object) -> int:
+    """What lengths are bounded by."""
+    if not is_int(value):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value <= INT32_MAX:
+        raise ValueError(f"{name} is {value}; it must be from 0 to {INT32_MAX}")
     return value
 
 
@@ -363,7 +392,9 @@ def _lists(
                 f"{lengths_name}[{index}] is {int(lengths[index])}, but its list of pages holds {int(tokens[index])}"
             )
         tokens = lengths.long()
-    columns = torch.arange(max(1, int(counts.max())), device=indptr.device)
+    columns = torch.arange(max(1, int(counts.max())) if len(counts) else 1, device=indptr.device)
+    if listed == 0:
+        return page_indices.new_zeros((len(counts), 1)), tokens
     return page_indices[(indptr[:-1].unsqueeze(1) + columns).clamp(max=listed - 1)], tokens
 
 
@@ -373,7 +404,7 @@ def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.
     chunk, limited = options.attention_chunk, options.window_left >= 0 or options.attention_chunk > 0
     if page_table is None or not (limited or seqlens_q is not None or starts_q is not None):
         return None
-    rows = torch.full_like(page_table[:, 0], sizes.seqlen_q) if starts_q is None else starts_q.diff()
+    rows = page_table.new_full((sizes.batch,), sizes.seqlen_q) if starts_q is None else starts_q.diff()
     if seqlens_q is not None:
         rows = torch.minimum(rows, seqlens_q)
     first = torch.zeros_like(rows)

@@ -61,6 +61,8 @@ def attend(
     """Runs one call of an operation; `own` are the arguments that only it has. out: where the output goes, of which
     rows that belong to no sequence are left alone. first: what is to be done when nothing can be refused any more; it
     returns the query, key and value to use, of the same shapes as those given, which are not read then."""
+    if return_lse is not True and return_lse is not False:
+        checks.flag("return_lse", return_lse)
     if not torch_state.is_plain(query, key, value):
         output, lse = _through_dispatcher(
             *(operation, own, query, key, value, causal, softmax_scale, keywords, indices, max_seqlen_q, max_seqlen_k),
@@ -91,7 +93,8 @@ def attend(
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
     if first is not None:
-        plan.look(call, query, key, value)
+        _refuse_gradient(query, sinks)
+        plan.look(call, query, key, value, out)
         query, key, value = first()
     if _is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (sinks is not None and sinks.requires_grad)
@@ -104,6 +107,13 @@ def attend(
     else:
         output, lse = plan.forward(call, query, key, value, return_lse, out)
     return (output, lse) if return_lse else output
+
+
+def _refuse_gradient(query: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Of a call that writes into caches first: the next one would write over what a backward pass reads."""
+    for name, tensor in (("q", query), ("sinks", sinks)):
+        if tensor is not None and torch_state.wants_gradient(tensor):
+            raise ValueError(f"a call with new k and v takes no gradient, but {name} requires one: use torch.no_grad()")
 
 
 def _through_dispatcher(
@@ -143,8 +153,11 @@ def _through_dispatcher(
         if not traced:
             checks.output(out, query, value, operation.names)
     if first is not None:
+        _refuse_gradient(query, options.sinks)
         if not traced:  # what the operator finds would be found too late
-            library.read_call(query, key, value, *inputs)
+            call = library.read_call(query, key, value, *inputs)._replace(names=operation.names)
+            if torch_state.are_real(query, key, value):
+                plan.look(call, query, key, value, out)
         query, key, value = library.autocast(*first())
     if out is None:
         return library.operator()(query, key, value, *inputs)

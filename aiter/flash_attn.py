@@ -32,7 +32,7 @@ from aiter.cache_layout import Cache, check_padding
 from aiter.dispatch import First, Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
 from aiter.layout import NO_INDICES, Indices, check_tensors, index_tensor, page_lists
-from aiter.options import OptionKeywords, chunk_in_range, dropout_in_range
+from aiter.options import OptionKeywords, check_rng_state, chunk_in_range, dropout_in_range
 from aiter.parts import merge_attention_states
 from aiter.reference import attend_one
 from aiter.repeated import repeats
@@ -58,14 +58,8 @@ _HINTS: dict[str, tuple[type, ...]] = {
     "min_seqlen_q": (int,),
     "is_v3_atomic_fp32": (bool, int),
 }
-# Not offered, and the value of each that asks for nothing.
-_NOT_OFFERED: dict[str, Any] = {
-    "q_descale": None,
-    "bias": None,
-    "cu_seqlens_q_padded": None,
-    "cu_seqlens_k_padded": None,
-    "learnable_sink": None,
-}
+# Not offered; None asks for nothing.
+_NOT_OFFERED = ("q_descale", "bias", "cu_seqlens_q_padded", "cu_seqlens_k_padded", "learnable_sink")
 
 
 def _operation(names: checks.Names) -> Operation:
@@ -77,8 +71,9 @@ _NAMES = checks.Names(
     *("q", "k", "v"),
 )
 _OPERATION = _operation(_NAMES)
-# Lengths of keys in pages that follow from cu_seqlens_k.
-_STARTS_OF_PAGED = _operation(_NAMES._replace(seqlens_k="the length in cu_seqlens_k"))
+_PAGED_NAMES = _NAMES._replace(longest_k="what block_table has room for")
+_PAGED = _operation(_PAGED_NAMES)
+_PAGED_BY_STARTS = _operation(_PAGED_NAMES._replace(seqlens_k="the length in cu_seqlens_k"))
 _CACHE_NAMES = _NAMES._replace(longest_k="what the cache has room for", key="k_cache", value="v_cache")
 _CACHED = {  # by whether there is a cache_batch_idx, and new tokens
     (indexed, appends): _operation(
@@ -205,26 +200,27 @@ def flash_attn_varlen_func(
     if not isinstance(q, torch.Tensor):
         checks.tensor("q", q, 3, checks.PACKED)
     starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
-    starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (None,), "int32 (batch + 1,)", q)
-    used_q = index_tensor("seqused_q", seqused_q, (None,), "int32 (batch,)", q)
-    used_k = index_tensor("seqused_k", seqused_k, (None,), "int32 (batch,)", q)
     if starts_q is None:
         raise TypeError("cu_seqlens_q must be a torch.Tensor int32 (batch + 1,), not NoneType")
+    batch = _batch(starts_q)
+    starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (batch + 1,), "int32 (batch + 1,)", q)
+    used_q = index_tensor("seqused_q", seqused_q, (batch,), "int32 (batch,)", q)
+    used_k = index_tensor("seqused_k", seqused_k, (batch,), "int32 (batch,)", q)
     if q.dtype in checks.FP8_NAMES:
         q, k, v = _widened(q, k, v, others, _NAMES, starts_q)
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     operation = _OPERATION
     pages: dict[str, torch.Tensor | None] = {}
     if not (page_indptr is page_indices is last_page_len is None):
-        batch = starts_q.shape[0] - 1
         pages = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
     elif block_table is not None:
-        pages["page_table"] = index_tensor("block_table", block_table, (None, None), "int32 (batch, max_blocks)", q)
+        pages["page_table"] = index_tensor("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", q)
     if pages:
         for name, cache in (("k", k), ("v", v)):
             checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there are pages")
+        operation = _PAGED
         if used_k is None and starts_k is not None:
-            used_k, operation = starts_k.diff(), _STARTS_OF_PAGED
+            used_k, operation = starts_k.diff(), _PAGED_BY_STARTS
         k, v, starts_k = k.transpose(1, 2), v.transpose(1, 2), None
     elif starts_k is None:
         raise TypeError("cu_seqlens_k must be a torch.Tensor int32 (batch + 1,), as there is no block_table")
@@ -347,12 +343,12 @@ def flash_attn_with_kvcache(
     checks.heads(q.shape[-2], k_cache.shape[2], "k_cache", "q")
     if qv is not None:
         _check_values(q, qv, k_cache, v_cache)
-    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
+    batch = q.shape[0] if starts_q is None else _batch(starts_q)
     if max_seqlen_q is None:
         if starts_q is not None:
             raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
         max_seqlen_q = 0
-    elif starts_q is None and checks.is_int(max_seqlen_q) and max_seqlen_q < q.shape[1]:
+    elif starts_q is None and checks.bound("max_seqlen_q", max_seqlen_q) < q.shape[1]:
         raise ValueError(f"max_seqlen_q is {max_seqlen_q}, but q has {q.shape[1]} rows a sequence (no cu_seqlens_q)")
     if checks.is_int(cache_seqlens):
         if not 0 <= cache_seqlens <= checks.INT32_MAX:
@@ -406,7 +402,7 @@ def flash_attn_with_kvcache(
         lengths = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    check_padding(padding, cache, lengths)
+    check_padding(padding, cache, lengths, "block_table" if cache_batch_idx is None else "cache_batch_idx")
     if padding is not None:
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value
@@ -451,12 +447,17 @@ def flash_attn_combine(
     checks.tensor("lse_partial", lse_partial, out_partial.dim() - 1, "(parts, batch, seq, heads)")
     checks.same_kind(out_partial=out_partial)
     checks.same_device("lse_partial", lse_partial, "out_partial", out_partial)
-    checks.same_shape("lse_partial", lse_partial, "out_partial without head_dim", out_partial[..., 0])
+    checks.memory(out_partial=out_partial, lse_partial=lse_partial, out=out)
+    if lse_partial.shape != out_partial.shape[:-1]:
+        raise ValueError(
+            f"lse_partial has shape {tuple(lse_partial.shape)}; it must be that of out_partial without head_dim, "
+            f"{tuple(out_partial.shape[:-1])}"
+        )
     if lse_partial.dtype != torch.float32:
         raise TypeError(f"lse_partial has dtype {lse_partial.dtype}; it must be torch.float32")
     if out_partial.shape[0] == 0:
         raise ValueError(f"out_partial has shape {tuple(out_partial.shape)}; there must be at least one part")
-    if out_dtype is not None and out_dtype not in checks.DTYPE_NAMES:
+    if out_dtype is not None and not (isinstance(out_dtype, torch.dtype) and out_dtype in checks.DTYPE_NAMES):
         known = ", ".join(str(dtype) for dtype in checks.DTYPE_NAMES)
         raise TypeError(f"out_dtype is {out_dtype!r}; it must be None or one of {known}")
     dtype = out_dtype or out_partial.dtype
@@ -509,10 +510,8 @@ def _attend(
         if not 0 < size <= checks.HEAD_DIM_MAX and size != checks.LATENT_HEAD_DIM:
             raise ValueError(f"{name} has head_dim {size}; it must be from 1 to {checks.HEAD_DIM_MAX}")
     for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if not checks.is_int(bound):
-            raise TypeError(f"{name} must be an int, not {type(bound).__name__}")
-        if bound < 0:
-            raise ValueError(f"{name} is {bound}; it must be at least 0")
+        if type(bound) is not int or not 0 <= bound <= checks.INT32_MAX:
+            checks.bound(name, bound)
     if indices is not NO_INDICES:  # a bound of 0 is one that nothing but empty sequences keeps
         max_seqlen_q = max(max_seqlen_q, 1)
         if indices.page_indptr is None:
@@ -558,8 +557,7 @@ def _widened(
     """8-bit queries as bfloat16, times the q_descale among the other keywords: float32 of one element, (heads_kv,) or
     (batch, heads_kv), each for the query heads of a KV head. The product is rounded once. Keys and values as they are,
     without a gradient."""
-    ranks = (3,) if starts_q is not None else (4,)
-    checks.tensor(names.query, q, ranks, checks.BSHD if starts_q is None else checks.PACKED)
+    checks.tensor(names.query, q, *((4, checks.BSHD) if starts_q is None else (3, checks.PACKED)))
     for name, tensor in ((names.key, k), (names.value, v)):
         checks.tensor(name, tensor, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
     k, v, heads_kv = k.detach(), v.detach(), k.shape[-2]
@@ -711,6 +709,9 @@ def _options(
         window_size = (-1, -1)
     if not isinstance(window_size, (tuple, list)):
         raise TypeError(f"window_size must be a pair (left, right) of ints, -1 for no limit, not {window_size!r}")
+    for side in window_size:
+        if not checks.is_int(side):
+            raise TypeError(f"window_size must be a pair (left, right) of ints, -1 for no limit, not {window_size!r}")
     if len(window_size) == 3:  # ROCm's third is a number of sink tokens
         if window_size[2]:
             raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")
@@ -731,10 +732,9 @@ def _options(
             if value is not None:
                 options[name] = value  # type: ignore[literal-required]
         elif name in _NOT_OFFERED:
-            neutral = _NOT_OFFERED[name]
-            if isinstance(value, torch.Tensor) or (value is not None and value != neutral):
+            if value is not None:
                 given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-                raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give {neutral!r}")
+                raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give None")
         elif name in _HINTS:
             if value is not None and not isinstance(value, _HINTS[name]):
                 kinds = " or ".join(kind.__name__ for kind in _HINTS[name])
@@ -742,6 +742,7 @@ def _options(
         elif name not in ("rng_state", "attention_chunk"):
             raise TypeError(f"there is no argument {name!r}")
     if others.get("rng_state") is not None:
+        check_rng_state(others["rng_state"])
         options["rng_state"] = others["rng_state"]
     if others.get("attention_chunk") is not None:
         options["attention_chunk"] = chunk_in_range(others["attention_chunk"])
@@ -758,7 +759,14 @@ def _options(
     return options
 
 
+def _batch(starts: torch.Tensor) -> int:
+    if starts.shape[0] == 0:
+        raise ValueError("cu_seqlens_q has shape (0,); it must be int32 (batch + 1,), from 0 on")
+    return starts.shape[0] - 1
+
+
 def _unpacked(name: str, tensor: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    checks.memory(**{name: tensor})
     if tensor.shape[-3] != count:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; its third dimension from the end must be {count}")
     return tensor.unbind(-3)

@@ -74,7 +74,7 @@ def reshape_and_cache(
     if _is_plain(key, value, key_cache, value_cache):
         _reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
     else:
-        _refuse_gradient(key, value, key_cache, value_cache)
+        _refuse_gradient(_BY_SLOTS, key, value, key_cache, value_cache)
         if not torch.compiler.is_compiling():
             _check_tokens(key, value, key_cache, value_cache, 3, _BY_SLOTS)
         torch.ops.aiter.reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
@@ -121,7 +121,9 @@ def append(
     ):
         rotated = _append(*tensors, *rest)
     else:
-        _refuse_gradient(key, value, key_cache, value_cache, *([] if query is None else [query]))
+        _refuse_gradient(_BY_LENGTHS, key, value, key_cache, value_cache)
+        if query is not None and torch_state.wants_gradient(query):
+            raise ValueError("writing into a cache takes no gradient, but q requires one: use torch.no_grad()")
         if not torch.compiler.is_compiling():
             _check_tokens(key, value, key_cache, value_cache, 4 if starts_new is None else 3, _BY_LENGTHS)
         rotated = torch.ops.aiter.append_to_cache(*tensors, *rest)
@@ -167,9 +169,10 @@ def _is_plain(key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, v
     )
 
 
-def _refuse_gradient(*tensors: torch.Tensor) -> None:
-    if torch_state.wants_gradient(*tensors):
-        raise ValueError("writing into a cache takes no gradient: use torch.no_grad(), or tensors that need none")
+def _refuse_gradient(names: _Names, *tensors: torch.Tensor) -> None:
+    for name, tensor in zip(names, tensors, strict=False):
+        if torch_state.wants_gradient(tensor):
+            raise ValueError(f"writing into a cache takes no gradient, but {name} requires one: use torch.no_grad()")
 
 
 # ---- checks ----
@@ -399,6 +402,13 @@ def _append(
             f"new tokens do not fit: cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or of the "
             f"cache) has room for {room} tokens; page numbers must be from 0 to {pages - 1}"
             + (f", places with rotary embedding from 0 to {angles[1] - 1}" if angles[0] else "")
+            + ("" if positions is None else f" (rotary_seqlens is {positions.tolist()})")
+            + (
+                ""
+                if first_new is None
+                else f", cu_seqlens_k_new, {first_new.tolist()}, must rise from 0 to {total_new}"
+            )
+            + ("" if first_q is None else f", cu_seqlens_q, {first_q.tolist()}, from 0 to {total_q}")
             + ". Nothing was written."
         )
     _increment_version((key_cache, value_cache))

@@ -86,6 +86,8 @@ def read_sizes(
     max_seqlen_k: int,
 ) -> tuple[int, ...] | None:
     """`sizes_of` in Python."""
+    if query.is_nested or key.is_nested or value.is_nested:
+        return None
     query_shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if len(query_shape) < 3 or len(key_shape) < 3:
         return None

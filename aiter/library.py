@@ -18,7 +18,15 @@ from torch.autograd import forward_ad
 
 from aiter import checks, plan, torch_state
 from aiter.layout import NO_INDICES, Indices, check_common, sizes_of
-from aiter.options import Options, chunk_in_range, dropout_in_range, one_mask, readable_index, softcap_in_range
+from aiter.options import (
+    Options,
+    check_rng_state,
+    chunk_in_range,
+    dropout_in_range,
+    one_mask,
+    readable_index,
+    softcap_in_range,
+)
 from aiter.plan import Call
 
 # Everything after max_seqlen is optional. max_seqlen bounds packed keys too unless max_seqlen_k is given (0: not).
@@ -95,6 +103,7 @@ def read_call(
             if tensor is not None:
                 rank = 2 if name == "page_table" and page_indptr is None else 1
                 checks.indices(name, tensor, (None,) * rank, "int32", query)
+                checks.address(name, tensor)
         indices = Indices(*(tensor if tensor is None else readable_index(tensor) for tensor in given))
     if page_indptr is None:
         max_seqlen_k = max_seqlen_k or max_seqlen_q
@@ -108,6 +117,8 @@ def read_call(
     drawn = dropout_p, rng_state, chunk
     chosen = Options(left, right, softcap_in_range(softcap), *tensors, batch_invariant, *drawn, k_descale, v_descale)
     chosen.check(query, key, sizes)
+    if chosen.rng_state is not None:
+        check_rng_state(chosen.rng_state)
     if chosen.dropout_p and chosen.rng_state is None:
         raise ValueError("dropout_p needs a rng_state, int64 (2,), that both passes draw their mask from")
     return Call(sizes, indices, chosen.readable(), causal, scale, checks.Names())
@@ -141,6 +152,9 @@ def _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_
     if key.dtype in checks.FP8_NAMES:
         raise NotImplementedError(NO_FP8_GRADIENT)
     sinks = call.options.sinks
+    for name, tensor in (("the log-sum-exp", lse), ("its gradient", grad_lse), ("sinks", sinks), ("output", output)):
+        checks.address(name, tensor)
+    checks.address("the output's gradient", grad_output)
     if sinks is None:
         return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, lse_is_given)
     total = with_sinks(lse, sinks)

@@ -415,8 +415,8 @@ def variable_length_attention(
     queries that come on top of a cache); max_seqlen_k bounds them (packed; by default by the rows there are). Lengths
     may be 0.
     """
-    if type(max_seq_len) is not int or max_seq_len <= 0:
-        max_seq_len = checks.positive_int("max_seq_len", max_seq_len)
+    if type(max_seq_len) is not int or not 0 < max_seq_len <= checks.INT32_MAX:
+        max_seq_len = checks.bound("max_seq_len", checks.positive_int("max_seq_len", max_seq_len))
     if not isinstance(query, torch.Tensor) or not 3 <= query.dim() <= 4:
         checks.tensor("query", query, (3, 4), f"{BSHD}, or packed {PACKED}")
     batch = None if query.dim() == 3 else query.shape[0]
@@ -434,13 +434,15 @@ def variable_length_attention(
     if listed:
         lists = page_lists(page_indptr, page_indices, last_page_len, batch, query, page_table)
         indices = Indices(lengths, None if seqlens_k is None else keys, **lists)
-        max_seqlen_k = 0 if max_seqlen_k is None else max_seqlen_k
+        max_seqlen_k = 0 if max_seqlen_k is None else checks.bound("max_seqlen_k", max_seqlen_k)
     else:
         indices = Indices(lengths, keys, index_tensor("page_table", page_table, (batch, None), _TABLE, query))
         if seqlens_k is None:
             max_seqlen_k = max_seq_len
         elif max_seqlen_k is None:
-            max_seqlen_k = key.shape[0]
+            max_seqlen_k = checks.tensor("key", key, (3, 4), f"{BSHD}, or packed {PACKED}").shape[0]
+        else:
+            max_seqlen_k = checks.bound("max_seqlen_k", max_seqlen_k)
     operation = _VARIABLE_LENGTH_PAGED if paged else _VARIABLE_LENGTH
     own = (max_seq_len, seqlens_k is None, block_size)
     return attend(
@@ -542,6 +544,7 @@ def _check_variable_length(
 def _check_variable_length_paged(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seq_len: int, alike: bool, block_size: int
 ) -> None:
+    checks.tensor("query", query, (3, 4), f"{BSHD}, or packed {PACKED}")
     _check_cache(query, key, value, block_size, "")
     _check_padded_length(query, max_seq_len)
 

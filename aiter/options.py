@@ -109,11 +109,7 @@ class Options(NamedTuple):
         if self.query_offsets is not None:
             checks.indices("query_offsets", self.query_offsets, (batch,), "int32 (batch,)", query)
         if self.rng_state is not None:
-            checks.tensor("rng_state", self.rng_state, 1, "int64 (2,)")
             checks.same_device("rng_state", self.rng_state, query_name, query)
-            if self.rng_state.shape != (2,) or self.rng_state.dtype != torch.int64:
-                given = f"{self.rng_state.dtype} {tuple(self.rng_state.shape)}"
-                raise ValueError(f"rng_state is {given}; it must be torch.int64 (2,): a seed and an offset")
 
     def drawn(self, query: torch.Tensor) -> Options:
         """With a state to draw the mask from, where there is dropout."""
@@ -176,7 +172,9 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
     chunk = chunk_in_range(keywords.get("attention_chunk", 0))
     causal, left, right = one_mask(causal, *_window(window), chunk)
     dropout_p = dropout_in_range(keywords.get("dropout_p", 0.0))
-    batch_invariant = keywords.get("batch_invariant")
+    batch_invariant, rng_state = keywords.get("batch_invariant"), keywords.get("rng_state")
+    if rng_state is not None:
+        check_rng_state(rng_state)
     return causal, Options(
         left,
         right,
@@ -186,7 +184,7 @@ def read_options(causal: bool, keywords: OptionKeywords) -> tuple[bool, Options]
         keywords.get("query_offsets"),
         BATCH_INVARIANT if batch_invariant is None else checks.flag("batch_invariant", batch_invariant),
         dropout_p,
-        keywords.get("rng_state") if dropout_p else None,
+        rng_state if dropout_p else None,
         chunk,
         keywords.get("k_descale"),
         keywords.get("v_descale"),
@@ -212,6 +210,13 @@ def dropout_in_range(value: object) -> float:
     if not 0 <= value < 1:
         raise ValueError(f"dropout_p is {value}; it must be from 0 (none) to less than 1")
     return float(value)
+
+
+def check_rng_state(value: object) -> None:
+    state = checks.tensor("rng_state", value, 1, "int64 (2,)")
+    if state.shape != (2,) or state.dtype != torch.int64:
+        given = f"{state.dtype} {tuple(state.shape)}"
+        raise ValueError(f"rng_state is {given}; it must be torch.int64 (2,): a seed and an offset")
 
 
 def chunk_in_range(value: object) -> int:

@@ -44,6 +44,7 @@ def merge_attention_states(
     The formula is that of online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867).
     """
     outputs, lses = list(outputs), list(lses)
+    checks.memory(outputs=outputs, lses=lses, sinks=sinks)
     if len(outputs) != len(lses) or not outputs:
         raise ValueError(f"there are {len(outputs)} outputs and {len(lses)} lses; give one lse for each output")
     first = outputs[0]

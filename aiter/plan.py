@@ -157,8 +157,7 @@ def forward(
     sizes, indices, options, _, _, _ = call
     head_dim, value_dim, gpu, given = query.shape[-1], value.shape[-1], on_gpu(query), output is not None
     if output is not None:
-        if _readable("out", output) is not output:
-            raise ValueError(f"out has strides {output.stride()} that no kernel can write to: {_READABLE}")
+        check_writable(output)
     elif value_dim != head_dim:
         output = _empty((*query.shape[:-1], value_dim), dtype=query.dtype, device=query.device)
     elif query.is_contiguous():
@@ -174,6 +173,8 @@ def forward(
                 noted.launches.append(None)
     if 0 in sizes[:5] or (indices is not NO_INDICES and _has_no_rows(sizes)):
         # Nothing to write, or no key to read: nothing to compile.
+        if not gpu and indices is not NO_INDICES:
+            checks.values(sizes, indices, options, call.names)
         return _without_keys(call, output, given), None if lse is None else lse.fill_(-math.inf)
 
     plan = _plan_of(call, query, key, head_dim, value_dim, gpu)
@@ -195,11 +196,23 @@ def forward(
     return output, lse
 
 
-def look(call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Raises for values that a CPU kernel would refuse in `forward`; for who must know before something is written. Of
-    the large tensors, nothing is read."""
+def check_writable(out: torch.Tensor) -> None:
+    if _readable("out", out) is not out:
+        raise ValueError(f"out has strides {out.stride()} that no kernel can write to: {_READABLE}")
+
+
+def look(
+    call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor | None = None
+) -> None:
+    """Raises for what `forward` would refuse: an output, and values that a CPU kernel looks at; for who must know
+    before something is written. Of the large tensors, nothing is read."""
+    if out is not None:
+        check_writable(out)
     sizes = call.sizes
-    if on_gpu(query) or call.indices is NO_INDICES or 0 in sizes[:5] or _has_no_rows(sizes):
+    if on_gpu(query) or call.indices is NO_INDICES:
+        return
+    if 0 in sizes[:5] or _has_no_rows(sizes):
+        checks.values(sizes, call.indices, call.options, call.names)
         return
     plan = _plan_of(call, query, key, query.shape[-1], value.shape[-1], False)
     chosen = _options(call.options, _LOOK, True)

@@ -7,9 +7,10 @@ has in it, so that nothing is to be compiled for it alone.
     pack        plan.pack               the call as bytes, but for its workspace
     form_of     -                       what a call's arguments are, and where its tensors lie: see repeated.py
     fill        -                       a call like that, with other addresses
+    lacks_memory  lacks_memory          True, where the memory of one of a call's tensors was freed
 
-That is for calls as they mostly are; None for all others, which Python then looks at. The functions themselves are None
-before the first kernel is loaded, and where PyTorch cannot tell C what a tensor is.
+That is for calls as they mostly are; None for all others, which Python then looks at. Before the first kernel is
+loaded, and where PyTorch cannot tell C what a tensor is, the functions themselves are None, or Python's.
 """
 
 from __future__ import annotations
@@ -30,12 +31,18 @@ form_of: Callable[..., tuple[bytes, bytes] | None] | None = None
 fill: Callable[..., bytes | None] | None = None
 
 
+def lacks_memory(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool | None:
+    """Whether one of a call's arguments is, or has in it, a tensor whose memory was freed."""
+    return checks.is_freed((*arguments, *keywords.values()))
+
+
 def take_from(library: ctypes.CDLL) -> None:
     """From now on reads tensors with what a loaded kernel has in it for that, if it does and nothing did before."""
-    global is_index, sizes_of, pack, form_of, fill
+    global is_index, sizes_of, pack, form_of, fill, lacks_memory
     exchange = exchange_of_torch()
     if pack is None and exchange is not None and hasattr(library, "aiter_call_reader"):
-        is_index, sizes_of, pack, form_of, fill = functions_of(library, exchange)
+        is_index, sizes_of, pack, form_of, fill, in_c = functions_of(library, exchange)
+        lacks_memory = in_c or lacks_memory
 
 
 def exchange_of_torch() -> int | None:
@@ -50,11 +57,11 @@ def exchange_of_torch() -> int | None:
 
 
 # What C asks, and asks tensors for: it must stay.
-_OBJECTS = checks.has_memory, torch.Tensor, "requires_grad", "is_neg"
+_OBJECTS = checks.has_memory, torch.Tensor, torch.nn.Parameter, "requires_grad", "is_neg"
 
 
 def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any] | None, ...]:
-    """The five functions of a library that has them."""
+    """The six functions of a library that has them."""
     address = ctypes.cast(library.aiter_call_reader, ctypes.c_void_p).value
     assert address is not None
     objects = [ctypes.py_object] * len(_OBJECTS)
@@ -63,5 +70,5 @@ def functions_of(library: ctypes.CDLL, exchange: int) -> tuple[Callable[..., Any
     )(address)  # fmt: skip
     functions = make(exchange, HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM, checks.LOW_ADDRESSES, *_OBJECTS)
     if functions is None:  # Python's functions cannot be seen from there, or this is another version of DLPack
-        return (None,) * 5
+        return (None,) * 6
     return ctypes.cast(functions, ctypes.py_object).value

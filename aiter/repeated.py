@@ -18,6 +18,7 @@ Functions whose calls are never alike are asked every 16th time only.
 from __future__ import annotations
 
 import functools
+import inspect
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from aiter import plan, reader, torch_state
+from aiter import checks, plan, reader, torch_state
 from aiter.abi import NO_WORKSPACE, AttentionTensors, CacheWriteTensors
 from aiter.jit import settings
 
@@ -111,7 +112,7 @@ class Kept(NamedTuple):
             tensors = _tensors(arguments, keywords)
             made = [of.anew(tensors, own.device) for of in self.made]  # which stay until all is launched
             addresses += struct.pack(f"={len(made)}Q", *[tensor.data_ptr() for tensor in made])
-            if not all([step.send(addresses, None, None) for step in self.before]):
+            if not all(step.send(addresses, None, None) for step in self.before):  # none after one that is refused
                 return _REFUSED
         output = lse = None
         if self.like is not None:
@@ -142,33 +143,45 @@ def repeats(function: Callable[P, R]) -> Callable[P, R]:
         nonlocal misses, rest
         if _is_compiling():  # asked first: Dynamo answers it and looks no further
             return function(*arguments, **keywords)
+        form = None
         if rest:
             rest -= 1
-            return function(*arguments, **keywords)
-        form_of = reader.form_of
         # Whoever learns a call around this one is to see its launch.
-        if form_of is None or plan.noted.launches is not None or not torch_state.needs_nothing():
+        elif reader.form_of is not None and plan.noted.launches is None and torch_state.needs_nothing():
+            form = reader.form_of(arguments, keywords, _is_grad_enabled())
+            misses += 1
+            if misses >= PATIENCE:
+                rest = PATIENCE - 1
+        if form is None:
+            _check_memory(function, arguments, keywords)
             return function(*arguments, **keywords)
-        form = form_of(arguments, keywords, _is_grad_enabled())
-        if form is not None:
-            found = kept.get(form[0])
-            if found is not None:
-                result = found.send(form[1], arguments, keywords)
-                misses = 0
-                if result is not _REFUSED:
-                    return result
-            elif missed.pop(form[0], False):
-                return _learn(kept, form[0], function, arguments, keywords)
-            elif form[0] not in kept:
-                if len(missed) >= MOST_MISSED:
-                    missed.clear()
-                missed[form[0]] = True
-        misses += 1
-        if misses >= PATIENCE:
-            rest = PATIENCE - 1
+        found = kept.get(form[0])
+        if found is not None:
+            misses = rest = 0
+            result = found.send(form[1], arguments, keywords)
+            if result is not _REFUSED:
+                return result
+        elif missed.pop(form[0], False):
+            misses = rest = 0
+            return _learn(kept, form[0], function, arguments, keywords)
+        elif form[0] not in kept:
+            if len(missed) >= MOST_MISSED:
+                missed.clear()
+            missed[form[0]] = True
         return function(*arguments, **keywords)
 
     return call
+
+
+def _check_memory(function: Callable, arguments: tuple, keywords: dict[str, Any]) -> None:
+    """Refuses tensors whose memory was freed, by name, before anybody reads them; a form has none of those in it."""
+    if reader.lacks_memory(arguments, keywords):
+        try:
+            named = inspect.signature(function).bind(*arguments, **keywords).arguments
+        except TypeError:  # which the call says better
+            return
+        named.update(named.pop("others", {}) | named.pop("options", {}))
+        checks.memory(**named)
 
 
 def _learn(
@@ -267,10 +280,9 @@ def _kept(launches: list, result: Any, by_position: tuple[Any, ...], keywords: d
 def _argument_at(address: int, by_position: tuple[Any, ...], keywords: dict[str, Any]) -> int | str | None:
     """The place or the name of a tensor that has this address in it."""
     named: list[tuple[int | str, Any]] = [*enumerate(by_position), *keywords.items()]
-    for of, value in named:
-        if isinstance(value, torch.Tensor) and address in _extent(value):
-            return of
-    return None
+    tensors = [(of, value) for of, value in named if isinstance(value, torch.Tensor)]
+    at_start = [of for of, tensor in tensors if tensor.data_ptr() == address]
+    return next(iter([*at_start, *[of for of, tensor in tensors if address in _extent(tensor)]]), None)
 
 
 def _addresses(own: plan.Plan, call: bytes) -> dict[str, int]:

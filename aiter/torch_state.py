@@ -31,6 +31,11 @@ def _are_tensors(*tensors: torch.Tensor) -> bool:
     return all(type(tensor) in (_Tensor, _Parameter) for tensor in tensors)
 
 
+def are_real(*tensors: torch.Tensor) -> bool:
+    """Whether there is memory behind them, of which they are what they say: no fake ones, none in a transform."""
+    return _are_tensors(*tensors) and _active_transform() is None
+
+
 def needs_nothing() -> bool:
     """Whether nobody is to know of calls but, perhaps, autograd."""
     return (

@@ -67,6 +67,9 @@ def test_dense(tensors, error, words):
     (
         ({"causal": 1}, TypeError, "causal must be True or False"),
         ({"causal": [True]}, TypeError, "causal|unhashable"),
+        ({"return_lse": torch.ones(3)}, TypeError, "return_lse must be True or False"),
+        ({"return_lse": 1}, TypeError, "return_lse must be True or False"),
+        ({"rng_state": "junk"}, TypeError, "rng_state must be a torch.Tensor"),
         ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a float"),
         ({"softmax_scale": math.nan}, ValueError, "softmax_scale is nan"),
         ({"softmax_scale": torch.tensor(1.0)}, TypeError, "softmax_scale"),
@@ -143,6 +146,10 @@ def packed(**changes):
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     (
+        (packed(seqlens_k=torch.tensor([3, 8]), key=None), TypeError, "key must be a torch.Tensor"),
+        (packed(seqlens_k=torch.tensor([3, 8]), max_seqlen_k=1.5), TypeError, "max_seqlen_k must be an int"),
+        (packed(seqlens_k=torch.tensor([3, 8]), max_seqlen_k=-1), ValueError, "max_seqlen_k is -1"),
+        (packed(max_seq_len=2**31), ValueError, f"max_seq_len is {2**31}"),
         (variable(max_seq_len=9), ValueError, "padded to 8 tokens.*max_seq_len is 9"),
         (variable(max_seq_len=0), ValueError, "max_seq_len is 0"),
         (variable(max_seq_len=8.0), TypeError, "max_seq_len must be an int"),

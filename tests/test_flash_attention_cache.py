@@ -322,7 +322,7 @@ def test_lengths_beyond_their_sequences():
         (ints(5, 3), ints(5, 4), r"cache_leftpad\[1\] is 4; .* 0 to its sequence's 3"),
         (None, ints(0, 11), r"cache_leftpad\[1\] is 11; .* 0 to its sequence's 10"),
         (ints(5, 3), ints(-1, 3), r"cache_leftpad\[0\] is -1"),
-        (ints(11, 3), ints(2, 3), "sequence 0 has 11 tokens; the cache has room for 10"),
+        (ints(11, 3), ints(2, 3), r"cache_seqlens\[0\], new tokens counted, is 11; the cache has room for 10"),
     ):
         with pytest.raises(ValueError, match=words):
             flash_attn.flash_attn_with_kvcache(query, key, value, cache_seqlens=lengths, cache_leftpad=padding)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,19 +85,39 @@ def freed_view(*shape):
     return view
 
 
+def freed_far(*shape):
+    """A view far into a pool."""
+    pool = torch.empty(5 << 30, dtype=torch.uint8).view(torch.float32)  # memory that nobody touches
+    view = pool[-math.prod(shape) :].view(shape)
+    pool.untyped_storage().resize_(0)
+    return view
+
+
+FAR = freed_far(2, 5, 2, 16)
 MANY = torch.ones(3)
 FLAT = torch.randn(16)
 REFUSED = {
     # Tensors without memory.
-    "q freed": (dense(q=freed(2, 3, 4, 16)), ValueError, "q has shape .* no memory"),
-    "k freed": (dense(k=freed(2, 5, 2, 16)), ValueError, "k has shape .* no memory"),
-    "a view freed": (dense(v=freed_view(2, 5, 2, 16)), ValueError, "v has shape .* no memory"),
-    "out freed": (dense(out=freed(2, 3, 4, 16)), ValueError, "out has shape .* no memory"),
-    "sinks freed": (dense(sinks=freed(4)), ValueError, "sinks has shape .* no memory"),
-    "lengths freed": (packed(cu_seqlens_q=freed(3, dtype=torch.int32)), ValueError, "cu_seqlens_q has .* no memory"),
-    "a cache freed": (by_slots(key_cache=freed(4, 4, 2, 16)), ValueError, "key_cache has shape .* no memory"),
-    "slots freed": (by_slots(slot_mapping=freed(3, dtype=torch.int32)), ValueError, "slot_mapping has .* no memory"),
-    "new keys freed": (appended(k=freed(2, 1, 2, 16)), ValueError, "k has shape .* no memory"),
+    "q freed": (dense(q=freed(2, 3, 4, 16)), ValueError, "q has .*no memory"),
+    "k freed": (dense(k=freed(2, 5, 2, 16)), ValueError, "k has .*no memory"),
+    "a view freed": (dense(v=freed_view(2, 5, 2, 16)), ValueError, "v has .*no memory"),
+    "out freed": (dense(out=freed(2, 3, 4, 16)), ValueError, "out has .*no memory"),
+    "sinks freed": (dense(sinks=freed(4)), ValueError, "sinks has .*no memory"),
+    "lengths freed": (packed(cu_seqlens_q=freed(3, dtype=torch.int32)), ValueError, "cu_seqlens_q has .*no memory"),
+    "a cache freed": (by_slots(key_cache=freed(4, 4, 2, 16)), ValueError, "key_cache has .*no memory"),
+    "slots freed": (by_slots(slot_mapping=freed(3, dtype=torch.int32)), ValueError, "slot_mapping has .*no memory"),
+    "new keys freed": (appended(k=freed(2, 1, 2, 16)), ValueError, "k has .*no memory"),
+    "a narrow q freed": (dense(q=freed(2, 3, 4, 12)), ValueError, "q has .*no memory"),
+    "far into a freed pool": (dense(v=FAR), ValueError, "v has .*no memory"),
+    "a second query freed": (dense(qv=freed(2, 3, 4, 16)), ValueError, "qv has .*no memory"),
+    "wide lengths freed": (packed(cu_seqlens_k=freed(3, dtype=torch.int64)), ValueError, "cu_seqlens_k has"),
+    "used lengths freed": (packed(seqused_k=freed(2, dtype=torch.int32)), ValueError, "seqused_k has .*no memory"),
+    "lengths before new tokens": (appended(cache_seqlens=freed(2, dtype=torch.int32)), ValueError, "cache_seqlens has"),
+    "pages freed": (paged(k_cache=freed(6, 4, 2, 16)), ValueError, "k_cache has .*no memory"),
+    "a table freed": (paged(block_table=freed(2, 2, dtype=torch.int32)), ValueError, "block_table has .*no memory"),
+    "angles freed": (rotated(rotary_sin=freed(8, 8)), ValueError, "rotary_sin has .*no memory"),
+    "parts freed": (combined(out_partial=freed(2, 1, 3, 4, 16)), ValueError, "out_partial has no memory"),
+    "packed freed": ((flash_attn.flash_attn_qkvpacked_func, {"qkv": freed(2, 5, 3, 2, 16)}), ValueError, "qkv"),
     # On another device.
     "k on meta": (dense(k=torch.randn(2, 5, 2, 16, device="meta")), ValueError, "k is on device meta"),
     "q on meta": (dense(q=torch.randn(2, 3, 4, 16, device="meta")), ValueError, "on device meta"),
@@ -126,7 +147,15 @@ REFUSED = {
     "sparse": (by_slots(key_cache=torch.randn(4, 4, 2, 16).to_sparse()), TypeError, "key_cache must be a dense"),
     "a sparse window": (dense(window_size=torch.tensor([1, 1]).to_sparse()), TypeError, "window_size must be a dense"),
     "a window of rank 0": (dense(window_size=torch.tensor(1)), ValueError, "window_size must be"),
+    "nested": (dense(q=torch.nested.nested_tensor([FLAT, FLAT])), TypeError, "q must be a dense"),
+    "lengths as an array": (cached(cache_seqlens=np.array([3, 4])), TypeError, "cache_seqlens must be a torch.Tensor"),
+    "a bound as an array": (packed(max_seqlen_q=np.array([3, 4])), TypeError, "max_seqlen_q must be an int"),
+    "a window of tensors": (dense(window_size=(MANY, 1)), TypeError, "window_size must be a pair"),
+    "a bias": (dense(bias=np.ones(3)), NotImplementedError, "bias is not offered"),
+    "a state": (dense(rng_state="junk"), TypeError, "rng_state must be a torch.Tensor"),
     # Numbers.
+    "a huge bound": (packed(max_seqlen_k=2**31), ValueError, f"max_seqlen_k is {2**31}"),
+    "a negative bound": (packed(max_seqlen_q=-1), ValueError, "max_seqlen_q is -1"),
     "a huge length": (cached(cache_seqlens=2**31), ValueError, f"cache_seqlens is {2**31}"),
     "a huger length": (cached(cache_seqlens=2**70), ValueError, f"cache_seqlens is {2**70}"),
     "a negative length": (cached(cache_seqlens=-1), ValueError, "cache_seqlens is -1"),
@@ -177,6 +206,19 @@ REFUSED = {
     "combined in a leaf": (combined(out=torch.zeros(1, 3, 4, 16, requires_grad=True)), ValueError, "out= takes no"),
     "no parts": (combined(out_partial=torch.randn(0, 1, 3, 4, 16), lse_partial=torch.randn(0, 1, 3, 4)), ValueError,
                  "at least one part"),
+    "parts of no columns": (combined(out_partial=torch.randn(2, 1, 3, 4, 0), out=3), TypeError, "out must be"),
+    "combined as a list": (combined(out_dtype=[1]), TypeError, r"out_dtype is \[1\]"),
+    # Values, where there is nothing to do as well.
+    "no sequences' starts": (packed(cu_seqlens_q=ints()), ValueError, r"cu_seqlens_q has shape \(0,\)"),
+    "no keys": (
+        packed(k=torch.randn(0, 2, 16), v=torch.randn(0, 2, 16)), ValueError, r"cu_seqlens_k\[0\] is 0 and the next 4",
+    ),
+    "no queries": (packed(q=torch.randn(0, 4, 16)), ValueError, r"cu_seqlens_q\[0\] is 0 and the next 3"),
+    "no columns in the table": (paged(block_table=ints().view(2, 0)), ValueError, r"cache_seqlens\[0\] is 3"),
+    "no listed pages": (
+        cached(k_cache=torch.randn(6, 4, 2, 16), v_cache=torch.randn(6, 4, 2, 16), cache_seqlens=None,
+               page_indptr=ints(0, 1, 3), page_indices=ints()), ValueError, r"page_indptr\[0\] is 0 and the next 1",
+    ),
     # Names.
     "lengths": (cached(cache_seqlens=ints(3, 9)), ValueError, r"cache_seqlens\[1\] is 9; .*room for, 8"),
     "lengths and new tokens": (appended(cache_seqlens=ints(3, 8)), ValueError, r"cache_seqlens \+ new tokens\[1\] is"),
@@ -233,6 +275,21 @@ BEFORE_A_WRITE = {
         appended(q=torch.randn(2, 1, 4, 12), k_cache=torch.randn(2, 8, 2, 12), v_cache=torch.randn(2, 8, 2, 12),
                  k=torch.randn(2, 1, 2, 12), v=torch.randn(2, 1, 2, 12), sinks=torch.ones(3)), ValueError, "sinks",
     ),
+    "a strided out": (appended(out=torch.zeros(2, 1, 4, 32)[..., ::2]), ValueError, "out has strides"),
+    "a freed out": (appended(out=freed(2, 1, 4, 16)), ValueError, "out has .*no memory"),
+    "a gradient": (appended(sinks=torch.randn(4, requires_grad=True)), ValueError, "sinks requires one"),
+    "new tokens that fall": (
+        appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(0, 4, 3)), ValueError,
+        r"cache_seqlens \+ new tokens|cu_seqlens_k_new",
+    ),
+    "new tokens elsewhere": (
+        appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(9, 10, 12)), ValueError,
+        r"cu_seqlens_k_new, \[9, 10, 12\], must rise from 0 to 3",
+    ),
+    "places without angles": (rotated(rotary_seqlens=ints(3, 8)), ValueError, r"rotary_seqlens is \[3, 8\]"),
+    "no rows": (
+        appended(q=torch.randn(0, 4, 16), cu_seqlens_q=ints(0, 2, 5), max_seqlen_q=3), ValueError, r"cu_seqlens_q\[0\]",
+    ),
     "a second query": (appended(qv=torch.randn(2, 1, 4, 16), sinks=torch.ones(3)), ValueError, "sinks has shape"),
     "a page that is read": (
         paged(k=torch.randn(2, 1, 2, 16), v=torch.randn(2, 1, 2, 16), cache_seqlens=ints(4, 4),
@@ -245,8 +302,6 @@ BEFORE_A_WRITE = {
 @pytest.mark.parametrize("dispatched", (False, True), ids=("plain", "under a mode"))
 def test_nothing_is_written_before_all_is_checked(call, error, words, dispatched):
     function, keywords = call
-    if dispatched and words.startswith(("cu_seqlens", "block_table")):
-        pytest.skip("values are the operator's to look at there")
     caches = keywords["k_cache"], keywords["v_cache"]
     before = [(cache.clone(), cache._version) for cache in caches]
     for _ in range(3):
@@ -254,6 +309,39 @@ def test_nothing_is_written_before_all_is_checked(call, error, words, dispatched
             function(**keywords)
     for cache, (old, version) in zip(caches, before, strict=True):
         assert torch.equal(cache, old) and cache._version == version
+
+
+@pytest.mark.parametrize(
+    "bad", ({"block_table": ints(0, 1, 9, 3).view(2, 2)}, {"cache_seqlens": ints(4, 8)}, {"cache_seqlens": ints(-1, 4)})
+)
+def test_nothing_is_written_by_a_call_like_one_before(bad):
+    new = {name: torch.randn(2, 1, 2, 16) for name in "kv"}
+    for _ in range(5):
+        function, keywords = paged(**new, cache_seqlens=ints(4, 4))
+        function(**keywords)
+    function, keywords = paged(**new, **{"cache_seqlens": ints(4, 4), **bad})
+    before = [keywords[name].clone() for name in ("k_cache", "v_cache")]
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        function(**keywords)
+    for name, old in zip(("k_cache", "v_cache"), before, strict=True):
+        assert torch.equal(keywords[name], old) and keywords[name]._version == 0
+
+
+def test_caches_apart_in_one_memory_have_versions_of_their_own():
+    """Keys and values side by side, each with a counter of its own."""
+    for _ in range(6):
+        key_cache, value_cache = (part.data for part in torch.zeros(2, 8, 2, 32).split(16, -1))
+        function, keywords = appended(k_cache=key_cache, v_cache=value_cache)
+        function(**keywords)
+        assert (key_cache._version, value_cache._version) == (1, 1)
+
+
+def test_gradients_that_were_freed():
+    q, k, v = (torch.randn(2, rows, heads, 16, requires_grad=True) for rows, heads in ((3, 4), (5, 2), (5, 2)))
+    _, lse = flash_attn_func(q, k, v, return_lse=True)
+    for gradient in (freed(2, 4, 3), freed_view(2, 4, 3)):
+        with pytest.raises(ValueError, match=r"gradient has .*no memory"):
+            torch.autograd.grad(lse, (q, k, v), gradient, retain_graph=True)
 
 
 def _write_by_slots(cache):

@@ -14,6 +14,7 @@
 #include "launch_errors.h"
 #include "parallel.h"
 #include "simd.h"
+#include "starts.h"
 
 constexpr int MAX_DIM = 1024;
 constexpr int64_t UNITS_AT_ONCE = 16;
@@ -32,6 +33,10 @@ struct Write {
     explicit Write(const aiter_cache_write_call &c) : call(c), units(cache_write_units(c)) {}
 
     bool fits() const {
+        const aiter_cache_write_problem &p = call.problem;
+        if (!starts_fit(call.tensors.starts_new, nullptr, p.batch, p.total_new, p.total_new) ||
+            !starts_fit(call.tensors.starts_q, nullptr, p.batch, p.total_q, p.total_q))
+            return false;
         for (int64_t unit = 0; unit < units - new_units(call); unit++) /* values go where their keys do */
             if (cache_token(call, unit).fate == TOKEN_HAS_NO_PLACE) return false;
         return true;

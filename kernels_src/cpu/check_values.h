@@ -5,6 +5,7 @@
 
 #include "aiter_abi.h"
 #include "mask.h"
+#include "starts.h"
 
 /* Lengths from 0 to `most`; `total` rows in all where `fill`, else no more than those. */
 static inline bool lengths_fit(const int32_t *lengths, int64_t batch, int64_t most, bool packed, int64_t total,
@@ -16,19 +17,6 @@ static inline bool lengths_fit(const int32_t *lengths, int64_t batch, int64_t mo
         sum += lengths[b];
     }
     return !packed || (fill ? sum == total : sum <= total);
-}
-
-/* Starts that do not fall and end within the rows; no more than `most` apart or, where lengths say how many rows of each
- * sequence count, with room for those. */
-static inline bool starts_fit(const int32_t *starts, const int32_t *lengths, int64_t batch, int64_t most,
-                              int64_t total) {
-    if (!starts) return true;
-    if (starts[0] < 0 || starts[batch] > total) return false;
-    for (int64_t b = 0; b < batch; b++) {
-        const int64_t length = static_cast<int64_t>(starts[b + 1]) - starts[b];
-        if (length < (lengths ? lengths[b] : 0) || (!lengths && length > most)) return false;
-    }
-    return true;
 }
 
 /* Lists of pages that do not fall and end within the entries, and hold no more tokens than they may. */

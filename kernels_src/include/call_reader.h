@@ -2,12 +2,13 @@
  *
  *   Python (aiter/reader.py)                          the first kernel of attention that is loaded
  *   ------------------------                          --------------------------------------------
- *   once        aiter_call_reader(exchange, ...)  -->  these five, as Python functions
+ *   once        aiter_call_reader(exchange, ...)  -->  these six, as Python functions
  *   each call   is_index(index, shape, query)     -->  True, or None       as layout.py has it
  *               sizes_of(query, key, value, ...)  -->  sizes, or None
  *               pack(call, query, key, ...)       -->  bytes, or None      as plan.py has it
  *               form_of(arguments, keywords, ...) -->  bytes, or None      of calls that may be like one before:
  *               fill(call, places, addresses, ...) --> bytes, or None      aiter/repeated.py
+ *               lacks_memory(arguments, keywords) -->  True, or None       of all others, there
  *
  * None: something is not as it mostly is, wrong or only rare, and Python's function decides. So nothing is refused here,
  * and tests/test_reader.py holds every answer against Python's.
@@ -33,7 +34,8 @@ typedef struct {
     int flags;
     const char *doc;
 } PyMethodDef;
-AITER_OF_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_FalseStruct, PyLong_Type, PyFloat_Type, PyTuple_Type;
+AITER_OF_PYTHON PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_FalseStruct;
+AITER_OF_PYTHON PyObject PyLong_Type, PyFloat_Type, PyTuple_Type, PyList_Type;
 AITER_OF_PYTHON PyObject *PyObject_Type(PyObject *);
 AITER_OF_PYTHON PyObject *PyObject_GetAttr(PyObject *, PyObject *);
 AITER_OF_PYTHON PyObject *PyObject_CallMethodObjArgs(PyObject *, PyObject *, ...);
@@ -46,6 +48,8 @@ AITER_OF_PYTHON PyObject *PyCFunction_NewEx(PyMethodDef *, PyObject *, PyObject 
 AITER_OF_PYTHON PyObject *PyTuple_New(ptrdiff_t);
 AITER_OF_PYTHON ptrdiff_t PyTuple_Size(PyObject *);
 AITER_OF_PYTHON PyObject *PyTuple_GetItem(PyObject *, ptrdiff_t); /* borrowed */
+AITER_OF_PYTHON ptrdiff_t PyList_Size(PyObject *);
+AITER_OF_PYTHON PyObject *PyList_GetItem(PyObject *, ptrdiff_t); /* borrowed */
 AITER_OF_PYTHON int PyTuple_SetItem(PyObject *, ptrdiff_t, PyObject *);
 AITER_OF_PYTHON PyObject *PyLong_FromLongLong(long long);
 AITER_OF_PYTHON long long PyLong_AsLongLong(PyObject *);
@@ -94,8 +98,9 @@ struct Common {
     int (*read)(PyObject *, Tensor *);
     int64_t dim_step, dim_max, dim_latent;
     uint64_t low_addresses;
-    PyObject *has_memory;                           /* to be asked of tensors below that address: checks.py */
-    PyObject *tensor_type, *requires_grad, *is_neg; /* torch.Tensor, and names of what it has */
+    PyObject *has_memory;                   /* to be asked of tensors below that address: checks.py */
+    PyObject *tensor_type, *parameter_type; /* torch.Tensor, torch.nn.Parameter */
+    PyObject *requires_grad, *is_neg;       /* names of what tensors have */
 };
 static Common common;
 
@@ -107,6 +112,7 @@ inline PyObject *unusual() {
     return &_Py_NoneStruct;
 }
 
+/* Whether a kernel may touch it. */
 inline bool has_memory(PyObject *object, const Tensor &tensor) {
     if (tensor.address() >= common.low_addresses) return true;
     PyObject *const answer = PyObject_CallFunctionObjArgs(common.has_memory, object, nullptr);
@@ -386,6 +392,33 @@ class Form {
     }
 };
 
+/* lacks_memory(arguments, keywords): True where one of them is, or has in it, a tensor whose memory was freed */
+inline bool is_without_memory(PyObject *object) {
+    PyObject *const type = PyObject_Type(object);
+    Py_DecRef(type); /* there are others that hold it */
+    if (type == &PyTuple_Type || type == &PyList_Type) {
+        const bool is_tuple = type == &PyTuple_Type;
+        for (ptrdiff_t i = 0, count = is_tuple ? PyTuple_Size(object) : PyList_Size(object); i < count; ++i)
+            if (is_without_memory(is_tuple ? PyTuple_GetItem(object, i) : PyList_GetItem(object, i))) return true;
+        return false;
+    }
+    Tensor tensor;
+    const bool is_tensor = type == common.tensor_type || type == common.parameter_type;
+    const bool found = is_tensor && common.read(object, &tensor) == 0 && !has_memory(object, tensor);
+    PyErr_Clear(); /* what has no address cannot lie there */
+    return found;
+}
+inline PyObject *lacks_memory(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
+    if (count != 2) return unusual();
+    bool found = is_without_memory(arguments[0]);
+    PyObject *name, *value;
+    for (ptrdiff_t place = 0; !found && PyDict_Next(arguments[1], &place, &name, &value);)
+        found = is_without_memory(value);
+    if (!found) return unusual();
+    Py_IncRef(&_Py_TrueStruct);
+    return &_Py_TrueStruct;
+}
+
 /* form_of(arguments, keywords, grad): the form, and the addresses of its tensors */
 inline PyObject *form_of(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
     if (count != 3) return unusual();
@@ -431,22 +464,23 @@ inline PyObject *fill(PyObject *, PyObject *const *arguments, ptrdiff_t count) {
 
 } // namespace aiter_reader
 
-/* A tuple of the five functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
- * queries and keys dim_latent too. The last four arguments stay alive. */
+/* A tuple of the six functions; null where they cannot be. head_dims are multiples of dim_step up to dim_max, those of
+ * queries and keys dim_latent too. The last five arguments stay alive. */
 AITER_EXPORT PyObject *aiter_call_reader(const void *exchange, int dim_step, int dim_max, int dim_latent,
                                          uint64_t low_addresses, PyObject *has_memory, PyObject *tensor_type,
-                                         PyObject *requires_grad, PyObject *is_neg) {
+                                         PyObject *parameter_type, PyObject *requires_grad, PyObject *is_neg) {
     namespace reader = aiter_reader;
     const reader::Exchange *version = static_cast<const reader::Exchange *>(exchange);
     while (version && version->major != 1) version = version->older;
     if (!PyCFunction_NewEx || !version || !version->read) return nullptr;
-    reader::common = {version->read, dim_step,    dim_max,       dim_latent, low_addresses,
-                      has_memory,    tensor_type, requires_grad, is_neg};
+    reader::common = {version->read, dim_step,    dim_max,        dim_latent,    low_addresses,
+                      has_memory,    tensor_type, parameter_type, requires_grad, is_neg};
     static PyMethodDef methods[] = {{"is_index", reader::is_index, reader::METH_FASTCALL, nullptr},
                                     {"sizes_of", reader::sizes_of, reader::METH_FASTCALL, nullptr},
                                     {"pack", reader::pack, reader::METH_FASTCALL, nullptr},
                                     {"form_of", reader::form_of, reader::METH_FASTCALL, nullptr},
-                                    {"fill", reader::fill, reader::METH_FASTCALL, nullptr}};
+                                    {"fill", reader::fill, reader::METH_FASTCALL, nullptr},
+                                    {"lacks_memory", reader::lacks_memory, reader::METH_FASTCALL, nullptr}};
     constexpr int COUNT = sizeof methods / sizeof *methods;
     PyObject *functions = PyTuple_New(COUNT);
     for (int i = 0; functions && i < COUNT; ++i)
