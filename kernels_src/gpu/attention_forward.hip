@@ -34,6 +34,8 @@ namespace aiter {
  * 8-bit keys and values. */
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 && !AITER_DROPOUT && !AITER_FP8_CACHE
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
+#elif AITER_CUT
+#error "only sm_90a's own loop cuts keys"
 #elif defined(AITER_GFX9)
 using Loop = LoopOf<HEAD_DIM, VALUE_DIM>;
 #else

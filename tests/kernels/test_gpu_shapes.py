@@ -16,6 +16,7 @@ SOURCES = HERE.parents[1] / "kernels_src"
 
 CASES = [(arch, ()) for arch in ("gfx90a", "gfx942", "gfx950", "sm_80", "sm_86", "sm_90a", "sm_120")]
 CASES += [("sm_90a", (("softcap", 1),))]  # has tiles of its own there
+CASES += [("sm_90a", (("cut", 1),))]
 
 
 @pytest.mark.parametrize("arch, options", CASES, ids=["-".join([a, *dict(o)]) for a, o in CASES])

@@ -18,6 +18,7 @@ TRAINED = (("alibi", 1), ("chunk", 1), ("dropout", 1), ("softcap", 1))
     "spec",
     (
         Spec("attention_forward", "bf16", 128, True, "sm_90a"),
+        Spec("attention_forward", "bf16", 256, False, "sm_90a", (("cut", 1), *PAGED, ("window", 1))),
         Spec("attention_forward", "fp16", 64, False, "sm_80", PAGED),
         Spec("attention_decode", "bf16", 128, False, "sm_90a", PAGED),
         Spec("attention_decode", "fp16", 40, True, "sm_80"),

@@ -27,11 +27,14 @@
 #ifndef AITER_GPU_ARCH_SM90_FORWARD_H
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
+#include "gpu/arch/sm90_pieces.h"
 #include "gpu/arch/sm90_tensor_map.h"
 #include "gpu/mask.h"
 #include "gpu/score.h"
 #include "gpu/sequence.h"
 #include "gpu/softmax.h"
+
+#include <type_traits>
 
 namespace aiter {
 
@@ -49,11 +52,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
                                                                    : 64;
 };
 
-/* Where blocks take row tiles by a counter: clears it. The kernel that counts is launched early, and waits for this one
- * where it counts first. */
-__global__ void clear_counter(uint32_t *next) {
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-    *next = 0;
+/* Clears a counter for each thread: that of the row tiles taken and, where keys are cut, those of pieces. The kernel that
+ * counts is launched early, and waits for this one where it counts first. */
+__global__ void clear_counters(uint32_t *counters) {
+    let_next_start();
+    counters[CUT ? block() * static_cast<int>(blockDim.x) + thread_in_block() : 0] = 0;
 }
 
 template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, VALUE_DIM> {
@@ -89,15 +92,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     using Output = Accumulator<1, COLUMNS>;
     using Softmax = OnlineSoftmax<2>;
 
+    /* What a block's tasks are: row tiles or, in kernels that cut keys, pieces of them. */
+    using Work = std::conditional_t<CUT, Pieces<KEYS, WAVES, Output>, WholeRowTiles>;
+
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap query, key, value;
         int box;        /* keys that a map's copy brings; 0: there are no maps */
-        int tiles;      /* row tiles in all */
+        int tasks;      /* in all: row tiles or what they are cut into */
         int section;    /* units whose tiles are taken together; see place() */
         int distance;   /* between units that are taken one after the other */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
+        Work work;
     };
 
     /* The first of this wave's rows, in the block's. */
@@ -105,16 +112,26 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- host ---- */
 
-    /* For the counter. Where it is the lengths of padded sequences alone that make row tiles differ, nothing here
-     * tells: then there is none, and each row tile gets a block of its own. Nor where there are blocks enough, on
-     * whichever of the machine's GPUs the launch will be. */
+    /* How a call's row tiles are cut, on a GPU with so many multiprocessors. */
+    static Work work_of(const aiter_attention_problem &p, int64_t tiles, int blocks) {
+        return Work(p, tiles, lesser<int64_t>(int64_t(p.seqlen_q) << Packing(p).bits, BLOCK_ROWS), blocks);
+    }
+    /* For the counter, and for what pieces leave. Where it is the lengths of padded sequences alone that make row tiles
+     * differ, nothing here tells: then there is no counter, and each row tile gets a block of its own. Nor where there are
+     * blocks enough. All that on whichever of the machine's GPUs the launch will be, from numbers that are the same
+     * whenever a graph of the launch is replayed. */
     static int64_t workspace_bytes(const aiter_attention_problem &p, int64_t tiles) {
-        if (!MASKED && !p.packed_q && !p.packed_k) return 0;
+        const bool differ = MASKED || p.packed_q || p.packed_k;
+        if (!CUT && !differ) return 0;
         int devices = 0;
         if (hipGetDeviceCount(&devices) != hipSuccess) return 0;
-        int64_t fewest = tiles;
-        for (int device = 0; device < devices; ++device) fewest = lesser<int64_t>(fewest, compute_units(device));
-        return tiles > fewest ? sizeof(uint32_t) : 0;
+        int64_t most = 0;
+        for (int device = 0; device < devices; ++device) {
+            const int blocks = compute_units(device);
+            const Work work = work_of(p, tiles, blocks);
+            most = greater(most, work.workspace_bytes(tiles, blocks, differ && work.count(tiles) > blocks));
+        }
+        return most;
     }
 
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
@@ -122,10 +139,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
         const aiter_attention_problem &p = call.problem;
         const aiter_attention_tensors &t = call.tensors;
-        if (tiles > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        int device = 0;
+        if (const hipError_t error = hipGetDevice(&device)) return error;
+        const int blocks = compute_units(device);
+        if (blocks == 0) return LAUNCH_NO_COMPUTE_UNITS;
         Launch launch;
         static_cast<Arguments &>(launch) = call;
-        launch.tiles = static_cast<int>(tiles);
+        launch.work = work_of(p, tiles, blocks);
+        if (!launch.work.place_in(t.workspace, tiles)) return LAUNCH_NO_COMPUTE_UNITS;
+        const int64_t tasks = launch.work.count(tiles);
+        if (tasks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        launch.tasks = static_cast<int>(tasks);
         launch.small_cap = SmallCap(p);
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
@@ -134,21 +158,21 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
-        int device = 0, blocks = 0;
-        hipError_t error = hipGetDevice(&device);
-        if (error == hipSuccess) error = hipDeviceGetAttribute(&blocks, hipDeviceAttributeMultiprocessorCount, device);
-        if (error != hipSuccess) return error;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
         launch.distance = distance(p, launch.section);
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
-        const bool counted = !equal && t.workspace != nullptr && tiles > blocks;
+        const bool counted = !equal && t.workspace != nullptr && tasks > blocks;
         launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
-        const int64_t grid = equal || counted ? lesser<int64_t>(tiles, blocks) : tiles;
-        if (!counted) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
-        if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
+        const int64_t grid = equal || counted ? lesser<int64_t>(tasks, blocks) : tasks;
+        const int64_t counters = greater<int64_t>(launch.work.counters(tiles), counted);
+        if (counters == 0) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        const int threads = counters == 1 ? 1 : Work::COUNTERS_TOGETHER;
+        if (const int failed = aiter::launch(clear_counters, (counters + threads - 1) / threads, threads, 0, stream,
+                                             static_cast<uint32_t *>(t.workspace)))
+            return failed;
         return launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
     }
 
@@ -235,8 +259,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         return {static_cast<int>(unit % units), rest % group << bits, row_tiles - 1 - rest / heads};
     }
 
-    /* Wave 2 of those that copy finds out what the block's row tiles are, one ahead, and hands them to the others in
-     * two slots of shared memory, each with barriers like those of the ring. */
+    /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, one ahead, and hands
+     * them to the others in two slots of shared memory, each with barriers like those of the ring. */
     struct Turn {
         SharedAddress shared;
         int slot = 0;
@@ -245,17 +269,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         __device__ __forceinline__ SharedAddress full() const { return shared + TURNS_AT + slot * TURN_BYTES; }
         __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
         __device__ __forceinline__ SharedAddress exists() const { return full() + 16; }
-        __device__ __forceinline__ SharedAddress tile() const { return full() + 32; }
+        __device__ __forceinline__ SharedAddress task() const { return full() + 32; }
         __device__ __forceinline__ Turn after() const { return {shared, slot ^ 1, turn ^ slot}; }
 
-        /* Is there another row tile? */
+        /* Is there another task? */
         __device__ __forceinline__ bool await() const {
             mbarrier::wait(full(), turn);
             return same(shared_load<int>(exists()));
         }
-        template <class RowTile> __device__ __forceinline__ RowTile read() const {
-            static_assert(sizeof(RowTile) <= TURN_BYTES - 32, "");
-            return shared_load<RowTile>(tile());
+        template <class Task> __device__ __forceinline__ Task read() const {
+            static_assert(sizeof(Task) <= TURN_BYTES - 32, "");
+            return shared_load<Task>(task());
         }
         __device__ __forceinline__ void release() const {
             wave_sync();
@@ -271,30 +295,53 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         }
     };
 
-    template <class RowTile>
-    static __device__ __forceinline__ void find_row_tiles(const Launch &launch, SharedAddress shared) {
+    /* Row tile `index` has no rows: those after it that have none either count as taken, as far as a wave sees, of which
+     * each lane looks at one. In kernels that cut keys; in others it is one more thing for this wave to do. */
+    template <class Task> static __device__ __forceinline__ void pass_over_missing(const Launch &launch, int index) {
+        if (launch.next == nullptr || launch.work.dealt > 0) return;
+        const aiter_attention_problem &p = launch.problem;
+        const int own = index + lane();
+        bool exists = false;
+        if (own < launch.tasks) {
+            const Place at = place(launch, own, static_cast<int>(Task::of_heads(p)));
+            exists = Packing(p).token(at.row_tile * BLOCK_ROWS) < length_of(query_side(p, launch.tensors), at.batch(p));
+        }
+        const uint64_t found = ballot(exists);
+        const int taken = index + (found == 0 ? WAVE : first_lane(found)) - static_cast<int>(gridDim.x);
+        wait_for_previous(); /* clear_counters */
+        if (lane() == 0 && taken > 0) atomicMax(launch.next, static_cast<uint32_t>(taken));
+    }
+
+    template <class Task>
+    static __device__ __forceinline__ void find_tasks(const Launch &launch, SharedAddress shared) {
         Turn turn = {shared};
         int index = block();
         turn.vacate();
 #pragma unroll 1
-        while (index < launch.tiles) {
-            const RowTile tile(launch, index);
-            if (tile.exists()) {
-                if (lane() == 0) shared_store(turn.tile(), tile);
-                turn.announce(true);
-                turn = turn.after();
-                turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
+        while (index < launch.tasks) {
+            Task task(launch, index);
+            if (task.exists()) {
+#pragma unroll 1
+                do {
+                    if (lane() == 0) shared_store(turn.task(), task);
+                    turn.announce(true);
+                    turn = turn.after();
+                    turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
+                } while (CUT && task.advance(launch));
+            } else if constexpr (CUT) {
+                pass_over_missing<Task>(launch, index);
             }
             if (launch.next == nullptr) {
                 index += static_cast<int>(gridDim.x);
             } else {
-                asm volatile("griddepcontrol.wait;" ::: "memory"); /* clear_counter */
+                wait_for_previous(); /* clear_counters */
                 int taken = 0;
                 if (lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
                 index = static_cast<int>(gridDim.x) + from_lane(taken, 0);
             }
         }
         turn.announce(false);
+        if constexpr (CUT) wait_for_previous(); /* some thread must, in each block: runtime.h */
     }
 
     /* ---- copies ---- */
@@ -559,17 +606,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         }
 
         /* Tiles that only other warpgroups see are passed over, but in step with these. */
-        template <class RowTile>
-        __device__ __forceinline__ void attend(const RowTile &tile, const Score &score, Softmax &softmax, Output &o) {
+        template <class Task>
+        __device__ __forceinline__ void attend(const Task &tile, const Score &score, Softmax &softmax, Output &o) {
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
             const Mask &mask = sequence.mask;
-            const Range keys = at_least_one(tile.keys);
+            const Range keys = at_least_one(tile.own(tile.keys));
             const int keys_count = same(sequence.keys.count), first_row = tile.first_row + number * 64;
             /* What any of the warpgroup's rows sees ends here; what all of them see, or all of the wave's, needs no
              * mask. */
             const int first_token = tile.token(first_row), end_token = tile.token(first_row + 63) + 1;
-            const Range any = mask.keys_of_any(first_token, end_token);
+            const Range any = tile.own(mask.keys_of_any(first_token, end_token));
             const Range all = mask.keys_of_all(first_token, end_token);
             const Range of_wave = mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
             const int own_end = same(any.empty() ? keys.low + 1 : any.high);
@@ -672,6 +719,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
+        using Task = typename Work::template Task<RowTile>;
         const bool mapped = launch.box != 0;
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS); /* first, while all threads have as many registers */
         if (thread_in_block() == 0) {
@@ -697,12 +745,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
             const int role = wave() - WAVES;
             if (role == 2) {
-                find_row_tiles<RowTile>(launch, shared);
+                find_tasks<Task>(launch, shared);
             } else if (role == 3) {
                 QueryRing ring = {shared, 0};
 #pragma unroll 1
                 for (; turn.await(); turn = turn.after()) {
-                    const RowTile tile = turn.template read<RowTile>();
+                    const Task tile = turn.template read<Task>();
                     turn.release();
 #pragma unroll 1
                     for (ring.warpgroup = 0; ring.warpgroup < WARPGROUPS; ++ring.warpgroup)
@@ -715,9 +763,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 bool first = true;
 #pragma unroll 1
                 for (; turn.await(); turn = turn.after(), first = false) {
-                    const RowTile tile = turn.template read<RowTile>();
+                    const Task tile = turn.template read<Task>();
                     /* The turn before is kept until the one after is needed: its slot is that one's. */
-                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.keys), [&] {
+                    copy_tiles(launch, tile.sequence, ring, at_least_one(tile.own(tile.keys)), [&] {
                         if (!first) turn.after().release();
                     });
                 }
@@ -731,8 +779,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 Softmax softmax(score.unit);
                 Output o;
                 o.clear();
-                warpgroup.attend(turn.template read<RowTile>(), score, softmax, o);
-                finish(turn.template read<RowTile>(), softmax, o); /* read again: registers were few meanwhile */
+                warpgroup.attend(turn.template read<Task>(), score, softmax, o);
+                const Task task = turn.template read<Task>(); /* again: registers were few meanwhile */
+                if (launch.work.add_up(task, softmax, o)) finish(task, softmax, o);
                 turn.release();
             }
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
