@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from aiter.errors import UnsupportedDtypeError, UnsupportedError
@@ -19,6 +20,11 @@ HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
 # Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
+
+# sm_90a has a second form of the forward kernel, which can cut the keys that a tile of rows sees and deal the pieces to
+# several blocks: kernels_src/gpu/arch/sm90_pieces.h, which says how. It pays where tiles of so many rows leave half of
+# the multiprocessors idle, from so many keys on; elsewhere the other form is faster.
+CUT_ARCH, CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = "sm_90a", 256, 128, 2048
 
 # 8-bit floats that caches of keys and values may hold, as specs name them: kernels_src/include/fp8.h.
 CACHE_DTYPES = ("e4m3fn", "e4m3fnuz", "e5m2")
@@ -43,6 +49,27 @@ def forward_kernel(sizes: Sizes, head_dim: int, options: Options) -> str:
     return "attention_decode" if decodes else "attention_forward"
 
 
+def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:
+    """Whether a call of the forward kernel has few rows and many keys, on a GPU with so many multiprocessors, or 0
+    where no kernel can cut keys. `batch_invariant` does not come into it: its keys are always cut (kernel_spec)."""
+    if sizes.batch * sizes.heads_q * sizes.seqlen_q > multiprocessors * (CUT_TILE_ROWS // 2):
+        return False  # most calls: no time is lost with them
+    batch, heads_q, heads_kv, seqlen_q, seqlen_k, *_ = sizes
+    group = heads_q // heads_kv
+    together = group & -group if options.alibi_slopes is None else 1  # heads in a tile: a power of two
+    tiles = -(-seqlen_q * together // CUT_TILE_ROWS) * (heads_q // together) * batch
+    left, right = options.window_left, options.window_right
+    seen = seqlen_k if min(left, right) < 0 else min(seqlen_k, left + right + seqlen_q)
+    return 2 * tiles <= multiprocessors and seen >= CUT_KEYS
+
+
+def has_cut_form(kernel: str, arch: str, head_dim: int, value_dim: int, options: Collection[str]) -> bool:
+    """options: names of the spec's."""
+    if kernel != "attention_forward" or arch != CUT_ARCH or max(head_dim, value_dim) > CUT_HEAD_DIM_MAX:
+        return False
+    return not ({"dropout", *CACHE_DTYPES} & set(options))
+
+
 def kernel_spec(
     kernel: str,
     dtype: str,
@@ -53,8 +80,12 @@ def kernel_spec(
     value_dim: int | None = None,
     options: tuple[str, ...] = (),
 ) -> Spec:
-    """options: which of the call's options select code (Options.that_select_code), and which of CACHE_DTYPES keys and
-    values have, if any."""
+    """options: which of the call's options select code (Options.that_select_code), which of CACHE_DTYPES keys and
+    values have, if any, and "cut" for the form that cuts keys, where there is one.
+
+    With batch_invariant it is always that one: sums of pieces have other bits, and a prompt, its chunks and single
+    tokens are to agree.
+    """
     if is_gpu(arch) and kernel == "attention_backward" and head_dim > HEAD_DIM_MAX:
         raise UnsupportedError(
             f"head_dim {head_dim} has no backward pass on {arch}: its tiles do not fit; up to {HEAD_DIM_MAX} they do"
@@ -62,13 +93,31 @@ def kernel_spec(
     if is_gpu(arch) and dtype == "fp32":
         raise UnsupportedDtypeError(f"fp32 is not supported on {arch}; supported there: fp16, bf16 (fp32 on CPUs)")
     chosen = dict.fromkeys(options, 1)
-    if is_gpu(arch) or kernel != "attention_forward":
-        chosen.pop("batch_invariant", None)  # a number of the call there
+    if "batch_invariant" in options and (is_gpu(arch) or kernel != "attention_forward"):
+        del chosen["batch_invariant"]  # a number of the call there
+        chosen["cut"] = 1
+    if not has_cut_form(kernel, arch, head_dim, value_dim or head_dim, chosen):
+        chosen.pop("cut", None)
     if paged and is_gpu(arch):
         chosen["paged"] = 1
     if value_dim not in (None, head_dim):
         chosen["value_dim"] = value_dim
     return Spec(kernel, dtype, head_dim, causal, arch, tuple(sorted(chosen.items())))
+
+
+def forms(
+    kernel: str,
+    dtype: str,
+    head_dim: int,
+    causal: bool,
+    arch: str,
+    paged: bool = False,
+    value_dim: int | None = None,
+    options: tuple[str, ...] = (),
+) -> list[Spec]:
+    """The specs that calls of one kernel can need, whatever their sizes."""
+    rest = kernel, dtype, head_dim, causal, arch, paged, value_dim
+    return list(dict.fromkeys(kernel_spec(*rest, (*options, *form)) for form in ((), ("cut",))))
 
 
 # The public operations, and with which kinds of keys and values each is called: in pages or not. The last attends to
@@ -111,9 +160,10 @@ def specs_for(
     kernels += ["attention_decode"] if is_gpu(arch) and "dropout" not in options else []
     shape = dtype, head_dim, causal, arch
     specs = [
-        kernel_spec(kernel, *shape, paged, value_dim, (*options, *kept))
+        spec
         for paged in OPERATIONS[operation]
         for kernel in kernels
+        for spec in forms(kernel, *shape, paged, value_dim, (*options, *kept))
     ]
     if backward and fits and not kept and False in OPERATIONS[operation]:
         specs.append(kernel_spec("attention_backward", *shape, False, value_dim, options))

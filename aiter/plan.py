@@ -9,6 +9,7 @@ is like another but for its addresses costs less: repeated.py.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import sys
@@ -222,15 +223,19 @@ def look(
 
 def _plan_of(call: Call, query: torch.Tensor, key: torch.Tensor, head_dim: int, value_dim: int, gpu: bool) -> Plan:
     sizes, indices, options, causal, _, _ = call
+    kernel = kernels.forward_kernel(sizes, head_dim, options) if gpu else "attention_forward"
+    code = _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key)
+    if gpu and kernel == "attention_forward" and kernels.cuts_keys(sizes, options, _that_share_keys(query.device)):
+        code = tuple(sorted((*code, "cut")))
     plan_key = (
-        kernels.forward_kernel(sizes, head_dim, options) if gpu else "attention_forward",
+        kernel,
         query.get_device(),
         query.dtype,
         head_dim,
         value_dim,
         causal,
         indices.page_table is not None,
-        _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key),
+        code,
     )
     return plans.get(plan_key) or _make_plan(plan_key, call, query)
 
@@ -323,6 +328,14 @@ def backward(
     )
     plan.run(packed)
     return grads
+
+
+@functools.cache
+def _that_share_keys(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 0 where no kernel cuts keys for them."""
+    if arch_of(device) != kernels.CUT_ARCH:
+        return 0
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _code_options(options: Options, query: torch.Tensor, key: torch.Tensor) -> tuple[str, ...]:

@@ -7,9 +7,12 @@ import threading
 import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
+from problems import Sequence, assert_sequences
 
 import aiter
 from aiter import flash_attn, plan, reference, repeated
+from aiter.jit.arch import arch_of
+from aiter.kernels import CUT_ARCH
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 
@@ -45,6 +48,11 @@ def mixed():
 CALLS = {
     "mixed batch": lambda: (flash_attn.flash_attn_varlen_func, *mixed()),
     "forward": lambda: (aiter.flash_attn_func, qkv(seq_q=500, seq_k=700), {"causal": True}),
+    "keys cut and dealt": lambda: (aiter.flash_attn_func, qkv(seq_q=100, seq_k=9000), {"causal": True}),
+    "keys cut, in turn": lambda: (
+        *(aiter.flash_attn_func, qkv(seq_q=2000, seq_k=5000)),
+        {"causal": True, "batch_invariant": True},
+    ),
     "decode": lambda: (aiter.flash_attn_func, qkv(seq_q=1, seq_k=9000), {}),
     "paged decode": lambda: (aiter.flash_attn_with_kvcache, *decode()),
     "packed": lambda: (
@@ -217,6 +225,83 @@ def test_more_than_2_31_elements():
     torch.testing.assert_close(output[-1:], alone, rtol=0, atol=0)
     one = aiter.flash_attn_func(query[:, -1:], key, value)
     torch.testing.assert_close(one[-1:], alone[:, -1:], rtol=2e-3, atol=2e-3)
+
+
+CUT = {  # rows, keys, head_dim, options: few row tiles, or batch_invariant, so that keys are cut (on sm_90a)
+    "a chunk": (100, 5000, 128, {"causal": True}),
+    "of 64": (70, 4500, 64, {"causal": True}),
+    "of 96": (70, 4500, 96, {}),
+    "of 256": (90, 3000, 256, {"causal": True}),
+    "of 112": (33, 2300, 112, {"window_size": (2200, 20)}),
+    "a window": (300, 5000, 128, {"window_size": (2100, 0)}),
+    "all options": (150, 3000, 128, {"causal": True, "softcap": 20.0, "slopes": True, "sinks": True}),
+    "a cap": (150, 3000, 64, {"causal": True, "softcap": 20.0}),
+    "more rows than keys": (2400, 2100, 128, {"causal": True, "batch_invariant": True}),
+}
+
+
+@pytest.fixture
+def only_cut_keys(monkeypatch):
+    """Whatever is called has the kernel that cuts keys, where there is one."""
+    monkeypatch.setattr(plan, "plans", {})
+    yield
+    if arch_of(torch.device("cuda", 0)) == CUT_ARCH:
+        assert {key[0] for key in plan.plans} == {"attention_forward"}
+        assert all(("cut", 1) in own.kernel.spec.options for own in plan.plans.values())
+
+
+@pytest.mark.parametrize("rows, keys, head_dim, options", CUT.values(), ids=CUT)
+def test_keys_that_are_cut(rows, keys, head_dim, options, only_cut_keys):
+    """Dense, and packed over pages with lengths that only the GPU knows, some of them zero; twice the same bits."""
+    options = dict(options)
+    if options.pop("slopes", False):
+        options["alibi_slopes"] = torch.rand(4, device="cuda")
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(4, device="cuda")
+    known = {"window" if name == "window_size" else name: value for name, value in options.items()}
+    causal, _ = known.pop("causal", False), known.pop("batch_invariant", None)
+    query, key, value = qkv(2, rows, keys, 4, 2, head_dim)
+    results = [aiter.flash_attn_func(query, key, value, return_lse=True, **options) for _ in range(2)]
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    sequences = [Sequence(query[b], key[b], value[b], (b,), (b,), known) for b in range(2)]
+    assert_sequences(*results[0], sequences, causal)
+
+    lengths, page_size = [keys, 0, keys // 3, 1], 16
+    width = -(-keys // page_size)
+    cache = torch.randn(2, 4 * width, page_size, 2, head_dim, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(4 * width, device="cuda").view(4, width).int()
+    starts = torch.tensor([0, rows, rows + 5, rows + 9, rows + 10], device="cuda", dtype=torch.int32)
+    query = torch.randn(rows + 10, 4, head_dim, device="cuda", dtype=torch.bfloat16)
+    used = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+    output, lse, *_ = flash_attn.flash_attn_varlen_func(
+        *(query, *cache, starts, None, rows, keys), block_table=table, seqused_k=used, return_lse=True, **options
+    )
+    sequences = []
+    for b, length in enumerate(lengths):
+        own = [reference.gather_pages(t.transpose(1, 2), table[b], length) for t in cache]
+        place = slice(int(starts[b]), int(starts[b + 1]))
+        sequences.append(Sequence(query[place], *own, (place,), (slice(None), place), known))
+    assert_sequences(output, lse, sequences, causal)
+
+
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 192, 256))
+@pytest.mark.parametrize("options", ({"causal": True}, {"window_size": (2500, 0)}), ids=("causal", "window"))
+def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
+    """A prompt of one call, whose blocks take their pieces in turn, and the same in chunks and single tokens, whose
+    pieces are dealt; beside other sequences, too."""
+    heads, total = 16, 7000
+    query, key, value = qkv(1, total, total, heads, 4, head_dim)
+    whole = aiter.flash_attn_func(query, key, value, batch_invariant=True, return_lse=True, **options)
+    expected = aiter.flash_attn_func(query, key, value, return_lse=True, **options)
+    torch.testing.assert_close(whole[0], expected[0], rtol=0.02, atol=0.005)
+    for begin, end in ((0, 1), (0, 100), (2040, 2060), (4090, 4100), (5000, 5001), (6100, 6500), (6999, 7000)):
+        part = (query[:, begin:end], key[:, :end], value[:, :end])
+        output, lse = aiter.flash_attn_func(*part, batch_invariant=True, return_lse=True, **options)
+        assert torch.equal(output, whole[0][:, begin:end]), (begin, end)
+        assert torch.equal(lse, whole[1][:, :, begin:end]), (begin, end)
+    many = [torch.cat((torch.randn_like(t).repeat(9, 1, 1, 1), t)) for t in (query[:, -1:], key, value)]
+    output, lse = aiter.flash_attn_func(*many, batch_invariant=True, return_lse=True, **options)
+    assert torch.equal(output[-1], whole[0][0, -1:]) and torch.equal(lse[-1], whole[1][0, :, -1:])
 
 
 @pytest.mark.parametrize("causal", (False, True))

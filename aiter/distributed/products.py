@@ -221,4 +221,5 @@ def _compile(
     arch = arch_of(device)
     names = ["attention_forward"] if head_dim <= kernels.HEAD_DIM_MAX or not is_gpu(arch) else ["attention_decode"]
     for name in names + ["attention_backward"] * gradients:
-        jit.get_kernel(kernels.kernel_spec(name, DTYPE_NAMES[dtype], head_dim, causal, arch, False, value_dim, options))
+        for spec in kernels.forms(name, DTYPE_NAMES[dtype], head_dim, causal, arch, False, value_dim, options):
+            jit.get_kernel(spec)

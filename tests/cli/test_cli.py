@@ -232,19 +232,25 @@ def test_prewarm_takes_the_options_that_select_code(arguments, names, capsys):
     _, report = run_json(capsys, "prewarm", *choice, "--dry-run", *arguments)
     kernels = ("attention_forward", "attention_decode", "attention_backward")
     expected = {f"{kernel}-bf16-{name}-sm_90a" for kernel in kernels for name in names}
-    assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
+    found = {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]}
+    assert {name for name in found if "-cut" not in name} == expected
+    forward = {name for name in expected if name.startswith("attention_forward")}
+    assert {name.replace("-cut", "") for name in found if "-cut" in name} == forward  # in two forms
 
 
 @pytest.mark.parametrize(
     "flags, variable, names", ((("yes",), "", [True]), (("both",), "1", [False, True]), ((), "1", [True]))
 )
 def test_prewarm_for_results_that_do_not_depend_on_the_batch(flags, variable, names, capsys, monkeypatch):
-    """A CPU's forward kernels alone are built for it."""
+    """A CPU's forward kernels are built for it, and on sm_90a there is one for it: that which cuts keys."""
     monkeypatch.setenv("AITER_BATCH_INVARIANT", variable)
-    choice = ("--arch", "x86-64-v3,gfx942", "--dtypes", "bf16", "--head-dims", "64", "--causal", "yes", "--backward")
+    archs = "x86-64-v3,gfx942,sm_90a"
+    choice = ("--arch", archs, "--dtypes", "bf16", "--head-dims", "64", "--causal", "yes", "--backward")
     choice = (*choice, "--ops", "flash_attn_func", "--dry-run", *(f"--batch-invariant={flag}" for flag in flags))
     _, report = run_json(capsys, "prewarm", *choice)
     expected = {f"attention_{kernel}-bf16-d64-causal-gfx942" for kernel in ("forward", "decode", "backward")}
+    expected |= {f"attention_{kernel}-bf16-d64-causal-sm_90a" for kernel in ("decode", "backward")}
+    expected |= {f"attention_forward-bf16-d64-causal{'-cut' * name}-sm_90a" for name in {True, *names}}
     expected |= {"attention_backward-bf16-d64-causal-x86-64-v3"}
     expected |= {f"attention_forward-bf16-d64-causal{'-batch_invariant' * name}-x86-64-v3" for name in names}
     assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected

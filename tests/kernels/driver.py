@@ -26,6 +26,7 @@ from aiter.checks import FP8_NAMES
 from aiter.jit import Kernel, get_kernel, settings
 from aiter.jit.arch import arch_of, cpu_arch, runs_here
 from aiter.jit.spec import Spec
+from aiter.kernels import has_cut_form
 from aiter.options import strides_per_kv_head
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -174,6 +175,7 @@ class Options:
         return self.max_seqlen[1] if key.dim() == 3 else key.shape[1]
 
     def spec(self, target: str, name: str, query: torch.Tensor, value: torch.Tensor) -> Spec:
+        arch = arch_of(torch.device("cuda")) if target == "cuda" else target
         switched_on = {
             "alibi": self.alibi_slopes is not None,
             "batch_invariant": self.batch_invariant and name == "attention_forward" and target not in GPUS,
@@ -188,8 +190,9 @@ class Options:
             options.append((FP8_NAMES[value.dtype], 1))
         if value.shape[-1] != query.shape[-1]:
             options.append(("value_dim", value.shape[-1]))
+        if self.batch_invariant and has_cut_form(name, arch, query.shape[-1], value.shape[-1], dict(options)):
+            options.append(("cut", 1))
         dtype = next(word for word, known in DTYPES.items() if known == query.dtype)
-        arch = arch_of(torch.device("cuda")) if target == "cuda" else target
         causal = self.causal and not self._ranges
         return Spec(name, dtype, query.shape[-1], causal, arch, tuple(sorted(options)))
 

@@ -1,0 +1,114 @@
+"""Which calls get the form of sm_90a's forward kernel that cuts keys. What it computes: test_cuda.py, on a card."""
+
+import pytest
+import torch
+
+import aiter
+from aiter import kernels, plan
+from aiter.kernels import cuts_keys, kernel_spec, specs_for
+from aiter.layout import Sizes
+from aiter.options import Options
+
+CUT, MULTIPROCESSORS = ("cut", 1), 132
+SLOPES = torch.ones(32)
+
+
+def sizes(batch, rows, keys, heads_q=32, heads_kv=8):
+    return Sizes(batch, heads_q, heads_kv, rows, keys, *[0] * 8)
+
+
+@pytest.mark.parametrize(
+    "call, options, cut",
+    [
+        (sizes(1, 128, 8192), {}, True),
+        (sizes(1, 256, 8192), {}, True),  # 64 tiles of 128 rows: half of the multiprocessors or less
+        (sizes(1, 257, 8192), {}, False),
+        (sizes(8, 16, 4096), {}, True),
+        (sizes(1, 128, 2048), {}, True),
+        (sizes(1, 128, 2047), {}, False),
+        (sizes(4, 4096, 4096), {}, False),
+        (sizes(1, 17, 8192, 28, 4), {}, True),  # seven heads share no tile
+        (sizes(4, 17, 8192, 28, 4), {}, False),
+        (sizes(2, 17, 8192), {"alibi_slopes": SLOPES}, True),  # nor do heads with slopes: 64 tiles
+        (sizes(3, 17, 8192), {"alibi_slopes": SLOPES}, False),
+        (sizes(3, 17, 8192), {}, True),
+        (sizes(1, 128, 8192), {"window_left": 1023, "window_right": 0}, False),  # few of the keys are seen
+        (sizes(1, 128, 8192), {"window_left": 4095, "window_right": 0}, True),
+        (sizes(1, 128, 8192), {"window_left": 100}, True),
+    ],
+)
+def test_few_rows_on_many_keys(call, options, cut):
+    assert cuts_keys(call, Options(**options), MULTIPROCESSORS) == cut
+    assert not cuts_keys(call, Options(**options), 0), "of a GPU without such a kernel"
+
+
+def options_of(*options, kernel="attention_forward", head_dim=128, arch="sm_90a", **more):
+    return kernel_spec(kernel, "bf16", head_dim, True, arch, options=options, **more).options
+
+
+def test_where_there_is_such_a_form():
+    assert options_of("cut") == options_of("batch_invariant") == options_of("batch_invariant", "cut") == (CUT,)
+    assert options_of("cut", "softcap", paged=True) == (CUT, ("paged", 1), ("softcap", 1))
+    assert options_of("cut", head_dim=192, value_dim=128) == (CUT, ("value_dim", 128))
+    assert options_of() == ()
+    for asked in ("cut", "batch_invariant"):
+        for arch in ("gfx942", "sm_80", "sm_100", "sm_120"):
+            assert options_of(asked, arch=arch) == ()
+        for kernel in ("attention_decode", "attention_backward"):
+            assert options_of(asked, kernel=kernel) == ()
+        assert options_of(asked, head_dim=264) == ()
+        assert CUT not in options_of(asked, head_dim=128, value_dim=264)
+        assert options_of(asked, "dropout") == (("dropout", 1),)
+        assert options_of(asked, "e4m3fn") == (("e4m3fn", 1),)
+    assert options_of("batch_invariant", arch="x86-64-v3") == (("batch_invariant", 1),)
+
+
+def forms(arch, *options):
+    specs = specs_for("variable_length_attention", "bf16", 128, True, arch, options=options)
+    return {spec.name[len("attention_") : -len(f"-{arch}")].replace("-bf16-d128-causal", "") for spec in specs}
+
+
+def test_prewarm_builds_both_forms_and_one_where_bits_must_not_vary():
+    decode = {"decode", "decode-paged"}
+    assert forms("sm_90a") == {"forward", "forward-paged", "forward-cut", "forward-cut-paged"} | decode
+    assert forms("sm_90a", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
+    assert forms("sm_90a", "dropout") == {"forward-dropout", "forward-dropout-paged"}
+    for arch in ("gfx942", "sm_80"):
+        assert forms(arch) == forms(arch, "batch_invariant") == {"forward", "forward-paged"} | decode
+
+
+class Asked(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "shape, keys, options, kernel, code",
+    [
+        ((1, 128), 8192, {}, "attention_forward", ("cut",)),
+        ((1, 128), 8192, {"softcap": 5.0, "window_size": (4000, 0)}, "attention_forward", ("cut", "softcap", "window")),
+        ((1, 512), 8192, {}, "attention_forward", ()),
+        ((1, 16), 8192, {}, "attention_decode", ()),
+        ((1, 512), 8192, {"batch_invariant": True}, "attention_forward", ("batch_invariant",)),
+    ],
+)
+def test_operations_ask_for_it(monkeypatch, shape, keys, options, kernel, code):
+    """CPU tensors stand for those of an H100."""
+
+    def ask(key, call, query):
+        raise Asked(key)
+
+    monkeypatch.setattr(plan, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(plan, "_that_share_keys", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(plan, "_make_plan", ask)
+    monkeypatch.setattr(plan, "plans", {})
+    query, cache = torch.empty(*shape, 32, 8, dtype=torch.bfloat16), torch.empty(1, keys, 8, 8, dtype=torch.bfloat16)
+    with pytest.raises(Asked) as asked:
+        aiter.flash_attn_func(query, cache, cache, **options)
+    key = asked.value.args[0]
+    assert (key[0], key[-1]) == (kernel, code)
+
+
+def test_other_gpus_share_no_keys(monkeypatch):
+    monkeypatch.setattr(plan, "arch_of", lambda device: "gfx942")
+    assert plan._that_share_keys.__wrapped__(torch.device("cpu")) == 0
+    assert kernels.CUT_ARCH == "sm_90a"
