@@ -174,6 +174,7 @@ def options() -> Iterator[Case]:
         sides = {} if window is None else {"window_size": (window - 1, 0)}
         for name, chosen in (
             ("plain", {}),
+            ("batch_invariant", {"batch_invariant": True}),
             ("softcap", {"softcap": 50.0}),
             ("ALiBi", {"alibi_slopes": slopes}),
             ("sinks", {"sinks": sinks}),
@@ -270,7 +271,8 @@ def graph(call: Call) -> Call:
 def chunks() -> Iterator[Case]:
     """The last tokens of a prompt that comes in pieces, over all keys before them."""
     heads, heads_kv, head_dim = 32, 8, 128
-    for batch, rows, length in ((1, 128, 8192), (1, 512, 32768), (1, 2048, 131072), (8, 16, 4096), (32, 4, 4096)):
+    few = ((1, 64, 32768), (1, 128, 8192), (1, 256, 4096))  # so few rows that keys are cut, on sm_90a
+    for batch, rows, length in (*few, (1, 512, 32768), (1, 2048, 131072), (8, 16, 4096), (32, 4, 4096)):
         query = randn(batch, rows, heads, head_dim)
         cache = [randn(batch, length, heads_kv, head_dim) for _ in "kv"]
         yield Case(
