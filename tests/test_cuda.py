@@ -96,7 +96,7 @@ def test_a_call_like_one_before(call):
     looked at again."""
     operation, *made = call()
     fresh, stream = repeated.repeats(operation.__wrapped__), torch.cuda.Stream()
-    for _ in range(2):
+    for _ in range(3):  # the first may load the kernel that has the reader in it
         fresh(*made[0], **made[1])
     runs, run = [], plan.Plan.run
     for _ in range(3):
@@ -270,16 +270,18 @@ def test_keys_that_are_cut(rows, keys, head_dim, options, only_cut_keys):
     width = -(-keys // page_size)
     cache = torch.randn(2, 4 * width, page_size, 2, head_dim, device="cuda", dtype=torch.bfloat16)
     table = torch.randperm(4 * width, device="cuda").view(4, width).int()
-    starts = torch.tensor([0, rows, rows + 5, rows + 9, rows + 10], device="cuda", dtype=torch.int32)
+    own_rows = rows, 5, 4, 1
     query = torch.randn(rows + 10, 4, head_dim, device="cuda", dtype=torch.bfloat16)
     used = torch.tensor(lengths, device="cuda", dtype=torch.int32)
-    output, lse, *_ = flash_attn.flash_attn_varlen_func(
-        *(query, *cache, starts, None, rows, keys), block_table=table, seqused_k=used, return_lse=True, **options
+    pages = cache.transpose(2, 3)
+    output, lse = aiter.variable_length_attention(
+        *(query, *pages, torch.tensor(own_rows, device="cuda", dtype=torch.int32), rows),
+        **{"seqlens_k": used, "page_table": table, "block_size": page_size, "return_lse": True, **options},
     )
-    sequences = []
+    sequences, end = [], 0
     for b, length in enumerate(lengths):
-        own = [reference.gather_pages(t.transpose(1, 2), table[b], length) for t in cache]
-        place = slice(int(starts[b]), int(starts[b + 1]))
+        own = [reference.gather_pages(t, table[b], length) for t in pages]
+        place, end = slice(end, end + own_rows[b]), end + own_rows[b]
         sequences.append(Sequence(query[place], *own, (place,), (slice(None), place), known))
     assert_sequences(output, lse, sequences, causal)
 
