@@ -75,6 +75,13 @@ def backward(dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int) -> No
         assert all(grad.isfinite().all() for grad in grads)
 
 
+def cut_keys() -> None:
+    """Few rows on many keys, whose pieces are dealt, and many, which take them in turn: on sm_90a."""
+    for rows, keys, invariant in ((100, 5000, False), (1, 9000, True), (9000, 5000, True)):
+        tensors = [randn(1, length, heads, 128, dtype=BF16) for length, heads in ((rows, 4), (keys, 2), (keys, 2))]
+        assert aiter.flash_attn_func(*tensors, causal=True, batch_invariant=invariant).isfinite().all()
+
+
 def main() -> None:
     torch.manual_seed(20)
     for dtype, head_dim, causal in ((BF16, 128, True), (torch.float16, 64, False), (BF16, 72, True)):
@@ -88,6 +95,7 @@ def main() -> None:
     for head_dim, causal in ((64, True), (96, False), (128, True), (256, True)):
         backward(BF16, head_dim, causal, 1090)  # all gradients in one pass, on sm_90a
     options()
+    cut_keys()
     torch.cuda.synchronize()
     print("all right")
 

@@ -69,7 +69,7 @@ struct Piece {
 
 /* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of 16 rows each. */
 template <int KEYS, int WAVES, class Output> struct Pieces {
-    static constexpr int INVARIANT_KEYS = 2048 / KEYS * KEYS;
+    static constexpr int INVARIANT_KEYS = 4096 / KEYS * KEYS;
     static constexpr int LEAST_KEYS = 1024 / KEYS * KEYS; /* to be dealt: with fewer, beginning and end take longer */
     static constexpr int64_t MOST_BYTES = int64_t(256) << 20;
     static constexpr int COUNTERS_TOGETHER = 64; /* a multiple of so many is there, and is cleared */
