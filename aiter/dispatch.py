@@ -154,10 +154,9 @@ def _through_dispatcher(
             checks.output(out, query, value, operation.names)
     if first is not None:
         _refuse_gradient(query, options.sinks)
-        if not traced:  # what the operator finds would be found too late
+        if not traced and torch_state.are_real(query, key, value):  # what the operator finds would be found too late
             call = library.read_call(query, key, value, *inputs)._replace(names=operation.names)
-            if torch_state.are_real(query, key, value):
-                plan.look(call, query, key, value, out)
+            plan.look(call, query, key, value, out)
         query, key, value = library.autocast(*first())
     if out is None:
         return library.operator()(query, key, value, *inputs)

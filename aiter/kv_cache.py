@@ -408,7 +408,7 @@ def _append(
                 if first_new is None
                 else f", cu_seqlens_k_new, {first_new.tolist()}, must rise from 0 to {total_new}"
             )
-            + ("" if first_q is None else f", cu_seqlens_q, {first_q.tolist()}, from 0 to {total_q}")
+            + ("" if first_q is None or query is None else f", cu_seqlens_q, {first_q.tolist()}, from 0 to {total_q}")
             + ". Nothing was written."
         )
     _increment_version((key_cache, value_cache))

@@ -103,7 +103,7 @@ def read_call(
             if tensor is not None:
                 rank = 2 if name == "page_table" and page_indptr is None else 1
                 checks.indices(name, tensor, (None,) * rank, "int32", query)
-                checks.address(name, tensor)
+                checks.memory(**{name: tensor})
         indices = Indices(*(tensor if tensor is None else readable_index(tensor) for tensor in given))
     if page_indptr is None:
         max_seqlen_k = max_seqlen_k or max_seqlen_q

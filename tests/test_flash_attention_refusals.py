@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiter import flash_attn, kv_cache
@@ -325,6 +326,26 @@ def test_nothing_is_written_by_a_call_like_one_before(bad):
         function(**keywords)
     for name, old in zip(("k_cache", "v_cache"), before, strict=True):
         assert torch.equal(keywords[name], old) and keywords[name]._version == 0
+
+
+@pytest.mark.parametrize("angles", (False, True))
+def test_packed_queries_of_a_call_like_one_before(angles):
+    """Taken as often as they are good, and refused before anything is written when they are not."""
+    for starts in (*[ints(0, 2, 5)] * 5, ints(0, 5, 4), ints(0, 1, 5)):
+        function, keywords = (rotated if angles else appended)(q=torch.randn(5, 4, 16), max_seqlen_q=4)
+        keywords["cu_seqlens_q"] = starts
+        if int(starts[1]) == 5:
+            with pytest.raises(ValueError, match="cu_seqlens_q"):
+                function(**keywords)
+        else:
+            function(**keywords)
+        assert keywords["k_cache"]._version == (0 if int(starts[1]) == 5 else 1)
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        function, keywords = appended(cache_leftpad=torch.ones(2, dtype=torch.int32))
+        assert function(**keywords).shape == (2, 1, 4, 16)
 
 
 def test_caches_apart_in_one_memory_have_versions_of_their_own():

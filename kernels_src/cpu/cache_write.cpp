@@ -35,7 +35,7 @@ struct Write {
     bool fits() const {
         const aiter_cache_write_problem &p = call.problem;
         if (!starts_fit(call.tensors.starts_new, nullptr, p.batch, p.total_new, p.total_new) ||
-            !starts_fit(call.tensors.starts_q, nullptr, p.batch, p.total_q, p.total_q))
+            (p.heads_q > 0 && !starts_fit(call.tensors.starts_q, nullptr, p.batch, p.total_q, p.total_q)))
             return false;
         for (int64_t unit = 0; unit < units - new_units(call); unit++) /* values go where their keys do */
             if (cache_token(call, unit).fate == TOKEN_HAS_NO_PLACE) return false;
