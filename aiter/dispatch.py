@@ -20,6 +20,7 @@ from aiter.options import NO_OPTIONS, OptionKeywords, read_options
 from aiter.plan import Call
 
 _is_grad_enabled = torch.is_grad_enabled  # bound once, as it is asked at every call
+_LARGEST = checks.FLOAT32_MAX
 _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 
 
@@ -80,7 +81,7 @@ def attend(
         checks.flag("causal", causal)
     if softmax_scale is None:
         softmax_scale = query.shape[-1] ** -0.5
-    elif type(softmax_scale) is not float or softmax_scale - softmax_scale != 0.0:
+    elif type(softmax_scale) is not float or not -_LARGEST <= softmax_scale <= _LARGEST:
         softmax_scale = checks.softmax_scale(softmax_scale, query.shape[-1])
     options, sinks = NO_OPTIONS, None
     if keywords:
@@ -93,7 +94,6 @@ def attend(
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
     if first is not None:
-        _refuse_gradient(query, sinks)
         plan.look(call, query, key, value, out)
         query, key, value = first()
     if _is_grad_enabled() and (
@@ -107,13 +107,6 @@ def attend(
     else:
         output, lse = plan.forward(call, query, key, value, return_lse, out)
     return (output, lse) if return_lse else output
-
-
-def _refuse_gradient(query: torch.Tensor, sinks: torch.Tensor | None) -> None:
-    """Of a call that writes into caches first: the next one would write over what a backward pass reads."""
-    for name, tensor in (("q", query), ("sinks", sinks)):
-        if tensor is not None and torch_state.wants_gradient(tensor):
-            raise ValueError(f"a call with new k and v takes no gradient, but {name} requires one: use torch.no_grad()")
 
 
 def _through_dispatcher(
@@ -153,7 +146,6 @@ def _through_dispatcher(
         if not traced:
             checks.output(out, query, value, operation.names)
     if first is not None:
-        _refuse_gradient(query, options.sinks)
         if not traced and torch_state.are_real(query, key, value):  # what the operator finds would be found too late
             call = library.read_call(query, key, value, *inputs)._replace(names=operation.names)
             plan.look(call, query, key, value, out)

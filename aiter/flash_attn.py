@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from aiter import checks, kv_cache, plan
+from aiter import checks, kv_cache, plan, torch_state
 from aiter.cache_layout import Cache, check_padding
 from aiter.dispatch import First, Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
@@ -147,6 +147,7 @@ def flash_attn_qkvpacked_func(
     (batch, seq, num_heads_q + 2 * heads_kv, head_dim)."""
     if num_heads_q is not None:
         checks.tensor("qkv", qkv, 4, "(batch, seq, num_heads_q + 2 * heads_kv, head_dim)")
+        checks.memory(qkv=qkv)
         heads_kv, rest = divmod(qkv.shape[2] - checks.positive_int("num_heads_q", num_heads_q), 2)
         if heads_kv <= 0 or rest:
             raise ValueError(f"qkv has {qkv.shape[2]} heads; they must be num_heads_q, {num_heads_q}, and 2 * heads_kv")
@@ -395,6 +396,12 @@ def flash_attn_with_kvcache(
         if k.dtype in checks.FP8_NAMES and k.dtype == v.dtype == k_cache.dtype:
             k, v, scales = k.to(q.dtype), v.to(q.dtype), (None, None)  # they are of the cache's scale already
         checks.same_kind(q=q, k=k, v=v)
+        # The next call would write over what a backward pass reads.
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("qv", qv), ("sinks", options.get("sinks"))):
+            if isinstance(tensor, torch.Tensor) and torch_state.wants_gradient(tensor):
+                raise ValueError(
+                    f"a call with new k and v takes no gradient, but {name} requires one: use torch.no_grad()"
+                )
         append = partial(
             kv_cache.append,
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales),
@@ -539,7 +546,7 @@ def _attend(
     output, lse = result if wants_lse else (result, None)
     if padded:
         output = output[..., :value_dim]
-        output = output.contiguous() if out is None else out.copy_(output)
+        output = output.contiguous() if out is None else _copy(out, output)
     if return_attn_probs:
         weights = _signed_weights(q, k, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options)
         return output, lse, weights
@@ -675,6 +682,13 @@ def _signed_weights(
         place = b, slice(None), slice(len(rows)), slice(len(keys))
         weights[place] = torch.where(kept[place], relative, -relative).to(q.dtype)
     return weights
+
+
+def _copy(out: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    if torch.compiler.is_compiling() or not out.is_inference():
+        return out.copy_(output)
+    with torch.inference_mode():  # elsewhere PyTorch lets nobody write into such a tensor
+        return out.copy_(output)
 
 
 def _pad(tensor: torch.Tensor) -> torch.Tensor:

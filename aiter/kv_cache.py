@@ -224,6 +224,10 @@ def _check_tokens(key: object, value: object, key_cache: object, value_cache: ob
                 f"{cache_name} has shape {tuple(cache.shape)}; it must be {_CACHE} with the heads_kv and head_dim (up "
                 f"to {DIM_MAX}) of {name}, which has shape {tuple(new.shape)}"
             )
+        if cache.is_neg():
+            raise ValueError(
+                f"{cache_name} is lazily negated (resolve_neg() gives an ordinary tensor): not to be written"
+            )
         if cache.shape[1] == 0:
             raise ValueError(f"{cache_name} has shape {tuple(cache.shape)}; a page must have room for a token")
     assert isinstance(key_cache, torch.Tensor) and isinstance(value_cache, torch.Tensor)

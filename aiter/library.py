@@ -105,6 +105,7 @@ def read_call(
                 checks.indices(name, tensor, (None,) * rank, "int32", query)
                 checks.memory(**{name: tensor})
         indices = Indices(*(tensor if tensor is None else readable_index(tensor) for tensor in given))
+    checks.memory(alibi_slopes=alibi_slopes, sinks=sinks, query_offsets=query_offsets, rng_state=rng_state)
     if page_indptr is None:
         max_seqlen_k = max_seqlen_k or max_seqlen_q
     sizes = sizes_of(query, key, value, indices, max_seqlen_q, max_seqlen_k)
@@ -152,9 +153,10 @@ def _gradients(call, grad_output, grad_lse, query, key, value, output, lse, lse_
     if key.dtype in checks.FP8_NAMES:
         raise NotImplementedError(NO_FP8_GRADIENT)
     sinks = call.options.sinks
-    for name, tensor in (("the log-sum-exp", lse), ("its gradient", grad_lse), ("sinks", sinks), ("output", output)):
+    for name, tensor in (("the output", output), ("the log-sum-exp", lse), ("sinks", sinks)):
         checks.address(name, tensor)
-    checks.address("the output's gradient", grad_output)
+    for name, tensor in (("output", grad_output), ("log-sum-exp", grad_lse)):
+        checks.address(f"the gradient of the {name}", tensor)
     if sinks is None:
         return plan.backward(call, query, key, value, output, lse, grad_output, grad_lse, lse_is_given)
     total = with_sinks(lse, sinks)
@@ -258,6 +260,7 @@ class Attention(torch.autograd.Function):
             grads = _gradients(call, grad_output, grad_lse, query, key, value, output, lse)
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
+            checks.address("sinks", sinks)
             grad_sinks = sink_gradient(grad_output, output, lse, sinks)
         return (*grads, grad_sinks, None)
 

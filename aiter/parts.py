@@ -43,8 +43,11 @@ def merge_attention_states(
 
     The formula is that of online softmax (Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867).
     """
-    outputs, lses = list(outputs), list(lses)
+    for name, parts in (("outputs", outputs), ("lses", lses)):
+        if not isinstance(parts, (Sequence, torch.Tensor)):
+            raise TypeError(f"{name} must be a list of tensors, one of each part, not {type(parts).__name__}")
     checks.memory(outputs=outputs, lses=lses, sinks=sinks)
+    outputs, lses = list(outputs), list(lses)
     if len(outputs) != len(lses) or not outputs:
         raise ValueError(f"there are {len(outputs)} outputs and {len(lses)} lses; give one lse for each output")
     first = outputs[0]
@@ -66,7 +69,7 @@ def merge_attention_states(
         lse = library.log_add(lse, other)
     total = lse
     if sinks is not None:
-        per_head("sinks", sinks, first, (1,))
+        per_head("sinks", sinks, first, (1,), query_name="outputs[0]")
         total = library.with_sinks(lse, sinks.float())
     merged = torch.zeros((), dtype=torch.float32, device=first.device)
     for output, part in zip(outputs, lses, strict=True):

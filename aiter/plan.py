@@ -297,7 +297,7 @@ def backward(
         grad_output = torch.zeros_like(output)
     names = call.names
     query, key, value = _readable(names.query, query), _readable(names.key, key), _readable(names.value, value)
-    output, grad_output = _readable("the output", output), _readable("the output's gradient", grad_output)
+    output, grad_output = _readable("the output", output), _readable("the gradient of the output", grad_output)
     checks.address("the log-sum-exp", lse)
     if lse.stride(-1) != 1 or (grad_lse is not None and grad_lse.stride() != lse.stride()):
         lse, grad_lse = lse.contiguous(), None if grad_lse is None else grad_lse.contiguous()
@@ -305,8 +305,8 @@ def backward(
         *("attention_backward", query.get_device(), query.dtype, query.shape[-1], value.shape[-1]),
         *(call.causal, False, _code_options(call.options, query, key)),
     )
-    plan = plans.get(plan_key) or _make_plan(plan_key, call, query)
     *addresses, _, _, _, alibi_slopes, _, rng_state, _, _ = _addresses(call)
+    plan = plans.get(plan_key) or _make_plan(plan_key, call, query)
     grad_strides = _strides(sizes, *(tensor.stride() for tensor in (grad_output, grads[1], grads[2], grads[0])))
     packed = pack_grad_call(
         *sizes[:5],

@@ -143,31 +143,31 @@ def repeats(function: Callable[P, R]) -> Callable[P, R]:
         nonlocal misses, rest
         if _is_compiling():  # asked first: Dynamo answers it and looks no further
             return function(*arguments, **keywords)
-        form = None
+        form, asks = None, False
         if rest:
             rest -= 1
         # Whoever learns a call around this one is to see its launch.
         elif reader.form_of is not None and plan.noted.launches is None and torch_state.needs_nothing():
-            form = reader.form_of(arguments, keywords, _is_grad_enabled())
+            form, asks = reader.form_of(arguments, keywords, _is_grad_enabled()), True
+        if form is None:
+            _check_memory(function, arguments, keywords)
+        else:
+            found = kept.get(form[0])
+            if found is not None:
+                result = found.send(form[1], arguments, keywords)
+                misses = 0
+                if result is not _REFUSED:
+                    return result
+            elif missed.pop(form[0], False):
+                return _learn(kept, form[0], function, arguments, keywords)
+            elif form[0] not in kept:
+                if len(missed) >= MOST_MISSED:
+                    missed.clear()
+                missed[form[0]] = True
+        if asks:
             misses += 1
             if misses >= PATIENCE:
                 rest = PATIENCE - 1
-        if form is None:
-            _check_memory(function, arguments, keywords)
-            return function(*arguments, **keywords)
-        found = kept.get(form[0])
-        if found is not None:
-            misses = rest = 0
-            result = found.send(form[1], arguments, keywords)
-            if result is not _REFUSED:
-                return result
-        elif missed.pop(form[0], False):
-            misses = rest = 0
-            return _learn(kept, form[0], function, arguments, keywords)
-        elif form[0] not in kept:
-            if len(missed) >= MOST_MISSED:
-                missed.clear()
-            missed[form[0]] = True
         return function(*arguments, **keywords)
 
     return call

@@ -161,6 +161,7 @@ REFUSED = {
     "a huger length": (cached(cache_seqlens=2**70), ValueError, f"cache_seqlens is {2**70}"),
     "a negative length": (cached(cache_seqlens=-1), ValueError, "cache_seqlens is -1"),
     "a huge scale": (dense(softmax_scale=10**40), ValueError, r"softmax_scale is 1e\+40"),
+    "a huge float": (dense(softmax_scale=1e39), ValueError, r"softmax_scale is 1e\+39"),
     "a huger scale": (dense(softmax_scale=10**400), ValueError, "softmax_scale is inf"),
     "a huge cap": (dense(softcap=1e39), ValueError, r"softcap is 1e\+39"),
     "a huger cap": (packed(softcap=10**400), ValueError, "softcap is inf"),
@@ -278,6 +279,15 @@ BEFORE_A_WRITE = {
     ),
     "a strided out": (appended(out=torch.zeros(2, 1, 4, 32)[..., ::2]), ValueError, "out has strides"),
     "a freed out": (appended(out=freed(2, 1, 4, 16)), ValueError, "out has .*no memory"),
+    "a gradient of the second query": (appended(qv=torch.randn(2, 1, 4, 16, requires_grad=True)), ValueError, "qv req"),
+    "the same, narrow": (
+        appended(q=torch.randn(2, 1, 4, 12), k_cache=torch.randn(2, 8, 2, 12), v_cache=torch.randn(2, 8, 2, 12),
+                 k=torch.randn(2, 1, 2, 12), v=torch.randn(2, 1, 2, 12), out=torch.zeros(2, 1, 4, 12),
+                 qv=torch.randn(2, 1, 4, 12, requires_grad=True)), ValueError, "qv requires one",
+    ),
+    "a negated cache": (
+        appended(k_cache=torch.randn(2, 8, 2, 16, dtype=torch.cfloat).conj().imag), ValueError, "k_cache is lazily",
+    ),
     "a gradient": (appended(sinks=torch.randn(4, requires_grad=True)), ValueError, "sinks requires one"),
     "new tokens that fall": (
         appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(0, 4, 3)), ValueError,
@@ -342,6 +352,17 @@ def test_packed_queries_of_a_call_like_one_before(angles):
         assert keywords["k_cache"]._version == (0 if int(starts[1]) == 5 else 1)
 
 
+@pytest.mark.parametrize("head_dim", (12, 16))
+def test_outputs_of_inference_mode(head_dim):
+    """Outside of it, too, where PyTorch itself writes into no such tensor."""
+    q, k_cache, v_cache = torch.randn(2, 1, 4, head_dim), torch.randn(2, 8, 2, head_dim), torch.randn(2, 8, 2, head_dim)
+    new = {name: torch.randn(2, 1, 2, head_dim) for name in "kv"}
+    with torch.inference_mode():
+        out = torch.zeros(2, 1, 4, head_dim)
+    call = {"q": q, "k_cache": k_cache, "v_cache": v_cache, **new, "cache_seqlens": ints(3, 4)}
+    assert torch.equal(flash_attn_with_kvcache(**call, out=out), flash_attn_with_kvcache(**call))
+
+
 def test_fake_tensors():
     with FakeTensorMode():
         function, keywords = appended(cache_leftpad=torch.ones(2, dtype=torch.int32))
@@ -361,7 +382,7 @@ def test_gradients_that_were_freed():
     q, k, v = (torch.randn(2, rows, heads, 16, requires_grad=True) for rows, heads in ((3, 4), (5, 2), (5, 2)))
     _, lse = flash_attn_func(q, k, v, return_lse=True)
     for gradient in (freed(2, 4, 3), freed_view(2, 4, 3)):
-        with pytest.raises(ValueError, match=r"gradient has .*no memory"):
+        with pytest.raises(ValueError, match=r"the gradient of the log-sum-exp has .*no memory"):
             torch.autograd.grad(lse, (q, k, v), gradient, retain_graph=True)
 
 

@@ -233,6 +233,16 @@ def test_tokens_that_are_appended(rotary, runs):
     agree(fresh, *appended(rotary))
 
 
+def test_forms_that_come_round():
+    """More of them than are remembered of those met once; they are kept in time all the same."""
+    fresh = repeated.repeats(operations.flash_attn_func.__wrapped__)
+    forms = [tuple(randn(1, rows, 1, 8) for _ in "qkv") for rows in range(1, repeated.MOST_KEPT + 1)]
+    for _ in range(120):
+        for tensors in forms:
+            fresh(*tensors)
+    assert len(kept_by(fresh)) == repeated.MOST_KEPT
+
+
 def test_tokens_that_are_appended_to_what_else_is_given(runs):
     """Two tensors where one was before, and the same lengths for another argument too."""
     fresh = repeated.repeats(flash_attn.flash_attn_with_kvcache.__wrapped__)
