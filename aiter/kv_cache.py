@@ -402,19 +402,19 @@ def _append(
     )
     if refused:
         room = page_size * (1 if table is None else table.shape[1])
-        raise ValueError(
-            f"new tokens do not fit: cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or of the "
-            f"cache) has room for {room} tokens; page numbers must be from 0 to {pages - 1}"
-            + (f", places with rotary embedding from 0 to {angles[1] - 1}" if angles[0] else "")
-            + ("" if positions is None else f" (rotary_seqlens is {positions.tolist()})")
-            + (
-                ""
-                if first_new is None
-                else f", cu_seqlens_k_new, {first_new.tolist()}, must rise from 0 to {total_new}"
-            )
-            + ("" if first_q is None or query is None else f", cu_seqlens_q, {first_q.tolist()}, from 0 to {total_q}")
-            + ". Nothing was written."
-        )
+        rules = [
+            f"cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or of the cache) has room for "
+            f"{room} tokens",
+            f"page numbers must be from 0 to {pages - 1}",
+        ]
+        if angles[0]:
+            given = "" if positions is None else f" (rotary_seqlens is {positions.tolist()})"
+            rules.append(f"places with rotary embedding must be from 0 to {angles[1] - 1}{given}")
+        if first_new is not None:
+            rules.append(f"cu_seqlens_k_new, {first_new.tolist()}, must rise from 0 to {total_new}")
+        if first_q is not None and query is not None:
+            rules.append(f"cu_seqlens_q, {first_q.tolist()}, must rise from 0 to {total_q}")
+        raise ValueError(f"new tokens do not fit: {'; '.join(rules)}. Nothing was written.")
     _increment_version((key_cache, value_cache))
     return rotated
 
