@@ -169,12 +169,16 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
         Gradient gradient;
         gradient.clear();
+        if (share.tiles > 0) {
+            if (wave() < Tile::WAVES / 2) consume<true>(share, tile, gradient);
+            else consume<false>(share, tile, gradient);
+            changed(gradient);
+            meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
+        }
         if (wave() < Tile::WAVES / 2) {
-            if (share.tiles > 0) consume<true>(share, tile, gradient);
             tile.own += Tile::OwnX::BYTES; /* the way that its gradient goes is that of its operand */
             finish(tile, none, gradient);
         } else {
-            if (share.tiles > 0) consume<false>(share, tile, gradient);
             finish(tile, gradient, none);
         }
     }
@@ -223,8 +227,6 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
                 tile.advance();
             }
         }
-        changed(gradient);
-        meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
     }
 };
 
