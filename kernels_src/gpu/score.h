@@ -24,6 +24,10 @@ constexpr float SMALLEST_SCALE = 1.5e-38f, LARGEST_SCALE = 3e38f; /* that float 
  * tiles whose scores are all less than NEAR of the cap, where this error is no more than 1.3e-4 of a score. */
 constexpr float NEAR = 0.45f, NEAR_TANH[] = {0.999958523f, -0.331654421f, 0.116096944f}, MOST_NEAR_CAP = 50.0f;
 
+/* Who decides is the tile, of whose rows others share it. With batch_invariant that may make no difference: there none is
+ * near zero but in kernels that cut keys, in which each score of a tile that is not takes the way that it has in one. */
+constexpr bool NEAR_BY_ITSELF = CUT;
+
 /* The greatest of a tile's, without their signs; NaN aside. */
 template <class Scores> __device__ __forceinline__ float largest_magnitude(const Scores &s) {
     float greatest[2] = {}; /* two, as each step waits for the one before */
@@ -44,12 +48,15 @@ template <class Scores, class Function> __device__ __forceinline__ void each(Sco
 struct Score {
     QueryBits query_bits;
     float inner; /* of a raw score. Softcap: gives 2 LOG2_E times what tanh is taken of */
-    float near;  /* the most of that in a tile near zero. None is with batch_invariant: other rows share the tile */
+    float near;  /* the most of that in a tile near zero */
     float outer; /* of what tanh gives, or of a raw score: base 2 */
     float unit;  /* of a finished score */
 
     static __host__ __device__ __forceinline__ float magnitude(const aiter_attention_problem &p) {
         return __builtin_fabsf(p.softmax_scale) * (SOFTCAP ? 2 * LOG2_E / p.softcap : LOG2_E);
+    }
+    static __host__ __device__ __forceinline__ bool knows_near(const aiter_attention_problem &p) {
+        return NEAR_BY_ITSELF || !p.batch_invariant;
     }
     static __host__ __device__ __forceinline__ bool is_zero(const aiter_attention_problem &p) {
         return magnitude(p) < SMALLEST_SCALE;
@@ -64,7 +71,7 @@ struct Score {
     }
     __device__ __forceinline__ Score(const aiter_attention_problem &p, float inner)
         : query_bits{~0u, 0u}, inner(inner),
-          near(p.batch_invariant || p.softcap > MOST_NEAR_CAP ? -1.0f : NEAR * 2 * LOG2_E),
+          near(knows_near(p) && p.softcap <= MOST_NEAR_CAP ? NEAR * 2 * LOG2_E : -1.0f),
           outer(SOFTCAP ? p.softcap * LOG2_E : inner), unit(ALIBI ? 1.0f : outer) {}
     /* With keys that are to be multiplied by `descale`. */
     __device__ __forceinline__ Score times(float descale) const {
@@ -115,9 +122,15 @@ struct Score {
                                            Position position) const {
         if (SOFTCAP) {
             /* Not in backward passes: on sm_90a they would spill, and on gfx942 gain 3 %, as predicted. */
-            if (!DERIVATIVE && !wave_any(largest_magnitude(s) * __builtin_fabsf(inner) > near))
+            if (!DERIVATIVE && !wave_any(largest_magnitude(s) * __builtin_fabsf(inner) > near)) {
                 each(s, [&](float x) { return near_capped(x); });
-            else each(s, [&](float x) { return capped(x); });
+            } else {
+                each(s, [&](float x) {
+                    const float magnitude = __builtin_fabsf(x) * __builtin_fabsf(inner);
+                    const bool is_near = NEAR_BY_ITSELF && !DERIVATIVE && !(magnitude > near);
+                    return is_near ? near_capped(x) : capped(x);
+                });
+            }
         }
 #pragma unroll
         for (int slot = 0; slot < Scores::SLOTS; ++slot) {
@@ -167,7 +180,7 @@ struct SmallCap {
         for (int i = 0; i <= DEGREE; ++i) c[i] = C[i] * p.softcap * LOG2_E;
         const float scale = __builtin_fabsf(p.softmax_scale) / p.softcap;
         const bool powers_are_numbers = scale > 1e-4f && scale < 1e4f;
-        near = powers_are_numbers && !p.batch_invariant ? NEAR / scale : -1.0f;
+        near = powers_are_numbers && Score::knows_near(p) ? NEAR / scale : -1.0f;
         float power = p.softcap * LOG2_E * scale;
         for (int i = 0; i < 3; ++i) odd[i] = NEAR_TANH[i] * power, power *= scale * scale;
     }
@@ -183,8 +196,14 @@ struct SmallCap {
         return raw * __builtin_fmaf(__builtin_fmaf(odd[2], square, odd[1]), square, odd[0]);
     }
     template <class Scores> __device__ __forceinline__ void finish(const Score &score, Scores &s) const {
-        if (!wave_any(largest_magnitude(s) > near)) each(s, [&](float x) { return near_finish(x); });
-        else each(s, [&](float x) { return finish(x * score.inner); });
+        if (!wave_any(largest_magnitude(s) > near)) {
+            each(s, [&](float x) { return near_finish(x); });
+        } else {
+            each(s, [&](float x) {
+                const bool is_near = NEAR_BY_ITSELF && !(__builtin_fabsf(x) > near);
+                return is_near ? near_finish(x) : finish(x * score.inner);
+            });
+        }
     }
 };
 
