@@ -20,6 +20,9 @@ HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
 # Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
+# Where the forward kernel can cut keys (below) this many: with more, the decoding kernel is bounded by mma.sync and not by
+# memory. Measured on an H200: docs/hopper.md.
+CUT_DECODE_ROWS = 32
 
 # sm_90a has a second form of the forward kernel, which can cut the keys that a tile of rows sees and deal the pieces to
 # several blocks: kernels_src/gpu/arch/sm90_pieces.h, which says how. It pays where tiles of so many rows leave half of
@@ -33,8 +36,13 @@ CACHE_DTYPES = ("e4m3fn", "e4m3fnuz", "e5m2")
 ANY_HEAD_DIM = 0
 
 
-def forward_kernel(sizes: Sizes, head_dim: int, options: Options) -> str:
+def forward_kernel(
+    sizes: Sizes, head_dim: int, options: Options, multiprocessors: int = 0, equal_lengths: bool = False
+) -> str:
     """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all.
+
+    multiprocessors: of a GPU with a kernel that can cut the keys of such a call, else 0. equal_lengths: whether the
+    sizes are those of each sequence; if not, the decoding kernel shares out the longest better.
 
     Latent attention has room for its tiles in the decoding kernel alone. Where bits may not depend on how a prompt was
     cut into calls, all of it takes one kernel. Dropout is of training: decoding knows none.
@@ -45,8 +53,13 @@ def forward_kernel(sizes: Sizes, head_dim: int, options: Options) -> str:
         return "attention_decode"
     if options.batch_invariant or options.dropout_p:
         return "attention_forward"
-    decodes = sizes.seqlen_q * (sizes.heads_q // sizes.heads_kv) <= DECODE_ROWS
-    return "attention_decode" if decodes else "attention_forward"
+    rows = sizes.seqlen_q * (sizes.heads_q // sizes.heads_kv)
+    if rows <= CUT_DECODE_ROWS or (rows <= DECODE_ROWS and not multiprocessors):
+        return "attention_decode"
+    if rows > DECODE_ROWS or cuts_keys(sizes, options, multiprocessors):
+        return "attention_forward"
+    many = 2 * sizes.batch * sizes.heads_kv > multiprocessors
+    return "attention_forward" if many and equal_lengths else "attention_decode"
 
 
 def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:

@@ -223,10 +223,14 @@ def look(
 
 def _plan_of(call: Call, query: torch.Tensor, key: torch.Tensor, head_dim: int, value_dim: int, gpu: bool) -> Plan:
     sizes, indices, options, causal, _, _ = call
-    kernel = kernels.forward_kernel(sizes, head_dim, options) if gpu else "attention_forward"
     code = _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key)
-    if gpu and kernel == "attention_forward" and kernels.cuts_keys(sizes, options, _that_share_keys(query.device)):
-        code = tuple(sorted((*code, "cut")))
+    kernel = "attention_forward"
+    if gpu:
+        multiprocessors = _that_share_keys(query.device)
+        fits = key.dtype is query.dtype and head_dim <= kernels.CUT_HEAD_DIM_MAX >= value_dim
+        kernel = kernels.forward_kernel(sizes, head_dim, options, multiprocessors if fits else 0, indices is NO_INDICES)
+        if kernel == "attention_forward" and kernels.cuts_keys(sizes, options, multiprocessors):
+            code = tuple(sorted((*code, "cut")))
     plan_key = (
         kernel,
         query.get_device(),

@@ -5,7 +5,7 @@ import torch
 
 import aiter
 from aiter import kernels, plan
-from aiter.kernels import cuts_keys, kernel_spec, specs_for
+from aiter.kernels import cuts_keys, forward_kernel, kernel_spec, specs_for
 from aiter.layout import Sizes
 from aiter.options import Options
 
@@ -40,6 +40,24 @@ def sizes(batch, rows, keys, heads_q=32, heads_kv=8):
 def test_few_rows_on_many_keys(call, options, cut):
     assert cuts_keys(call, Options(**options), MULTIPROCESSORS) == cut
     assert not cuts_keys(call, Options(**options), 0), "of a GPU without such a kernel"
+
+
+@pytest.mark.parametrize(
+    "call, equal_lengths, decodes",
+    [
+        (sizes(1, 8, 8192), True, True),  # 32 rows
+        (sizes(1, 9, 8192), True, False),  # more: keys are cut
+        (sizes(1, 9, 1024), True, True),  # too few keys for that, and too few sequences to fill the GPU
+        (sizes(16, 16, 1024), True, False),
+        (sizes(16, 16, 1024), False, True),  # one may have most of the keys
+        (sizes(8, 16, 8192), False, False),  # but pieces of it are dealt
+        (sizes(1, 17, 1024), True, False),
+    ],
+)
+def test_more_rows_than_decoding_is_good_for(call, equal_lengths, decodes):
+    chosen = forward_kernel(call, 128, Options(), MULTIPROCESSORS, equal_lengths)
+    assert chosen == ("attention_decode" if decodes else "attention_forward")
+    assert (forward_kernel(call, 128, Options()) == "attention_decode") == (call.seqlen_q <= 16)
 
 
 def options_of(*options, kernel="attention_forward", head_dim=128, arch="sm_90a", **more):
@@ -87,7 +105,9 @@ class Asked(Exception):
         ((1, 128), 8192, {}, "attention_forward", ("cut",)),
         ((1, 128), 8192, {"softcap": 5.0, "window_size": (4000, 0)}, "attention_forward", ("cut", "softcap", "window")),
         ((1, 512), 8192, {}, "attention_forward", ()),
-        ((1, 16), 8192, {}, "attention_decode", ()),
+        ((1, 16), 8192, {}, "attention_forward", ("cut",)),
+        ((1, 8), 8192, {}, "attention_decode", ()),
+        ((32, 16), 1024, {}, "attention_forward", ()),
         ((1, 512), 8192, {"batch_invariant": True}, "attention_forward", ("batch_invariant",)),
     ],
 )
@@ -101,7 +121,8 @@ def test_operations_ask_for_it(monkeypatch, shape, keys, options, kernel, code):
     monkeypatch.setattr(plan, "_that_share_keys", lambda device: MULTIPROCESSORS)
     monkeypatch.setattr(plan, "_make_plan", ask)
     monkeypatch.setattr(plan, "plans", {})
-    query, cache = torch.empty(*shape, 32, 8, dtype=torch.bfloat16), torch.empty(1, keys, 8, 8, dtype=torch.bfloat16)
+    query = torch.empty(*shape, 32, 8, dtype=torch.bfloat16)
+    cache = torch.empty(shape[0], keys, 8, 8, dtype=torch.bfloat16)
     with pytest.raises(Asked) as asked:
         aiter.flash_attn_func(query, cache, cache, **options)
     key = asked.value.args[0]
