@@ -167,6 +167,25 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     });
 }
 
+#if AITER_CUT
+/* Where keys are dealt to several blocks: a block for each 16 rows of a row tile, which adds up what those have left. What
+ * the row tile is it finds out before these have ended: lengths are older than both kernels. */
+__global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
+    add_up_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
+    const Loop::Work &work = launch.work;
+    const int row_tile = block() / work.waves(), of_tile = block() % work.waves();
+    Loop::Work::Task<RowTile> task(launch, row_tile * work.dealt);
+    wait_for_previous();
+    if (task.piece.count == 1 || !task.exists()) return;
+    const Score score(launch.problem);
+    Loop::Softmax softmax(score.unit);
+    Output o;
+    if (!work.add_up(task.piece, of_tile, softmax, o)) return;
+    task.first_row += of_tile * WAVE_ROWS; /* these are the first wave's */
+    store(launch, task, {}, score, Dropout(launch.problem, launch.tensors), softmax, o);
+}
+#endif
+
 } // namespace aiter
 
 AITER_EXPORT void aiter_describe(aiter_description *description) {
@@ -181,7 +200,11 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter_attention_problem &p = call->problem;
     if (const int error = aiter::check_problem(p)) return error;
+#if AITER_CUT
+    return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream, aiter::add_up_pieces);
+#else
     return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream);
+#endif
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

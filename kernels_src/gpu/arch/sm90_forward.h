@@ -52,11 +52,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupShape {
                                                                    : 64;
 };
 
-/* Clears a counter for each thread: that of the row tiles taken and, where keys are cut, those of pieces. The kernel that
- * counts is launched early, and waits for this one where it counts first. */
-__global__ void clear_counters(uint32_t *counters) {
+/* The kernel that counts is launched early, and waits for this one where it counts first. */
+__global__ void clear_counter(uint32_t *counter) {
     let_next_start();
-    counters[CUT ? block() * static_cast<int>(blockDim.x) + thread_in_block() : 0] = 0;
+    *counter = 0;
 }
 
 template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEAD_DIM, VALUE_DIM> {
@@ -74,9 +73,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     static constexpr int COLUMNS = round_up(VALUE_DIM, 16), STEPS = round_up(HEAD_DIM, 16) / 16;
     static constexpr int LINES = round_up(HEAD_DIM, 64) / 64, VALUE_LINES = round_up(VALUE_DIM, 64) / 64;
+    using Scores = Accumulator<1, KEYS>;
+    using Output = Accumulator<1, COLUMNS>;
+    using Softmax = OnlineSoftmax<2>;
+
     static constexpr int TILE_BYTES = greater(LINES, VALUE_LINES) * KEYS * 128; /* of a stage */
     static constexpr int QUERY_BYTES = LINES * 64 * 128;                        /* of a warpgroup */
-    static constexpr int MOST_BYTES = SHARED_LIMIT - 1024;
+    static constexpr int ALL_BYTES = SHARED_LIMIT - 1024;
+    /* What a block's tasks are: row tiles or, in kernels that cut keys, pieces of them. */
+    using Work =
+        std::conditional_t<CUT, Pieces<KEYS, WAVES, Output, ALL_BYTES - WARPGROUPS * QUERY_BYTES - 3 * TILE_BYTES>,
+                           WholeRowTiles>;
+    static constexpr int MOST_BYTES = ALL_BYTES - Work::SUM_BYTES;
     /* Of Q there is room for the next row tile too, where that leaves four stages. */
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
@@ -85,15 +93,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
     static constexpr int TURN_BYTES = 352; /* two barriers and what a row tile is */
-    static constexpr int SHARED_BYTES = TURNS_AT + 2 * TURN_BYTES;
-    static_assert(STAGES >= 3 && KEYS % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
-
-    using Scores = Accumulator<1, KEYS>;
-    using Output = Accumulator<1, COLUMNS>;
-    using Softmax = OnlineSoftmax<2>;
-
-    /* What a block's tasks are: row tiles or, in kernels that cut keys, pieces of them. */
-    using Work = std::conditional_t<CUT, Pieces<KEYS, WAVES, Output>, WholeRowTiles>;
+    static constexpr int SUM_AT = TURNS_AT + 2 * TURN_BYTES;
+    static constexpr int SHARED_BYTES = SUM_AT + Work::SUM_BYTES;
+    static_assert(STAGES >= 3 && KEYS % 16 == 0 && SUM_AT % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
 
     /* The kernel's parameter. */
     struct Launch : Arguments {
@@ -136,7 +138,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
 
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream) {
+    /* add_up: the second kernel, where keys are cut and dealt. */
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream,
+                     void (*add_up)(Launch) = nullptr) {
         const aiter_attention_problem &p = call.problem;
         const aiter_attention_tensors &t = call.tensors;
         int device = 0;
@@ -146,7 +150,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Launch launch;
         static_cast<Arguments &>(launch) = call;
         launch.work = work_of(p, tiles, blocks);
-        if (!launch.work.place_in(t.workspace, tiles)) return LAUNCH_NO_COMPUTE_UNITS;
+        if (!launch.work.place_in(t.workspace)) return LAUNCH_NO_COMPUTE_UNITS;
         const int64_t tasks = launch.work.count(tiles);
         if (tasks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
         launch.tasks = static_cast<int>(tasks);
@@ -167,13 +171,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         const bool counted = !equal && t.workspace != nullptr && tasks > blocks;
         launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
         const int64_t grid = equal || counted ? lesser<int64_t>(tasks, blocks) : tasks;
-        const int64_t counters = greater<int64_t>(launch.work.counters(tiles), counted);
-        if (counters == 0) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
-        const int threads = counters == 1 ? 1 : Work::COUNTERS_TOGETHER;
-        if (const int failed = aiter::launch(clear_counters, (counters + threads - 1) / threads, threads, 0, stream,
-                                             static_cast<uint32_t *>(t.workspace)))
-            return failed;
-        return launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        const auto start_loop = [&] {
+            if (!counted) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+            const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next);
+            return failed ? failed : launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        };
+        const int64_t additions = launch.work.additions(tiles);
+        const int failed = start_loop();
+        if (failed || additions == 0) return failed;
+        return launch_next(add_up, additions, launch.work.adding_threads(), 0, stream, launch);
     }
 
     /* x, which is the same in all lanes: or the assembler takes branches on it for divergent, and in those it would
@@ -308,7 +314,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         }
         const uint64_t found = ballot(exists);
         const int taken = index + (found == 0 ? WAVE : first_lane(found)) - static_cast<int>(gridDim.x);
-        wait_for_previous(); /* clear_counters */
+        wait_for_previous(); /* clear_counter */
         if (lane() == 0 && taken > 0) atomicMax(launch.next, static_cast<uint32_t>(taken));
     }
 
@@ -319,22 +325,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         turn.vacate();
 #pragma unroll 1
         while (index < launch.tasks) {
-            Task task(launch, index);
+            const Task task(launch, index);
             if (task.exists()) {
-#pragma unroll 1
-                do {
-                    if (lane() == 0) shared_store(turn.task(), task);
-                    turn.announce(true);
-                    turn = turn.after();
-                    turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
-                } while (CUT && task.advance(launch));
+                if (lane() == 0) shared_store(turn.task(), task);
+                turn.announce(true);
+                turn = turn.after();
+                turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
             } else if constexpr (CUT) {
                 pass_over_missing<Task>(launch, index);
             }
             if (launch.next == nullptr) {
                 index += static_cast<int>(gridDim.x);
             } else {
-                wait_for_previous(); /* clear_counters */
+                wait_for_previous(); /* clear_counter */
                 int taken = 0;
                 if (lane() == 0) taken = static_cast<int>(atomicAdd(launch.next, 1u));
                 index = static_cast<int>(gridDim.x) + from_lane(taken, 0);
@@ -625,6 +628,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             Scores s;
             uint32_t p[KEYS / 16][4];
             float shrink[2];
+            typename Work::InTurn pieces(launch.work, keys.low);
             const auto finish = [&](int first) {
                 score.finish(
                     s, first, [&](int) { return sequence.slope; },
@@ -661,7 +665,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             changed(s);
             weigh(keys.low, true);
             round(s, p);
-            const auto step = [&](int first, bool masked) __attribute__((always_inline)) {
+            /* cut: the tile is the first of a piece; with its scores, the last product of the piece before is made. */
+            const auto step = [&](int first, bool masked, bool cut = false) __attribute__((always_inline)) {
                 const Ring key_tile = take();
                 await_turn();
                 wgmma::begin();
@@ -673,21 +678,32 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 wgmma::wait<1>();
                 key_tile.release();
                 changed(s);
+                if (cut) pieces.set_aside(softmax);
                 const bool grown = weigh(first, masked);
                 wgmma::wait<0>();
                 values.release();
                 changed(o);
                 round(s, p); /* before the branch: it fits between the exponentials */
-                if (grown) softmax.rescale(o, shrink);
+                if (cut) pieces.leave(launch.work, shared + SUM_AT, o);
+                else if (grown) softmax.rescale(o, shrink);
             };
             int first = keys.low + KEYS;
-            if constexpr (WINDOW)
 #pragma unroll 1
-                for (; first < lesser(own_end, whole.low); first += KEYS) step(first, true);
+            for (;;) {
+                int end = own_end;
+                if constexpr (CUT)
+                    end = same(lesser(end, pieces.end)), first = same(first); /* or it is not seen to be */
+                if constexpr (WINDOW)
 #pragma unroll 1
-            for (; first + KEYS <= whole.high; first += KEYS) step(first, false);
+                    for (; first < lesser(end, whole.low); first += KEYS) step(first, true);
 #pragma unroll 1
-            for (; first < own_end; first += KEYS) step(first, true);
+                for (; first + KEYS <= lesser(end, whole.high); first += KEYS) step(first, false);
+#pragma unroll 1
+                for (; first < end; first += KEYS) step(first, true);
+                if (!CUT || first >= own_end) break;
+                step(first, true, true);
+                first += KEYS;
+            }
             if (lane() == 0) mbarrier::arrive(queries.empty());
             queries.advance();
             if (first < keys.high) pass_over_scores();
@@ -705,6 +721,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             wgmma::wait<0>();
             last_values.release();
             changed(o);
+            pieces.collect(launch.work, shared + SUM_AT, softmax, o);
         }
         __device__ __forceinline__ void pass_over_scores() {
             take().release();
@@ -720,6 +737,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
         using Task = typename Work::template Task<RowTile>;
+        if (CUT) let_next_start();
         const bool mapped = launch.box != 0;
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS); /* first, while all threads have as many registers */
         if (thread_in_block() == 0) {
@@ -781,7 +799,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 o.clear();
                 warpgroup.attend(turn.template read<Task>(), score, softmax, o);
                 const Task task = turn.template read<Task>(); /* again: registers were few meanwhile */
-                if (launch.work.add_up(task, softmax, o)) finish(task, softmax, o);
+                if (launch.work.is_whole(task, softmax, o)) finish(task, softmax, o);
                 turn.release();
             }
             /* The first warpgroup's turn has been passed to it once more than it has taken. */

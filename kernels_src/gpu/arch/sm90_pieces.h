@@ -1,33 +1,30 @@
 /* What a block of sm_90a's forward loop (arch/sm90_forward.h) takes at one time: a row tile with all of its keys
  * (WholeRowTiles) or, in kernels built with AITER_CUT, a piece of them (Pieces). Each piece is attended to on its own, from
- * a softmax that has seen nothing; what comes out is added up in the order of the pieces.
+ * a softmax that has seen nothing; what comes out, its part, is added up in the order of the pieces.
  *
  *     keys of a row tile   |  piece 0   |  piece 1   |  piece 2   |  3  |      Pieces are whole tiles of keys.
  *
  *     dealt    each piece is work of its own, for any block:      a short chunk of a prompt, or single tokens, over many
- *              its part goes to memory, and whoever writes the    keys: few row tiles, which would leave most of the
- *              last part of a wave's rows adds up all of them     multiprocessors idle
- *     in turn  a block takes one after the other, and keeps       batch_invariant, many row tiles: bits are those of
- *              the sum so far in memory of its own                pieces that are dealt, at the price of the cuts
+ *              its part goes to memory, and a second kernel       keys: few row tiles, which would leave most of the
+ *              adds up those of each row                          multiprocessors idle
+ *     in turn  a warpgroup goes through all of its rows' keys     batch_invariant, many row tiles: bits are those of
+ *              and, where a piece ends, adds what it has to       pieces that are dealt, at the price of the additions
+ *              the sum so far, while the other one multiplies
  *
  * With batch_invariant the cuts are at multiples of INVARIANT_KEYS, wherever rows begin and whatever else there is: so a
  * row's bits depend neither on the manner nor on the rows beside it, of which some see pieces that it does not. Those
- * leave it as it was (Sum::add). Else pieces are as many as give each block one.
+ * leave it as it was (Weights). Else pieces are as many as give each block one.
  *
- * A part is as its threads hold it: 16 bytes for each lane, lanes side by side, and at the end the two rows' maxima and
- * sums. Only waves that have rows have parts.
+ * A part is as threads hold it, 16 bytes for each lane, lanes side by side, after each row's reference point and sum. Of
+ * parts that are dealt only rows that exist are written and read. The sum so far has the same form, in shared memory where
+ * that leaves the ring three stages. There, pieces are short: what an addition costs is little. Elsewhere it is in memory.
  *
- * Why that is safe:
- *   blocks    No block waits for another, so it does not matter how many of the grid are resident: who comes last does the
- *             sum, and the others have gone on. In turn, a block shares nothing.
- *   counters  One for each row tile and wave of it. Each piece of a row tile has the same number of them all, from the same
- *             lengths, and each wave with rows arrives once with each. They are cleared by a kernel that the launch
- *             overlaps: who counts waits for it first.
- *   memory    Who arrives has written its part; all lanes fence, meet, and one counts. Who counts last fences, and the
- *             lanes meet before they read. Parts go past the L1 cache. In turn, each lane reads what it wrote itself.
- *   space     Follows from sizes in the call, which a captured launch repeats, and is the most that any of the machine's
- *             GPUs needs, as how many pieces are dealt depends on its multiprocessors. A part's place is less than
- *             part_count(): pieces are dealt as `count` says, and in turn there are no more blocks than multiprocessors. */
+ * The second kernel adds up many pieces with many threads, which the loop's registers leave no room for, and comes up while
+ * the last blocks of the first are at work. A row tile has the same number of pieces in both, from the same lengths; no
+ * block waits for another of its kernel, so it does not matter how many are resident. The space for parts follows from
+ * sizes in the call, which a captured launch repeats, and is the most that any of the machine's GPUs needs, as how many
+ * pieces are dealt depends on its multiprocessors. In turn, each block has a part's place: there are no more blocks than
+ * multiprocessors. */
 #ifndef AITER_GPU_ARCH_SM90_PIECES_H
 #define AITER_GPU_ARCH_SM90_PIECES_H
 
@@ -39,57 +36,88 @@ namespace aiter {
 
 /* Row tiles as they are: says what Pieces says, and leaves no code behind. */
 struct WholeRowTiles {
-    static constexpr int COUNTERS_TOGETHER = 1;
+    static constexpr int SUM_BYTES = 0;
 
     WholeRowTiles() = default;
     WholeRowTiles(const aiter_attention_problem &, int64_t, int64_t, int) {}
     static int64_t count(int64_t row_tiles) { return row_tiles; }
-    static int64_t counters(int64_t) { return 0; }
+    static int64_t additions(int64_t) { return 0; }
+    static int adding_threads() { return 0; }
     static int64_t workspace_bytes(int64_t, int, bool counted) { return counted ? sizeof(uint32_t) : 0; }
-    static bool place_in(void *, int64_t) { return true; }
+    static bool place_in(void *) { return true; }
 
     template <class RowTile> struct Task : RowTile {
         using RowTile::RowTile;
         __device__ __forceinline__ const Range &own(const Range &keys) const { return keys; }
-        template <class Launch> __device__ __forceinline__ bool advance(const Launch &) { return false; }
+    };
+    struct InTurn {
+        __device__ __forceinline__ InTurn(const WholeRowTiles &, int) {}
+        template <class Softmax> __device__ __forceinline__ void set_aside(Softmax &) {}
+        template <class Output> __device__ __forceinline__ void leave(const WholeRowTiles &, SharedAddress, Output &) {}
+        template <class Softmax, class Output>
+        __device__ __forceinline__ void collect(const WholeRowTiles &, SharedAddress, Softmax &, Output &) {}
     };
     template <class Task, class Softmax, class Output>
-    __device__ __forceinline__ bool add_up(const Task &, Softmax &, Output &) const {
+    __device__ __forceinline__ bool is_whole(const Task &, const Softmax &, const Output &) const {
         return true;
     }
 };
 
-/* Which of a row tile's pieces this is. */
+/* Which of a row tile's pieces this is, where they are dealt; else all of them are one. */
 struct Piece {
     int number = 0, count = 1;
-    int row_tile = 0; /* of all, where pieces are dealt */
+    int row_tile = 0; /* of all */
     Range keys;
-    __device__ __forceinline__ bool is_last() const { return number + 1 == count; }
 };
 
-/* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of 16 rows each. */
-template <int KEYS, int WAVES, class Output> struct Pieces {
-    static constexpr int INVARIANT_KEYS = 4096 / KEYS * KEYS;
+/* What a row's earlier and later keys count for, when the two are added up. `point`: x the reference point of the softmax,
+ * y the sum of its exponentials. A row that has seen no keys on one side is what it is on the other, bit for bit. */
+struct Weights {
+    bool only_earlier, only_later;
+    float earlier, later;
+    float2 point;
+
+    __device__ __forceinline__ Weights(float2 a, float2 b) : only_earlier(b.y == 0), only_later(a.y == 0 && b.y != 0) {
+        const float maximum = __builtin_fmaxf(a.x, b.x);
+        earlier = exp2(a.x - maximum), later = exp2(b.x - maximum);
+        point.x = only_earlier ? a.x : only_later ? b.x : maximum;
+        point.y = add(a.y, b.y);
+    }
+    __device__ __forceinline__ bool both() const { return !only_earlier && !only_later; }
+    __device__ __forceinline__ float add_both(float a, float b) const {
+        return __fmaf_rn(b, later, __fmul_rn(a, earlier));
+    }
+    __device__ __forceinline__ float add(float a, float b) const {
+        return only_earlier ? a : only_later ? b : add_both(a, b);
+    }
+};
+
+/* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of 16 rows each. SHARED_ROOM: bytes that
+ * shared memory has for the sum so far. */
+template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
+    static constexpr int CHUNKS = Output::SLOTS * Output::VALUES / 4;  /* of 16 bytes, of a lane's values */
+    static constexpr int POINT_BYTES = WAVES * 16 * sizeof(float2);    /* where a part's values begin */
+    static constexpr int VALUE_BYTES = CHUNKS * WAVE * sizeof(float4); /* of a wave */
+    static constexpr bool IN_SHARED = POINT_BYTES + WAVES * VALUE_BYTES <= SHARED_ROOM;
+    static constexpr int SUM_BYTES = IN_SHARED ? POINT_BYTES + WAVES * VALUE_BYTES : 0;
+    static constexpr int INVARIANT_KEYS = (IN_SHARED ? 1024 : 4096) / KEYS * KEYS;
     static constexpr int LEAST_KEYS = 1024 / KEYS * KEYS; /* to be dealt: with fewer, beginning and end take longer */
-    static constexpr int64_t MOST_BYTES = int64_t(256) << 20;
-    static constexpr int COUNTERS_TOGETHER = 64; /* a multiple of so many is there, and is cleared */
-    static constexpr int CHUNKS = Output::SLOTS * Output::VALUES / 4 + 1; /* of 16 bytes, of a lane's part */
-    static constexpr int MANY = 24, AT_ONCE = CHUNKS > MANY ? 1 : 2; /* parts whose loads are under way: registers */
+    static constexpr int64_t MOST_BYTES = int64_t(512) << 20;
+    static constexpr int PARTS_AT = 256; /* in the workspace, after the counter of tasks */
+    static constexpr int NEVER = 0x7fffffff;
     static_assert(Output::SLOTS == 2 && Output::VALUES % 4 == 0, "");
 
     int keys = 0;  /* of a piece; 0: nothing is cut */
     int dealt = 0; /* pieces of a row tile that are work of their own, at most; 0: a block takes all of them in turn */
-    int waves = 0; /* of a row tile that have rows */
-    bool at_multiples = false;   /* are the cuts at multiples of `keys`? Else counted from a row tile's first key on */
-    uint32_t *arrived = nullptr; /* of each row tile and wave: parts that are in memory */
-    float4 *parts = nullptr;
+    int rows = 0;  /* of a row tile's that there can be */
+    bool at_multiples = false; /* are the cuts at multiples of `keys`? Else counted from a row tile's first key on */
+    char *parts = nullptr;
 
     /* ---- host ---- */
 
     Pieces() = default;
-    /* rows: of a row tile's that there can be. */
     Pieces(const aiter_attention_problem &p, int64_t row_tiles, int64_t rows, int blocks)
-        : waves(static_cast<int>(lesser<int64_t>((rows + 15) / 16, WAVES))), at_multiples(p.batch_invariant) {
+        : rows(static_cast<int>(rows)), at_multiples(p.batch_invariant) {
         const bool few = row_tiles * 2 <= blocks;
         /* Keys that a row tile sees, at most: a window's, from the beginning of a tile of keys on. */
         int64_t seen = greater(p.seqlen_k, 1);
@@ -108,38 +136,20 @@ template <int KEYS, int WAVES, class Output> struct Pieces {
     }
     /* Of tasks. */
     int64_t count(int64_t row_tiles) const { return dealt > 0 ? row_tiles * dealt : row_tiles; }
+    /* Blocks of the second kernel. */
+    int64_t additions(int64_t row_tiles) const { return dealt > 0 ? row_tiles * waves() : 0; }
 
-    /* The workspace: the counter of tasks, those of parts that have arrived, parts. */
-    int64_t counters(int64_t row_tiles) const { return dealt > 0 ? 1 + row_tiles * waves : 0; }
     int64_t workspace_bytes(int64_t row_tiles, int blocks, bool counted) const {
-        return keys > 0 ? parts_at(row_tiles) + part_count(row_tiles, blocks) * part_bytes()
-                        : counted * int64_t(sizeof(uint32_t));
+        if (!needs_parts()) return counted * int64_t(sizeof(uint32_t));
+        return PARTS_AT + (dealt > 0 ? row_tiles * dealt : lesser<int64_t>(row_tiles, blocks)) * part_bytes();
     }
     /* False where there is none for the parts: nobody told how many multiprocessors there are. */
-    bool place_in(void *workspace, int64_t row_tiles) {
-        if (keys == 0) return true;
-        arrived = static_cast<uint32_t *>(workspace) + 1;
-        parts = reinterpret_cast<float4 *>(static_cast<char *>(workspace) + parts_at(row_tiles));
-        return workspace != nullptr;
+    bool place_in(void *workspace) {
+        parts = static_cast<char *>(workspace) + PARTS_AT;
+        return workspace != nullptr || !needs_parts();
     }
 
     /* ---- device ---- */
-
-    /* The piece of a row tile with these keys that is number `index` of all tasks or, taken in turn, number `turn`. */
-    __device__ __forceinline__ Piece piece(const Range &all, int index, int turn) const {
-        Piece result;
-        result.keys = all;
-        result.number = turn;
-        if (keys == 0) return result;
-        const int origin = at_multiples ? all.low - all.low % keys : all.low;
-        result.count = all.empty() ? 1 : (all.high - origin + keys - 1) / keys;
-        if (dealt > 0) result.count = lesser(result.count, dealt);
-        result.row_tile = dealt > 0 ? index / dealt : 0;
-        if (dealt > 0) result.number = index - result.row_tile * dealt;
-        result.keys.low = greater(all.low, origin + result.number * keys);
-        result.keys.high = result.is_last() ? all.high : origin + (result.number + 1) * keys;
-        return result;
-    }
 
     template <class RowTile> struct Task : RowTile {
         Piece piece;
@@ -147,142 +157,234 @@ template <int KEYS, int WAVES, class Output> struct Pieces {
         template <class Launch>
         __device__ __forceinline__ Task(const Launch &launch, int index)
             : RowTile(launch, launch.work.dealt > 0 ? index / launch.work.dealt : index),
-              piece(launch.work.piece(RowTile::keys, index, 0)) {}
+              piece(launch.work.piece(RowTile::keys, index)) {}
         __device__ __forceinline__ bool exists() const { return piece.number < piece.count && RowTile::exists(); }
         /* Of these keys, those that are in the piece. */
         __device__ __forceinline__ Range own(const Range &keys) const {
             return {greater(keys.low, piece.keys.low), lesser(keys.high, piece.keys.high)};
         }
-        /* To the next piece that the same block takes; false: there is none. */
-        template <class Launch> __device__ __forceinline__ bool advance(const Launch &launch) {
-            if (launch.work.dealt > 0 || piece.is_last()) return false;
-            piece = launch.work.piece(RowTile::keys, 0, piece.number + 1);
-            return true;
-        }
     };
+    /* The piece of a row tile with these keys that is number `index` of all tasks. */
+    __device__ __forceinline__ Piece piece(const Range &all, int index) const {
+        Piece result;
+        result.keys = all;
+        if (dealt == 0) return result;
+        const int origin = at_multiples ? all.low - all.low % keys : all.low;
+        result.count = all.empty() ? 1 : lesser((all.high - origin + keys - 1) / keys, dealt);
+        result.row_tile = index / dealt;
+        result.number = index - result.row_tile * dealt;
+        result.keys.low = greater(all.low, origin + result.number * keys);
+        if (result.number + 1 < result.count) result.keys.high = origin + (result.number + 1) * keys;
+        return result;
+    }
 
-    /* What a wave has of the keys so far: an output that is not yet divided, and of each row a reference point and a
-     * sum, which all its lanes know. */
-    template <class Softmax> struct Sum {
-        Softmax &softmax;
-        Output &o;
+    /* What a part has of one wave's rows, as a lane sees it. */
+    struct Part {
+        float4 *values;
+        float2 *points;
 
-        /* Adds what is in memory, of keys that come before (BEFORE) or after. A row that has seen no keys on one side is
-         * what it is on the other, bit for bit. */
-        template <bool BEFORE> __device__ __forceinline__ void add(const float4 *part) {
-            const float4 last = __ldcg(part + (CHUNKS - 1) * WAVE);
-            const float maxima[2] = {last.x, last.z}, sums[2] = {last.y, last.w};
-            float own[2], other[2];
-            bool only_own[2], only_other[2];
-#pragma unroll
-            for (int slot = 0; slot < 2; ++slot) {
-                float &maximum = softmax.maximum[slot], &sum = softmax.sum[slot];
-                only_other[slot] = sum == 0, only_own[slot] = sums[slot] == 0 && !only_other[slot];
-                const float next = __builtin_fmaxf(maximum, maxima[slot]);
-                own[slot] = exp2(maximum - next), other[slot] = exp2(maxima[slot] - next);
-                maximum = only_own[slot] ? maximum : only_other[slot] ? maxima[slot] : next;
-                sum = only_own[slot]     ? sum
-                      : only_other[slot] ? sums[slot]
-                                         : weighted<BEFORE>(sum, own[slot], sums[slot], other[slot]);
-            }
-            each_chunk([&](int chunk, int slot, int i) {
-                const float4 x = __ldcg(part + chunk * WAVE);
-                const float theirs[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float mine = o.get(slot, i + j);
-                    o.set(slot, i + j,
-                          only_own[slot]     ? mine
-                          : only_other[slot] ? theirs[j]
-                                             : weighted<BEFORE>(mine, own[slot], theirs[j], other[slot]));
-                }
-            });
-        }
-        /* The earlier one's product is rounded: the same whichever of the two is in memory. */
-        template <bool BEFORE>
-        static __device__ __forceinline__ float weighted(float mine, float own, float theirs, float other) {
-            return BEFORE ? __fmaf_rn(mine, own, __fmul_rn(theirs, other))
-                          : __fmaf_rn(theirs, other, __fmul_rn(mine, own));
-        }
-        __device__ __forceinline__ void load(const float4 *part) {
-            const float4 x = __ldcg(part + (CHUNKS - 1) * WAVE);
-            softmax.maximum[0] = x.x, softmax.sum[0] = x.y, softmax.maximum[1] = x.z, softmax.sum[1] = x.w;
-            each_chunk([&](int chunk, int slot, int i) {
-                const float4 x = __ldcg(part + chunk * WAVE);
-                o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
-            });
-        }
-        __device__ __forceinline__ void store(float4 *part) const {
-            each_chunk([&](int chunk, int slot, int i) {
-                __stcg(part + chunk * WAVE,
-                       make_float4(o.get(slot, i), o.get(slot, i + 1), o.get(slot, i + 2), o.get(slot, i + 3)));
-            });
-            __stcg(part + (CHUNKS - 1) * WAVE,
-                   make_float4(softmax.maximum[0], softmax.sum[0], softmax.maximum[1], softmax.sum[1]));
-        }
+        /* wave: of those that the row tile's rows belong to; not wave(), which all lanes must ask together. */
+        __device__ __forceinline__ Part(char *part, int wave)
+            : values(reinterpret_cast<float4 *>(part + POINT_BYTES) + wave * CHUNKS * WAVE + lane()),
+              points(reinterpret_cast<float2 *>(part) + wave * 16) {}
+        __device__ __forceinline__ float4 &chunk(int i) const { return values[i * WAVE]; }
+        __device__ __forceinline__ float2 &point(int slot) const { return points[Output::row(slot)]; }
+        /* visit(chunk, slot, i): of the values i ... i + 3 of a slot. */
         template <class Visit> static __device__ __forceinline__ void each_chunk(Visit visit) {
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS - 1; ++chunk) {
-                visit(chunk, chunk / (Output::VALUES / 4), chunk % (Output::VALUES / 4) * 4);
-                if (CHUNKS > MANY && chunk % 8 == 7)
-                    asm volatile("" ::: "memory"); /* loads are not all to set off now */
+            for (int i = 0; i < CHUNKS; ++i) visit(i, slot_of(i), i % (CHUNKS / 2) * 4);
+        }
+        static __device__ __forceinline__ constexpr int slot_of(int chunk) { return chunk / (CHUNKS / 2); }
+    };
+
+    /* By a warpgroup that goes through the pieces of a row tile itself: the sum of those that it has left behind. */
+    struct InTurn {
+        int end; /* of this piece: the first key that is not in it */
+        bool begun = false;
+        float2 point[2]; /* of the piece that is set aside */
+
+        /* low: the first key of the row tile. */
+        __device__ __forceinline__ InTurn(const Pieces &work, int low)
+            : end(work.keys > 0 && work.dealt == 0 ? low - low % work.keys + work.keys : NEVER) {}
+
+        /* The softmax begins anew, while the output is still being added to. */
+        template <class Softmax> __device__ __forceinline__ void set_aside(Softmax &softmax) {
+#pragma unroll
+            for (int slot = 0; slot < 2; ++slot)
+                point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
+            softmax = Softmax(softmax.scale);
+        }
+        /* The output of what was set aside joins the sum. */
+        __device__ __forceinline__ void leave(const Pieces &work, SharedAddress shared, Output &o) {
+            const Part so_far = work.sum(shared);
+            if (begun) {
+                add(so_far, o, [&](int chunk, int, int, const float4 &x) { so_far.chunk(chunk) = x; });
+            } else {
+                Part::each_chunk([&](int chunk, int slot, int i) { so_far.chunk(chunk) = chunk_of(o, slot, i); });
             }
+#pragma unroll
+            for (int slot = 0; slot < 2; ++slot) so_far.point(slot) = point[slot]; /* the same by four lanes */
+            wave_sync();
+            begun = true, end += work.keys;
+            o.clear();
+        }
+        /* At the end: softmax and output of all pieces. */
+        template <class Softmax>
+        __device__ __forceinline__ void collect(const Pieces &work, SharedAddress shared, Softmax &softmax, Output &o) {
+            if (!begun) return;
+            set_aside(softmax);
+            add(work.sum(shared), o, [&](int, int slot, int i, const float4 &x) { set_chunk(o, slot, i, x); });
+            take_points(softmax, point);
+        }
+
+      private:
+        /* take(chunk, slot, i, x): of the sum so far and what is set aside. */
+        template <class Take> __device__ __forceinline__ void add(const Part &so_far, const Output &o, Take take) {
+            const Weights weights[2] = {{so_far.point(0), point[0]}, {so_far.point(1), point[1]}};
+            if (wave_any(!weights[0].both() || !weights[1].both())) /* rare */
+                add(so_far, o, take, [&](int slot, float a, float b) { return weights[slot].add(a, b); });
+            else add(so_far, o, take, [&](int slot, float a, float b) { return weights[slot].add_both(a, b); });
+            point[0] = weights[0].point, point[1] = weights[1].point;
+            wave_sync();
+        }
+        template <class Take, class Add>
+        static __device__ __forceinline__ void add(const Part &so_far, const Output &o, Take take, Add add) {
+            Part::each_chunk([&](int chunk, int slot, int i) {
+                const float4 a = so_far.chunk(chunk), b = chunk_of(o, slot, i);
+                take(chunk, slot, i,
+                     make_float4(add(slot, a.x, b.x), add(slot, a.y, b.y), add(slot, a.z, b.z), add(slot, a.w, b.w)));
+            });
         }
     };
 
-    /* By each wave, with what it has of a task. Are these now its rows' results, of all pieces? */
+    /* By each wave, with what it has of a task. Are these its rows' results, of all pieces? Else they are in memory now. */
     template <class Task, class Softmax>
-    __device__ __forceinline__ bool add_up(const Task &task, Softmax &softmax, Output &o) const {
+    __device__ __forceinline__ bool is_whole(const Task &task, const Softmax &softmax, const Output &o) const {
         const Piece &piece = task.piece;
         if (piece.count == 1) return true;
-        if (wave() >= waves) return false;
-        Sum<Softmax> sum = {softmax, o};
+        const int of_tile = wave(), left = rows - of_tile * 16; /* rows from this wave's first on */
+        const Part own = part(piece.row_tile * dealt + piece.number, of_tile);
+        float2 point[2];
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) softmax.sum[slot] = row_sum(softmax.sum[slot]);
-        if (dealt > 0) {
-            const int first = piece.row_tile * dealt;
-            sum.store(part(first + piece.number));
-            if (!is_last_to_arrive(piece)) return false;
-            sum.load(part(first));
-#pragma unroll AT_ONCE
-            for (int i = 1; i < piece.count; ++i) sum.template add<false>(part(first + i));
-        } else {
-            if (piece.number > 0) sum.template add<true>(part(block()));
-            if (!piece.is_last()) {
-                sum.store(part(block()));
-                return false;
-            }
-        }
+        for (int slot = 0; slot < 2; ++slot)
+            point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) softmax.sum[slot] = lane_leads_row() ? softmax.sum[slot] : 0.0f;
-        return true;
+        for (int slot = 0; slot < 2; ++slot)
+            if (lane_leads_row() && Output::row(slot) < left) __stcg(&own.point(slot), point[slot]);
+        Part::each_chunk([&](int chunk, int slot, int i) {
+            if (Output::row(slot) < left) __stcg(&own.chunk(chunk), chunk_of(o, slot, i));
+        });
+        return false;
     }
 
+    /* The second kernel: a block adds up the parts of one wave's rows, each of its waves some of the columns. The first
+     * wave then has the rows, as that wave had them. Many parts have more waves, few are added up by more blocks. */
+    static constexpr int FEW_PARTS = 4, MOST_ADDING_THREADS = 8 * WAVE;
+    int adding_threads() const { return dealt > FEW_PARTS ? MOST_ADDING_THREADS : MOST_ADDING_THREADS / 2; }
+
+    template <class Softmax>
+    __device__ __forceinline__ bool add_up(const Piece &piece, int of_tile, Softmax &softmax, Output &o) const {
+        __shared__ float4 sums[CHUNKS][WAVE];
+        __shared__ float2 points[2][WAVE];
+        const int left = rows - of_tile * 16;
+        if (dealt > FEW_PARTS) fold<8, 1, 8>(piece, of_tile, left, sums, points);
+        else fold<4, 2, 4>(piece, of_tile, left, sums, points);
+        barrier();
+        if (wave() > 0) return false;
+        float2 point[2];
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot)
+            point[slot] = Output::row(slot) < left ? points[slot][lane()] : make_float2(0, 0);
+        Part::each_chunk([&](int chunk, int slot, int i) {
+            set_chunk(o, slot, i, Output::row(slot) < left ? sums[chunk][lane()] : make_float4(0, 0, 0, 0));
+        });
+        take_points(softmax, point);
+        return true;
+    }
+    /* Of a row tile: those that have rows. */
+    __host__ __device__ __forceinline__ int waves() const { return (rows + 15) / 16; }
+
   private:
-    int64_t part_bytes() const { return int64_t(waves) * CHUNKS * WAVE * sizeof(float4); }
-    int64_t part_count(int64_t row_tiles, int blocks) const {
-        return dealt > 0 ? count(row_tiles) : lesser<int64_t>(row_tiles, blocks);
+    bool needs_parts() const { return keys > 0 && (dealt > 0 || !IN_SHARED); }
+    __host__ __device__ __forceinline__ int64_t part_bytes() const { return POINT_BYTES + waves() * VALUE_BYTES; }
+    __device__ __forceinline__ Part part(int number, int wave) const { return {parts + number * part_bytes(), wave}; }
+    /* Of a block's row tile so far. */
+    __device__ __forceinline__ Part sum(SharedAddress shared) const {
+        if (IN_SHARED) return {static_cast<char *>(__cvta_shared_to_generic(shared)), wave()};
+        return part(block(), wave());
     }
-    int64_t parts_at(int64_t row_tiles) const {
-        constexpr int64_t TOGETHER = COUNTERS_TOGETHER;
-        const int64_t all = greater<int64_t>(counters(row_tiles), 1);
-        return (all + TOGETHER - 1) / TOGETHER * TOGETHER * sizeof(uint32_t);
-    }
-    __device__ __forceinline__ float4 *part(int number) const {
-        return parts + (static_cast<int64_t>(number) * waves + wave()) * (CHUNKS * WAVE) + lane();
-    }
-    __device__ __forceinline__ bool is_last_to_arrive(const Piece &piece) const {
-        uint32_t *counter = arrived + piece.row_tile * waves + wave(); /* which all lanes ask together */
-        wait_for_previous();                                           /* clear_counters */
-        __threadfence();
-        wave_sync();
-        int before = 0;
-        if (lane() == 0) {
-            before = static_cast<int>(atomicAdd(counter, 1u));
-            __threadfence();
+    /* Each lane of OWN_WAVES takes AT_ONCE chunks of both slots at a time, and of these TOGETHER parts are under way. */
+    template <int OWN_WAVES, int AT_ONCE, int TOGETHER>
+    __device__ __forceinline__ void fold(const Piece &piece, int of_tile, int left, float4 (&sums)[CHUNKS][WAVE],
+                                         float2 (&points)[2][WAVE]) const {
+        constexpr int SLOTS = 2, OF_SLOT = CHUNKS / SLOTS;
+        const int first = piece.row_tile * dealt;
+#pragma unroll 1
+        for (int begin = wave() * AT_ONCE; begin < OF_SLOT; begin += OWN_WAVES * AT_ONCE) {
+            float4 sum[SLOTS][AT_ONCE], value[TOGETHER][SLOTS][AT_ONCE];
+            float2 sum_point[SLOTS], point[TOGETHER][SLOTS];
+            /* visit(slot, i, chunk): of rows that exist */
+            const auto each = [&](auto visit) {
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot) {
+                    if (Output::row(slot) >= left) continue;
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; ++i)
+                        if (begin + i < OF_SLOT) visit(slot, i, slot * OF_SLOT + begin + i);
+                }
+            };
+#pragma unroll 1
+            for (int number = 0; number < piece.count; number += TOGETHER) {
+#pragma unroll
+                for (int n = 0; n < TOGETHER; ++n) {
+                    if (number + n >= piece.count) continue;
+                    const Part other = part(first + number + n, of_tile);
+                    each([&](int slot, int i, int chunk) {
+                        value[n][slot][i] = __ldcg(&other.chunk(chunk));
+                        if (i == 0) point[n][slot] = __ldcg(&other.point(slot));
+                    });
+                }
+#pragma unroll
+                for (int n = 0; n < TOGETHER; ++n) {
+                    if (number + n >= piece.count) continue;
+#pragma unroll
+                    for (int slot = 0; slot < SLOTS; ++slot) {
+                        if (number + n == 0) {
+                            sum_point[slot] = point[n][slot];
+#pragma unroll
+                            for (int i = 0; i < AT_ONCE; ++i) sum[slot][i] = value[n][slot][i];
+                            continue;
+                        }
+                        const Weights w(sum_point[slot], point[n][slot]);
+                        sum_point[slot] = w.point;
+#pragma unroll
+                        for (int i = 0; i < AT_ONCE; ++i) {
+                            float4 &a = sum[slot][i];
+                            const float4 &b = value[n][slot][i];
+                            a = make_float4(w.add(a.x, b.x), w.add(a.y, b.y), w.add(a.z, b.z), w.add(a.w, b.w));
+                        }
+                    }
+                }
+            }
+            each([&](int slot, int i, int chunk) {
+                sums[chunk][lane()] = sum[slot][i];
+                if (chunk == slot * OF_SLOT) points[slot][lane()] = sum_point[slot];
+            });
         }
-        wave_sync();
-        return from_lane(before, 0) == piece.count - 1;
+    }
+    static __device__ __forceinline__ float4 chunk_of(const Output &o, int slot, int i) {
+        return make_float4(o.get(slot, i), o.get(slot, i + 1), o.get(slot, i + 2), o.get(slot, i + 3));
+    }
+    static __device__ __forceinline__ void set_chunk(Output &o, int slot, int i, const float4 &x) {
+        o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
+    }
+    template <class Softmax>
+    static __device__ __forceinline__ void take_points(Softmax &softmax, const float2 (&point)[2]) {
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot) {
+            softmax.maximum[slot] = point[slot].x;
+            softmax.sum[slot] = lane_leads_row() ? point[slot].y : 0.0f;
+        }
     }
 };
 
