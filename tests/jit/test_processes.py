@@ -38,7 +38,8 @@ from tiny import tiny_spec
 from aiter import jit
 from aiter.jit import sources
 sources.find_root = lambda: pathlib.Path({str(tree)!r})
-build = lambda: jit.get_kernel(tiny_spec())
+spec = tiny_spec()  # asks which CPU this is, and may import torch for that, which a thread cannot when the program ends
+build = lambda: jit.get_kernel(spec)
 {body}
 """
         command = [sys.executable, "-c", script]
