@@ -45,24 +45,24 @@ template <class Body> AITER_INLINE void with_vectors(const Strip &strip, const B
     }
 }
 
-/* Works out the scores of products with `count` keys, where that is more than the softmax does. */
+/* Works out the scores of products with keys begin ... end - 1 of some, where that is more than the softmax does. */
 template <int VECTORS>
-static void work_out(float *s, const Strip &strip, const Score &score, int32_t first_key, int count) {
+static void work_out(float *s, const Strip &strip, const Score &score, int32_t first_key, int begin, int end) {
     for (int v = 0; v < VECTORS; v++) {
         const IntVec distance = ALIBI ? load(strip.place + v * LANES) - first_key : IntVec{};
         const Vec slope = ALIBI ? load(strip.slope + v * LANES) : Vec{};
-        for (int j = 0; j < count; j++) {
+        for (int j = begin; j < end; j++) {
             float *p = s + Lanes::at(j, v);
             store(p, score(load(p), distance - j, slope));
         }
     }
 }
 
-template <int VECTORS> static void hide_keys(float *s, const Strip &strip, int32_t first_key, int count) {
+template <int VECTORS> static void hide_keys(float *s, const Strip &strip, int32_t first_key, int begin, int end) {
     for (int v = 0; v < VECTORS; v++) {
         const IntVec high = load(strip.high + v * LANES) - first_key,
                      low = WINDOW ? load(strip.low + v * LANES) - first_key : IntVec{};
-        for (int j = 0; j < count; j++) {
+        for (int j = begin; j < end; j++) {
             float *p = s + Lanes::at(j, v);
             store(p, in_range(j, low, high) ? load(p) : broadcast(-INFINITE));
         }
@@ -78,11 +78,11 @@ static AITER_OUTLINE void draw(int32_t *kept, const Strip &strip, const Dropout 
                      [&](int j, IntVec keeps) { store(kept + Lanes::at(j, v), keeps); });
 }
 
-/* From products with some keys to what the softmax takes. */
+/* From products with keys begin ... end - 1 of those from `first_key` on to what the softmax takes. */
 template <int VECTORS>
-AITER_INLINE void mask_scores(float *s, const Strip &strip, const Score &score, int32_t first_key, int count) {
-    if (!PLAIN_SCORES) work_out<VECTORS>(s, strip, score, first_key, count);
-    if (strip.seen.cuts(first_key, count)) hide_keys<VECTORS>(s, strip, first_key, count);
+AITER_INLINE void mask_scores(float *s, const Strip &strip, const Score &score, int32_t first_key, int begin, int end) {
+    if (!PLAIN_SCORES) work_out<VECTORS>(s, strip, score, first_key, begin, end);
+    if (strip.seen.cuts(first_key + begin, end - begin)) hide_keys<VECTORS>(s, strip, first_key, begin, end);
 }
 
 /* From the scores of some keys to weights, in one pass that hopes that the maximum need not move, and in pieces, so

@@ -6,8 +6,8 @@
  *   tiles     scores B0 | part of A | scores B1 | part of A | scores B2 | ... | scores C0 | part of B | scores C1 | ...
  *   vectors             | softmax B0            | softmax B1            | ...             | softmax C0
  *
- * Both streams are interleaved a few dozen instructions at a time, which is what the CPU can reorder; that is why a
- * strip's work ends two calls later than it begins.
+ * Caps, slopes and masks are a part of the softmax. Both streams are interleaved a few dozen instructions at a time, which
+ * is what the CPU can reorder; that is why a strip's work ends two calls later than it begins.
  */
 #ifndef AITER_CPU_STRIP_TILES_H
 #define AITER_CPU_STRIP_TILES_H
@@ -80,7 +80,7 @@ class StripWorker {
         return [this, keys] {
             next.fetch();
             if (softmax.done < softmax.count)
-                with_vectors(*soft.strip, [&](auto vectors) { softmax.advance<decltype(vectors)::value>(keys); });
+                with_vectors(*soft.strip, [&](auto vectors) { advance<decltype(vectors)::value>(keys); });
         };
     }
 
@@ -115,7 +115,8 @@ class StripWorker {
     }
 
     template <int VECTORS> void begin(int32_t first_key) {
-        mask_scores<VECTORS>(scores, *soft.strip, score_of, first_key, CHUNK);
+        softmax_key = first_key;
+        prepared = PLAIN_SCORES && !soft.strip->seen.cuts(first_key, CHUNK) ? CHUNK : 0;
         if (DROPOUT) draw<VECTORS>(kept, *soft.strip, dropout, first_key, CHUNK);
         if (softmax.begin<VECTORS>()) raise<VECTORS>();
     }
@@ -127,7 +128,19 @@ class StripWorker {
         softmax.count = softmax.done = 0;
     }
 
+    /* Products with the keys before `end` become what the softmax takes, if they are not that yet. */
+    template <int VECTORS> void prepare(int end) {
+        if (prepared >= end) return;
+        mask_scores<VECTORS>(scores, *soft.strip, score_of, softmax_key, prepared, end);
+        prepared = end;
+    }
+    template <int VECTORS> void advance(int keys) {
+        prepare<VECTORS>(static_cast<int>(minimum(softmax.done + keys, softmax.count)));
+        softmax.advance<VECTORS>(keys);
+    }
+
     template <int VECTORS> void finish() {
+        prepare<VECTORS>(softmax.count);
         if (softmax.finish<VECTORS>()) return;
         raise<VECTORS>();
         softmax.finish<VECTORS>();
@@ -140,6 +153,7 @@ class StripWorker {
             accumulate_all(so_far);
             soft.first = soft.end;
         }
+        prepare<VECTORS>(softmax.count);
         softmax.raise<VECTORS>();
     }
 
@@ -171,6 +185,8 @@ class StripWorker {
     float *scores, *next_scores;
     int32_t *kept; /* of the softmax that is being taken */
     OnlineSoftmax softmax;
+    int32_t softmax_key; /* the first of its keys */
+    int prepared;        /* how many of them have scores, and not products */
     Block soft, pending; /* whose softmax is being taken; whose values are being accumulated */
     Score score_of;
     Dropout dropout;

@@ -49,7 +49,7 @@ class StripWorker {
             multiply<VECTORS, Lanes, KeySteps, Lanes>(c, a, strip.queries, PIECE, DIM_STEPS, false, SCORE_PART);
 #endif
         });
-        mask_scores<VECTORS>(scores, strip, score, first_key, count);
+        mask_scores<VECTORS>(scores, strip, score, first_key, 0, count);
         if (DROPOUT) draw<VECTORS>(kept, strip, dropout, first_key, count);
         OnlineSoftmax softmax{scores, kept, weights, &strip, count, score.softmax_scale(), 0, {}, {}, {}};
         softmax.run<VECTORS>();
