@@ -20,8 +20,8 @@ HEAD_DIM_STEP, HEAD_DIM_MAX, LATENT_HEAD_DIM = 8, 512, 576
 # Up to this many rows (query tokens times query heads of one KV head) the decoding kernel wins: it splits the KV
 # sequence over the GPU and reads it once for all rows, where the forward kernel gives a tile of rows to one block.
 DECODE_ROWS = 64
-# Where the forward kernel can cut keys (below) this many: with more, the decoding kernel is bounded by mma.sync and not by
-# memory. Measured on an H200: docs/hopper.md.
+# Where the forward kernel can cut keys (below) this many: with more, mma.sync bounds the decoding kernel, not memory.
+# Measured on an H200: docs/hopper.md.
 CUT_DECODE_ROWS = 32
 
 # sm_90a has a second form of the forward kernel, which can cut the keys that a tile of rows sees and deal the pieces to
