@@ -53,13 +53,22 @@ def forward_kernel(
         return "attention_decode"
     if options.batch_invariant or options.dropout_p:
         return "attention_forward"
-    rows = sizes.seqlen_q * (sizes.heads_q // sizes.heads_kv)
-    if rows <= CUT_DECODE_ROWS or (rows <= DECODE_ROWS and not multiprocessors):
+    group = sizes.heads_q // sizes.heads_kv
+    rows = sizes.seqlen_q * group
+    if rows > DECODE_ROWS:
+        return "attention_forward"
+    if rows <= CUT_DECODE_ROWS or not multiprocessors or _heads_together(group, options) < group:
         return "attention_decode"
-    if rows > DECODE_ROWS or cuts_keys(sizes, options, multiprocessors):
+    if cuts_keys(sizes, options, multiprocessors):
         return "attention_forward"
     many = 2 * sizes.batch * sizes.heads_kv > multiprocessors
     return "attention_forward" if many and equal_lengths else "attention_decode"
+
+
+def _heads_together(group: int, options: Options) -> int:
+    """Query heads that share a tile of the forward kernel's rows, of the `group` that share a KV head: Packing in
+    kernels_src/gpu/sequence.h."""
+    return group & -group if options.alibi_slopes is None else 1
 
 
 def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:
@@ -68,8 +77,7 @@ def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:
     if sizes.batch * sizes.heads_q * sizes.seqlen_q > multiprocessors * (CUT_TILE_ROWS // 2):
         return False  # most calls: no time is lost with them
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, *_ = sizes
-    group = heads_q // heads_kv
-    together = group & -group if options.alibi_slopes is None else 1  # heads in a tile: a power of two
+    together = _heads_together(heads_q // heads_kv, options)
     tiles = -(-seqlen_q * together // CUT_TILE_ROWS) * (heads_q // together) * batch
     left, right = options.window_left, options.window_right
     seen = seqlen_k if min(left, right) < 0 else min(seqlen_k, left + right + seqlen_q)

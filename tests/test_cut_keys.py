@@ -45,6 +45,7 @@ def test_few_rows_on_many_keys(call, options, cut):
 @pytest.mark.parametrize(
     "call, equal_lengths, decodes",
     [
+        (sizes(1, 8, 8192, 28, 4), True, True),  # 56 rows, of seven heads that share no tile
         (sizes(1, 8, 8192), True, True),  # 32 rows
         (sizes(1, 9, 8192), True, False),  # more: keys are cut
         (sizes(1, 9, 1024), True, True),  # too few keys for that, and too few sequences to fill the GPU
@@ -57,7 +58,9 @@ def test_few_rows_on_many_keys(call, options, cut):
 def test_more_rows_than_decoding_is_good_for(call, equal_lengths, decodes):
     chosen = forward_kernel(call, 128, Options(), MULTIPROCESSORS, equal_lengths)
     assert chosen == ("attention_decode" if decodes else "attention_forward")
-    assert (forward_kernel(call, 128, Options()) == "attention_decode") == (call.seqlen_q <= 16)
+    slopes = forward_kernel(call, 128, Options(alibi_slopes=SLOPES), MULTIPROCESSORS, equal_lengths)
+    for other in (slopes, forward_kernel(call, 128, Options())):
+        assert (other == "attention_decode") == (call.seqlen_q <= 16)
 
 
 def options_of(*options, kernel="attention_forward", head_dim=128, arch="sm_90a", **more):
