@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from aiter import checks, torch_state
+from aiter.errors import LengthError
 from aiter.options import readable_index
 
 
@@ -84,7 +85,7 @@ def check_padding(padding: torch.Tensor | None, cache: Cache, lengths: torch.Ten
     whole = [room] * padding.shape[0] if lengths is None else lengths.tolist()
     for index, (most, length) in enumerate(zip(whole, padding.tolist(), strict=True)):
         if most > room:
-            raise ValueError(f"cache_seqlens[{index}], new tokens counted, is {most}; the cache has room for {room}")
+            raise LengthError(f"cache_seqlens[{index}], new tokens counted, is {most}; the cache has room for {room}")
         if not 0 <= length <= most:
             raise ValueError(f"cache_leftpad[{index}] is {length}; it must be from 0 to its sequence's {most} tokens")
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 
+from aiter.errors import LengthError
 from aiter.kernels import CACHE_DTYPES, HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -341,7 +342,7 @@ def _lengths(name: str, lengths: torch.Tensor, longest: int, longest_name: str, 
     numbers = lengths.tolist()
     for index, length in enumerate(numbers):
         if not 0 <= length <= longest:
-            raise ValueError(f"{name}[{index}] is {length}; it must be from 0 to {longest_name}, {longest}")
+            raise LengthError(f"{name}[{index}] is {length}; it must be from 0 to {longest_name}, {longest}")
     if total is not None and (sum(numbers) != total if fill else sum(numbers) > total):
         raise ValueError(f"{name} adds up to {sum(numbers)} tokens, but the packed tensor holds {total}")
 

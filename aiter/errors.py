@@ -1,6 +1,7 @@
 """The package's own exceptions. Each message says what was given, what was expected and what to do about it.
 
-Bad arguments of an operation raise ValueError or TypeError; everything that can go wrong after that is one of these.
+Bad arguments of an operation raise ValueError, which LengthError is one of, or TypeError; everything that can go wrong
+after that is one of these.
 """
 
 
@@ -10,6 +11,11 @@ class AiterError(Exception):
 
 class SettingError(AiterError, ValueError):
     """An AITER_… environment variable has a value that cannot be used."""
+
+
+class LengthError(AiterError, ValueError, RuntimeError):
+    """A sequence has more tokens than there is room for. FlashAttention raises RuntimeError for that, which programs
+    written for it may expect."""
 
 
 class UnsupportedError(AiterError):

@@ -75,14 +75,15 @@ _PAGED_NAMES = _NAMES._replace(longest_k="what block_table has room for")
 _PAGED = _operation(_PAGED_NAMES)
 _PAGED_BY_STARTS = _operation(_PAGED_NAMES._replace(seqlens_k="the length in cu_seqlens_k"))
 _CACHE_NAMES = _NAMES._replace(longest_k="what the cache has room for", key="k_cache", value="v_cache")
-_CACHED = {  # by whether there is a cache_batch_idx, and new tokens
-    (indexed, appends): _operation(
+_CACHED = {  # by what says which rows or pages are whose, and whether there are new tokens
+    (table, appends): _operation(
         _CACHE_NAMES._replace(
-            page_table="cache_batch_idx" if indexed else "block_table",
+            page_table=table or "block_table",
             seqlens_k="cache_seqlens + new tokens" if appends else "cache_seqlens",
+            longest_k=(_PAGED_NAMES if table == "block_table" else _CACHE_NAMES).longest_k,
         )
     )
-    for indexed in (False, True)
+    for table in (None, "block_table", "cache_batch_idx")
     for appends in (False, True)
 }
 
@@ -409,7 +410,8 @@ def flash_attn_with_kvcache(
         lengths = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    check_padding(padding, cache, lengths, "block_table" if cache_batch_idx is None else "cache_batch_idx")
+    table = "cache_batch_idx" if cache_batch_idx is not None else None if block_table is None else "block_table"
+    check_padding(padding, cache, lengths, table or "block_table")
     if padding is not None:
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value
@@ -427,7 +429,7 @@ def flash_attn_with_kvcache(
     query, seen_key, scale = q, key, softmax_scale
     if qv is not None:
         query, seen_key, softmax_scale = _with_values(q, qv, key, value, scale, copies=append is None)
-    operation = _CACHED[cache_batch_idx is not None, append is not None]
+    operation = _CACHED[table, append is not None]
     indices = NO_INDICES
     if lengths is not None or seen.table is not None or starts_q is not None:
         indices = Indices(None, lengths, starts_q=starts_q, **(lists or {"page_table": seen.table}))

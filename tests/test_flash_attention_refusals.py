@@ -223,6 +223,9 @@ REFUSED = {
     ),
     # Names.
     "lengths": (cached(cache_seqlens=ints(3, 9)), ValueError, r"cache_seqlens\[1\] is 9; .*room for, 8"),
+    "lengths, for who waits for FlashAttention's": (
+        paged(cache_seqlens=ints(3, 9)), RuntimeError, r"cache_seqlens\[1\] is 9; .*what block_table has room for, 8",
+    ),
     "lengths and new tokens": (appended(cache_seqlens=ints(3, 8)), ValueError, r"cache_seqlens \+ new tokens\[1\] is"),
     "lengths' shape": (cached(cache_seqlens=ints(3, 4, 5)), ValueError, "cache_seqlens has shape"),
     "a page": (paged(block_table=ints(0, 1, 9, 3).view(2, 2)), ValueError, r"block_table\[1, 0\] is 9"),
