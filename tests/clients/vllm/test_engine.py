@@ -83,6 +83,7 @@ def jobs(references, whisper):
         found[dtype] = {**llama, "engine": {**llama["engine"], "kv_cache_dtype": dtype}}
     for name in models.LATENT:  # blocks are of 16, and vLLM's own backend reads prompts in one piece
         engine = {**_ENGINE, "model": str(references[name][1]), "compilation_config": RIGHT_ROTATION}
+        engine["attention_backend"] = "CPU_MLA"  # with AMX it would be another, which takes no float32
         found[name] = {"engine": engine, "rounds": [prompts], "sampling": {"max_tokens": NEW_TOKENS}}
     for name in models.ENCODERS:
         found[name] = {
