@@ -171,13 +171,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         const bool counted = !equal && t.workspace != nullptr && tasks > blocks;
         launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
         const int64_t grid = equal || counted ? lesser<int64_t>(tasks, blocks) : tasks;
-        const auto start_loop = [&] {
-            if (!counted) return aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
-            const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next);
-            return failed ? failed : launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
-        };
+        if (counted)
+            if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
+        const int failed = counted ? launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch)
+                                   : aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         const int64_t additions = launch.work.additions(tiles);
-        const int failed = start_loop();
         if (failed || additions == 0) return failed;
         return launch_next(add_up, additions, launch.work.adding_threads(), 0, stream, launch);
     }

@@ -209,9 +209,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 
         /* The softmax begins anew, while the output is still being added to. */
         template <class Softmax> __device__ __forceinline__ void set_aside(Softmax &softmax) {
-#pragma unroll
-            for (int slot = 0; slot < 2; ++slot)
-                point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
+            give_points(softmax, point);
             softmax = Softmax(softmax.scale);
         }
         /* The output of what was set aside joins the sum. */
@@ -265,9 +263,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         const int of_tile = wave(), left = rows - of_tile * 16; /* rows from this wave's first on */
         const Part own = part(piece.row_tile * dealt + piece.number, of_tile);
         float2 point[2];
-#pragma unroll
-        for (int slot = 0; slot < 2; ++slot)
-            point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
+        give_points(softmax, point);
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot)
             if (lane_leads_row() && Output::row(slot) < left) __stcg(&own.point(slot), point[slot]);
@@ -377,6 +373,12 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     }
     static __device__ __forceinline__ void set_chunk(Output &o, int slot, int i, const float4 &x) {
         o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
+    }
+    template <class Softmax>
+    static __device__ __forceinline__ void give_points(const Softmax &softmax, float2 (&point)[2]) {
+#pragma unroll
+        for (int slot = 0; slot < 2; ++slot)
+            point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
     }
     template <class Softmax>
     static __device__ __forceinline__ void take_points(Softmax &softmax, const float2 (&point)[2]) {
