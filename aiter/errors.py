@@ -14,8 +14,8 @@ class SettingError(AiterError, ValueError):
 
 
 class LengthError(AiterError, ValueError, RuntimeError):
-    """A sequence has more tokens than there is room for. FlashAttention raises RuntimeError for that, which programs
-    written for it may expect."""
+    """A length is negative, or more tokens than there is room for. FlashAttention raises RuntimeError for that, which
+    programs written for it may expect."""
 
 
 class UnsupportedError(AiterError):

@@ -31,6 +31,7 @@ from aiter import checks, kv_cache, plan, torch_state
 from aiter.cache_layout import Cache, check_padding
 from aiter.dispatch import First, Operation, attend
 from aiter.dropout import draw_rng_state, keep_mask
+from aiter.errors import LengthError
 from aiter.layout import NO_INDICES, Indices, check_tensors, index_tensor, page_lists
 from aiter.options import OptionKeywords, check_rng_state, chunk_in_range, dropout_in_range
 from aiter.parts import merge_attention_states
@@ -354,7 +355,7 @@ def flash_attn_with_kvcache(
         raise ValueError(f"max_seqlen_q is {max_seqlen_q}, but q has {q.shape[1]} rows a sequence (no cu_seqlens_q)")
     if checks.is_int(cache_seqlens):
         if not 0 <= cache_seqlens <= checks.INT32_MAX:
-            raise ValueError(f"cache_seqlens is {cache_seqlens}; it must be from 0 to what the cache has room for")
+            raise LengthError(f"cache_seqlens is {cache_seqlens}; it must be from 0 to what the cache has room for")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
     lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", q)
     lists: dict[str, torch.Tensor | None] = {}
@@ -410,7 +411,7 @@ def flash_attn_with_kvcache(
         lengths = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    table = "cache_batch_idx" if cache_batch_idx is not None else None if block_table is None else "block_table"
+    table = "cache_batch_idx" if cache_batch_idx is not None else "block_table" if block_table is not None else None
     check_padding(padding, cache, lengths, table or "block_table")
     if padding is not None:
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)

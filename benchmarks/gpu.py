@@ -184,8 +184,7 @@ def options() -> Iterator[Case]:
             if name != "plain":  # ours without the option, in turn with it
                 theirs["plain"] = [partial(aiter.flash_attn_func, *tensors, causal=True, **sides)]
             elif window:  # as many rows and tiles of 128 keys as the window's rows see, whole
-                groups, tile = length // 1024, 128
-                whole = [randn(groups, n, heads, head_dim) for n in (1024, window + tile, window + tile)]
+                whole = [randn(length // window, n, heads, head_dim) for n in (window, window + 128, window + 128)]
                 theirs["its tiles"] = [partial(aiter.flash_attn_func, *whole)]
             if fa3 and name in ("plain", "softcap"):
                 arguments = {"causal": True, "window_size": sides.get("window_size", (-1, -1))}
