@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     add_up_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
     const Loop::Work &work = launch.work;
     const int row_tile = block() / work.waves(), of_tile = block() % work.waves();
-    Loop::Work::Task<RowTile> task(launch, row_tile * work.dealt);
+    const Place place = Loop::place(launch, row_tile, static_cast<int>(RowTile::of_heads(launch.problem)));
+    Loop::Work::Task<RowTile> task(launch, place, row_tile * work.dealt);
     wait_for_previous();
     if (task.piece.count == 1 || !task.exists()) return;
     const Score score(launch.problem);

@@ -103,7 +103,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         int box;        /* keys that a map's copy brings; 0: there are no maps */
         int tasks;      /* in all: row tiles or what they are cut into */
         int section;    /* units whose tiles are taken together; see place() */
-        int distance;   /* between units that are taken one after the other */
+        int together;   /* heads of packed sequences, likewise; see PackedOrder. 0: it is place()'s order */
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
@@ -164,7 +164,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         if (!mapped) launch.box = 0;
         const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
         launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
-        launch.distance = distance(p, launch.section);
+        launch.together = p.packed_q && tiles > 0 && tasks == tiles ? heads_together(p) : 0;
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
@@ -213,6 +213,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- the order of row tiles ---- */
 
+    static constexpr int64_t CACHED_BYTES = int64_t(32) << 20; /* of keys and values that are read by many blocks */
+
     /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
      * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
      * block. But then many units are begun at one time, and their keys and values come from memory all at once: no more
@@ -220,32 +222,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
      * eight are no matter: theirs are many keys, and they are read again for each round of tiles without being
      * missed. */
     static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
-        constexpr int64_t CACHED_BYTES = int64_t(32) << 20, TILES_OF_BLOCK = 4, FEW = 8;
+        constexpr int64_t TILES_OF_BLOCK = 4, FEW = 8;
         constexpr int64_t BLOCKS_OF_UNIT = HEAD_DIM <= 96 ? 2 : 8;
         const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * (LINES + VALUE_LINES) * 128, 1); /* of one unit */
         const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
         const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
         return static_cast<int>(lesser(balanced, greater(most, FEW)));
-    }
-    /* Units that are taken one after the other are so far apart. Where sequences differ much in rows, those that stand
-     * together in a batch are often alike, tokens that decode or chunks of prompts: in their order it would be the
-     * memory's turn first, and the matrix unit's when that is done. So a section takes its units from all over the
-     * batch, by a distance that has no divisor in common with their number, so that its multiples go through all of
-     * them. Elsewhere the heads of a sequence stay together: theirs are neighbouring bytes. */
-    static int distance(const aiter_attention_problem &p, int section) {
-        const int64_t units = int64_t(p.batch) * p.heads_kv;
-        const bool differ = p.packed_q && p.total_q < int64_t(p.batch) * p.seqlen_q / 3;
-        if (!differ || units <= section || units > 0xffff) return 1; /* products have 32 bits */
-        int distance = static_cast<int>(units / section);
-        const auto divisor = [](int64_t a, int64_t b) {
-            while (b != 0) {
-                const int64_t rest = a % b;
-                a = b, b = rest;
-            }
-            return a;
-        };
-        while (divisor(units, distance) != 1) ++distance;
-        return distance;
     }
     /* The last section must not be a small one: the first is. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
@@ -259,8 +241,99 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             many = launch.section;
         }
         const int rest = index - before * unit_tiles, heads = many * group;
-        const unsigned unit = static_cast<unsigned>(before + rest % heads / group) * launch.distance;
-        return {static_cast<int>(unit % units), rest % group << bits, row_tiles - 1 - rest / heads};
+        return {before + rest % heads / group, rest % group << bits, row_tiles - 1 - rest / heads};
+    }
+
+    /* The order where sequences are packed: only row tiles that exist, as one wave finds them. It looks at 32 sequences, a
+     * lane each. Under a mask it takes the row tiles that are furthest from a beginning first, of some heads at a time:
+     *
+     *     level 2    1  .  .  .  .      A head of five sequences, the first of which has three row tiles. Those of level 2
+     *           1    2  .  .  3  .      come first: under a causal mask they are the longest. Tokens that decode stand on
+     *           0    4  5  6  7  8      level 0, between the chunks of these heads and those of the next: so memory and
+     *                                   the matrix unit are busy by turns in all of the call.
+     *
+     * Without a mask a sequence's row tiles are alike, and come together: they read the same keys. Numbers are asked for in
+     * ascending order. */
+    struct PackedOrder {
+        int first = -WAVE; /* of the sequences */
+        int row_tiles = 0; /* of the lane's */
+        int end = 0;       /* the first number that belongs to none of them or, under a mask, not to this level */
+
+        /* Where the row tile with this number is. False: there is none. */
+        __device__ __forceinline__ bool find(const Launch &launch, int number, Place &at) {
+            return MASKED ? levels.find(*this, launch, number, at) : find_in_sequences(launch, number, at);
+        }
+
+      private:
+        struct Levels {
+            int head = 1 << 30, level = 0; /* the first head; the level below */
+            uint32_t having = 0;           /* lanes of sequences that have a row tile on this level */
+
+            __device__ __forceinline__ bool find(PackedOrder &order, const Launch &launch, int number, Place &at) {
+                const int bits = Packing(launch.problem).bits, all_heads = launch.problem.heads_q >> bits;
+#pragma unroll 1
+                while (number >= order.end) {
+                    if (level == 0) {
+                        head += launch.together;
+                        if (head >= all_heads) {
+                            head = 0;
+                            if (!order.look(launch)) return false;
+                        }
+                        level = __reduce_max_sync(~0u, order.row_tiles);
+                        if (level == 0) continue;
+                    }
+                    having = static_cast<uint32_t>(ballot(order.row_tiles >= level));
+                    order.end += __popc(having) * lesser(launch.together, all_heads - head);
+                    --level;
+                }
+                const int heads = lesser(launch.together, all_heads - head);
+                const int rest = number - order.end + __popc(having) * heads;
+                const bool here = having >> lane() & 1 && __popc(having & ((1u << lane()) - 1)) == rest / heads;
+                at = order.place(launch, first_lane(ballot(here)), head + rest % heads, level);
+                return true;
+            }
+        } levels;
+
+        __device__ __forceinline__ bool find_in_sequences(const Launch &launch, int number, Place &at) {
+            const int heads = launch.problem.heads_q >> Packing(launch.problem).bits;
+#pragma unroll 1
+            while (number >= end) {
+                if (!look(launch)) return false;
+                end += wave_sum(row_tiles) * heads;
+            }
+            /* All lanes' numbers are behind each other: a lane's end is this far before the last. */
+            int after = row_tiles;
+#pragma unroll
+            for (int distance = 1; distance < WAVE; distance *= 2) {
+                const int others = __shfl_down_sync(~0u, after, distance);
+                if (lane() + distance < WAVE) after += others;
+            }
+            const int rest = number - end + after * heads; /* from the lane's beginning on */
+            const int lane_of = first_lane(ballot(rest >= 0 && rest < row_tiles * heads));
+            const int own = from_lane(rest, lane_of), tiles = from_lane(row_tiles, lane_of);
+            at = place(launch, lane_of, own / tiles, tiles - 1 - own % tiles);
+            return true;
+        }
+        /* At the next sequences. */
+        __device__ __forceinline__ bool look(const Launch &launch) {
+            const aiter_attention_problem &p = launch.problem;
+            first += WAVE;
+            if (first >= p.batch) return false;
+            const int own = first + lane(), rows = own < p.batch ? length_of(query_side(p, launch.tensors), own) : 0;
+            row_tiles = ((rows << Packing(p).bits) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+            return true;
+        }
+        __device__ __forceinline__ Place place(const Launch &launch, int sequence, int head, int row_tile) const {
+            const aiter_attention_problem &p = launch.problem;
+            const int bits = Packing(p).bits, group = p.heads_q / p.heads_kv >> bits;
+            return {(first + sequence) * p.heads_kv + head / group, head % group << bits, row_tile};
+        }
+    };
+    static int heads_together(const aiter_attention_problem &p) {
+        const int64_t keys = p.packed_k ? p.total_k : int64_t(p.batch) * p.seqlen_k, looked_at = lesser(p.batch, WAVE);
+        const int64_t bytes = keys * looked_at / greater(p.batch, 1) * (LINES + VALUE_LINES) * 128; /* of a KV head */
+        const int64_t heads_kv = lesser<int64_t>(CACHED_BYTES / greater<int64_t>(bytes, 1), p.heads_kv);
+        return static_cast<int>(greater<int64_t>(heads_kv, 1)) * (p.heads_q / p.heads_kv >> Packing(p).bits);
     }
 
     /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, one ahead, and hands
@@ -299,38 +372,26 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         }
     };
 
-    /* Row tile `index` has no rows: those after it that have none either count as taken, as far as a wave sees, of which
-     * each lane looks at one. In kernels that cut keys; in others it is one more thing for this wave to do. */
-    template <class Task> static __device__ __forceinline__ void pass_over_missing(const Launch &launch, int index) {
-        if (launch.next == nullptr || launch.work.dealt > 0) return;
-        const aiter_attention_problem &p = launch.problem;
-        const int own = index + lane();
-        bool exists = false;
-        if (own < launch.tasks) {
-            const Place at = place(launch, own, static_cast<int>(Task::of_heads(p)));
-            exists = Packing(p).token(at.row_tile * BLOCK_ROWS) < length_of(query_side(p, launch.tensors), at.batch(p));
-        }
-        const uint64_t found = ballot(exists);
-        const int taken = index + (found == 0 ? WAVE : first_lane(found)) - static_cast<int>(gridDim.x);
-        wait_for_previous(); /* clear_counter */
-        if (lane() == 0 && taken > 0) atomicMax(launch.next, static_cast<uint32_t>(taken));
-    }
-
     template <class Task>
     static __device__ __forceinline__ void find_tasks(const Launch &launch, SharedAddress shared) {
         Turn turn = {shared};
         int index = block();
+        PackedOrder packed;
         turn.vacate();
 #pragma unroll 1
         while (index < launch.tasks) {
-            const Task task(launch, index);
+            Place at;
+            if (launch.together > 0) {
+                if (!packed.find(launch, index, at)) break;
+            } else {
+                at = place(launch, launch.work.row_tile(index), static_cast<int>(Task::of_heads(launch.problem)));
+            }
+            const Task task(launch, at, index);
             if (task.exists()) {
                 if (lane() == 0) shared_store(turn.task(), task);
                 turn.announce(true);
                 turn = turn.after();
                 turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
-            } else if constexpr (CUT) {
-                pass_over_missing<Task>(launch, index);
             }
             if (launch.next == nullptr) {
                 index += static_cast<int>(gridDim.x);

@@ -30,6 +30,7 @@
 
 #include "gpu/arch/sm90.h"
 #include "gpu/runtime.h"
+#include "gpu/sequence.h"
 #include "gpu/softmax.h"
 
 namespace aiter {
@@ -46,8 +47,10 @@ struct WholeRowTiles {
     static int64_t workspace_bytes(int64_t, int, bool counted) { return counted ? sizeof(uint32_t) : 0; }
     static bool place_in(void *) { return true; }
 
+    __device__ __forceinline__ int row_tile(int task) const { return task; }
     template <class RowTile> struct Task : RowTile {
-        using RowTile::RowTile;
+        template <class Launch>
+        __device__ __forceinline__ Task(const Launch &launch, Place place, int) : RowTile(launch, place) {}
         __device__ __forceinline__ const Range &own(const Range &keys) const { return keys; }
     };
     struct InTurn {
@@ -100,7 +103,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     static constexpr int VALUE_BYTES = CHUNKS * WAVE * sizeof(float4); /* of a wave */
     static constexpr bool IN_SHARED = POINT_BYTES + WAVES * VALUE_BYTES <= SHARED_ROOM;
     static constexpr int SUM_BYTES = IN_SHARED ? POINT_BYTES + WAVES * VALUE_BYTES : 0;
-    static constexpr int INVARIANT_KEYS = (IN_SHARED ? 1024 : 4096) / KEYS * KEYS;
+    static constexpr int INVARIANT_KEYS = (IN_SHARED ? 1024 : 2048) / KEYS * KEYS;
     static constexpr int LEAST_KEYS = 1024 / KEYS * KEYS; /* to be dealt: with fewer, beginning and end take longer */
     static constexpr int64_t MOST_BYTES = int64_t(512) << 20;
     static constexpr int PARTS_AT = 256; /* in the workspace, after the counter of tasks */
@@ -151,13 +154,14 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 
     /* ---- device ---- */
 
+    /* Of all, which a task belongs to. */
+    __device__ __forceinline__ int row_tile(int task) const { return dealt > 0 ? task / dealt : task; }
     template <class RowTile> struct Task : RowTile {
         Piece piece;
 
         template <class Launch>
-        __device__ __forceinline__ Task(const Launch &launch, int index)
-            : RowTile(launch, launch.work.dealt > 0 ? index / launch.work.dealt : index),
-              piece(launch.work.piece(RowTile::keys, index)) {}
+        __device__ __forceinline__ Task(const Launch &launch, Place place, int index)
+            : RowTile(launch, place), piece(launch.work.piece(RowTile::keys, index)) {}
         __device__ __forceinline__ bool exists() const { return piece.number < piece.count && RowTile::exists(); }
         /* Of these keys, those that are in the piece. */
         __device__ __forceinline__ Range own(const Range &keys) const {
