@@ -21,8 +21,8 @@
  *                       so do zeros for rows that belong to no sequence
  *
  * A gradient is summed in one place, by one block, in one order: the result is the same in every run, with no atomics.
- * The price is that S and dP are computed in both passes, seven products of matrices where five would do. On sm_90a,
- * long sequences are spared it (in_one_pass): the last two passes are then
+ * The price is that S and dP are computed in both passes, seven products of matrices where five would do. On NVIDIA,
+ * long sequences are spared it at some head dimensions (in_one_pass): the last two passes are then
  *
  *   GRAD_ALL             as GRAD_KEY_VALUE; a tile's gradients of queries, too, added to float32 sums in the workspace
  *   finish_queries       the sums, times the scale, rounded
@@ -31,7 +31,7 @@
  *     block of keys 0    ->       ->       ->   dK, dV      that depends on the problem alone: again the result is the
  *     block of keys 1    ->       ->       ->   dK, dV      same in every run. How they keep out of each other's way:
  *                        |        |        |                KeyBlocks in backward.h; how they wait for each other:
- *                        dQ       dQ       dQ               arch/sm90_one_pass.h.
+ *                        dQ       dQ       dQ               arch/sm90_one_pass.h, arch/sm80_one_pass.h.
  *
  * A softmax scale of zero makes all scores zero, whatever their products: the passes then read a row of zeros as every
  * query, which stands in the workspace.
@@ -66,6 +66,9 @@
 #elif defined(AITER_GFX9) && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128 && !AITER_SOFTCAP
 #include "gpu/arch/gfx9_key_gradients.h"
 #include "gpu/arch/gfx9_query_gradient.h"
+#elif !defined(AITER_GFX9) && AITER_HEAD_DIM == AITER_VALUE_DIM && (AITER_HEAD_DIM == 64 || AITER_HEAD_DIM == 128)
+#define AITER_MMA_ONE_PASS
+#include "gpu/arch/sm80_one_pass.h"
 #endif
 
 namespace aiter {
@@ -90,6 +93,10 @@ constexpr bool HAS_ONE_PASS =
 /* Beyond, a SIMD's registers hold one wave; a soft cap's derivative takes too many, too. */
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_QUERY, QueryLoop, PairedLoop>;
 constexpr bool HAS_ONE_PASS = false;
+#elif defined(AITER_MMA_ONE_PASS)
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardTileLoop<PASS>>;
+/* Two passes where a multiprocessor has 100 KB of shared memory. */
+constexpr bool HAS_ONE_PASS = OnePassLoop::SHARED_BYTES * ONE_PASS_BLOCKS <= SHARED_LIMIT;
 #else
 template <int PASS> using Loop = BackwardTileLoop<PASS>;
 constexpr bool HAS_ONE_PASS = false;

@@ -174,6 +174,13 @@ struct UnitBlock {
     bool from_last;
 };
 
+/* GRAD_ALL: blocks that a multiprocessor works on at one time. */
+#if defined(AITER_WGMMA)
+constexpr int ONE_PASS_BLOCKS = 1;
+#else
+constexpr int ONE_PASS_BLOCKS = HEAD_DIM <= 64 ? 2 : 1;
+#endif
+
 /* GRAD_ALL: which ticket gets which block of keys. The blocks of a unit add to a tile of queries in the order of their
  * tickets, and an addition is seen by the next block only some 3 microseconds later, longer than a tile takes: blocks
  * that come to a tile at one time wait for each other, those that come one after the other do not. So tickets are dealt
@@ -190,7 +197,7 @@ struct UnitBlock {
  * that the shortest blocks fill the gaps at the end. A set's size is part of the order in which gradients are added,
  * and therefore a constant, not the device's. */
 struct KeyBlocks {
-    static constexpr int AT_ONCE = 128; /* an H100 has 132 multiprocessors */
+    static constexpr int AT_ONCE = 128 * ONE_PASS_BLOCKS; /* an H100 has 132 multiprocessors */
     int units, parts, set_units;
 
     __host__ __device__ KeyBlocks(int units, int parts)
@@ -250,9 +257,16 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         tiles =
             block_row < own_rows && end > (PASS == GRAD_ALL ? seen : first) ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
-    /* The passing rows that an own row takes part with. */
+    /* The passing rows that an own row takes part with. GRAD_ALL: a key that is missing takes part with none. It is
+     * zeros, but its probabilities may be infinite, and so would be its share of the gradients of queries, times zero. */
     __device__ __forceinline__ Range sees(int own_row) const {
+        if (PASS == GRAD_ALL && own_row >= own_rows) return {0, 0};
         return owns_queries(PASS) ? sequence.mask.keys_of(own_row) : sequence.mask.rows_of(own_row);
+    }
+    /* Those that all of `count` own rows take part with; GRAD_ALL: none, if one of these is missing. */
+    __device__ __forceinline__ Range all_see(int first_row, int count) const {
+        if (PASS == GRAD_ALL && first_row + count > own_rows) return {0, 0};
+        return {sees(lesser(first_row + count, own_rows) - 1).low, sees(first_row).high};
     }
     /* Where an own row stands among the passing ones. */
     __device__ __forceinline__ int position(int own_row) const {

@@ -162,6 +162,16 @@ template <class T> __device__ __forceinline__ void global_store(void *pointer, T
     *static_cast<T *>(pointer) = value;
 }
 
+/* A counter in global memory by which blocks order what they write. */
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
+    uint32_t x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+__device__ __forceinline__ void store_release(uint32_t *to, uint32_t x) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
 /* ---- elements ---- */
 
 #if defined(AITER_DTYPE_BF16)

@@ -28,8 +28,16 @@ template <int ROWS, int COLUMNS> struct BlockLayout {
     }
 };
 
-/* Shared memory of a block, and its filling by THREADS threads. */
-template <int HEAD_DIM, int VALUE_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUNT, int THREADS>
+/* GRAD_ALL: until `turn` blocks have added to a tile of QuerySums. */
+__device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
+    while (load_acquire(sums.turns + place) != turn) {
+    }
+}
+
+/* Shared memory of a block, and its filling by THREADS threads. Tiles begin at multiples of ALIGNMENT: 128 bytes do for
+ * ldmatrix, and AITER_SHARED begins at such a one. */
+template <int HEAD_DIM, int VALUE_DIM, int PASS, int OWN_ROWS, int PASSING_ROWS, int STAGE_COUNT, int THREADS,
+          int ALIGNMENT = 1024>
 struct BackwardTiles {
     static constexpr int ROWS = OWN_ROWS, TOKENS = PASSING_ROWS, STAGES = STAGE_COUNT;
     static constexpr int COLUMN_RUN = 2;
@@ -39,12 +47,13 @@ struct BackwardTiles {
     using PassingX = BlockLayout<TOKENS, HEAD_DIM>;
     using PassingY = BlockLayout<TOKENS, VALUE_DIM>;
     static constexpr int TERMS_AT = PassingX::BYTES + PassingY::BYTES;
-    static constexpr int STAGE_BYTES = round_up(TERMS_AT + 2 * TOKENS * 4, 1024);
+    static constexpr int STAGE_BYTES = round_up(TERMS_AT + 2 * TOKENS * 4, ALIGNMENT);
     static constexpr int OWN_BYTES = OwnX::BYTES + OwnY::BYTES;
-    static constexpr int TILE_BYTES = OWN_BYTES + STAGES * STAGE_BYTES + 1024; /* tiles begin at multiples of 1024 */
+    static constexpr int TILE_BYTES = OWN_BYTES + STAGES * STAGE_BYTES + (ALIGNMENT > 128 ? ALIGNMENT : 0);
 
     SharedAddress own;
-    __device__ __forceinline__ explicit BackwardTiles(SharedAddress shared) : own((shared + 1023) & ~1023u) {}
+    __device__ __forceinline__ explicit BackwardTiles(SharedAddress shared)
+        : own((shared + ALIGNMENT - 1) & ~(ALIGNMENT - 1u)) {}
 
     __device__ __forceinline__ SharedAddress stage(int i) const { return own + OWN_BYTES + i * STAGE_BYTES; }
 
@@ -105,16 +114,44 @@ struct BackwardTiles {
      * be at the second while another is at the first. */
     template <int COLUMNS, class Gradient, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, int row, int column, RowPointer pointer) const {
-        Accumulator<1, lesser(COLUMNS, Gradient::TILES * 8)> columns;
+        Accumulator<Gradient::SLOTS / 2, lesser(COLUMNS, Gradient::TILES * 8)> columns;
 #pragma unroll
-        for (int n = 0; n < columns.TILES; ++n)
+        for (int m = 0; m < Gradient::SLOTS / 2; ++m)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) columns.tile[0][n][i] = gradient.tile[0][n][i];
+            for (int n = 0; n < columns.TILES; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) columns.tile[m][n][i] = gradient.tile[m][n][i];
         static_assert(
             ROWS * RowLayout<HEAD_DIM>::BYTES <= OwnX::BYTES && ROWS * RowLayout<VALUE_DIM>::BYTES <= OwnY::BYTES, "");
         const SharedAddress place = own + (COLUMNS == HEAD_DIM ? 0 : OwnX::BYTES);
         store_output<COLUMNS>(columns, place + row * RowLayout<COLUMNS>::BYTES, pointer, column);
     }
+};
+
+/* Tiles that all threads copy, one after the other, each while those before it are in use. */
+template <class Tiles> struct TilesInTurn : Tiles {
+    int coming = 0, current = Tiles::STAGES - 1;
+    SharedAddress tile; /* the current stage */
+
+    using Tiles::Tiles;
+    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
+        this->copy_own(rows, first, thread_in_block());
+    }
+    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
+        this->copy_passing(this->stage(coming), rows, first, thread_in_block());
+        skip();
+    }
+    __device__ __forceinline__ void skip() {
+        end_of_copies();
+        coming = coming + 1 == Tiles::STAGES ? 0 : coming + 1;
+    }
+    __device__ __forceinline__ void publish() {
+        wait_for_copies_but<Tiles::STAGES - 2>();
+        barrier();
+        current = current + 1 == Tiles::STAGES ? 0 : current + 1;
+        tile = this->stage(current);
+    }
+    static __device__ __forceinline__ void end() { barrier(); }
 };
 
 /* Tiles are small enough for the 99 KB of shared memory that every SM from sm_80 on has. Beyond 256 columns, teams of
@@ -131,13 +168,14 @@ constexpr BackwardShape backward_shape(int wider) {
 constexpr int backward_rows(int wider) { return backward_shape(wider).waves / team_of(wider) * ROW_TILE; }
 
 template <int HEAD_DIM, int VALUE_DIM, int PASS>
-struct Backward : BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, backward_rows(greater(HEAD_DIM, VALUE_DIM)),
-                                backward_shape(greater(HEAD_DIM, VALUE_DIM)).tokens, 2,
-                                backward_shape(greater(HEAD_DIM, VALUE_DIM)).waves * WAVE> {
+using BackwardStages = TilesInTurn<BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, backward_rows(greater(HEAD_DIM, VALUE_DIM)),
+                                                 backward_shape(greater(HEAD_DIM, VALUE_DIM)).tokens, 2,
+                                                 backward_shape(greater(HEAD_DIM, VALUE_DIM)).waves * WAVE>>;
+
+template <int HEAD_DIM, int VALUE_DIM, int PASS> struct Backward : BackwardStages<HEAD_DIM, VALUE_DIM, PASS> {
     static constexpr int WIDER = greater(HEAD_DIM, VALUE_DIM), TEAM = team_of(WIDER);
     static constexpr int WAVES = backward_shape(WIDER).waves, THREADS = WAVES * WAVE, BLOCKS = 1;
-    using Tiles =
-        BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, backward_rows(WIDER), backward_shape(WIDER).tokens, 2, THREADS>;
+    using Tiles = BackwardStages<HEAD_DIM, VALUE_DIM, PASS>;
     using typename Tiles::OwnX, typename Tiles::OwnY, typename Tiles::PassingX, typename Tiles::PassingY;
     static constexpr int TOKENS = Tiles::TOKENS, STAGES = Tiles::STAGES, SHARED_BYTES = Tiles::TILE_BYTES;
     using Scores = Accumulator<1, TOKENS>;
@@ -150,29 +188,9 @@ struct Backward : BackwardTiles<HEAD_DIM, VALUE_DIM, PASS, backward_rows(greater
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
     static constexpr bool ALL_TAKE_PART = false;
 
-    int coming = 0, current = STAGES - 1;
-    SharedAddress tile; /* the current stage */
+    using Tiles::tile;
 
     __device__ __forceinline__ explicit Backward(SharedAddress shared) : Tiles(shared) {}
-
-    __device__ __forceinline__ void load_own(const RowPair &rows, int first) {
-        this->copy_own(rows, first, thread_in_block());
-    }
-    __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        this->copy_passing(this->stage(coming), rows, first, thread_in_block());
-        skip();
-    }
-    __device__ __forceinline__ void skip() {
-        end_of_copies();
-        coming = coming + 1 == STAGES ? 0 : coming + 1;
-    }
-    __device__ __forceinline__ void publish() {
-        wait_for_copies_but<STAGES - 2>();
-        barrier();
-        current = current + 1 == STAGES ? 0 : current + 1;
-        tile = this->stage(current);
-    }
-    static __device__ __forceinline__ void end() { barrier(); }
 
     __device__ __forceinline__ void scores(Scores &s) const {
         multiply_rows<OwnX, PassingX, HEAD_DIM>(this->own, tile, s);

@@ -163,16 +163,6 @@ __device__ __forceinline__ void order() { asm volatile("fence.proxy.async.global
 
 } // namespace bulk
 
-/* A counter in global memory by which blocks order what they write. */
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
-    uint32_t x;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-    return x;
-}
-__device__ __forceinline__ void store_release(uint32_t *to, uint32_t x) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
-}
-
 /* Four 8 x 8 matrices to shared memory: the reverse of load_matrices. */
 __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),

@@ -40,11 +40,6 @@ template <class Share, class Add> __device__ __forceinline__ void add_in_turn(co
         }
 }
 
-/* Until `turn` blocks have added to a tile. */
-__device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
-    while (load_acquire(sums.turns + place) != turn) {
-    }
-}
 /* Adds a tile from shared memory; arrives at `taken` when it has been read. */
 __device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place, uint32_t turn, SharedAddress from,
                                             SharedAddress taken) {
@@ -242,8 +237,8 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
               left(share.tiles * share.heads_passing) {
             const int team_row = share.block_row + tile.team() * 64;
-            seen_by_all = share.sees(lesser(team_row + 64, share.own_rows) - 1).low;
-            seen_to = share.sees(team_row).high;
+            const Range all_see = share.all_see(team_row, 64);
+            seen_by_all = all_see.low, seen_to = all_see.high;
         }
         __device__ __forceinline__ void consume() {
             rows.begin_head(0);

@@ -186,14 +186,13 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
     /* VALUES: the first warpgroup's part. */
     template <bool VALUES>
     static __device__ __forceinline__ void consume(const Share &share, Tile &tile, Gradient &gradient) {
-        const Range first_sees = share.sees(share.block_row);
-        const Range last_sees = share.sees(lesser(share.block_row + ROWS, share.own_rows) - 1);
+        const Range all_see = share.all_see(share.block_row, ROWS);
         Rows rows(share, share.block_row + Tile::wave_row());
         for (int head = 0; head < share.heads_passing; ++head) {
             rows.begin_head(head);
             for (int count = 0; count < share.tiles; ++count) {
                 const int first = share.tile_row(count);
-                const bool masked = first < last_sees.low || first + Tile::TOKENS > first_sees.high;
+                const bool masked = first < all_see.low || first + Tile::TOKENS > all_see.high;
                 Scores s;
                 Tile::Operand a;
                 tile.publish();
