@@ -101,30 +101,36 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
     const int wave_row = tile.first_row + Loop::wave_row();
     float log_sum[SLOTS], share[SLOTS];
     softmax.finish(log_sum);
-    bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
-    bool any_spoiled = false;
+    bool sees_keys[SLOTS], all_see = true;
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
         const int row = wave_row + Output::row(slot), token = tile.token(row);
-        const bool sees_keys = token < sequence.rows && !sequence.mask.keys_of(token).empty();
+        sees_keys[slot] = token < sequence.rows && !sequence.mask.keys_of(token).empty();
+        all_see &= sees_keys[slot];
         share[slot] = share_of_keys(arguments.tensors.sinks, tile.head + tile.member(row), log_sum[slot]);
         if (FP8) share[slot] *= sequence.value_descale();
         if (DROPOUT) share[slot] *= dropout.scale;
-        const float inverse = reciprocal(softmax.sum[slot]) * share[slot];
-        float row_total = 0.0f;
+        o.multiply(slot, reciprocal(softmax.sum[slot]) * share[slot]);
+    }
+    if (wave_any(!all_see)) /* in few waves */
 #pragma unroll
-        for (int i = 0; i < Output::VALUES; ++i) {
-            o.set(slot, i, sees_keys ? o.get(slot, i) * inverse : 0.0f);
-            row_total += o.get(slot, i);
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            log_sum[slot] = sees_keys[slot] ? log_sum[slot] : -INFINITE;
+#pragma unroll
+            for (int i = 0; i < Output::VALUES; ++i) o.set(slot, i, sees_keys[slot] ? o.get(slot, i) : 0.0f);
         }
-        if (!sees_keys) log_sum[slot] = -INFINITE;
-        spoiled[slot] = false;
-        if (MASKED) {
-            row_total = row_sum(row_total);
+    bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
+    bool any_spoiled = false;
+    if (MASKED)
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            float x = 0.0f, y = 0.0f; /* two, as each sum waits for the one before */
+#pragma unroll
+            for (int i = 0; i < Output::VALUES; i += 2) x += o.get(slot, i), y += o.get(slot, i + 1);
+            const float row_total = row_sum(x + y);
             spoiled[slot] = row_total != row_total && __builtin_fabsf(log_sum[slot]) < INFINITE;
             any_spoiled |= spoiled[slot];
         }
-    }
     if (MASKED && wave_any(any_spoiled)) /* is it a hidden value that did it? */
         if (!met_hidden_infinity(tile, wave_row))
 #pragma unroll
