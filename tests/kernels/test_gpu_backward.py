@@ -33,9 +33,11 @@ PARAMETERS = [(target, *case) for target in GPUS for case in dict.fromkeys(CASES
 class Sequence:
     """One sequence: query, key, value and the gradients of output and log-sum-exp; what they must give."""
 
-    def __init__(self, dtype, head_dim, causal, seq_q, seq_k, heads_q, heads_kv, grad_lse, scale):
+    def __init__(self, dtype, head_dim, causal, seq_q, seq_k, heads_q, heads_kv, grad_lse, scale, score=None):
         query, grad_output = (torch.randn(seq_q, heads_q, head_dim).to(dtype) for _ in "qg")
         key, value = (torch.randn(seq_k, heads_kv, head_dim).to(dtype) for _ in "kv")
+        if score is not None:  # about all of them
+            query, key = 1 + query / 16, (score * head_dim**-0.5 + key / 16).to(dtype)
         self.inputs = query, key, value, grad_output
         self.grad_lse = torch.randn(heads_q, seq_q) if grad_lse else None
 
@@ -72,9 +74,11 @@ def batch(tensors, longest, filling):
     return padded
 
 
-def check(target, dtype, head_dim, causal, lengths, heads, form="padded", grad_lse=False, scale=None, longest=None):
+def check(
+    target, dtype, head_dim, causal, lengths, heads, form="padded", grad_lse=False, scale=None, longest=None, score=None
+):
     """lengths: (queries, keys) of each sequence. Everything in the padding is NaN."""
-    made = [Sequence(DTYPES[dtype], head_dim, causal, *n, *heads, grad_lse, scale) for n in lengths]
+    made = [Sequence(DTYPES[dtype], head_dim, causal, *n, *heads, grad_lse, scale, score) for n in lengths]
     longest = longest or [max(n[side] for n in lengths) for side in (0, 1)]
     seqlens = [torch.tensor([n[side] for n in lengths], dtype=torch.int32) for side in (0, 1)]
     sides = (0, 1, 1, 0)
@@ -138,7 +142,7 @@ def test_many_tiles_twice_the_same(target, dtype, head_dim, causal):
 
 @on_targets([p for p in PARAMETERS if p[0] == "cuda" and p[2] in (64, 96, 128, 256)])
 def test_one_pass(target, dtype, head_dim, causal):
-    """On sm_90a, the longest lengths decide whether all gradients come from one pass, as here. There are enough
+    """On NVIDIA, the longest lengths decide whether all gradients come from one pass, as here. There are enough
     sequences for it to go through some from the first keys on, through others from the last. Twice the same bits.
     """
     lengths, how = [(150 + 13 * i, 400 - 21 * i) for i in range(18)], {"grad_lse": True, "longest": (1024, 1024)}
@@ -148,6 +152,17 @@ def test_one_pass(target, dtype, head_dim, causal):
         torch.manual_seed(1)
         second = check(target, dtype, head_dim, causal, lengths, (4, 1), form, **how)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@on_targets([p for p in PARAMETERS if not p[3]])
+def test_low_scores(target, dtype, head_dim, causal):
+    """A key that a tile has room for and the sequence does not have is zeros, and so is its score. Where all others are
+    very low, its weight by their log-sum-exp is infinite: it must not get into any gradient, not even times zero."""
+    low = {"fp16": -25, "bf16": -100}[dtype]
+    check(target, dtype, head_dim, causal, [(TILE + 1, ROWS + 3)], (2, 1), "dense", score=low)
+    if target == "cuda":  # all gradients in one pass: as in test_one_pass
+        lengths = [(150 + 13 * i, 400 - 21 * i) for i in range(18)]
+        check(target, dtype, head_dim, causal, lengths, (4, 1), "packed", longest=(1024, 1024), score=low)
 
 
 @on_targets([p for p in PARAMETERS if p[0] != "cuda"])
