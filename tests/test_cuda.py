@@ -306,6 +306,35 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
     assert torch.equal(output[-1], whole[0][0, -1:]) and torch.equal(lse[-1], whole[1][0, :, -1:])
 
 
+PACKED = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (100, 0)},
+    "pieces": {"causal": True, "batch_invariant": True},
+    "slopes": {"causal": True, "slopes": True},
+}
+
+
+@pytest.mark.parametrize("options", PACKED.values(), ids=PACKED)
+def test_many_packed_sequences(options):
+    """More of them than a wave looks at together, and among these such that are all empty."""
+    options = dict(options)
+    if options.pop("slopes", False):
+        options["alibi_slopes"] = torch.rand(6, device="cuda")
+    known = {"window" if name == "window_size" else name: value for name, value in options.items()}
+    causal, _ = known.pop("causal", False), known.pop("batch_invariant", None)
+    lengths = [0] * 33 + torch.randint(0, 700, (40,)).tolist() + [0] * 60 + [1, 129, 0, 1300, 64]
+    query, key, value = (t[0] for t in qkv(1, sum(lengths), sum(lengths), 6, 2))
+    output, lse = aiter.variable_length_attention(
+        *(query, key, value, torch.tensor(lengths, device="cuda", dtype=torch.int32), 2000), return_lse=True, **options
+    )
+    sequences, end = [], 0
+    for length in lengths:
+        place, end = slice(end, end + length), end + length
+        sequences.append(Sequence(query[place], key[place], value[place], (place,), (slice(None), place), known))
+    assert_sequences(output, lse, [s for s in sequences if len(s.query)], causal)
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_131072_tokens(causal):
     seqlen = 131072
