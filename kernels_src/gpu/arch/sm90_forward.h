@@ -28,6 +28,7 @@
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
 #include "gpu/arch/sm90_pieces.h"
+#include "gpu/arch/sm90_row_tiles.h"
 #include "gpu/arch/sm90_tensor_map.h"
 #include "gpu/mask.h"
 #include "gpu/score.h"
@@ -100,10 +101,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap query, key, value;
-        int box;        /* keys that a map's copy brings; 0: there are no maps */
-        int tasks;      /* in all: row tiles or what they are cut into */
-        int section;    /* units whose tiles are taken together; see place() */
-        int together;   /* heads of packed sequences, likewise; see PackedOrder. 0: it is place()'s order */
+        int box;   /* keys that a map's copy brings; 0: there are no maps */
+        int tasks; /* in all: row tiles or what they are cut into */
+        RowTileOrder<Packing, (LINES + VALUE_LINES) * 128> order;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
@@ -162,9 +162,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
-        const int64_t unit_tiles = tiles / greater<int64_t>(int64_t(p.batch) * p.heads_kv, 1);
-        launch.section = MASKED ? section(p, unit_tiles, blocks) : 1;
-        launch.together = p.packed_q && tiles > 0 && tasks == tiles ? heads_together(p) : 0;
+        launch.order = {p, tiles, blocks, p.packed_q && tasks == tiles};
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
@@ -211,129 +209,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         __device__ __forceinline__ void vacate() const { mbarrier::wait(empty(), turn ^ 1); /* at once in turn 0 */ }
     };
 
-    /* ---- the order of row tiles ---- */
+    /* ---- which row tiles a block takes ---- */
 
-    static constexpr int64_t CACHED_BYTES = int64_t(32) << 20; /* of keys and values that are read by many blocks */
-
-    /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
-     * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
-     * block. But then many units are begun at one time, and their keys and values come from memory all at once: no more
-     * than the L2 cache holds, and no more than leave each of them some blocks (by trial, docs/hopper.md). So few as
-     * eight are no matter: theirs are many keys, and they are read again for each round of tiles without being
-     * missed. */
-    static int section(const aiter_attention_problem &p, int64_t unit_tiles, int blocks) {
-        constexpr int64_t TILES_OF_BLOCK = 4, FEW = 8;
-        constexpr int64_t BLOCKS_OF_UNIT = HEAD_DIM <= 96 ? 2 : 8;
-        const int64_t bytes = greater<int64_t>(int64_t(p.seqlen_k) * (LINES + VALUE_LINES) * 128, 1); /* of one unit */
-        const int64_t balanced = TILES_OF_BLOCK * blocks / greater<int64_t>(unit_tiles, 1) + 1;
-        const int64_t most = lesser(CACHED_BYTES / bytes, blocks / BLOCKS_OF_UNIT);
-        return static_cast<int>(lesser(balanced, greater(most, FEW)));
-    }
-    /* The last section must not be a small one: the first is. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
-        const aiter_attention_problem &p = launch.problem;
-        const int bits = Packing(p).bits, group = p.heads_q / p.heads_kv >> bits;
-        const int unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
-        const int first = units % launch.section; /* units of the first section, if it is a small one */
-        int before = 0, many = first;
-        if (index >= first * unit_tiles) {
-            before = first + (index / unit_tiles - first) / launch.section * launch.section;
-            many = launch.section;
-        }
-        const int rest = index - before * unit_tiles, heads = many * group;
-        return {before + rest % heads / group, rest % group << bits, row_tiles - 1 - rest / heads};
-    }
-
-    /* The order where sequences are packed: only row tiles that exist, as one wave finds them. It looks at 32 sequences, a
-     * lane each. Under a mask it takes the row tiles that are furthest from a beginning first, of some heads at a time:
-     *
-     *     level 2    1  .  .  .  .      A head of five sequences, the first of which has three row tiles. Those of level 2
-     *           1    2  .  .  3  .      come first: under a causal mask they are the longest. Tokens that decode stand on
-     *           0    4  5  6  7  8      level 0, between the chunks of these heads and those of the next: so memory and
-     *                                   the matrix unit are busy by turns in all of the call.
-     *
-     * Without a mask a sequence's row tiles are alike, and come together: they read the same keys. Numbers are asked for in
-     * ascending order. */
-    struct PackedOrder {
-        int first = -WAVE; /* of the sequences */
-        int row_tiles = 0; /* of the lane's */
-        int end = 0;       /* the first number that belongs to none of them or, under a mask, not to this level */
-
-        /* Where the row tile with this number is. False: there is none. */
-        __device__ __forceinline__ bool find(const Launch &launch, int number, Place &at) {
-            return MASKED ? levels.find(*this, launch, number, at) : find_in_sequences(launch, number, at);
-        }
-
-      private:
-        struct Levels {
-            int head = 1 << 30, level = 0; /* the first head; the level below */
-            uint32_t having = 0;           /* lanes of sequences that have a row tile on this level */
-
-            __device__ __forceinline__ bool find(PackedOrder &order, const Launch &launch, int number, Place &at) {
-                const int bits = Packing(launch.problem).bits, all_heads = launch.problem.heads_q >> bits;
-#pragma unroll 1
-                while (number >= order.end) {
-                    if (level == 0) {
-                        head += launch.together;
-                        if (head >= all_heads) {
-                            head = 0;
-                            if (!order.look(launch)) return false;
-                        }
-                        level = __reduce_max_sync(~0u, order.row_tiles);
-                        if (level == 0) continue;
-                    }
-                    having = static_cast<uint32_t>(ballot(order.row_tiles >= level));
-                    order.end += __popc(having) * lesser(launch.together, all_heads - head);
-                    --level;
-                }
-                const int heads = lesser(launch.together, all_heads - head);
-                const int rest = number - order.end + __popc(having) * heads;
-                const bool here = having >> lane() & 1 && __popc(having & ((1u << lane()) - 1)) == rest / heads;
-                at = order.place(launch, first_lane(ballot(here)), head + rest % heads, level);
-                return true;
-            }
-        } levels;
-
-        __device__ __forceinline__ bool find_in_sequences(const Launch &launch, int number, Place &at) {
-            const int heads = launch.problem.heads_q >> Packing(launch.problem).bits;
-#pragma unroll 1
-            while (number >= end) {
-                if (!look(launch)) return false;
-                end += wave_sum(row_tiles) * heads;
-            }
-            /* All lanes' numbers are behind each other: a lane's end is this far before the last. */
-            int after = row_tiles;
-#pragma unroll
-            for (int distance = 1; distance < WAVE; distance *= 2) {
-                const int others = __shfl_down_sync(~0u, after, distance);
-                if (lane() + distance < WAVE) after += others;
-            }
-            const int rest = number - end + after * heads; /* from the lane's beginning on */
-            const int lane_of = first_lane(ballot(rest >= 0 && rest < row_tiles * heads));
-            const int own = from_lane(rest, lane_of), tiles = from_lane(row_tiles, lane_of);
-            at = place(launch, lane_of, own / tiles, tiles - 1 - own % tiles);
-            return true;
-        }
-        /* At the next sequences. */
-        __device__ __forceinline__ bool look(const Launch &launch) {
-            const aiter_attention_problem &p = launch.problem;
-            first += WAVE;
-            if (first >= p.batch) return false;
-            const int own = first + lane(), rows = own < p.batch ? length_of(query_side(p, launch.tensors), own) : 0;
-            row_tiles = ((rows << Packing(p).bits) + BLOCK_ROWS - 1) / BLOCK_ROWS;
-            return true;
-        }
-        __device__ __forceinline__ Place place(const Launch &launch, int sequence, int head, int row_tile) const {
-            const aiter_attention_problem &p = launch.problem;
-            const int bits = Packing(p).bits, group = p.heads_q / p.heads_kv >> bits;
-            return {(first + sequence) * p.heads_kv + head / group, head % group << bits, row_tile};
-        }
-    };
-    static int heads_together(const aiter_attention_problem &p) {
-        const int64_t keys = p.packed_k ? p.total_k : int64_t(p.batch) * p.seqlen_k, looked_at = lesser(p.batch, WAVE);
-        const int64_t bytes = keys * looked_at / greater(p.batch, 1) * (LINES + VALUE_LINES) * 128; /* of a KV head */
-        const int64_t heads_kv = lesser<int64_t>(CACHED_BYTES / greater<int64_t>(bytes, 1), p.heads_kv);
-        return static_cast<int>(greater<int64_t>(heads_kv, 1)) * (p.heads_q / p.heads_kv >> Packing(p).bits);
+        return launch.order.place(launch.problem, index, row_tiles);
     }
 
     /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, one ahead, and hands
@@ -376,13 +255,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static __device__ __forceinline__ void find_tasks(const Launch &launch, SharedAddress shared) {
         Turn turn = {shared};
         int index = block();
-        PackedOrder packed;
+        PackedOrder<Packing, BLOCK_ROWS> packed;
         turn.vacate();
 #pragma unroll 1
         while (index < launch.tasks) {
             Place at;
-            if (launch.together > 0) {
-                if (!packed.find(launch, index, at)) break;
+            if (launch.order.together > 0) {
+                if (!packed.find(launch, launch.order.together, index, at)) break;
             } else {
                 at = place(launch, launch.work.row_tile(index), static_cast<int>(Task::of_heads(launch.problem)));
             }
