@@ -189,6 +189,7 @@ def sink_gradient(
     if grad_output is None:
         return torch.zeros_like(sinks)
     delta = (grad_output.float() * output.float()).sum(-1).transpose(-1, -2)  # as lse lies
+    delta = delta.masked_fill(lse == -torch.inf, 0.0)  # rows without keys, and padding, whose gradient may be NaN
     values = sinks.float().unsqueeze(-1)
     # A head without a sink (-inf) has no weight for it, in rows without keys either.
     weights = torch.where(values == -torch.inf, 0.0, (values - with_sinks(lse, sinks.float())).exp())
@@ -238,8 +239,10 @@ class Attention(torch.autograd.Function):
         output, lse = plan.forward(call, query, key, value, True)
         ctx.call = call
         ctx.set_materialize_grads(False)
-        # The indices too: PyTorch then sees when one was changed before the backward pass.
-        ctx.save_for_backward(query, key, value, output, lse, sinks, call.options.rng_state, *call.indices)
+        # What the backward pass reads from the call, too: PyTorch then sees when it was changed in between.
+        options = call.options
+        read = options.rng_state, options.alibi_slopes, options.query_offsets, *call.indices
+        ctx.save_for_backward(query, key, value, output, lse, sinks, *read)
         return output, lse
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 
 from aiter import checks
 from aiter.dropout import draw_rng_state
+from aiter.errors import UnsupportedError
 from aiter.jit import settings
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 NO_LIMIT = -1
 FLOAT32_TINY = torch.finfo(torch.float32).tiny  # the least that is not subnormal, which GPUs may take for 0
+SOFTCAP_MAX = 1e37  # with which kernels can still multiply
+# GPU kernels find tanh with an error of 1e-7, which the cap multiplies: up to here it is less than what 16 bits show.
+GPU_SOFTCAP_MAX = 1e4
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -110,6 +114,11 @@ class Options(NamedTuple):
             checks.indices("query_offsets", self.query_offsets, (batch,), "int32 (batch,)", query)
         if self.rng_state is not None:
             checks.same_device("rng_state", self.rng_state, query_name, query)
+        if query.is_cuda and not torch.compiler.is_compiling() and self.softcap > GPU_SOFTCAP_MAX:
+            raise UnsupportedError(
+                f"softcap is {self.softcap:.4g}; GPU kernels take up to {GPU_SOFTCAP_MAX:.4g}, as scores would lose "
+                "accuracy beyond: if they are far below the cap, leave it out"
+            )
 
     def drawn(self, query: torch.Tensor) -> Options:
         """With a state to draw the mask from, where there is dropout."""
@@ -231,8 +240,11 @@ def softcap_in_range(value: object) -> float:
     if torch.compiler.is_compiling() and isinstance(value, float):
         return value  # perhaps a symbol; see checks.softmax_scale
     number = checks.finite("softcap", value, "a float, 0.0 for none")
-    if number != 0 and number < FLOAT32_TINY:
-        raise ValueError(f"softcap is {value}; it must be 0 (none) or a positive number, from {FLOAT32_TINY:.4g} on")
+    if number != 0 and not FLOAT32_TINY <= number <= SOFTCAP_MAX:
+        raise ValueError(
+            f"softcap is {value}; it must be 0 (none) or a positive number, "
+            f"from {FLOAT32_TINY:.4g} to {SOFTCAP_MAX:.4g}"
+        )
     return number
 
 

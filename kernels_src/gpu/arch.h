@@ -22,6 +22,7 @@
  * Elements: fp16 or bf16, held as 16 raw bits
  *   to_float(bits), to_element(x)          one value, rounded to nearest
  *   to_elements(x, y)                      two, packed; the first in the low half
+ *   usual_nan(x)                           x, which the caller has given in fp32, as they take it: any NaN with the same bits
  *
  * Accumulator<ROW_TILES, COLUMNS>: fp32 matrix of ROW_TILES * ROW_TILE rows, spread over the lanes of a wave. Rows are
  * query rows; columns are keys (the scores S) or head dimensions (the output O). Both arches keep one row in

@@ -164,9 +164,9 @@ __global__ void __launch_bounds__(TERM_THREADS) lse_and_delta(const GradArgument
     if (!exists || lane_in_row != 0) return;
     const int64_t place = head * problem.lse_strides[1] + row +
                           (problem.packed_q ? sequence.query.begin : sequence.batch * problem.lse_strides[0]);
-    if (!blind && arguments.tensors.grad_lse != nullptr) delta -= arguments.tensors.grad_lse[place];
+    if (!blind && arguments.tensors.grad_lse != nullptr) delta -= usual_nan(arguments.tensors.grad_lse[place]);
     /* The probabilities of a row that sees nothing are all zero. */
-    sequence.terms(head)[row] = {blind ? INFINITE : arguments.tensors.lse[place] * LOG2_E, delta};
+    sequence.terms(head)[row] = {blind ? INFINITE : usual_nan(arguments.tensors.lse[place]) * LOG2_E, delta};
 }
 
 /* ---- the gradients ---- */

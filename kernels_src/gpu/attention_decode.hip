@@ -184,7 +184,7 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, const Scor
         const int row = wave_row + Output::row(slot);
         const bool sees_keys = unit.sees_keys(row);
         if (!sees_keys) log_sum[slot] = -INFINITE;
-        const float inverse = reciprocal(softmax.sum[slot]) * unit.share(row, log_sum[slot]);
+        const float inverse = weight_of_keys(softmax.sum[slot], unit.share(row, log_sum[slot]));
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < Output::VALUES; ++i) {
@@ -309,7 +309,7 @@ __device__ __forceinline__ void store_row(const Unit &unit, int row, bool sees_k
     const float log_sum = !sees_keys || maximum == -INFINITE && total == 0 ? -INFINITE
                           : maximum == INFINITE                            ? INFINITE
                                                                            : maximum + log2(total);
-    const float inverse = reciprocal(total) * unit.share(row, log_sum);
+    const float inverse = weight_of_keys(total, unit.share(row, log_sum));
     bool spoiled = false;
 #pragma unroll
     for (int r = 0; r < WaveRow::RUNS; ++r)
@@ -640,8 +640,8 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE, MERGE_BLOCKS)
     const Schedule::Place place = over_units ? schedule.unit(item % batches, item / batches)
                                              : schedule.find(exists ? schedule.range_begin(item + 1) : 0);
     const int first = schedule.first_range(place), last = schedule.last_range(place);
+    wait_for_previous(); /* before the unit: what it reads may be from before that kernel, too */
     const Unit unit(arguments, place.batch, place.index, schedule);
-    wait_for_previous();
     if (!exists || first == last || !over_units && first != item) return;
     merge_rows<MERGE_WAVES>(unit, PartsOfBlocks{parts, first}, last - first + 1, block() % row_blocks * rows, rows,
                             sums, [] { barrier(); });

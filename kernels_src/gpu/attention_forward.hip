@@ -68,7 +68,7 @@ struct RowTile : Packing<Loop::SEVERAL_HEADS> {
           sequence(launch, place.batch(launch.problem), head), first_row(place.row_tile * BLOCK_ROWS) {
         keys = sequence.mask.keys_of_any(token(first_row), token(first_row + BLOCK_ROWS - 1) + 1);
         if (WINDOW) keys.low -= keys.low % Loop::alignment(launch);
-        sequence.keys.begin = keys.low;
+        sequence.keys.begin = lesser(keys.low, greater(sequence.keys.count - 1, 0)); /* a key that there is */
         if (WINDOW && (DROPOUT || launch.problem.batch_invariant)) keys.low -= keys.low % Loop::KEYS;
     }
 
@@ -110,7 +110,7 @@ __device__ __forceinline__ void store(const Arguments &arguments, const RowTile 
         share[slot] = share_of_keys(arguments.tensors.sinks, tile.head + tile.member(row), log_sum[slot]);
         if (FP8) share[slot] *= sequence.value_descale();
         if (DROPOUT) share[slot] *= dropout.scale;
-        o.multiply(slot, reciprocal(softmax.sum[slot]) * share[slot]);
+        o.multiply(slot, weight_of_keys(softmax.sum[slot], share[slot]));
     }
     if (wave_any(!all_see)) /* in few waves */
 #pragma unroll

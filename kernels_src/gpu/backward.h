@@ -253,9 +253,8 @@ template <int PASS, int ROWS, int TOKENS> struct Share {
         if (PASS == GRAD_ALL) first -= first % TOKENS; /* the tiles are those of all blocks */
         else if (DROPOUT) first -= first % 16;         /* where four words begin to decide: see dropout.h */
         end = sees(lesser(block_row + ROWS, own_rows) - 1).high;
-        /* GRAD_ALL: a block that sees no row of a tile has no turn at it. */
-        tiles =
-            block_row < own_rows && end > (PASS == GRAD_ALL ? seen : first) ? (end - first + TOKENS - 1) / TOKENS : 0;
+        /* Where nothing is seen there is no tile, even if one would begin before: nor has a block a turn at it. */
+        tiles = block_row < own_rows && end > seen ? (end - first + TOKENS - 1) / TOKENS : 0;
     }
     /* The passing rows that an own row takes part with. GRAD_ALL: a key that is missing takes part with none. It is
      * zeros, but its probabilities may be infinite, and so would be its share of the gradients of queries, times zero. */

@@ -210,7 +210,7 @@ struct SmallCap {
 /* Of a query head, in base 2. */
 template <class Tensors>
 __device__ __forceinline__ float alibi_slope(const aiter_attention_problem &p, const Tensors &t, int batch, int head) {
-    return ALIBI ? t.alibi_slopes[batch * p.alibi_stride + head] * LOG2_E : 0.0f;
+    return ALIBI ? usual_nan(t.alibi_slopes[batch * p.alibi_stride + head]) * LOG2_E : 0.0f;
 }
 
 } // namespace aiter

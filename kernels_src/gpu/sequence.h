@@ -235,7 +235,7 @@ template <> struct Descales<true> {
     __device__ __forceinline__ Descales(const Arguments &arguments, int batch, int kv_head) {
         const aiter_attention_problem &p = arguments.problem;
         const auto read = [&](const float *descale, const int64_t(&strides)[2]) {
-            return descale == nullptr ? 1.0f : descale[batch * strides[0] + kv_head * strides[1]];
+            return descale == nullptr ? 1.0f : usual_nan(descale[batch * strides[0] + kv_head * strides[1]]);
         };
         of_keys = read(arguments.tensors.key_descale, p.key_descale_strides);
         of_values = read(arguments.tensors.value_descale, p.value_descale_strides);

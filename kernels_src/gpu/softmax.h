@@ -4,7 +4,9 @@
  * Scores stay as the matrix unit left them; exp2(score * scale - maximum) is one fused multiply-add and one exp2. The
  * maximum of a row is a reference point, not the true maximum: it moves only when a score exceeds it by more than
  * THRESHOLD, so that the output is rescaled in few tiles. Probabilities are then up to 2^THRESHOLD, which 16 bit hold
- * as exactly as those below 1. */
+ * as exactly as those below 1. What is far below 1 fp16 does not hold: less than 2^-25 is 0, and on gfx90a, whose matrix
+ * unit takes subnormal numbers for 0, less than 2^-14, though the sum has it. So there the reference point is BELOW the
+ * greatest score, and probabilities are up to 2^15. */
 #ifndef AITER_GPU_SOFTMAX_H
 #define AITER_GPU_SOFTMAX_H
 
@@ -16,7 +18,12 @@
 namespace aiter {
 
 template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
-    static constexpr float THRESHOLD = 8.0f;
+#if defined(AITER_DTYPE_BF16) && !AITER_FP8_CACHE
+    static constexpr float BELOW = 0.0f;
+#else
+    static constexpr float BELOW = 7.0f; /* fp16, in which 8-bit values are multiplied, too */
+#endif
+    static constexpr float THRESHOLD = 8.0f + BELOW;
     /* No score is less, and unlike -inf it can be subtracted from a score that is. */
     static constexpr float LOWEST = -3.40282347e38f;
     float scale;
@@ -45,7 +52,7 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
             if (__builtin_expect(wave_any(top > maximum[slot] + THRESHOLD), false)) {
                 top = row_max<LANES>(top);
                 /* Only a row that must: its bits do not depend on which rows share its wave. */
-                const float next = top > maximum[slot] + THRESHOLD ? top : maximum[slot];
+                const float next = top > maximum[slot] + THRESHOLD ? top - BELOW : maximum[slot];
                 shrink[slot] = exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];
@@ -114,7 +121,11 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
 /* The softmax's end: what joins its sum beside the keys. A sink is a score without a value; `log_sum` is that of the
  * keys, in base 2. Returns their share of the whole, which the output is multiplied by. */
 __device__ __forceinline__ float share_of_keys(const float *sinks, int head, float log_sum) {
-    return sinks == nullptr ? 1.0f : reciprocal(1.0f + exp2(sinks[head] * LOG2_E - log_sum));
+    return sinks == nullptr ? 1.0f : reciprocal(1.0f + exp2(usual_nan(sinks[head]) * LOG2_E - log_sum));
+}
+/* What a row's output is multiplied by. If a sink has all of the weight, the keys' sum may be 0, too. */
+__device__ __forceinline__ float weight_of_keys(float sum, float share) {
+    return share == 0.0f ? 0.0f : reciprocal(sum) * share;
 }
 
 /* One row once more, by a whole wave, key by key and only those it sees: for rows into which a matrix product has let

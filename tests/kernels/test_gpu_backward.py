@@ -165,6 +165,24 @@ def test_low_scores(target, dtype, head_dim, causal):
         check(target, dtype, head_dim, causal, lengths, (4, 1), "packed", longest=(1024, 1024), score=low)
 
 
+@on_targets([p for p in PARAMETERS if not p[3] and p[2] in (64, 128, 256)])
+def test_tokens_far_apart(target, dtype, head_dim, causal):
+    """2^23 elements, which are 2^24 bytes."""
+    sequence = Sequence(DTYPES[dtype], head_dim, causal, 4, 4, 1, 1, False, None)
+    results = (sequence.output[None], sequence.lse[None])
+    for far in range(4):
+        inputs = [t[None] for t in sequence.inputs]
+        memory = torch.zeros(4 << 23, dtype=DTYPES[dtype]).as_strided(
+            inputs[far].shape, (4 << 23, 1 << 23, head_dim, 1)
+        )
+        inputs[far] = memory.copy_(inputs[far])
+        *tensors, grad_output = inputs
+        for got, expected, pytorch in zip(
+            gradients(target, *tensors, *results, grad_output), sequence.expected, sequence.pytorch, strict=True
+        ):
+            assert_as_accurate(got[0], expected, pytorch)
+
+
 @on_targets([p for p in PARAMETERS if p[0] != "cuda"])
 def test_cost(target, dtype, head_dim, causal):
     """What the design promises of the machine code, counted by the emulator."""

@@ -513,3 +513,33 @@ def test_a_scale_of_zero(target):
     assert not grads[0].any() and not grads[1].any()
     torch.testing.assert_close(grads[2].float(), (grad.float().sum(1, keepdim=True) / 40).expand(1, 40, 1, 64),
                                atol=4e-3, rtol=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_many_small_weights_beside_a_large_one(target):
+    """fp16 holds nothing below 2^-25, and gfx90a's matrix unit takes subnormal numbers for 0. One key of 1024 has 17000
+    times the weight of each other, as the first of a prompt often has: together these still count."""
+    require(target)
+    query, key, value = torch.zeros(1, 4, 1, 64), torch.zeros(1, 1024, 1, 64), torch.ones(1, 1024, 1, 64)
+    query[..., 0], key[:, 0, 0, 0], value[:, 0] = 8, 9.75, 0
+    others = 1023 * math.exp(-9.75)
+    for name in (FORWARD, DECODE):
+        output, lse = attend(target, *(t.half() for t in (query, key, value)), scale=0.125, name=name)
+        torch.testing.assert_close(output.float(), torch.full(output.shape, others / (1 + others)), rtol=2e-3, atol=0)
+        torch.testing.assert_close(lse, torch.full_like(lse, 9.75 + math.log1p(others)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_numbers_that_are_none(target):
+    """A NaN of the caller's, whatever its bits, is one in the output; and where all scores are -inf, a sink has all of
+    the weight."""
+    require(target)
+    query, key, value = (torch.randn(1, 3, 2, 64).bfloat16() for _ in "qkv")
+    all_bits = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    for name in (FORWARD, DECODE):
+        for option in ("sinks", "alibi_slopes"):
+            output, _ = attend(target, query, key, value, name=name, **{option: all_bits})
+            assert output[:, 1:].isnan().all(), (name, option)
+        nothing = torch.full_like(key, -math.inf)
+        output, lse = attend(target, query.abs(), nothing, value, name=name, sinks=torch.tensor([0.5, math.inf]))
+        assert not output.any() and (lse == -math.inf).all(), name

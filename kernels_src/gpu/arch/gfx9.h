@@ -191,7 +191,8 @@ __device__ __forceinline__ uint32_t to_elements(float x, float y) {
 }
 #else
 /* To nearest, ties away from zero: one addition each and a byte permute. A NaN that came from 16-bit inputs has zeros
- * in its low half, as has the one that the hardware makes, so the addition never carries out of it. */
+ * in its low half, as has the one that the hardware makes, and those of 32-bit ones go through usual_nan(): so the addition
+ * never carries out of it. */
 __device__ __forceinline__ uint32_t to_elements(float x, float y) {
     const uint32_t a = __builtin_bit_cast(uint32_t, x) + 0x8000u, b = __builtin_bit_cast(uint32_t, y) + 0x8000u;
     return join_halves(a, b, true);
@@ -208,6 +209,10 @@ __device__ __forceinline__ uint32_t to_elements(float x, float y) {
 }
 #endif
 __device__ __forceinline__ Element to_element(float x) { return static_cast<Element>(to_elements(x, x)); }
+__device__ __forceinline__ float usual_nan(float x) {
+    const uint32_t bits = __builtin_bit_cast(uint32_t, x); /* compared as such: else the compiler may leave it out */
+    return __builtin_bit_cast(float, (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : bits);
+}
 
 } // namespace aiter
 

@@ -77,11 +77,12 @@ template <bool IS_Y, bool TRANSPOSED, class Share> struct PassingCopy {
         tiles.next();
     }
     __device__ __forceinline__ void load(int k) {
+        /* In units of 16 bytes a stride has 24 bits, for which there is a fast multiplication. */
         const auto place = static_cast<uint32_t>(lesser(part.row + k, end - 1)) & (TOKENS - 1);
+        const uint32_t stride = static_cast<uint32_t>(rows().stride / 16) & 0xffffff;
         piece[k] = u32x4{0, 0, 0, 0};
         if (part.exists() && (Part::LANES == COLUMNS / 8 || part.chunk < COLUMNS / 8))
-            piece[k] = global_load<u32x4>(
-                base + (place * (static_cast<uint32_t>(rows().stride) & 0xffffff) + part.chunk * 16));
+            piece[k] = global_load<u32x4>(base + (place * stride + part.chunk) * 16);
     }
     __device__ __forceinline__ void load() {
 #pragma unroll

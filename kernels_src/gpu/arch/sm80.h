@@ -194,6 +194,7 @@ __device__ __forceinline__ uint32_t to_elements(float x, float y) {
 }
 #endif
 __device__ __forceinline__ Element to_element(float x) { return static_cast<Element>(to_elements(x, x)); }
+__device__ __forceinline__ float usual_nan(float x) { return x; } /* to_elements() knows all of them */
 
 #if AITER_FP8_CACHE
 /* What lies at `raw`, eight elements as they are in memory, goes to the tile as elements. */

@@ -282,7 +282,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             }
         }
         turn.announce(false);
-        if constexpr (CUT) wait_for_previous(); /* some thread must, in each block: runtime.h */
+        if (CUT || launch.next != nullptr) wait_for_previous(); /* some thread must, in each block: runtime.h */
     }
 
     /* ---- copies ---- */

@@ -102,13 +102,14 @@ struct LatentLoop : LatentDecode {
         }
     };
 
-    /* Are values not the first columns of the keys? */
-    static __device__ __forceinline__ bool apart(const KeyValueRows<false> &rows) {
-        return rows.key != rows.value || rows.key_stride != rows.value_stride;
-    }
-    static __device__ __forceinline__ bool apart(const KeyValueRows<true> &rows) {
-        return rows.key != rows.value || rows.key_stride != rows.value_stride ||
-               rows.key_page_stride != rows.value_page_stride;
+    /* Are values not the first columns of the keys? Of the whole call: the barrier of values counts all tiles of a block,
+     * or none. */
+    static __device__ __forceinline__ bool apart(const Arguments &arguments) {
+        const aiter_attention_problem &p = arguments.problem;
+        const bool one_batch = !PAGED && p.batch == 1, one_head = p.heads_kv == 1;
+        return arguments.tensors.key != arguments.tensors.value || p.key_strides[1] != p.value_strides[1] ||
+               !one_batch && p.key_strides[0] != p.value_strides[0] ||
+               !one_head && p.key_strides[2] != p.value_strides[2];
     }
 
     /* ---- copies ---- */
@@ -173,8 +174,7 @@ struct LatentLoop : LatentDecode {
             mbarrier::arrive_after_copies(stage.values());
         }
 
-        __device__ __forceinline__ void copy_piece(const Rows &rows, int first, int end) {
-            const bool values = apart(rows);
+        __device__ __forceinline__ void copy_piece(const Rows &rows, int first, int end, bool values) {
             look_up<false>(rows, first, from);
 #pragma unroll 1
             for (int key = first; key < end; key += KEYS) {
@@ -279,12 +279,11 @@ struct LatentLoop : LatentDecode {
         }
 
         template <class Unit>
-        __device__ __forceinline__ void attend(const Unit &unit, int first_key, int end, const Score &score,
+        __device__ __forceinline__ void attend(const Unit &unit, int first_key, int end, bool apart, const Score &score,
                                                Softmax &softmax, Output &o) {
             const typename Unit::template Wave<Output, WAVE_ROWS> rows(unit, wave_row, end);
             /* From one lane: or the assembler takes branches on it for divergent, and waits for products in them. */
             const int tiles = from_lane((end - first_key + KEYS - 1) / KEYS, 0);
-            const bool apart = from_lane(static_cast<int>(LatentLoop::apart(unit.sequence.keys)), 0);
             load_queries(unit, score.query_bits);
             o.clear();
 
@@ -371,9 +370,10 @@ struct LatentLoop : LatentDecode {
     using Launch = Arguments;
     static Launch launch_of(const aiter_attention_call &call, int, uint32_t *) { return call; }
     template <class Pieces, class Write>
-    static __device__ __forceinline__ void run(const Launch &, char *memory, const Score &score, Pieces for_each_piece,
-                                               Write write) {
+    static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
+                                               Pieces for_each_piece, Write write) {
         const SharedAddress shared = shared_address(memory);
+        const bool values = apart(launch); /* have copies of their own */
         if (thread_in_block() == 0) {
             for (uint32_t stage = 0; stage < STAGES; ++stage) Stage(shared, stage).make_barriers();
             mbarrier::made();
@@ -386,7 +386,7 @@ struct LatentLoop : LatentDecode {
                 KeyValueRows<PAGED> rows = unit.sequence.keys;
                 rows.begin = unit.sees(0).low;
                 rows.count = piece.end_key;
-                if (piece.first_key < piece.end_key) copier.copy_piece(rows, piece.first_key, piece.end_key);
+                if (piece.first_key < piece.end_key) copier.copy_piece(rows, piece.first_key, piece.end_key, values);
             });
             wait_for_copies();
         } else {
@@ -396,7 +396,7 @@ struct LatentLoop : LatentDecode {
                 Softmax softmax(score.unit);
                 Output o;
                 if (piece.first_key < piece.end_key)
-                    warpgroup.attend(unit, piece.first_key, piece.end_key, score, softmax, o);
+                    warpgroup.attend(unit, piece.first_key, piece.end_key, values, score, softmax, o);
                 else o.clear();
                 write(piece, true, warpgroup.wave_row, ROWS, softmax, o);
             });

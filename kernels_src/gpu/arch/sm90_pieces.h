@@ -134,7 +134,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         }
         if (keys == 0 || !few) return;
         const int64_t most = (seen + keys - 1) / keys + (WINDOW && at_multiples); /* it may begin within a piece */
-        if (row_tiles * most * part_bytes() <= MOST_BYTES) dealt = static_cast<int>(most);
+        if (row_tiles * most * bytes_of(waves()) <= MOST_BYTES) dealt = static_cast<int>(most);
         else if (!at_multiples) keys = 0;
     }
     /* Of tasks. */
@@ -306,7 +306,9 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 
   private:
     bool needs_parts() const { return keys > 0 && (dealt > 0 || !IN_SHARED); }
-    __host__ __device__ __forceinline__ int64_t part_bytes() const { return POINT_BYTES + waves() * VALUE_BYTES; }
+    static __host__ __device__ __forceinline__ int64_t bytes_of(int waves) { return POINT_BYTES + waves * VALUE_BYTES; }
+    /* In turn every wave keeps a sum, whether or not it has rows. */
+    __host__ __device__ __forceinline__ int64_t part_bytes() const { return bytes_of(dealt > 0 ? waves() : WAVES); }
     __device__ __forceinline__ Part part(int number, int wave) const { return {parts + number * part_bytes(), wave}; }
     /* Of a block's row tile so far. */
     __device__ __forceinline__ Part sum(SharedAddress shared) const {
