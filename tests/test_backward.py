@@ -236,6 +236,40 @@ def test_rows_that_see_nothing_have_no_gradient(dtype):
     assert not got[0][:, :31].any() and got[0][:, 32:].any() and all(grad.isfinite().all() for grad in got)
 
 
+@pytest.mark.parametrize("how", ("padding", "blind"))
+def test_rows_without_keys_have_no_part_in_the_gradient_of_sinks(how):
+    """Whatever their gradients hold."""
+    keys = 6 if how == "padding" else 3
+    query, key, value = (torch.randn(2, n, 2, 16).to(DTYPES[0]) for n in (6, keys, keys))
+    lengths = torch.tensor([6, 3], dtype=torch.int32)
+    options = {"seqlens_q": lengths, "seqlens_k": lengths} if how == "padding" else {"causal": True}
+    grad_output, sinks = torch.randn_like(query), torch.randn(2)
+    gone = (slice(1, 2), slice(3, None)) if how == "padding" else (slice(None), slice(3))
+    results = []
+    for filling in (0.0, math.nan, math.inf):
+        grad_output[gone] = filling
+        tensors = leaves(query, key, value, sinks)
+        output = aiter.flash_attn_func(*tensors[:3], sinks=tensors[3], **options)
+        results.append(torch.autograd.grad(output, tensors, grad_output))
+    for name, *same in zip(("query", "key", "value", "sinks"), *results, strict=True):
+        assert same[0].isfinite().all() and all(torch.equal(same[0], other) for other in same[1:]), name
+    assert results[0][3].all()
+
+
+@pytest.mark.parametrize("changed", ("query_offsets", "alibi_slopes", "seqlens_k"))
+def test_what_the_backward_pass_reads_may_not_change_before_it(changed):
+    numbers = {
+        "query_offsets": torch.tensor([3], dtype=torch.int32),
+        "alibi_slopes": torch.rand(2),
+        "seqlens_k": torch.tensor([7], dtype=torch.int32),
+    }
+    tensors = leaves(*(torch.randn(1, 8, 2, 16).to(DTYPES[0]) for _ in "qkv"))
+    output = aiter.flash_attn_func(*tensors, causal=True, **numbers)
+    numbers[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 def test_nothing_to_see_at_all():
     for seq_q, seq_k in ((0, 5), (5, 0)):
         tensors = leaves(*(torch.randn(2, seqlen, 2, 64).to(DTYPES[0]) for seqlen in (seq_q, seq_k, seq_k)))

@@ -335,6 +335,42 @@ def test_many_packed_sequences(options):
     assert_sequences(output, lse, [s for s in sequences if len(s.query)], causal)
 
 
+@pytest.mark.parametrize("rows", (1, 20, 70))
+@pytest.mark.parametrize("head_dim", (128, 256))
+def test_pieces_in_turn_with_few_rows(rows, head_dim):
+    """So many sequences that each block goes through all pieces of a row tile, most waves of which have no rows."""
+    query, key, value = qkv(150, rows, 4200, 1, 1, head_dim)
+    together = aiter.flash_attn_func(query, key, value, batch_invariant=True)
+    for b in (0, 1, 2, 3, 131, 132, 149):
+        own = (t[b : b + 1] for t in (query, key, value))
+        assert torch.equal(together[b : b + 1], aiter.flash_attn_func(*own, batch_invariant=True)), b
+
+
+def test_gradients_of_rows_that_see_nothing_with_dropout():
+    """Past the last key, in tiles of their own, in one pass: what the workspace held before is not theirs."""
+    query, key, value = (t.requires_grad_() for t in qkv(32, 1024, 1029, 4, 4, 64))
+    offsets = torch.full((32,), 600, dtype=torch.int32, device="cuda")
+    output = aiter.flash_attn_func(query, key, value, window_size=(100, 0), query_offsets=offsets, dropout_p=0.1)
+    del_me = torch.full((1 << 29,), float("nan"), device="cuda")
+    del del_me
+    grads = torch.autograd.grad(output, (query, key, value), torch.randn_like(output))
+    assert not grads[0][:, 529:].any() and all(grad.isfinite().all() for grad in grads)
+
+
+def test_latent_values_that_some_sequences_share():
+    """Values of the first sequence for all: a view of its keys there, and of nobody's in the others."""
+    query = torch.randn(200, 1, 64, 576, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(200, 128, 1, 576, device="cuda", dtype=torch.bfloat16)
+    value = key[:1, :, :, :512].expand(200, -1, -1, -1)
+    output = aiter.flash_attn_func(query, key, value)
+    torch.testing.assert_close(output, aiter.flash_attn_func(query, key, value.contiguous()))
+
+
+def test_a_huge_cap_is_refused():
+    with pytest.raises(aiter.errors.UnsupportedError, match=r"softcap is 2e\+04; GPU kernels take up to 1e\+04"):
+        aiter.flash_attn_func(*qkv(), softcap=2e4)
+
+
 @pytest.mark.parametrize("causal", (False, True))
 def test_131072_tokens(causal):
     seqlen = 131072

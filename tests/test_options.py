@@ -319,6 +319,7 @@ def test_vmap_with_sinks():
         ({"softcap": "1"}, TypeError, "softcap must be a float"),
         ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
         ({"softcap": math.nan}, ValueError, "softcap is nan"),
+        ({"softcap": 2e37}, ValueError, r"softcap is 2e\+37; .* to 1e\+37"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks has shape"),
         ({"sinks": [0.0, 0.0]}, TypeError, "sinks must be a torch.Tensor"),
         ({"sinks": torch.zeros(2, dtype=torch.int32)}, TypeError, "sinks has dtype"),
