@@ -72,14 +72,14 @@ def address(name: str, value: torch.Tensor | None) -> int:
 _GIVE_IT = "its storage has 0 bytes (resize_(0)); give it memory before the call"
 
 
-def is_freed(value: object) -> bool:
-    """Whether it is, or has in it, a tensor without memory."""
+def is_freed(value: object, depth: int = 0) -> bool:
+    """Whether it is, or has in it, a tensor without memory. A list may have itself in it: no argument is so deep."""
     if isinstance(value, (tuple, list)):
-        return any(is_freed(part) for part in value)
+        return depth < 3 and any(is_freed(part, depth + 1) for part in value)
     if not isinstance(value, torch.Tensor) or type(value) not in (torch.Tensor, torch.nn.Parameter):
         return False  # subclasses mean something of their own
-    if not (value.is_cpu or value.is_cuda):
-        return False
+    if not (value.is_cpu or value.is_cuda) or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # the wrappers of transforms have no address, or 0
     try:
         return value.data_ptr() < LOW_ADDRESSES and not has_memory(value)
     except (RuntimeError, NotImplementedError):  # in a transform, nested, sparse: it has no address
@@ -177,6 +177,13 @@ def output(out: object, query: torch.Tensor, value: torch.Tensor, names: Names) 
         raise ValueError("out requires a gradient, which nothing that is written into it can have")
     overlap("out", out)
     return out
+
+
+def not_in_place(out: torch.Tensor, key: torch.Tensor, value: torch.Tensor, names: Names) -> None:
+    """Refuses an output that is the keys or the values, which are read until the last row is written."""
+    for name, other in ((names.key, key), (names.value, value)):
+        if out.data_ptr() == other.data_ptr() and out.numel() > 0 and other.numel() > 0:
+            raise ValueError(f"out begins where {name} does; it may be {names.query}, or memory of its own")
 
 
 def heads(heads_q: int, heads_kv: int, key_name: str = "key", query_name: str = "query") -> None:

@@ -89,7 +89,7 @@ def attend(
         options.check(query, key, sizes, names.query)
         sinks, options = options.sinks, options.drawn(query).readable()
     if out is not None:
-        checks.output(out, query, value, names)
+        checks.not_in_place(checks.output(out, query, value, names), key, value, names)
     call = _new(Call, (sizes, indices, options, causal, softmax_scale, names))
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)

@@ -482,7 +482,7 @@ def flash_attn_combine(
         if torch.is_grad_enabled() and (out.requires_grad or out_partial.requires_grad or lse_partial.requires_grad):
             raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
     output, lse = merge_attention_states(out_partial.float().unbind(), lse_partial.transpose(-1, -2).unbind())
-    output = output.to(dtype) if out is None else out.copy_(output)
+    output = output.to(dtype) if out is None else _copy(out, output)
     return output, lse.transpose(-1, -2)
 
 
@@ -527,7 +527,7 @@ def _attend(
         if indices.page_indptr is None:
             max_seqlen_k = max(max_seqlen_k, 1)
     if softmax_scale is None:
-        softmax_scale = head_dim**-0.5
+        softmax_scale = checks.softmax_scale(None, head_dim)
     padded = head_dim % checks.HEAD_DIM_STEP or value_dim % checks.HEAD_DIM_STEP
     target = out
     if padded:
@@ -603,7 +603,7 @@ def _with_values(
     by side in one memory the key is that memory, else a copy of both, or only of that shape."""
     _check_values(q, qv, k, v)
     both = q.shape[-1] + qv.shape[-1]
-    scale = both**-0.5 if softmax_scale is None else softmax_scale
+    scale = checks.softmax_scale(None, both) if softmax_scale is None else softmax_scale
     if _is_behind(v, k):
         return torch.cat((qv, q), -1), v.as_strided((*v.shape[:-1], both), v.stride()), scale
     if _is_behind(k, v):

@@ -131,7 +131,8 @@ def _attention(query, key, value, *inputs):
 
 def _attention_out(output, query, key, value, *inputs):
     call = read_call(query, key, value, *inputs)
-    return plan.forward(call, query, key, value, True, checks.output(output, query, value, checks.Names()))[1]
+    checks.not_in_place(checks.output(output, query, value, call.names), key, value, call.names)
+    return plan.forward(call, query, key, value, True, output)[1]
 
 
 def _attention_backward(
@@ -253,8 +254,10 @@ class Attention(torch.autograd.Function):
         if grad_output is None and grad_lse is None:
             return (None,) * 5
         call = ctx.call
-        if torch.is_grad_enabled() or not torch_state.is_plain(query, key, lse if grad_output is None else grad_output):
-            # Someone watches: a second derivative is wanted, or a compiler traces.
+        grads_given = [grad for grad in (grad_output, grad_lse) if grad is not None]
+        plain = all(torch_state.is_plain(query, key, grad) and not torch_state.is_batched(grad) for grad in grads_given)
+        if torch.is_grad_enabled() or not plain:
+            # Someone watches: a second derivative is wanted, gradients are batched, or a compiler traces.
             grads = torch.ops.aiter.attention_backward(
                 *(grad_output, grad_lse, query, key, value, output, lse, *call.indices[:2], call.causal),
                 *(call.softmax_scale, call.sizes.seqlen_q, call.sizes.seqlen_k, *call.indices[3:5], *call.options),

@@ -129,14 +129,23 @@ class Options(NamedTuple):
     def readable(self) -> Options:
         """With tensors as kernels read them."""
         alibi_slopes, sinks, query_offsets = self.alibi_slopes, self.sinks, self.query_offsets
-        if alibi_slopes is None and sinks is None and query_offsets is None and self.rng_state is None:
+        k_descale, v_descale = self.k_descale, self.v_descale
+        tensors = alibi_slopes, sinks, query_offsets, self.rng_state, k_descale, v_descale
+        if all([tensor is None for tensor in tensors]):
             return self
         return self._replace(
-            alibi_slopes=None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous(),
-            sinks=None if sinks is None else sinks.detach().to(torch.float32).contiguous(),
+            alibi_slopes=None if alibi_slopes is None else _numbers(alibi_slopes),
+            sinks=None if sinks is None else _numbers(sinks),
+            k_descale=None if k_descale is None else k_descale.resolve_neg(),
+            v_descale=None if v_descale is None else v_descale.resolve_neg(),
             query_offsets=None if query_offsets is None else readable_index(query_offsets, checks.INT32_MIN),
             rng_state=None if self.rng_state is None else self.rng_state.contiguous(),
         )
+
+
+def _numbers(values: torch.Tensor) -> torch.Tensor:
+    """As kernels read them. Memory has the other sign of lazily negated ones, as parts of complex numbers can be."""
+    return values.detach().resolve_neg().to(torch.float32).contiguous()
 
 
 # Read once, when the package is imported: a call should not pay for a look at the environment.

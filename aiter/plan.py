@@ -355,6 +355,9 @@ def _has_no_rows(sizes: Sizes) -> bool:
 
 def _without_keys(call: Call, output: torch.Tensor, given: bool) -> torch.Tensor:
     """Zeros, but for rows of a given output that belong to no sequence."""
+    if output.is_inference() and not torch.is_inference_mode_enabled():
+        with torch.inference_mode():  # elsewhere PyTorch lets nobody write into such a tensor
+            return _without_keys(call, output, given)
     sizes, seqlens_q, starts_q = call.sizes, call.indices.seqlens_q, call.indices.starts_q
     if not given or (seqlens_q is None and starts_q is None) or output.numel() == 0:
         return output.zero_()

@@ -54,6 +54,10 @@ def needs_nothing() -> bool:
     )
 
 
+# Of torch.autograd.grad(is_grads_batched=True): such a tensor says of itself that it is plain, and has no memory.
+is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
 def is_plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a call needs nothing of PyTorch's dispatcher but, perhaps, a gradient."""
     return (

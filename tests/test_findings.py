@@ -121,3 +121,59 @@ def test_arguments_of_flash_attention(options, error, words):
     q = R(1, 4, 2, 59)
     with pytest.raises(error, match=words):
         flash_attn.flash_attn_func(q, q, q, **options)
+
+
+def test_batched_gradients():
+    """Of gradients that say of themselves that they are plain tensors, and have no memory."""
+    leaves = [R(2, 6, 2, 16, requires_grad=True) for _ in "qkv"]
+    output, lse = aiter.flash_attn_func(*leaves, return_lse=True)
+    for result, inputs in ((output, leaves), (lse, leaves[:2])):
+        grads = R(3, *result.shape)
+        batched = torch.autograd.grad(result, inputs, grads, is_grads_batched=True, retain_graph=True)
+        single = [torch.autograd.grad(result, inputs, grad, retain_graph=True) for grad in grads]
+        for got, *expected in zip(batched, *single, strict=True):
+            torch.testing.assert_close(got, torch.stack(expected))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_flash_attention_is_traced_without_a_scale():
+    q, k, v = (R(1, 5, 2, 16) for _ in "qkv")
+    traced = torch.jit.trace(lambda q, k, v: flash_attn.flash_attn_func(q, k, v, causal=True), (q, k, v))
+    torch.testing.assert_close(traced(q, k, v), aiter.flash_attn_func(q, k, v, True))
+
+
+def test_a_list_that_has_itself_in_it():
+    q = R(1, 5, 2, 16)
+    endless = []
+    endless.append(endless)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="window_size must be a pair"):
+            flash_attn.flash_attn_func(q, q, q, window_size=endless)
+
+
+def test_an_output_that_is_the_keys_or_the_values():
+    q, k, v = (R(2, 300, 2, 16) for _ in "qkv")
+    expected = aiter.flash_attn_func(q, k, v)
+    for name, out in (("k", k), ("v", v)):
+        with pytest.raises(ValueError, match=f"out begins where {name} does; it may be q"):
+            flash_attn.flash_attn_func(q, k, v, out=out)
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v, out=q), expected) and torch.equal(q, expected)
+
+
+@pytest.mark.parametrize("name", ("sinks", "alibi_slopes"))
+def test_lazily_negated_numbers(name):
+    q = R(1, 5, 1, 16)
+    negated = torch.randn(1, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    expected = aiter.flash_attn_func(q, q, q, **{name: negated.resolve_neg().clone()})
+    assert torch.equal(aiter.flash_attn_func(q, q, q, **{name: negated}), expected)
+
+
+def test_an_inference_tensor_to_write_into():
+    with torch.inference_mode():
+        out, joined = torch.ones(1, 2, 1, 16), torch.empty(2, 3, 1, 8)
+    nothing = torch.empty(1, 0, 1, 16)
+    assert not flash_attn.flash_attn_func(R(1, 2, 1, 16), nothing, nothing, out=out).any()
+    parts, lse = R(2, 2, 3, 1, 8), R(2, 2, 3, 1)
+    expected, _ = flash_attn.flash_attn_combine(parts, lse)
+    assert torch.equal(flash_attn.flash_attn_combine(parts, lse, joined)[0], expected)

@@ -20,7 +20,7 @@ VARIABLES = {
     "AITER_CXX": "the C++ compiler for CPU kernels; default: $CXX, then g++, then clang++",
     "AITER_HIPCC": "hipcc for AMD GPUs; default: PATH, $ROCM_PATH, $HIP_PATH, /opt/rocm*",
     "AITER_NVCC": "nvcc for NVIDIA GPUs; default: PATH, $CUDA_HOME, /usr/local/cuda",
-    "AITER_CPU_ARCH": "CPU level to build for, such as x86-64-v3, where it must be lower than what the CPU has",
+    "AITER_CPU_ARCH": "CPU level to build for, such as x86-64-v3, if lower than the CPU's; set before the first call",
     "AITER_RECORD": "file to which each kernel that the program uses is appended once, for `aiter prewarm --replay`",
     "AITER_LOG": "what to say on stderr: debug, info (the default), warning, error",
     "AITER_BATCH_INVARIANT": "1: no bit of a sequence's result depends on the rest of its batch; read at import",

@@ -392,14 +392,17 @@ class Form {
     }
 };
 
-/* lacks_memory(arguments, keywords): True where one of them is, or has in it, a tensor whose memory was freed */
-inline bool is_without_memory(PyObject *object) {
+/* lacks_memory(arguments, keywords): True where one of them is, or has in it, a tensor whose memory was freed. A list may
+ * have itself in it: no argument is so deep. */
+inline bool is_without_memory(PyObject *object, int depth = 0) {
+    if (depth > 3) return false;
     PyObject *const type = PyObject_Type(object);
     Py_DecRef(type); /* there are others that hold it */
     if (type == &PyTuple_Type || type == &PyList_Type) {
         const bool is_tuple = type == &PyTuple_Type;
         for (ptrdiff_t i = 0, count = is_tuple ? PyTuple_Size(object) : PyList_Size(object); i < count; ++i)
-            if (is_without_memory(is_tuple ? PyTuple_GetItem(object, i) : PyList_GetItem(object, i))) return true;
+            if (is_without_memory(is_tuple ? PyTuple_GetItem(object, i) : PyList_GetItem(object, i), depth + 1))
+                return true;
         return false;
     }
     Tensor tensor;
