@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(TERM_THREADS) lse_and_delta(const GradArgument
                           (problem.packed_q ? sequence.query.begin : sequence.batch * problem.lse_strides[0]);
     if (!blind && arguments.tensors.grad_lse != nullptr) delta -= usual_nan(arguments.tensors.grad_lse[place]);
     /* The probabilities of a row that sees nothing are all zero. */
-    sequence.terms(head)[row] = {blind ? INFINITE : usual_nan(arguments.tensors.lse[place]) * LOG2_E, delta};
+    const float lse = usual_nan(arguments.tensors.lse[place]) * LOG2_E - ENLARGED_BITS;
+    sequence.terms(head)[row] = {blind ? INFINITE : lse, delta / ENLARGED};
 }
 
 /* ---- the gradients ---- */
@@ -188,7 +189,7 @@ template <int PASS> __device__ __forceinline__ auto destination_of_x(const GradA
 }
 __device__ __forceinline__ auto destination_of_y(const GradArguments &a) {
     const float scale = DROPOUT ? Dropout(a.problem.forward, a.tensors).scale : 1.0f;
-    return Destination<VALUE_DIM>{a.tensors.grad_value, a.problem.grad_value_strides, scale};
+    return Destination<VALUE_DIM>{a.tensors.grad_value, a.problem.grad_value_strides, scale / ENLARGED};
 }
 
 template <int PASS, int COLUMNS, class Share>

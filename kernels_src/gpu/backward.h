@@ -47,7 +47,20 @@ struct Rows {
     __device__ __forceinline__ char *row(int i) const { return row_0 + i * stride; }
 };
 
-/* Of a query row, as the workspace holds them. */
+/* Where many keys share a row's weight, fp16 holds their probabilities badly, and gfx90a's matrix unit, which takes
+ * subnormal numbers for 0, not at all below 2^-14. So P is ENLARGED as it is worked out, gradients of scores are
+ * made smaller again, and those of values at the end. */
+#if defined(AITER_DTYPE_BF16)
+constexpr float ENLARGED = 1.0f, ENLARGED_BITS = 0.0f;
+#else
+constexpr float ENLARGED = 1024.0f, ENLARGED_BITS = 10.0f;
+#endif
+/* (dP - delta) / ENLARGED, of a delta that is already divided. */
+__device__ __forceinline__ float less_delta(float dp, float delta) {
+    return ENLARGED == 1.0f ? dp - delta : __builtin_fmaf(dp, 1.0f / ENLARGED, -delta);
+}
+
+/* Of a query row, as the workspace holds them: such that what is made of them is ENLARGED, and made smaller again. */
 struct alignas(8) LseAndDelta {
     float lse, delta;
 };

@@ -527,6 +527,11 @@ def test_many_small_weights_beside_a_large_one(target):
         output, lse = attend(target, *(t.half() for t in (query, key, value)), scale=0.125, name=name)
         torch.testing.assert_close(output.float(), torch.full(output.shape, others / (1 + others)), rtol=2e-3, atol=0)
         torch.testing.assert_close(lse, torch.full_like(lse, 9.75 + math.log1p(others)), rtol=1e-5, atol=0)
+    grad = torch.full((1, 4, 1, 64), 4.0).half()
+    arguments = (target, *(t.half() for t in (query, key, value)), output, lse, grad)
+    *_, of_values = gradients(*arguments, scale=0.125)
+    expected = torch.full((1, 1023, 1, 64), 16 * math.exp(-9.75) / (1 + others))
+    torch.testing.assert_close(of_values[:, 1:].float(), expected, rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("target", GPUS)

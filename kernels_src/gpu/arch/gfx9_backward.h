@@ -98,7 +98,10 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardBase {
         x = exp2(s.x), y = exp2(s.y);
     }
     static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
-        const f32x2 s = f32x2{p_x, p_y} * (f32x2{x, y} - f32x2{d_x, d_y});
+        const f32x2 dp = {x, y}, delta = {d_x, d_y};
+        const f32x2 less =
+            ENLARGED == 1.0f ? dp - delta : __builtin_elementwise_fma(dp, f32x2(1.0f / ENLARGED), -delta);
+        const f32x2 s = f32x2{p_x, p_y} * less;
         x = s.x, y = s.y;
     }
 #else
@@ -106,7 +109,7 @@ template <int HEAD_DIM, int VALUE_DIM, int PASS> struct BackwardBase {
         x = exp2(__builtin_fmaf(x, scale, -log_x)), y = exp2(__builtin_fmaf(y, scale, -log_y));
     }
     static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
-        x = p_x * (x - d_x), y = p_y * (y - d_y);
+        x = p_x * less_delta(x, d_x), y = p_y * less_delta(y, d_y);
     }
 #endif
 

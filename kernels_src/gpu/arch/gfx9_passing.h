@@ -147,7 +147,7 @@ template <int PASS> struct AlternatingTile : BackwardBase<HEAD_DIM, VALUE_DIM, P
         __builtin_amdgcn_sched_barrier(0);
     }
     static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
-        x = p_x * (x - d_x), y = p_y * (y - d_y);
+        x = p_x * less_delta(x, d_x), y = p_y * less_delta(y, d_y);
     }
     /* After the last tile: gradient += p columns of it. */
     template <class OfColumns, class Gradient>

@@ -106,7 +106,7 @@ struct BackwardTiles {
         x = exp2(__builtin_fmaf(x, scale, -log_x)), y = exp2(__builtin_fmaf(y, scale, -log_y));
     }
     static __device__ __forceinline__ void weigh(float &x, float &y, float p_x, float p_y, float d_x, float d_y) {
-        x = p_x * (x - d_x), y = p_y * (y - d_y);
+        x = p_x * less_delta(x, d_x), y = p_y * less_delta(y, d_y);
     }
 
     /* By way of the own rows in shared memory, needed no more: of the rows that begin with `row`, the columns that
