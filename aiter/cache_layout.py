@@ -3,12 +3,12 @@ pages; and without those at its beginning that are padding."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from aiter import checks, torch_state
-from aiter.errors import LengthError
 from aiter.options import readable_index
 
 
@@ -25,22 +25,24 @@ class Cache(NamedTuple):
         cls,
         key: torch.Tensor,
         value: torch.Tensor,
-        batch: int,
+        batch_of: checks.BatchOf,
         block_table: torch.Tensor | None,
         batch_index: torch.Tensor | None,
         query: torch.Tensor,
     ) -> Cache:
         checks.same_shape("v_cache", value, "k_cache", key, but_last=True)
+        batch = batch_of[2]
+        if batch_index is not None:
+            checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query, "q", batch_of)
         if block_table is not None:
             if batch_index is not None:
                 layout = "int32 (batch_cache, max_blocks), as there is a cache_batch_idx"
                 checks.indices("block_table", block_table, (None, None), layout, query, "q")
-                block_table = _rows_of(block_table, batch_index, batch, query)
-            checks.indices("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", query, "q")
+                block_table = _rows_of(block_table, batch_index)
+            checks.indices("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", query, "q", batch_of)
             return cls(key, value, readable_index(block_table))
         if batch_index is not None:
-            checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query, "q")
-            return cls(key, value, readable_index(batch_index).unsqueeze(1))
+            return cls(key, value, readable_index(batch_index.unsqueeze(1)))
         if key.shape[0] < batch:
             raise ValueError(f"k_cache has shape {tuple(key.shape)}; it must have a row for each of {batch} sequences")
         return cls(key, value, None)
@@ -65,27 +67,42 @@ class Cache(NamedTuple):
         return Cache(key, value, (page * apart[0] + places % page_size).to(torch.int32))
 
 
-def _rows_of(block_table: torch.Tensor, batch_index: torch.Tensor, batch: int, query: torch.Tensor) -> torch.Tensor:
+def _rows_of(block_table: torch.Tensor, batch_index: torch.Tensor) -> torch.Tensor:
     """The rows of block_table that cache_batch_idx names; on a GPU those that there are none of are the last."""
-    checks.indices("cache_batch_idx", batch_index, (batch,), "int32 (batch,)", query)
-    last, looks = block_table.shape[0] - 1, batch_index.is_cpu and not torch.compiler.is_compiling()
-    if looks and torch_state.are_real(batch_index) and bool(((batch_index < 0) | (batch_index > last)).any()):
-        raise ValueError(f"cache_batch_idx is {batch_index.tolist()}; it must name rows of block_table, 0 to {last}")
-    return block_table.index_select(0, batch_index.clamp(0, last))
+    rows = block_table.shape[0]
+    if torch_state.may_look(batch_index) and bool(((batch_index < 0) | (batch_index >= rows)).any()):
+        for index, row in enumerate(batch_index.tolist()):
+            if not 0 <= row < rows:
+                raise checks.no_such(f"cache_batch_idx[{index}]", row, "block_table", "rows", rows)
+    return block_table.index_select(0, batch_index.clamp(0, rows - 1))
 
 
-def check_padding(padding: torch.Tensor | None, cache: Cache, lengths: torch.Tensor | None, table_name: str) -> None:
-    """Looks at cache_leftpad, and at what else it is used with, where that makes nobody wait."""
-    if padding is None or not padding.is_cpu or torch.compiler.is_compiling() or not torch_state.are_real(padding):
+def check_padding(
+    padding: torch.Tensor,
+    cache: Cache,
+    lengths: torch.Tensor | None,
+    names: checks.Names,
+    misfit: Callable[[], ValueError | None] | None,
+) -> None:
+    """Looks at cache_leftpad, and at what else it is used with, where that makes nobody wait. misfit: says what is
+    wrong with new tokens, which lengths count already."""
+    if not torch_state.may_look(padding):
         return
+    try:
+        _look_at_padding(padding, cache, lengths, names)
+    except ValueError as error:
+        raise (misfit and misfit()) or error from None
+
+
+def _look_at_padding(padding: torch.Tensor, cache: Cache, lengths: torch.Tensor | None, names: checks.Names) -> None:
     room = cache.room
     if cache.table is not None:
         pages, page_size = cache.key.shape[:2]
-        checks.pages(table_name, cache.table, pages, page_size, lengths, room, padding.long())
-    whole = [room] * padding.shape[0] if lengths is None else lengths.tolist()
-    for index, (most, length) in enumerate(zip(whole, padding.tolist(), strict=True)):
-        if most > room:
-            raise LengthError(f"cache_seqlens[{index}], new tokens counted, is {most}; the cache has room for {room}")
+        checks.pages(names, cache.table, pages, page_size, lengths, room, padding.long())
+    whole = [room] * padding.shape[0] if lengths is None else checks.as_given(lengths).tolist()
+    for index, (most, length) in enumerate(zip(whole, checks.as_given(padding).tolist(), strict=True)):
+        if not 0 <= most <= room:
+            raise checks.no_length(names.seqlens_k, index, most, names.longest_k, room)
         if not 0 <= length <= most:
             raise ValueError(f"cache_leftpad[{index}] is {length}; it must be from 0 to its sequence's {most} tokens")
 

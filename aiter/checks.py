@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from math import inf
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 
@@ -28,6 +28,9 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp
 # 8-bit floats that keys and values may be kept in, by their names in specs.
 FP8_NAMES = {getattr(torch, f"float8_{name}"): name for name in CACHE_DTYPES}
 INDEX_DTYPES = frozenset((torch.int32, torch.int64))
+
+# What says how many sequences a call has: its name, itself, and how many those are.
+BatchOf: TypeAlias = tuple[str, torch.Tensor, int]
 
 # Layouts, for messages.
 BSHD = "(batch, seq, heads, head_dim)"
@@ -289,17 +292,40 @@ def indices(
     layout: str,
     first: torch.Tensor,
     first_name: str = "the query",
+    batch_of: BatchOf | None = None,
 ) -> None:
-    """Checks an int32 or int64 tensor of lengths or page numbers on the device of the query."""
+    """Checks an int32 or int64 tensor of lengths or page numbers on the device of the query. batch_of: what the first
+    size of `shape` follows from."""
     value = tensor(name, value, len(shape), layout)
     if value.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; it must be torch.int32 (or torch.int64)")
     for got, expected in zip(value.shape, shape, strict=True):
-        if expected is not None and got != expected:
+        if expected is None or got == expected:
+            continue
+        if batch_of is None:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it must be {layout}: the batch size is {expected}"
             )
+        # Either of the two may be the wrong one.
+        other_name, other, batch = batch_of
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, of {_sequences(got - (expected - batch))}, but {other_name} has "
+            f"shape {tuple(other.shape)}, of {_sequences(batch)}: both must be of one batch, {name} as {layout}"
+        )
     same_device(name, value, first_name, first)
+
+
+def _sequences(count: int) -> str:
+    return "1 sequence" if count == 1 else f"{max(count, 0)} sequences"
+
+
+def remember_given(index: torch.Tensor, given: torch.Tensor) -> None:
+    """`index` was made of `given`, whose numbers messages show where int32 cannot hold them."""
+    index._aiter_given = given  # type: ignore[attr-defined]
+
+
+def as_given(index: torch.Tensor) -> torch.Tensor:
+    return getattr(index, "_aiter_given", index)
 
 
 class Names(NamedTuple):
@@ -313,6 +339,8 @@ class Names(NamedTuple):
     starts_q: str = "starts_q"
     starts_k: str = "starts_k"
     page_table: str = "page_table"
+    page_entry: str = "{table}[{row}, {column}]"  # of page_table, as the caller would write it
+    pages: str = "pages"  # what its entries are numbers of
     query: str = "query"
     key: str = "key"
     value: str = "value"
@@ -327,45 +355,53 @@ def values(sizes: Sizes, indices: Indices, options: Options, names: Names) -> No
     if seqlens_k is not None:
         total = sizes.total_k if sizes.packed_k and starts_k is None else None
         name = names.seqlens_q if seqlens_k is seqlens_q else names.seqlens_k
-        _lengths(name, seqlens_k, sizes.seqlen_k, names.longest_k, total, False)
-    for name, starts, lengths, lengths_name, longest, total in (
+        _lengths(name, seqlens_k, sizes.seqlen_k, names.longest_k, total)
+    for name, starts, used, used_name, longest, total in (
         (names.starts_q, starts_q, seqlens_q, names.seqlens_q, sizes.seqlen_q, sizes.total_q),
         (names.starts_k, starts_k, seqlens_k, names.seqlens_k, sizes.seqlen_k, sizes.total_k),
     ):
         if starts is not None:
-            _starts(name, starts, longest if lengths is None else total, total)
-            if lengths is not None:  # how many of the rows between two starts count
-                _rows_between(name, starts, lengths_name, lengths)
+            broken = broken_start(name, starts, total, longest if used is None else total)
+            if broken is not None:
+                raise ValueError(broken)
+            if used is not None:  # how many of the rows between two starts count
+                _rows_between(name, starts, used_name, used)
     if page_table is not None and page_indptr is not None:
         page_table, seqlens_k = _lists(page_table, page_indptr, last_page_len, seqlens_k, sizes, names.seqlens_k)
         indices = indices._replace(page_table=page_table, seqlens_k=seqlens_k)
     if page_table is not None:
         first_seen = _first_keys_seen(sizes, indices, options)
-        name = names.page_table
-        pages(name, page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen, page_indptr)
+        pages(names, page_table, sizes.num_pages, sizes.page_size, seqlens_k, sizes.seqlen_k, first_seen, page_indptr)
 
 
-def _lengths(name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None, fill: bool) -> None:
-    numbers = lengths.tolist()
+def no_length(name: str, index: int, length: int, longest_name: str, longest: int) -> LengthError:
+    return LengthError(f"{name}[{index}] is {length}; it must be from 0 to {longest_name}, {longest}")
+
+
+def _lengths(
+    name: str, lengths: torch.Tensor, longest: int, longest_name: str, total: int | None, fill: bool = False
+) -> None:
+    numbers = as_given(lengths).tolist()
     for index, length in enumerate(numbers):
         if not 0 <= length <= longest:
-            raise LengthError(f"{name}[{index}] is {length}; it must be from 0 to {longest_name}, {longest}")
+            raise no_length(name, index, length, longest_name, longest)
     if total is not None and (sum(numbers) != total if fill else sum(numbers) > total):
         raise ValueError(f"{name} adds up to {sum(numbers)} tokens, but the packed tensor holds {total}")
 
 
-def _starts(name: str, starts: torch.Tensor, longest: int, total: int) -> None:
-    numbers = starts.tolist()
-    for index, (start, end) in enumerate(itertools.pairwise(numbers)):
-        if not (0 <= start <= end <= total and end - start <= longest):
-            raise ValueError(
-                f"{name}[{index}] is {start} and the next {end}; they must rise from 0 to the {total} rows there are, "
-                f"by at most {longest}"
+def broken_start(name: str, starts: torch.Tensor, total: int, longest: int | None = None) -> str | None:
+    """What is wrong with where packed sequences begin, if anything is."""
+    for index, (start, end) in enumerate(itertools.pairwise(as_given(starts).tolist())):
+        if not (0 <= start <= end <= total and (longest is None or end - start <= longest)):
+            return (
+                f"{name}[{index}] is {start} and the next {end}; they must rise from 0 to the {total} rows there are"
+                + ("" if longest is None else f", by at most {longest}")
             )
+    return None
 
 
 def _rows_between(name: str, starts: torch.Tensor, lengths_name: str, lengths: torch.Tensor) -> None:
-    for index, (length, rows) in enumerate(zip(lengths.tolist(), starts.diff().tolist(), strict=True)):
+    for index, (length, rows) in enumerate(zip(as_given(lengths).tolist(), starts.diff().tolist(), strict=True)):
         if length > rows:
             raise ValueError(f"{lengths_name}[{index}] is {length}, but {name} gives that sequence {rows} rows")
 
@@ -380,7 +416,7 @@ def _lists(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lists of pages as a page table (batch, max_pages) and how many tokens each sequence has."""
     listed, page_size = page_indices.shape[0], sizes.page_size
-    starts = indptr.tolist()
+    starts = as_given(indptr).tolist()
     for index, (start, end) in enumerate(itertools.pairwise(starts)):
         if not 0 <= start <= end <= listed:
             raise ValueError(
@@ -390,7 +426,8 @@ def _lists(
     counts = indptr.diff().long()
     last = torch.full_like(counts, page_size) if last_page_len is None else last_page_len.long()
     for index in ((counts > 0) & ((last < 0) | (last > page_size))).nonzero().flatten().tolist():
-        raise ValueError(f"last_page_len[{index}] is {int(last[index])}; it must be from 0 to a page's {page_size}")
+        given = last if last_page_len is None else as_given(last_page_len)
+        raise ValueError(f"last_page_len[{index}] is {int(given[index])}; it must be from 0 to a page's {page_size}")
     tokens = torch.where(counts > 0, (counts - 1) * page_size + last, 0)
     for index in (tokens > sizes.seqlen_k).nonzero().flatten().tolist():
         raise ValueError(
@@ -398,9 +435,8 @@ def _lists(
         )
     if lengths is not None:
         for index in (lengths > tokens).nonzero().flatten().tolist():
-            raise ValueError(
-                f"{lengths_name}[{index}] is {int(lengths[index])}, but its list of pages holds {int(tokens[index])}"
-            )
+            length = int(as_given(lengths)[index])
+            raise ValueError(f"{lengths_name}[{index}] is {length}, but its list of pages holds {int(tokens[index])}")
         tokens = lengths.long()
     columns = torch.arange(max(1, int(counts.max())) if len(counts) else 1, device=indptr.device)
     if listed == 0:
@@ -431,7 +467,7 @@ def _first_keys_seen(sizes: Sizes, indices: Indices, options: Options) -> torch.
 
 
 def pages(
-    table_name: str,
+    names: Names,
     page_table: torch.Tensor,
     num_pages: int,
     page_size: int,
@@ -453,5 +489,17 @@ def pages(
         wrong &= torch.arange(page_table.shape[1], device=page_table.device) < needed.unsqueeze(1)
     if bool(wrong.any()):
         row, column = wrong.nonzero()[0].tolist()
-        name = f"{table_name}[{row}, {column}]" if indptr is None else f"page_indices[{int(indptr[row]) + column}]"
-        raise ValueError(f"{name} is {int(page_table[row, column])}; the cache has pages 0 to {num_pages - 1}")
+        if indptr is None:
+            raise no_page(names, page_table, row, column, num_pages)
+        entry = f"page_indices[{int(indptr[row]) + column}]"
+        raise no_such(entry, int(page_table[row, column]), "the cache", names.pages, num_pages)
+
+
+def no_page(names: Names, page_table: torch.Tensor, row: int, column: int, num_pages: int) -> ValueError:
+    """For an entry of a page table that is out of range."""
+    entry = names.page_entry.format(table=names.page_table, row=row, column=column)
+    return no_such(entry, int(as_given(page_table)[row, column]), "the cache", names.pages, num_pages)
+
+
+def no_such(entry: str, number: int, whole: str, parts: str, count: int) -> ValueError:
+    return ValueError(f"{entry} is {number}; {whole} has " + (f"{parts} 0 to {count - 1}" if count else f"no {parts}"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
@@ -27,7 +27,11 @@ _new = tuple.__new__  # a third of the time that a NamedTuple's own takes
 _OUT_TAKES_NO_GRADIENT = "out= takes no gradient: leave it out where one is needed, or use torch.no_grad()"
 
 
-First: TypeAlias = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+class First(NamedTuple):
+    """What is to be done when nothing can be refused any more."""
+
+    do: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # query, key and value to use, shaped as before
+    explain: Callable[[], ValueError | None]  # of what is refused before it is done: what says it better, if anything
 
 
 class Operation(NamedTuple):
@@ -60,8 +64,7 @@ def attend(
     first: First | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Runs one call of an operation; `own` are the arguments that only it has. out: where the output goes, of which
-    rows that belong to no sequence are left alone. first: what is to be done when nothing can be refused any more; it
-    returns the query, key and value to use, of the same shapes as those given, which are not read then."""
+    rows that belong to no sequence are left alone. first: what is to be done before query, key and value are read."""
     if return_lse is not True and return_lse is not False:
         checks.flag("return_lse", return_lse)
     if not torch_state.is_plain(query, key, value):
@@ -94,8 +97,7 @@ def attend(
     if indices is not NO_INDICES and query.is_cuda and settings.flag("AITER_CHECK_VALUES"):
         _look_at_values(call)
     if first is not None:
-        plan.look(call, query, key, value, out)
-        query, key, value = first()
+        query, key, value = _look_and_do(first, call, query, key, value, out)
     if _is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (sinks is not None and sinks.requires_grad)
     ):
@@ -148,11 +150,23 @@ def _through_dispatcher(
     if first is not None:
         if not traced and torch_state.are_real(query, key, value):  # what the operator finds would be found too late
             call = library.read_call(query, key, value, *inputs)._replace(names=operation.names)
-            plan.look(call, query, key, value, out)
-        query, key, value = library.autocast(*first())
+            done = _look_and_do(first, call, query, key, value, out)
+        else:
+            done = first.do()
+        query, key, value = library.autocast(*done)
     if out is None:
         return library.operator()(query, key, value, *inputs)
     return out, torch.ops.aiter.attention_out(out, query, key, value, *inputs)
+
+
+def _look_and_do(
+    first: First, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    try:
+        plan.look(call, query, key, value, out)
+        return first.do()
+    except ValueError as error:
+        raise first.explain() or error from None
 
 
 # The index tensors whose values were looked at last, each with its version then and what it was held against: layers

@@ -19,7 +19,7 @@ total_tokens), natural logarithm, of the keys alone (a sink is not in it). Rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -69,24 +69,30 @@ def _operation(names: checks.Names) -> Operation:
 
 _NAMES = checks.Names(
     *("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k", False, "cu_seqlens_q", "cu_seqlens_k", "block_table"),
-    *("q", "k", "v"),
+    query="q",
+    key="k",
+    value="v",
 )
 _OPERATION = _operation(_NAMES)
 _PAGED_NAMES = _NAMES._replace(longest_k="what block_table has room for")
 _PAGED = _operation(_PAGED_NAMES)
 _PAGED_BY_STARTS = _operation(_PAGED_NAMES._replace(seqlens_k="the length in cu_seqlens_k"))
 _CACHE_NAMES = _NAMES._replace(longest_k="what the cache has room for", key="k_cache", value="v_cache")
-_CACHED = {  # by what says which rows or pages are whose, and whether there are new tokens
-    (table, appends): _operation(
-        _CACHE_NAMES._replace(
-            page_table=table or "block_table",
-            seqlens_k="cache_seqlens + new tokens" if appends else "cache_seqlens",
-            longest_k=(_PAGED_NAMES if table == "block_table" else _CACHE_NAMES).longest_k,
-        )
-    )
-    for table in (None, "block_table", "cache_batch_idx")
-    for appends in (False, True)
-}
+
+
+def _cached(paged: bool, indexed: bool, appends: bool) -> Operation:
+    names = _CACHE_NAMES._replace(seqlens_k="cache_seqlens + new tokens" if appends else "cache_seqlens")
+    if paged:
+        names = names._replace(longest_k=_PAGED_NAMES.longest_k)
+    if paged and indexed:
+        names = names._replace(page_entry="{table}[cache_batch_idx[{row}], {column}]")
+    elif indexed:
+        names = names._replace(page_table="cache_batch_idx", page_entry="{table}[{row}]", pages="rows")
+    return _operation(names)
+
+
+# By whether there are a block_table, a cache_batch_idx, and new tokens.
+_CACHED = {case: _cached(*case) for case in itertools.product((False, True), repeat=3)}
 
 
 @repeats
@@ -206,18 +212,20 @@ def flash_attn_varlen_func(
     if starts_q is None:
         raise TypeError("cu_seqlens_q must be a torch.Tensor int32 (batch + 1,), not NoneType")
     batch = _batch(starts_q)
-    starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (batch + 1,), "int32 (batch + 1,)", q)
-    used_q = index_tensor("seqused_q", seqused_q, (batch,), "int32 (batch,)", q)
-    used_k = index_tensor("seqused_k", seqused_k, (batch,), "int32 (batch,)", q)
+    batch_of = "cu_seqlens_q", starts_q, batch
+    starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (batch + 1,), "int32 (batch + 1,)", q, batch_of)
+    used_q = index_tensor("seqused_q", seqused_q, (batch,), "int32 (batch,)", q, batch_of)
+    used_k = index_tensor("seqused_k", seqused_k, (batch,), "int32 (batch,)", q, batch_of)
     if q.dtype in checks.FP8_NAMES:
         q, k, v = _widened(q, k, v, others, _NAMES, starts_q)
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     operation = _OPERATION
     pages: dict[str, torch.Tensor | None] = {}
     if not (page_indptr is page_indices is last_page_len is None):
-        pages = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
+        pages = page_lists(page_indptr, page_indices, last_page_len, batch_of, q, block_table, "block_table")
     elif block_table is not None:
-        pages["page_table"] = index_tensor("block_table", block_table, (batch, None), "int32 (batch, max_blocks)", q)
+        layout = "int32 (batch, max_blocks)"
+        pages["page_table"] = index_tensor("block_table", block_table, (batch, None), layout, q, batch_of)
     if pages:
         for name, cache in (("k", k), ("v", v)):
             checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there are pages")
@@ -347,6 +355,7 @@ def flash_attn_with_kvcache(
     if qv is not None:
         _check_values(q, qv, k_cache, v_cache)
     batch = q.shape[0] if starts_q is None else _batch(starts_q)
+    batch_of = ("q", q, batch) if starts_q is None else ("cu_seqlens_q", starts_q, batch)
     if max_seqlen_q is None:
         if starts_q is not None:
             raise TypeError("max_seqlen_q must be given with cu_seqlens_q: the most rows that any sequence has")
@@ -357,12 +366,12 @@ def flash_attn_with_kvcache(
         if not 0 <= cache_seqlens <= checks.INT32_MAX:
             raise LengthError(f"cache_seqlens is {cache_seqlens}; it must be from 0 to what the cache has room for")
         cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
-    lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", q)
+    lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", q, batch_of)
     lists: dict[str, torch.Tensor | None] = {}
     if page_indptr is page_indices is last_page_len is None:
-        cache = Cache.of(k_cache, v_cache, batch, block_table, cache_batch_idx, q)
+        cache = Cache.of(k_cache, v_cache, batch_of, block_table, cache_batch_idx, q)
     else:
-        lists = page_lists(page_indptr, page_indices, last_page_len, batch, q, block_table, "block_table")
+        lists = page_lists(page_indptr, page_indices, last_page_len, batch_of, q, block_table, "block_table")
         if k is not None or v is not None or cache_batch_idx is not None:
             raise NotImplementedError(
                 "with page_indptr, k, v and cache_batch_idx are not offered: write new tokens with "
@@ -371,10 +380,11 @@ def flash_attn_with_kvcache(
         if cache_leftpad is not None:
             raise NotImplementedError("with page_indptr, cache_leftpad is not offered: leave out pages not seen")
         cache = Cache(k_cache, v_cache, lists["page_table"])
-    padding = index_tensor("cache_leftpad", cache_leftpad, (batch,), "int32 (batch,)", q)
+    padding = index_tensor("cache_leftpad", cache_leftpad, (batch,), "int32 (batch,)", q, batch_of)
     seen = cache if padding is None else cache.without(padding)
 
-    rotary, positions = None, index_tensor("rotary_seqlens", rotary_seqlens, (batch,), "int32 (batch,)", q)
+    rotary = None
+    positions = index_tensor("rotary_seqlens", rotary_seqlens, (batch,), "int32 (batch,)", q, batch_of)
     if rotary_cos is not None or rotary_sin is not None:
         if k is None or rotary_cos is None or rotary_sin is None:
             raise ValueError("rotary_cos and rotary_sin are given together, with new k and v")
@@ -387,11 +397,14 @@ def flash_attn_with_kvcache(
             angles.to(q.dtype) if angles.dtype in checks.FP8_NAMES else angles for angles in (rotary_cos, rotary_sin)
         )
         rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, rotary_interleaved, moves)
-    append: Callable[[], torch.Tensor | None] | None = None
-    if k is not None or v is not None:
+    appends = k is not None or v is not None
+    operation = _CACHED[block_table is not None, cache_batch_idx is not None, appends]
+    append = misfit = None
+    if appends:
         if k is None or v is None or lengths is None:
             raise ValueError("k and v are given together, with cache_seqlens")
-        starts_new = index_tensor("cu_seqlens_k_new", cu_seqlens_k_new, (batch + 1,), "int32 (batch + 1,)", q)
+        layout = "int32 (batch + 1,)"
+        starts_new = index_tensor("cu_seqlens_k_new", cu_seqlens_k_new, (batch + 1,), layout, q, batch_of)
         for name, new in (("k", k), ("v", v)):
             checks.tensor(name, new, *((4, checks.BSHD) if starts_new is None else (3, checks.PACKED)))
         scales = options.get("k_descale"), options.get("v_descale")
@@ -408,12 +421,13 @@ def flash_attn_with_kvcache(
             kv_cache.append,
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales),
         )
+        tokens = kv_cache.New(k, cache.key, lengths, cache.table, starts_new, rotary, q, starts_q)
+        misfit = partial(kv_cache.misfit, operation.names, tokens)
         lengths = plan.longer(lengths, k.shape[1] if starts_new is None else starts_new.diff())
     elif cu_seqlens_k_new is not None:
         raise ValueError("cu_seqlens_k_new is given without k and v")
-    table = "cache_batch_idx" if cache_batch_idx is not None else "block_table" if block_table is not None else None
-    check_padding(padding, cache, lengths, table or "block_table")
     if padding is not None:
+        check_padding(padding, cache, lengths, operation.names, misfit)
         lengths = ((cache.room if lengths is None else lengths) - padding).clamp(min=0)
     key, value = seen.key, seen.value
     if seen.table is not None:
@@ -423,21 +437,21 @@ def flash_attn_with_kvcache(
 
     def appended() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, once the new tokens are in the cache."""
-        rotated = None if append is None else append()
+        assert append is not None
+        rotated = append()
         own = q if rotated is None else rotated
         return (own, key, value) if qv is None else (*_with_values(own, qv, key, value, scale)[:2], value)
 
     query, seen_key, scale = q, key, softmax_scale
     if qv is not None:
         query, seen_key, softmax_scale = _with_values(q, qv, key, value, scale, copies=append is None)
-    operation = _CACHED[table, append is not None]
     indices = NO_INDICES
     if lengths is not None or seen.table is not None or starts_q is not None:
         indices = Indices(None, lengths, starts_q=starts_q, **(lists or {"page_table": seen.table}))
     return _attend(
         *(operation, query, seen_key, value, indices, max_seqlen_q, 0),
         *(softmax_scale, causal, options, out, False, False, return_softmax_lse),
-        None if append is None else appended,
+        None if misfit is None else First(appended, misfit),
     )
 
 
@@ -536,9 +550,9 @@ def _attend(
         if first is None:
             q, k, v = _padded(q, k, v)
         else:
-            unpadded, step = first, checks.HEAD_DIM_STEP
+            unpadded, step = first.do, checks.HEAD_DIM_STEP
             q, k, v = (_shape_of(tensor, -(-tensor.shape[-1] // step) * step) for tensor in (q, k, v))
-            first = lambda: _padded(*unpadded())  # noqa: E731
+            first = First(lambda: _padded(*unpadded()), first.explain)
     wants_lse = return_attn_probs or return_lse
     if return_attn_probs and options.get("dropout_p"):
         options.setdefault("rng_state", draw_rng_state(q.device))

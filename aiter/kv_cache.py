@@ -11,12 +11,15 @@ first call.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from aiter import checks, plan, torch_state
 from aiter.abi import pack_cache_write
+from aiter.errors import LengthError
 from aiter.kernels import ANY_HEAD_DIM
 from aiter.options import readable_index, strides_per_kv_head
 from aiter.plan import untraced
@@ -42,6 +45,9 @@ class _Names(NamedTuple):
 
 _BY_SLOTS = _Names("key", "value", "key_cache", "value_cache", "k_scale", "v_scale")
 _BY_LENGTHS = _Names("k", "v", "k_cache", "v_cache", "k_descale", "v_descale")
+
+# For what the operator finds out, which does not know what its table was made of.
+_TABLE = checks.Names(page_table="block_table", longest_k="what a row of block_table (or of the cache) has room for")
 
 _increment_version = torch._C._increment_version
 
@@ -128,6 +134,84 @@ def append(
             _check_tokens(key, value, key_cache, value_cache, 4 if starts_new is None else 3, _BY_LENGTHS)
         rotated = torch.ops.aiter.append_to_cache(*tensors, *rest)
     return rotated if rotary and query is not None else None
+
+
+class New(NamedTuple):
+    """New tokens, and what says where they go: arguments of `append`."""
+
+    key: torch.Tensor
+    key_cache: torch.Tensor
+    cache_seqlens: torch.Tensor
+    page_table: torch.Tensor | None
+    starts_new: torch.Tensor | None
+    rotary: Rotary | None
+    query: torch.Tensor | None
+    starts_q: torch.Tensor | None
+
+
+def misfit(names: checks.Names, new: New) -> ValueError | None:
+    """For the first rule that new tokens break, if one is broken that can be seen from here. It looks at one sequence
+    after the other, so it is for who knows already that something is wrong."""
+    looked_at = new.cache_seqlens, new.page_table, new.starts_new, new.starts_q, new.rotary and new.rotary.positions
+    if not all(t is None or torch_state.may_look(t) for t in looked_at) or checks.is_freed(looked_at):
+        return None
+    for error in _broken_rules(names, new):
+        return type(error)(f"{error}. Nothing was written.")
+    return None
+
+
+def _broken_rules(names: checks.Names, new: New) -> Iterator[ValueError]:
+    """Each rule takes it that those before it are kept."""
+    key, key_cache, cache_seqlens, page_table, starts_new, rotary, query, starts_q = new
+    if rotary is None:  # then nothing is done to queries
+        query = None
+    for called, starts, packed in (("cu_seqlens_k_new", starts_new, key), ("cu_seqlens_q", starts_q, query)):
+        if starts is not None and packed is not None:
+            broken = checks.broken_start(called, starts, packed.shape[0])
+            if broken is not None:
+                yield ValueError(broken)
+    lengths, counts = checks.as_given(cache_seqlens).tolist(), _counts(key, starts_new, cache_seqlens.shape[0])
+    pages, page_size = key_cache.shape[:2]
+    room = page_size * (1 if page_table is None else page_table.shape[1])
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        tokens = "1 new token" if count == 1 else f"{count} new tokens"
+        if count > room:
+            yield LengthError(f"sequence {b} has {tokens}, more than {names.longest_k}, {room}")
+        elif count == 0 and not 0 <= length <= room:
+            yield checks.no_length("cache_seqlens", b, length, names.longest_k, room)
+        elif not 0 <= length <= room - count:
+            yield LengthError(
+                f"cache_seqlens[{b}] is {length}; it must be from 0 to {room - count}, which with {tokens} is "
+                f"{names.longest_k}, {room}"
+            )
+    if page_table is not None:
+        for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            for column in range(length // page_size, -(-(length + count) // page_size)) if count else ():
+                if not 0 <= int(page_table[b, column]) < pages:
+                    yield checks.no_page(names, page_table, b, column, pages)
+    if rotary is None:
+        return
+    places, name, begins = rotary.cos.shape[0], "cache_seqlens", lengths
+    if rotary.positions is not None:
+        name, begins = "rotary_seqlens", checks.as_given(rotary.positions).tolist()
+    rows = [0] * len(lengths) if query is None else _counts(query, starts_q, len(lengths))
+    if not rotary.query_moves:  # all stand where the first does
+        rows = [min(count, 1) for count in rows]
+    for called, each in (("new tokens", counts), ("queries", rows)):
+        for b, (begin, count) in enumerate(zip(begins, each, strict=True)):
+            if count and not 0 <= begin <= places - count:
+                reached = f"place {begin}" if count == 1 else f"places {begin} to {begin + count - 1}"
+                yield ValueError(
+                    f"{name}[{b}] is {begin}, so that {called} are rotated by the angles of {reached}; rotary_cos and "
+                    f"rotary_sin have " + (f"places 0 to {places - 1}" if places else "no places")
+                )
+
+
+def _counts(tokens: torch.Tensor, starts: torch.Tensor | None, batch: int) -> list[int]:
+    """How many each sequence has of tokens that are (batch, seq, ...) or packed."""
+    if starts is None:
+        return [tokens.shape[1]] * batch
+    return [end - start for start, end in itertools.pairwise(checks.as_given(starts).tolist())]
 
 
 # ---- as PyTorch sees it ----
@@ -343,6 +427,7 @@ def _append(
     checks.overlap("k_cache", key_cache)
     checks.overlap("v_cache", value_cache)
     batch = cache_seqlens.shape[0]
+    batch_of = "cache_seqlens", cache_seqlens, batch
     indices = {
         "cache_seqlens": (cache_seqlens, (batch,)),
         "block_table": (page_table, (batch, None)),
@@ -353,7 +438,7 @@ def _append(
     readable: dict[str, torch.Tensor | None] = {}
     for name, (index, shape) in indices.items():
         if index is not None:
-            checks.indices(name, index, shape, f"int32 {shape}", key, "k")
+            checks.indices(name, index, shape, f"int32 {shape}", key, "k", batch_of)
         readable[name] = None if index is None else readable_index(index)
     seqlens, table, first_new, first_q, positions = readable.values()
     if starts_new is None:
@@ -401,20 +486,13 @@ def _append(
         *(_address("k_descale", k_scale), _address("v_descale", v_scale)),
     )
     if refused:
-        room = page_size * (1 if table is None else table.shape[1])
-        rules = [
-            f"cache_seqlens is {cache_seqlens.tolist()}, and a row of block_table (or of the cache) has room for "
-            f"{room} tokens",
-            f"page numbers must be from 0 to {pages - 1}",
-        ]
-        if angles[0]:
-            given = "" if positions is None else f" (rotary_seqlens is {positions.tolist()})"
-            rules.append(f"places with rotary embedding must be from 0 to {angles[1] - 1}{given}")
-        if first_new is not None:
-            rules.append(f"cu_seqlens_k_new, {first_new.tolist()}, must rise from 0 to {total_new}")
-        if first_q is not None and query is not None:
-            rules.append(f"cu_seqlens_q, {first_q.tolist()}, must rise from 0 to {total_q}")
-        raise ValueError(f"new tokens do not fit: {'; '.join(rules)}. Nothing was written.")
+        rotary = None
+        if rotary_cos is not None and rotary_sin is not None:
+            rotary = Rotary(rotary_cos, rotary_sin, rotary_positions, interleaved, query_moves)
+        new = New(key, key_cache, cache_seqlens, page_table, starts_new, rotary, query, starts_q)
+        raise misfit(_TABLE, new) or ValueError(
+            "a length or page number changed to one out of range while it was in use. Nothing was written."
+        )
     _increment_version((key_cache, value_cache))
     return rotated
 

@@ -167,10 +167,15 @@ def read_sizes(
 
 
 def index_tensor(
-    name: str, index: object, shape: tuple[int | None, ...], layout: str, query: torch.Tensor
+    name: str,
+    index: object,
+    shape: tuple[int | None, ...],
+    layout: str,
+    query: torch.Tensor,
+    batch_of: checks.BatchOf | None = None,
 ) -> torch.Tensor | None:
     """An index tensor that a caller has given, checked, and as kernels read it; None stays None. In `shape`, None is
-    any length, as every one but the first is; `layout` says it in words."""
+    any length, as every one but the first is; `layout` says it in words, `batch_of` whose batch the first is of."""
     if index is None:
         return None
     # Dynamo cannot trace what is not Python, and fake tensors warn when they are read by C.
@@ -186,7 +191,7 @@ def index_tensor(
         and index.is_cpu == query.is_cpu
         and index.get_device() == query.get_device()
     ):
-        checks.indices(name, index, shape, layout, query)
+        checks.indices(name, index, shape, layout, query, batch_of=batch_of)
         assert isinstance(index, torch.Tensor)
     return index if index.dtype is _int32 and index.is_contiguous() else readable_index(index)
 
@@ -195,7 +200,7 @@ def page_lists(
     page_indptr: torch.Tensor | None,
     page_indices: torch.Tensor | None,
     last_page_len: torch.Tensor | None,
-    batch: int | None,
+    batch_of: checks.BatchOf,
     query: torch.Tensor,
     page_table: torch.Tensor | None,
     table_name: str = "page_table",
@@ -208,12 +213,12 @@ def page_lists(
             f"pages are named by {table_name}, int32 (batch, max_blocks), or by page_indptr, int32 (batch + 1,), and "
             "page_indices, a flat int32 list"
         )
-    ends = None if batch is None else batch + 1
-    indptr = index_tensor("page_indptr", page_indptr, (ends,), "int32 (batch + 1,)", query)
+    batch = batch_of[2]
+    indptr = index_tensor("page_indptr", page_indptr, (batch + 1,), "int32 (batch + 1,)", query, batch_of)
     return {
         "page_table": index_tensor("page_indices", page_indices, (None,), "int32 (listed pages,)", query),
         "page_indptr": indptr,
-        "last_page_len": index_tensor("last_page_len", last_page_len, (batch,), "int32 (batch,)", query),
+        "last_page_len": index_tensor("last_page_len", last_page_len, (batch,), "int32 (batch,)", query, batch_of),
     }
 
 
@@ -245,12 +250,12 @@ def check_common(
     ):
         if packed and lengths is None and starts is None:
             raise ValueError(f"{name} is packed {checks.PACKED}: its lengths, {called} int32 (batch,), must be given")
-    if not packed_q:
-        batch = query.shape[0]
-    elif indices.starts_q is not None:
-        batch = indices.starts_q.numel() - 1
-    else:
-        batch = indices.seqlens_q.numel() if indices.seqlens_q is not None else 0
+    batch_of: checks.BatchOf = query_name, query, query.shape[0]
+    if packed_q and indices.starts_q is not None:
+        batch_of = names.starts_q, indices.starts_q, indices.starts_q.numel() - 1
+    elif packed_q and indices.seqlens_q is not None:
+        batch_of = names.seqlens_q, indices.seqlens_q, indices.seqlens_q.numel()
+    batch = batch_of[2]
     if not (paged or packed_k):
         checks.equal_size(key_name, key.shape[0], "batch size", query_name, batch)
     listed = indices.page_indptr is not None
@@ -268,7 +273,7 @@ def check_common(
     for name, index in indices._asdict().items():
         if index is not None:
             called = "page_indices" if listed and name == "page_table" else getattr(names, name, name)
-            checks.indices(called, index, *shapes[name], query, query_name)
+            checks.indices(called, index, *shapes[name], query, query_name, batch_of)
     for name, starts, tensor_name, packed in (
         (names.starts_q, indices.starts_q, query_name, packed_q),
         (names.starts_k, indices.starts_k, key_name, packed_k),

@@ -311,12 +311,13 @@ def flash_attn_with_kvcache(
     if not isinstance(query, torch.Tensor) or query.dim() != 4:
         checks.tensor("query", query, 4, BSHD)
     batch = query.shape[0]
-    lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query)
-    rows = index_tensor("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query)
+    batch_of = "query", query, batch
+    lengths = index_tensor("cache_seqlens", cache_seqlens, (batch,), "int32 (batch,)", query, batch_of)
+    rows = index_tensor("seqlens_q", seqlens_q, (batch,), "int32 (batch,)", query, batch_of)
     if page_table is not None and page_indptr is page_indices is last_page_len is None:
-        indices = Indices(rows, lengths, index_tensor("page_table", page_table, (batch, None), _TABLE, query))
+        indices = Indices(rows, lengths, index_tensor("page_table", page_table, (batch, None), _TABLE, query, batch_of))
     else:
-        lists = page_lists(page_indptr, page_indices, last_page_len, batch, query, page_table)
+        lists = page_lists(page_indptr, page_indices, last_page_len, batch_of, query, page_table)
         indices = Indices(rows, lengths, **lists)
     return attend(
         *(_PAGED, (block_size,), query, key, value, causal, softmax_scale, return_lse, options, indices),
@@ -419,12 +420,15 @@ def variable_length_attention(
         max_seq_len = checks.bound("max_seq_len", checks.positive_int("max_seq_len", max_seq_len))
     if not isinstance(query, torch.Tensor) or not 3 <= query.dim() <= 4:
         checks.tensor("query", query, (3, 4), f"{BSHD}, or packed {PACKED}")
-    batch = None if query.dim() == 3 else query.shape[0]
-    lengths = index_tensor("seq_lengths", seq_lengths, (batch,), "int32 (batch,)", query)
+    rows, batch_of = (None, None) if query.dim() == 3 else (query.shape[0], ("query", query, query.shape[0]))
+    lengths = index_tensor("seq_lengths", seq_lengths, (rows,), "int32 (batch,)", query, batch_of)
     if lengths is None:
         raise TypeError("seq_lengths must be a torch.Tensor int32 (batch,), not NoneType")
     batch = lengths.shape[0]
-    keys = lengths if seqlens_k is None else index_tensor("seqlens_k", seqlens_k, (batch,), "int32 (batch,)", query)
+    batch_of = "seq_lengths", lengths, batch
+    keys: torch.Tensor | None = lengths
+    if seqlens_k is not None:
+        keys = index_tensor("seqlens_k", seqlens_k, (batch,), "int32 (batch,)", query, batch_of)
     listed = not (page_indptr is page_indices is last_page_len is None)
     paged = listed or page_table is not None
     if not paged and block_size is not None:
@@ -432,11 +436,12 @@ def variable_length_attention(
     if paged and block_size is None:
         raise ValueError("page_table is given without block_size; give both or neither")
     if listed:
-        lists = page_lists(page_indptr, page_indices, last_page_len, batch, query, page_table)
+        lists = page_lists(page_indptr, page_indices, last_page_len, batch_of, query, page_table)
         indices = Indices(lengths, None if seqlens_k is None else keys, **lists)
         max_seqlen_k = 0 if max_seqlen_k is None else checks.bound("max_seqlen_k", max_seqlen_k)
     else:
-        indices = Indices(lengths, keys, index_tensor("page_table", page_table, (batch, None), _TABLE, query))
+        table = index_tensor("page_table", page_table, (batch, None), _TABLE, query, batch_of)
+        indices = Indices(lengths, keys, table)
         if seqlens_k is None:
             max_seqlen_k = max_seq_len
         elif max_seqlen_k is None:
@@ -454,10 +459,10 @@ def variable_length_attention(
 
 def _lengths(query: torch.Tensor, seqlens_q: torch.Tensor | None, seqlens_k: torch.Tensor | None) -> Indices:
     checks.tensor("query", query, 4, BSHD)
-    shape, layout = (query.shape[0],), "int32 (batch,)"
+    shape, layout, batch_of = (query.shape[0],), "int32 (batch,)", ("query", query, query.shape[0])
     return Indices(
-        index_tensor("seqlens_q", seqlens_q, shape, layout, query),
-        index_tensor("seqlens_k", seqlens_k, shape, layout, query),
+        index_tensor("seqlens_q", seqlens_q, shape, layout, query, batch_of),
+        index_tensor("seqlens_k", seqlens_k, shape, layout, query, batch_of),
     )
 
 

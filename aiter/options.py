@@ -155,9 +155,14 @@ NO_OPTIONS = Options(batch_invariant=BATCH_INVARIANT)
 
 def readable_index(index: torch.Tensor, least: int = -1) -> torch.Tensor:
     """An index tensor as kernels read it: int32, the last dimension adjacent. What is below `least` is out of range."""
-    if index.dtype is not torch.int32:
-        index = index.clamp(least, checks.INT32_MAX).to(torch.int32)  # what is out of range stays so
-    return index if index.stride(-1) == 1 else index.contiguous()
+    if index.dtype is torch.int32:
+        return index if index.stride(-1) == 1 else index.contiguous()
+    readable = index.clamp(least, checks.INT32_MAX).to(torch.int32)  # what is out of range stays so
+    if readable.stride(-1) != 1:
+        readable = readable.contiguous()
+    if not torch.compiler.is_compiling():
+        checks.remember_given(readable, index)
+    return readable
 
 
 def strides_per_kv_head(scale: torch.Tensor | None) -> tuple[int, int]:

@@ -36,6 +36,11 @@ def are_real(*tensors: torch.Tensor) -> bool:
     return _are_tensors(*tensors) and _active_transform() is None
 
 
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether its values can be read, and nobody waits for that."""
+    return not _is_compiling() and tensor.is_cpu and are_real(tensor)
+
+
 def needs_nothing() -> bool:
     """Whether nobody is to know of calls but, perhaps, autograd."""
     return (

@@ -10,6 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiter import flash_attn, kv_cache
+from aiter.errors import LengthError
 from aiter.flash_attn import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 E4M3 = torch.float8_e4m3fn
@@ -59,6 +60,15 @@ def appended_packed(**changes):
 def rotated(**changes):
     angles = torch.randn(8, 8)
     return appended(**{"rotary_cos": angles, "rotary_sin": angles.clone(), **changes})
+
+
+def listed(**changes):
+    pages = {"k": torch.randn(6, 4, 2, 16), "v": torch.randn(6, 4, 2, 16), "cu_seqlens_k": None}
+    return packed(**{**pages, "page_indptr": ints(0, 1, 3), "page_indices": ints(0, 1, 2), **changes})
+
+
+def new_tokens(count, batch=2):
+    return {name: torch.randn(batch, count, 2, 16) for name in "kv"}
 
 
 def by_slots(**changes):
@@ -226,13 +236,37 @@ REFUSED = {
     "lengths, for who waits for FlashAttention's": (
         paged(cache_seqlens=ints(3, 9)), RuntimeError, r"cache_seqlens\[1\] is 9; .*what block_table has room for, 8",
     ),
-    "lengths and new tokens": (appended(cache_seqlens=ints(3, 8)), ValueError, r"cache_seqlens \+ new tokens\[1\] is"),
+    "lengths and new tokens": (
+        appended(cache_seqlens=ints(3, 8)), RuntimeError,
+        r"cache_seqlens\[1\] is 8; .*to 7, which with 1 new token is what the cache has room for, 8\. Nothing was",
+    ),
     "lengths' shape": (cached(cache_seqlens=ints(3, 4, 5)), ValueError, "cache_seqlens has shape"),
     "a page": (paged(block_table=ints(0, 1, 9, 3).view(2, 2)), ValueError, r"block_table\[1, 0\] is 9"),
     "a page, padded": (
         paged(block_table=ints(0, 1, 9, 3).view(2, 2), cache_leftpad=ints(0, 1)), ValueError, r"block_table\[1, 0\]",
     ),
-    "a row": (cached(cache_batch_idx=ints(0, 2)), ValueError, r"cache_batch_idx\[1, 0\] is 2"),
+    "a row": (cached(cache_batch_idx=ints(0, 2)), ValueError, r"^cache_batch_idx\[1\] is 2; the cache has rows 0 to 1"),
+    "a negative row": (cached(cache_batch_idx=ints(-1, 1)), ValueError, r"^cache_batch_idx\[0\] is -1; .* rows 0 to 1"),
+    "a row, padded": (
+        cached(cache_batch_idx=ints(0, 2), cache_leftpad=ints(0, 1)), ValueError, r"^cache_batch_idx\[1\] is 2; the",
+    ),
+    "a row of the table": (
+        paged(cache_batch_idx=ints(0, 2)), ValueError, r"^cache_batch_idx\[1\] is 2; block_table has rows 0 to 1$",
+    ),
+    "a page in a row of the table": (
+        paged(cache_batch_idx=ints(1, 0), block_table=ints(0, 1, 9, 3).view(2, 2)), ValueError,
+        r"^block_table\[cache_batch_idx\[0\], 0\] is 9; the cache has pages 0 to 5$",
+    ),
+    "the same, padded": (
+        paged(cache_batch_idx=ints(1, 0), block_table=ints(0, 1, 9, 3).view(2, 2), cache_leftpad=ints(0, 1)),
+        ValueError, r"^block_table\[cache_batch_idx\[0\], 0\] is 9; the cache has pages 0 to 5$",
+    ),
+    "no rows in the table": (
+        paged(cache_batch_idx=ints(0, 1), block_table=ints().view(0, 2)), ValueError, "block_table has no rows",
+    ),
+    "a negative length, padded": (
+        cached(cache_seqlens=ints(3, -1), cache_leftpad=ints(0, 0)), LengthError, r"^cache_seqlens\[1\] is -1; it must",
+    ),
     "padding's shape": (cached(cache_leftpad=ints(1)), ValueError, "cache_leftpad has shape"),
     "new tokens' starts": (
         appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(0, 3)), ValueError,
@@ -294,13 +328,60 @@ BEFORE_A_WRITE = {
     "a gradient": (appended(sinks=torch.randn(4, requires_grad=True)), ValueError, "sinks requires one"),
     "new tokens that fall": (
         appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(0, 4, 3)), ValueError,
-        r"cache_seqlens \+ new tokens|cu_seqlens_k_new",
+        r"^cu_seqlens_k_new\[0\] is 0 and the next 4; they must rise from 0 to the 3 rows there are",
     ),
     "new tokens elsewhere": (
         appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(9, 10, 12)), ValueError,
-        r"cu_seqlens_k_new, \[9, 10, 12\], must rise from 0 to 3",
+        r"^cu_seqlens_k_new\[0\] is 9 and the next 10; they must rise from 0 to the 3 rows there are",
     ),
-    "places without angles": (rotated(rotary_seqlens=ints(3, 8)), ValueError, r"rotary_seqlens is \[3, 8\]"),
+    "places without angles": (
+        rotated(rotary_seqlens=ints(3, 8)), ValueError,
+        r"^rotary_seqlens\[1\] is 8, so that new tokens are rotated by .* place 8; rotary_cos .* have places 0 to 7",
+    ),
+    "negative places": (rotated(rotary_seqlens=ints(-2, 3)), ValueError, r"^rotary_seqlens\[0\] is -2, .* place -2; "),
+    "lengths without angles": (
+        rotated(k_cache=torch.randn(2, 12, 2, 16), v_cache=torch.randn(2, 12, 2, 16), cache_seqlens=ints(3, 7),
+                **new_tokens(3)), ValueError, r"^cache_seqlens\[1\] is 7, so that new tokens .* places 7 to 9; ",
+    ),
+    "queries without angles": (
+        rotated(q=torch.randn(2, 6, 4, 16), cache_seqlens=ints(2, 3), window_size=(9, 9)), ValueError,
+        r"^cache_seqlens\[1\] is 3, so that queries .* places 3 to 8; rotary_cos",
+    ),
+    "no angles": (
+        rotated(rotary_cos=torch.randn(0, 8), rotary_sin=torch.randn(0, 8)), ValueError, "rotary_sin have no places",
+    ),
+    "a negative length": (
+        appended(cache_seqlens=ints(3, -1)), LengthError,
+        r"^cache_seqlens\[1\] is -1; it must be from 0 to 7, which with 1 new token is what the cache has room for, 8",
+    ),
+    "a more negative length": (appended(cache_seqlens=ints(-5, 3)), LengthError, r"^cache_seqlens\[0\] is -5; .* to 7"),
+    "a negative length, and angles": (rotated(cache_seqlens=ints(3, -1)), LengthError, r"^cache_seqlens\[1\] is -1; "),
+    "a negative length, paged": (
+        paged(cache_seqlens=ints(-1, 3), **new_tokens(2)), LengthError,
+        r"^cache_seqlens\[0\] is -1; it must be .* to 6, which with 2 new tokens is what block_table has room for, 8",
+    ),
+    "new tokens of one sequence": (
+        appended(k=torch.randn(6, 2, 16), v=torch.randn(6, 2, 16), cu_seqlens_k_new=ints(0, 1, 6)), LengthError,
+        r"^cache_seqlens\[1\] is 4; it must be from 0 to 3, which with 5 new tokens",
+    ),
+    "more new tokens than room": (
+        appended(cache_seqlens=ints(0, 0), **new_tokens(9)), LengthError, "^sequence 0 has 9 new tokens, more than",
+    ),
+    "beyond the cache, padded": (
+        appended(cache_seqlens=ints(3, 8), cache_leftpad=ints(0, 0)), LengthError, r"^cache_seqlens\[1\] is 8; .* to 7",
+    ),
+    "a row that is written": (
+        appended(cache_batch_idx=ints(0, 2)), ValueError, r"^cache_batch_idx\[1\] is 2; the cache has rows 0 to 1",
+    ),
+    "a row that is written and not read": (
+        appended_packed(q=torch.randn(1, 4, 16), cu_seqlens_q=ints(0, 1, 1), cache_batch_idx=ints(0, 5)), ValueError,
+        r"^cache_batch_idx\[1\] is 5; the cache has rows 0 to 1",
+    ),
+    "a page that is written and not read": (
+        paged(q=torch.randn(1, 4, 16), cu_seqlens_q=ints(0, 1, 1), max_seqlen_q=1,
+              block_table=ints(0, 1, 2, 9).view(2, 2), **new_tokens(1)), ValueError,
+        r"^block_table\[1, 1\] is 9; the cache has pages 0 to 5",
+    ),
     "no rows": (
         appended(q=torch.randn(0, 4, 16), cu_seqlens_q=ints(0, 2, 5), max_seqlen_q=3), ValueError, r"cu_seqlens_q\[0\]",
     ),
@@ -339,6 +420,150 @@ def test_nothing_is_written_by_a_call_like_one_before(bad):
         function(**keywords)
     for name, old in zip(("k_cache", "v_cache"), before, strict=True):
         assert torch.equal(keywords[name], old) and keywords[name]._version == 0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "table", "words"),
+    (
+        (ints(3, 8), None, "from 0 to 7, which with 1 new token is what .* has room for, 8"),
+        (
+            ints(3, -1),
+            ints(0, 1, 2, 3).view(2, 2),
+            r"cache_seqlens\[1\] is -1; .*what a row of block_table .* has room for, 8",
+        ),
+        (torch.tensor([3, 2**40]), None, rf"cache_seqlens\[1\] is {2**40}; .* 8"),
+        (ints(3, 7), ints(0, 1, 2, 9).view(2, 2), r"block_table\[1, 1\] is 9; the cache has pages 0 to 5"),
+    ),
+)
+def test_the_operator_that_appends_says_what_is_wrong(lengths, table, words):
+    """As compiled functions call it."""
+    _, keywords = appended() if table is None else paged(**new_tokens(1))
+    caches = keywords["k_cache"], keywords["v_cache"]
+    arguments = (keywords["k"], keywords["v"], *caches, lengths, table, *[None] * 6, False, False)
+    with pytest.raises(ValueError, match=rf"{words}\. Nothing was written"):
+        torch.ops.aiter.append_to_cache(*arguments)
+    assert [cache._version for cache in caches] == [0, 0]
+
+
+HUGE = 2**31 - 1
+
+
+@pytest.mark.parametrize("make", (appended, paged), ids=("rows", "pages"))
+@pytest.mark.parametrize("more", ({}, {"cache_leftpad": ints(0, 0)}, {"cu_seqlens_k_new": ints(0, 0, 3)}), ids=len)
+@pytest.mark.parametrize(
+    ("lengths", "shown"),
+    (
+        (ints(3, HUGE), HUGE),
+        (ints(3, HUGE - 1), HUGE - 1),
+        (torch.tensor([3, HUGE + 1]), HUGE + 1),
+        (torch.tensor([3, 2**40]), 2**40),
+        (torch.tensor([3, -(2**40)]), -(2**40)),
+    ),
+)
+def test_lengths_beyond_int32_are_shown_as_given(make, more, lengths, shown):
+    """Those and new tokens, and those that int32 cannot hold."""
+    new = new_tokens(3)
+    if "cu_seqlens_k_new" in more:
+        new = {name: tokens[0] for name, tokens in new.items()}
+    function, keywords = make(**new, cache_seqlens=lengths, **more)
+    for _ in range(3):
+        with pytest.raises(
+            LengthError, match=rf"^cache_seqlens\[1\] is {shown}; it must be from 0 to 5, .* 8\. Nothing"
+        ):
+            function(**keywords)
+    assert keywords["k_cache"]._version == keywords["v_cache"]._version == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    (
+        (cached(cache_seqlens=torch.tensor([3, 2**40])), rf"cache_seqlens\[1\] is {2**40}; "),
+        (cached(cache_batch_idx=torch.tensor([0, -(2**40)])), rf"cache_batch_idx\[1\] is {-(2**40)}; "),
+        (paged(block_table=torch.tensor([[0, 1], [2**40, 3]])), rf"block_table\[1, 0\] is {2**40}; "),
+        (paged(cache_leftpad=torch.tensor([0, 2**40])), rf"cache_leftpad\[1\] is {2**40}; "),
+        (packed(seqused_k=torch.tensor([4, -(2**40)])), rf"seqused_k\[1\] is {-(2**40)}; "),
+        (packed(cu_seqlens_q=torch.tensor([0, 2**40, 7])), rf"cu_seqlens_q\[0\] is 0 and the next {2**40}; "),
+        (listed(page_indptr=torch.tensor([0, 2**40, 3])), rf"page_indptr\[0\] is 0 and the next {2**40}; "),
+        (listed(last_page_len=torch.tensor([4, 2**40])), rf"last_page_len\[1\] is {2**40}; "),
+    ),
+)
+def test_numbers_that_int32_cannot_hold_are_shown_as_given(call, words):
+    function, keywords = call
+    with pytest.raises(ValueError, match=f"^{words}"):
+        function(**keywords)
+
+
+def _of_both(name, shape, own, other, other_shape, batch):
+    """The message about two arguments that are not of one batch."""
+    return (
+        rf"^{name} has shape \({shape}\), of {own}, but {other} has shape \({other_shape}\), of {batch}: both must be"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    (
+        (
+            packed(cu_seqlens_q=ints(0, 1, 3, 7)),
+            _of_both("cu_seqlens_k", "3,", "2 sequences", "cu_seqlens_q", "4,", "3 sequences"),
+        ),
+        (
+            packed(cu_seqlens_k=ints(0, 9)),
+            _of_both("cu_seqlens_k", "2,", "1 sequence", "cu_seqlens_q", "3,", "2 sequences"),
+        ),
+        (
+            packed(cu_seqlens_k=ints()),
+            _of_both("cu_seqlens_k", "0,", "0 sequences", "cu_seqlens_q", "3,", "2 sequences"),
+        ),
+        (
+            packed(seqused_k=ints(4, 5, 6)),
+            _of_both("seqused_k", "3,", "3 sequences", "cu_seqlens_q", "3,", "2 sequences"),
+        ),
+        (packed(seqused_q=ints(4)), _of_both("seqused_q", "1,", "1 sequence", "cu_seqlens_q", "3,", "2 sequences")),
+        (
+            packed(k=torch.randn(6, 4, 2, 16), v=torch.randn(6, 4, 2, 16), block_table=ints(0, 1).view(1, 2)),
+            _of_both("block_table", "1, 2", "1 sequence", "cu_seqlens_q", "3,", "2 sequences"),
+        ),
+        (
+            listed(cu_seqlens_q=ints(0, 7)),
+            _of_both("page_indptr", "3,", "2 sequences", "cu_seqlens_q", "2,", "1 sequence"),
+        ),
+        (
+            listed(last_page_len=ints(1, 2, 3)),
+            _of_both("last_page_len", "3,", "3 sequences", "cu_seqlens_q", "3,", "2 sequences"),
+        ),
+        (
+            cached(cache_seqlens=ints(3, 4, 5)),
+            _of_both("cache_seqlens", "3,", "3 sequences", "q", "2, 1, 4, 16", "2 sequences"),
+        ),
+        (
+            cached(cache_batch_idx=ints(1)),
+            _of_both("cache_batch_idx", "1,", "1 sequence", "q", "2, 1, 4, 16", "2 sequences"),
+        ),
+        (
+            cached(cache_leftpad=ints(1)),
+            _of_both("cache_leftpad", "1,", "1 sequence", "q", "2, 1, 4, 16", "2 sequences"),
+        ),
+        (
+            paged(block_table=ints(0, 1, 2, 3).view(1, 4)),
+            _of_both("block_table", "1, 4", "1 sequence", "q", "2, 1, 4, 16", "2 sequences"),
+        ),
+        (
+            appended_packed(cu_seqlens_q=ints(0, 2, 4, 5)),
+            _of_both("cache_seqlens", "2,", "2 sequences", "cu_seqlens_q", "4,", "3 sequences"),
+        ),
+        (
+            appended(k=torch.randn(3, 2, 16), v=torch.randn(3, 2, 16), cu_seqlens_k_new=ints(0, 3)),
+            _of_both("cu_seqlens_k_new", "2,", "1 sequence", "q", "2, 1, 4, 16", "2 sequences"),
+        ),
+    ),
+)
+def test_arguments_of_two_batches_are_both_named(call, words):
+    """Who is wrong, nobody can tell."""
+    function, keywords = call
+    for _ in range(3):
+        with pytest.raises(ValueError, match=words):
+            function(**keywords)
 
 
 @pytest.mark.parametrize("angles", (False, True))

@@ -123,7 +123,7 @@ INDICES = torch.arange(14, dtype=torch.int32)
 BAD = (
     ({"page_indices": None}, TypeError, "pages are named by page_table, .*, or by page_indptr"),
     ({"page_indptr": None}, TypeError, "pages are named by page_table, .*, or by page_indptr"),
-    ({"page_indptr": INDICES[:4]}, ValueError, r"page_indptr has shape \(4,\); it must be int32 \(batch \+ 1,\)"),
+    ({"page_indptr": INDICES[:4]}, ValueError, r"page_indptr .*of 3 sequences, but query has .*of 4 seq"),
     ({"page_indptr": INDICES[:5].float()}, TypeError, "page_indptr has dtype torch.float32"),
     ({"last_page_len": INDICES[:3]}, ValueError, r"last_page_len has shape \(3,\)"),
     ({"page_indices": INDICES.view(2, 7)}, ValueError, "page_indices must be"),
