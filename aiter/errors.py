@@ -1,7 +1,7 @@
 """The package's own exceptions. Each message says what was given, what was expected and what to do about it.
 
-Bad arguments of an operation raise ValueError, which LengthError is one of, or TypeError; everything that can go wrong
-after that is one of these.
+Bad arguments of an operation raise ValueError (LengthError and OverlapError are such) or TypeError; everything that can
+go wrong after that is one of these.
 """
 
 
@@ -16,6 +16,10 @@ class SettingError(AiterError, ValueError):
 class LengthError(AiterError, ValueError, RuntimeError):
     """A length is negative, or more tokens than there is room for. FlashAttention raises RuntimeError for that, which
     programs written for it may expect."""
+
+
+class OverlapError(AiterError, ValueError):
+    """Two sequences of one call would write new tokens to one place of a cache; chance would say which of them stay."""
 
 
 class UnsupportedError(AiterError):

@@ -328,8 +328,9 @@ def flash_attn_with_kvcache(
     cache side by side (latent attention) it costs nothing, elsewhere a copy of the caches at every call.
 
     Returns the output, with return_softmax_lse (output, softmax_lse). Takes no gradient. Nothing is written before all
-    arguments have been looked at. On the CPU raises ValueError, and writes nothing, where new tokens do not fit; on a
-    GPU those are not written.
+    arguments have been looked at. On the CPU raises ValueError, and writes nothing, where new tokens do not fit, or
+    where cache_batch_idx gives two sequences one row and new tokens of both one place in it; on a GPU the former are
+    not written, and chance says which of the latter stay.
     """
     if not isinstance(q, torch.Tensor):
         checks.tensor("q", q, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
@@ -420,6 +421,7 @@ def flash_attn_with_kvcache(
         append = partial(
             kv_cache.append,
             *(k, v, cache.key, cache.value, lengths, cache.table, starts_new, rotary, q, starts_q, *scales),
+            cache_batch_idx,
         )
         tokens = kv_cache.New(k, cache.key, lengths, cache.table, starts_new, rotary, q, starts_q)
         misfit = partial(kv_cache.misfit, operation.names, tokens)

@@ -19,7 +19,7 @@ import torch
 
 from aiter import checks, plan, torch_state
 from aiter.abi import pack_cache_write
-from aiter.errors import LengthError
+from aiter.errors import LengthError, OverlapError
 from aiter.kernels import ANY_HEAD_DIM
 from aiter.options import readable_index, strides_per_kv_head
 from aiter.plan import untraced
@@ -67,8 +67,8 @@ def reshape_and_cache(
     key: (tokens, heads_kv, head_dim), value: (tokens, heads_kv, value_dim), float16 or bfloat16, on CPUs float32 too.
     key_cache: (pages, page_size, heads_kv, head_dim), value_cache: (pages, page_size, heads_kv, value_dim), of any
     strides. slot_mapping: int32 or int64 (n,), n <= tokens: token t goes to position slot_mapping[t] % page_size of
-    page slot_mapping[t] // page_size; where it is negative, nowhere. Tokens from n on are not written. Which of two
-    tokens with one slot is kept, is not defined.
+    page slot_mapping[t] // page_size; where it is negative, nowhere. Tokens from n on are not written. What is kept of
+    two tokens with one slot is not defined: it may be the key of one and the value of the other.
 
     Caches have the dtype of key, or are torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2. Those hold value / scale,
     rounded to nearest even; what is beyond their range becomes its largest number. k_scale, v_scale: float32 (1,) or
@@ -109,6 +109,7 @@ def append(
     starts_q: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    batch_index: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Writes new tokens behind those that each sequence has in its cache, in place; with `rotary`, keys are rotated on
     their way, and query, rotated, is returned.
@@ -117,8 +118,11 @@ def append(
     Caches as in `reshape_and_cache`; page_table: int32 (batch, max_pages), or None: sequence b has page b. k_scale,
     v_scale: as there, or (batch, heads_kv).
     cache_seqlens: int32 (batch,) before the new tokens. query: (batch, seq_q, heads_q, head_dim), or packed by
-    starts_q.
+    starts_q. batch_index: (batch,), the rows of a larger table, or of the cache, that page_table has; on the CPU, two
+    sequences of one row may not write to one place.
     """
+    if batch_index is not None:
+        _check_apart(batch_index, cache_seqlens, key, starts_new)
     tensors = key, value, key_cache, value_cache, cache_seqlens, page_table, starts_new
     cos, sin, positions, interleaved, query_moves = rotary or (None, None, None, False, False)
     rest = query if rotary else None, starts_q, cos, sin, positions, interleaved, query_moves, k_scale, v_scale
@@ -205,6 +209,33 @@ def _broken_rules(names: checks.Names, new: New) -> Iterator[ValueError]:
                     f"{name}[{b}] is {begin}, so that {called} are rotated by the angles of {reached}; rotary_cos and "
                     f"rotary_sin have " + (f"places 0 to {places - 1}" if places else "no places")
                 )
+
+
+def _check_apart(
+    batch_index: torch.Tensor, cache_seqlens: torch.Tensor, key: torch.Tensor, starts_new: torch.Tensor | None
+) -> None:
+    """Raises where cache_batch_idx gives sequences one row, and new tokens of several one place in it. Nothing else
+    would: all of them fit. Asked at every call on the CPU, so that the answer of most is one look."""
+    if not torch_state.may_look(batch_index):
+        return
+    if plan.noted.launches is not None:
+        plan.noted.launches.append(plan.Apart(batch_index))
+    rows = batch_index.tolist()
+    if len(set(rows)) == len(rows) or not torch_state.may_look(cache_seqlens):
+        return
+    lengths, counts = cache_seqlens.tolist(), _counts(key, starts_new, len(cache_seqlens))
+    ends: dict[int, tuple[int, int]] = {}  # of each row: how far it is written, and by whom
+    for row, begin, b, count in sorted(zip(rows, lengths, range(len(lengths)), counts, strict=True)):
+        if count <= 0:
+            continue
+        end, other = ends.get(row, (begin, b))
+        if begin < end:
+            raise OverlapError(
+                f"cache_batch_idx[{min(b, other)}] and cache_batch_idx[{max(b, other)}] are both {row}, and new tokens "
+                f"of both sequences would go to place {begin} there; give each that has new tokens a row of its own. "
+                "Nothing was written."
+            )
+        ends[row] = begin + count, b
 
 
 def _counts(tokens: torch.Tensor, starts: torch.Tensor | None, batch: int) -> list[int]:

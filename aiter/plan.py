@@ -77,11 +77,17 @@ class Between(NamedTuple):
     made: torch.Tensor
 
 
+class Apart(NamedTuple):
+    """Numbers no two of which are equal, or the call would have been looked at more closely."""
+
+    given: torch.Tensor
+
+
 class Noted(threading.local):
     """What this thread launches, while somebody wants to know: plan, call, bytes of workspace; and what is made for
     them. None for what else is done to the output. See repeated.py."""
 
-    launches: list[tuple[Plan, bytes, int] | Longer | Between | None] | None = None
+    launches: list[tuple[Plan, bytes, int] | Longer | Between | Apart | None] | None = None
 
 
 noted = Noted()

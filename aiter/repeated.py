@@ -11,7 +11,8 @@ decoding with the same caches. What all the checks of such a call find, and what
 
 Kept is only what depends on nothing but the form: a call with a tensor that Python has read or copied (lengths of
 int64, a window in a tensor) has addresses of its own, or none of that tensor's, and always goes the long way. So does
-whatever needs something of PyTorch (torch_state.py), and a call whose values a CPU kernel refuses, for the message.
+whatever needs something of PyTorch (torch_state.py), a call whose values a CPU kernel refuses, for the message, and one
+with equal numbers where they mostly differ (plan.Apart).
 Functions whose calls are never alike are asked every 16th time only.
 """
 
@@ -99,6 +100,7 @@ class Kept(NamedTuple):
     returns: tuple[int | None, ...] | int | None  # OUTPUT and LSE, in what the function returns
     out: bool  # is `out` among the keywords?
     written: tuple[int | str, ...]  # arguments whose versions are to rise, by place or by name
+    apart: tuple[int, ...]  # the numbers of arguments that may have no two equal entries
     looks: bool  # is somebody to look at values where AITER_CHECK_VALUES is set?
 
     def send(self, addresses: bytes, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -110,6 +112,10 @@ class Kept(NamedTuple):
             if any([plan.plans.get(step.plan.key) is not step.plan for step in self.before]):
                 return _REFUSED
             tensors = _tensors(arguments, keywords)
+            for i in self.apart:
+                numbers = tensors[i].tolist()
+                if len(set(numbers)) < len(numbers):
+                    return _REFUSED
             made = [of.anew(tensors, own.device) for of in self.made]  # which stay until all is launched
             addresses += struct.pack(f"={len(made)}Q", *[tensor.data_ptr() for tensor in made])
             if not all(step.send(addresses, None, None) for step in self.before):  # none after one that is refused
@@ -210,6 +216,7 @@ def _kept(launches: list, result: Any, by_position: tuple[Any, ...], keywords: d
     """The launches, if they follow from the form and the addresses of arguments alone."""
     arguments, out = _tensors(by_position, keywords), keywords.get("out")
     made: list[plan.Longer | plan.Between] = []
+    apart: list[int] = []
     steps: list[tuple[plan.Plan, bytes, int]] = []
     for entry in launches:
         if entry is None:
@@ -217,6 +224,11 @@ def _kept(launches: list, result: Any, by_position: tuple[Any, ...], keywords: d
         if isinstance(entry, (plan.Longer, plan.Between)):
             if entry.made is not result:
                 made.append(entry)
+        elif isinstance(entry, plan.Apart):
+            numbers = [i for i, tensor in enumerate(arguments) if tensor is entry.given]
+            if not numbers:
+                return None
+            apart += numbers
         else:
             steps.append(entry)
     to_make = tuple([Made.like(entry, arguments) for entry in made])
@@ -273,6 +285,7 @@ def _kept(launches: list, result: Any, by_position: tuple[Any, ...], keywords: d
         tuple(returns) if isinstance(result, tuple) else returns[0] if returns else None,
         out is not None,
         tuple(written),
+        tuple(apart),
         looks=own.device.type != "cpu" and any(tensor.dtype is torch.int32 for tensor in arguments),
     )
 

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aiter import flash_attn, kv_cache
-from aiter.errors import LengthError
+from aiter.errors import AiterError, LengthError, OverlapError
 from aiter.flash_attn import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 E4M3 = torch.float8_e4m3fn
@@ -382,6 +382,32 @@ BEFORE_A_WRITE = {
               block_table=ints(0, 1, 2, 9).view(2, 2), **new_tokens(1)), ValueError,
         r"^block_table\[1, 1\] is 9; the cache has pages 0 to 5",
     ),
+    "one row twice": (
+        appended(cache_batch_idx=ints(1, 1), cache_seqlens=ints(4, 4)), OverlapError,
+        r"^cache_batch_idx\[0\] and cache_batch_idx\[1\] are both 1, and new tokens of both sequences .* place 4 there",
+    ),
+    "one row twice, some places": (
+        appended(cache_batch_idx=torch.tensor([1, 1]), cache_seqlens=ints(5, 3), **new_tokens(3)), OverlapError,
+        "place 5 there",
+    ),
+    "one row twice among others": (
+        appended(q=torch.randn(4, 1, 4, 16), cache_batch_idx=ints(1, 0, 1, 1), cache_seqlens=ints(3, 4, 2, 4),
+                 k=torch.randn(5, 2, 16), v=torch.randn(5, 2, 16), cu_seqlens_k_new=ints(0, 2, 3, 4, 5)), OverlapError,
+        r"^cache_batch_idx\[0\] and cache_batch_idx\[3\] are both 1, .* place 4 there",
+    ),
+    "one row twice, rotated": (
+        rotated(cache_batch_idx=ints(0, 0), cache_seqlens=ints(3, 3)), OverlapError, r"are both 0, .* place 3 there",
+    ),
+    "one row of the table twice": (
+        paged(cache_batch_idx=ints(1, 1), cache_seqlens=ints(4, 4), **new_tokens(1)), OverlapError, "both 1, .* place 4"
+    ),
+    "one row twice, padded": (
+        appended(cache_batch_idx=ints(1, 1), cache_seqlens=ints(4, 4), cache_leftpad=ints(1, 2)), OverlapError,
+        "place 4 there",
+    ),
+    "one row twice, and a length that is worse": (
+        appended(cache_batch_idx=ints(1, 1), cache_seqlens=ints(-1, -1)), LengthError, r"^cache_seqlens\[0\] is -1",
+    ),
     "no rows": (
         appended(q=torch.randn(0, 4, 16), cu_seqlens_q=ints(0, 2, 5), max_seqlen_q=3), ValueError, r"cu_seqlens_q\[0\]",
     ),
@@ -564,6 +590,49 @@ def test_arguments_of_two_batches_are_both_named(call, words):
     for _ in range(3):
         with pytest.raises(ValueError, match=words):
             function(**keywords)
+
+
+@pytest.mark.parametrize("make", (appended, paged), ids=("rows", "pages"))
+@pytest.mark.parametrize(
+    ("lengths", "starts"), (((4, 3), (0, 1, 2)), ((3, 5), (0, 2, 4)), ((3, 3), (0, 2, 2)), ((3, 3), (0, 0, 0)))
+)
+def test_one_row_of_several_sequences(make, lengths, starts):
+    """They may write to places of their own in it."""
+    new = {name: torch.randn(starts[-1], 2, 16) for name in "kv"}
+    for _ in range(4):
+        function, keywords = make(cache_batch_idx=ints(1, 1), cache_seqlens=ints(*lengths), **new)
+        keywords["cu_seqlens_k_new"] = ints(*starts)
+        expected = {f"{name}_cache": keywords[f"{name}_cache"].clone() for name in "kv"}
+        function(**keywords)
+        for name, cache in expected.items():
+            row = cache[2:4].view(8, 2, 16) if make is paged else cache[1]
+            for length, start, end in zip(lengths, starts, starts[1:], strict=False):
+                row[length : length + end - start] = new[name[0]][start:end]
+            assert torch.equal(keywords[name], cache)
+
+
+def test_one_row_that_several_sequences_read():
+    for make in (cached, paged):
+        function, keywords = make(cache_batch_idx=ints(1, 1))
+        for _ in range(4):
+            outputs = function(**keywords)
+        keywords["cache_batch_idx"] = ints(0, 1)
+        assert torch.equal(outputs[1], function(**keywords)[1])
+
+
+def test_one_row_twice_in_a_call_like_one_before():
+    for rows in (*[ints(1, 0)] * 5, ints(1, 1), ints(0, 1), ints(0, 0)):
+        function, keywords = appended(cache_batch_idx=rows, cache_seqlens=ints(4, 4))
+        before = [keywords[name].clone() for name in ("k_cache", "v_cache")]
+        if rows[0] != rows[1]:
+            function(**keywords)
+            assert keywords["k_cache"]._version == 1
+            continue
+        with pytest.raises(OverlapError, match=rf"are both {int(rows[0])}, ") as raised:
+            function(**keywords)
+        assert isinstance(raised.value, ValueError) and isinstance(raised.value, AiterError)
+        for name, old in zip(("k_cache", "v_cache"), before, strict=True):
+            assert torch.equal(keywords[name], old) and keywords[name]._version == 0
 
 
 @pytest.mark.parametrize("angles", (False, True))
