@@ -31,3 +31,25 @@ def test_every_shape_fits(arch, options, tmp_path):
     words += ["-o", str(tmp_path / "nothing"), str(HERE / "check_shapes.hip")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("head_dim, value_dim", ((128, 128), (192, 192), (256, 256), (192, 128), (64, 256)))
+def test_pieces_have_room_for_what_they_leave(head_dim, value_dim, tmp_path):
+    """Of kernels that cut keys, with batch_invariant: by a program that runs without a GPU."""
+    toolchain = toolchain_for("sm_90a")
+    compiler = toolchain.find()
+    if compiler is None:
+        pytest.skip(f"no {toolchain.language} compiler: set {toolchain.variable}")
+    options = (("cut", 1), *((("value_dim", value_dim),) if value_dim != head_dim else ()))
+    spec = Spec("attention_forward", "bf16", head_dim, False, "sm_90a", options)
+    first, link = toolchain.commands(spec, str(HERE / "check_pieces.hip"), compiler.path)
+    run = {"cwd": SOURCES, "capture_output": True, "text": True}
+    objects = str(tmp_path / "check.o")
+    done = subprocess.run([objects if word == "kernel.o" else word for word in first], **run)
+    assert done.returncode == 0, done.stderr
+    program = str(tmp_path / "check")
+    words = [objects if word == "kernel.o" else word for word in link if word != "-shared"]
+    done = subprocess.run([*words[: words.index("-o") + 1], program], **run)
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
