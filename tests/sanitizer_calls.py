@@ -76,10 +76,25 @@ def backward(dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int) -> No
 
 
 def cut_keys() -> None:
-    """Few rows on many keys, whose pieces are dealt, and many, which take them in turn: on sm_90a."""
-    for rows, keys, invariant in ((100, 5000, False), (1, 9000, True), (9000, 5000, True)):
-        tensors = [randn(1, length, heads, 128, dtype=BF16) for length, heads in ((rows, 4), (keys, 2), (keys, 2))]
+    """Few rows on many keys, whose pieces are dealt, and many, or many sequences of few, which take them in turn and
+    keep their sums in shared memory or, beyond 128 dimensions, in the workspace: on sm_90a."""
+    for batch, rows, keys, head_dim, invariant in (
+        (1, 100, 5000, 128, False),
+        (1, 1, 9000, 128, True),
+        (1, 9000, 5000, 128, True),
+        (80, 1, 4200, 256, True),
+    ):
+        lengths = ((rows, 4), (keys, 2), (keys, 2))
+        tensors = [randn(batch, length, heads, head_dim, dtype=BF16) for length, heads in lengths]
         assert aiter.flash_attn_func(*tensors, causal=True, batch_invariant=invariant).isfinite().all()
+
+
+def many_packed() -> None:
+    """More sequences than a wave looks at together, some of them empty, with a mask and without."""
+    lengths = torch.tensor([0] * 33 + [300, 1, 0, 700] * 10, device="cuda", dtype=torch.int32)
+    packed = [randn(int(lengths.sum()), heads, 64, dtype=BF16) for heads in (4, 2, 2)]
+    for causal in (False, True):
+        assert aiter.variable_length_attention(*packed, lengths, 700, causal).isfinite().all()
 
 
 def main() -> None:
@@ -96,6 +111,7 @@ def main() -> None:
         backward(BF16, head_dim, causal, 1090)  # all gradients in one pass, on sm_90a
     options()
     cut_keys()
+    many_packed()
     torch.cuda.synchronize()
     print("all right")
 
