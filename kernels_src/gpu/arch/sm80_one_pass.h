@@ -15,7 +15,7 @@
  *     (barrier)    the tile is there, the next one sets off
  *     S            then one lane tells that this block has added to the tile before: stores of a while ago. And all ask
  *                  how many have added to this one
- *     P            exp2(S - LSE);          dV += P dO
+ *     P            exp2(S - LSE);          dV += P dO         of teams dP before it, without a soft cap
  *     dP, dS       P (dP - delta), 16 bits of it to shared memory, of teams P as well
  *                  if all blocks before this one have added to the tile, its sums set off; else they are waited for
  *     dK           += dS Q
