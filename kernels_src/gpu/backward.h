@@ -139,7 +139,11 @@ __host__ __device__ inline int64_t zeros_at(const aiter_attention_problem &p) {
 /* Where GRAD_ALL adds up the gradients of queries: behind those, in float32, a tile of rows of one head at a time, as
  * its lanes hold them. Blocks add to a tile in a fixed order, so that the sum is the same in every run: `turns` counts
  * those that have. The first does not add but write. A block's place in the order of all blocks is a ticket that it
- * draws when it begins; whom it waits for has drawn one before it. */
+ * draws when it begins; whom it waits for has drawn one before it.
+ *
+ * Starts of packed sequences that fall, which only the device sees, give two sequences one tile. Its sums are then
+ * anything; but turns only rise, by one for each block of either, and a block waits until there are as many as it has
+ * before it, or more: that comes, whoever else counts there. */
 struct QuerySums {
     static constexpr int ROWS = 64, COLUMNS = round_up(HEAD_DIM, HEAD_DIM <= 96 ? 16 : 64);
     static constexpr int PARTS = COLUMNS <= 96 ? 1 : 2, PART_COLUMNS = COLUMNS / PARTS;

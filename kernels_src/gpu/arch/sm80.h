@@ -168,8 +168,9 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
     return x;
 }
-__device__ __forceinline__ void store_release(uint32_t *to, uint32_t x) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+/* Behind all that the thread, or its block when its waves met last, had written. */
+__device__ __forceinline__ void add_release(uint32_t *to, uint32_t x) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
 }
 
 /* ---- elements ---- */

@@ -28,9 +28,9 @@ template <int ROWS, int COLUMNS> struct BlockLayout {
     }
 };
 
-/* GRAD_ALL: until `turn` blocks have added to a tile of QuerySums. */
+/* GRAD_ALL: until `turn` blocks have added to a tile of QuerySums. Or more of them: see there. */
 __device__ __forceinline__ void wait_for_turn(const QuerySums &sums, int64_t place, uint32_t turn) {
-    while (load_acquire(sums.turns + place) != turn) {
+    while (load_acquire(sums.turns + place) < turn) {
     }
 }
 

@@ -56,11 +56,6 @@ __device__ __forceinline__ void load_shared_by_all(float (&x)[4], const char *fr
                  : "memory");
 }
 
-/* Behind all that the block had written when its waves met last. */
-__device__ __forceinline__ void add_release(uint32_t *to, uint32_t x) {
-    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
-}
-
 struct OnePassShape {
     static constexpr int TEAM = HEAD_DIM <= 64 ? 1 : 2, BLOCKS = ONE_PASS_BLOCKS;
     static constexpr int WAVES = 8 / BLOCKS, THREADS = WAVES * WAVE;
@@ -295,7 +290,7 @@ struct OnePassLoop {
                 weigh(row, p, ds);
                 tile.pass(ds, tile.grad_scores());
                 if (half + 1 == 2 / Tile::TEAM) {
-                    if (added != turn) wait_for_turn(sums, place, turn);
+                    if (added < turn) wait_for_turn(sums, place, turn);
                     const char *sum = sums.sums + place * int64_t(QuerySums::TILE_BYTES);
                     tile.for_sums(dq, [&](float(&x)[4], int at) { load_shared_by_all(x, sum + at, turn > 0); });
                 }

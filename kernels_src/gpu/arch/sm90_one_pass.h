@@ -52,7 +52,7 @@ __device__ __forceinline__ void add_to_sums(const QuerySums &sums, int64_t place
     mbarrier::arrive(taken);
     bulk::wait();
     bulk::order();
-    store_release(sums.turns + place, turn + 1);
+    add_release(sums.turns + place, 1);
 }
 
 /* To where its lanes' values are in QuerySums. */
