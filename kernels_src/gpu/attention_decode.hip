@@ -518,10 +518,13 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
         if (lead == 0 || last > 0) {
             const Unit unit(reread(arguments), place.batch, place.index, schedule);
             const int origin = keys_to_read(arguments.problem, unit.sequence.mask).low;
-            const int end_key =
-                lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
+            int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
             int first_key = origin + first * keys_of_step;
-            if (WINDOW) first_key += greater(unit.sees(0).low - first_key, 0) / STEP_KEYS * STEP_KEYS;
+            if (WINDOW) {
+                const int low = unit.sees(0).low;
+                first_key += greater(low - first_key, 0) / STEP_KEYS * STEP_KEYS;
+                if (low >= end_key) end_key = 0; /* all rows are past the last key: there is no page to look up */
+            }
 
             const bool whole = first == 0 && last == all && schedule.cluster == 1;
             visit(unit, Piece{place, unit.rows, first_key, end_key, first == 0, whole, again});

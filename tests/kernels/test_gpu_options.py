@@ -335,9 +335,14 @@ def test_values_out_of_range(target, kernel):
     options = {"page_table": ints([[-far, far]] * 3)}
     if not kernel.paged:
         key, value, options = key.flatten(0, 1), value.flatten(0, 1), {"starts_k": ints([far, -far, 9, 4])}
-    options |= {"starts_q": ints([-far, 7, far, 3]), "max_seqlen": (20, 32)}
-    for offsets, window in (([far, -far - 1, 0], (far, far)), ([-far, 5, far], (far, 0)), ([0, 9, 3], (0, far))):
-        options |= {"query_offsets": ints(offsets), "window": window, **dropout_of(kernel, [], 2)[0]}
+    for starts, offsets, window in (
+        ([-far, 7, far, 3], [far, -far - 1, 0], (far, far)),
+        ([0, 15, 4, 20], [-far, 5, far], (far, 0)),  # the last overlaps the first
+        ([-far, 7, far, 3], [0, 9, 3], (0, far)),
+        ([far, -far, 7, far], [far, 40, far], (3, 0)),  # all rows past the last key
+    ):
+        options |= {"starts_q": ints(starts), "max_seqlen": (20, 32), "query_offsets": ints(offsets), "window": window}
+        options |= {"batch_invariant": kernel.name == DECODE, **dropout_of(kernel, [], 2)[0]}
         options |= {"chunk": 37} if kernel.chunk else {}
         if kernel.name == BACKWARD:
             gradients(target, query, key, value, grad, torch.zeros(2, 20), grad, **options)
