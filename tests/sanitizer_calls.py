@@ -75,6 +75,14 @@ def backward(dtype: torch.dtype, head_dim: int, causal: bool, seqlen: int) -> No
         assert all(grad.isfinite().all() for grad in grads)
 
 
+def overlapping(head_dim: int) -> None:
+    """Packed sequences whose starts fall: the last has rows of the first, and places of its sums in one pass."""
+    tensors = [randn(1200, heads, head_dim, dtype=BF16).requires_grad_() for heads in (4, 2, 2)]
+    starts = torch.tensor([0, 1090, 400, 1200], device=tensors[0].device, dtype=torch.int32)
+    output = flash_attn.flash_attn_varlen_func(*tensors, starts, starts, 1200, 1200, causal=True)
+    torch.autograd.grad(output, tensors, torch.ones_like(output))
+
+
 def cut_keys() -> None:
     """Few rows on many keys, whose pieces are dealt, and many, or many sequences of few, which take them in turn and
     keep their sums in shared memory or, beyond 128 dimensions, in the workspace: on sm_90a."""
@@ -109,6 +117,7 @@ def main() -> None:
         backward(dtype, head_dim, causal, 300)
     for head_dim, causal in ((64, True), (96, False), (128, True), (256, True)):
         backward(BF16, head_dim, causal, 1090)  # all gradients in one pass, on sm_90a
+        overlapping(head_dim)
     options()
     cut_keys()
     many_packed()

@@ -207,6 +207,50 @@ def test_bad_values_on_the_gpu_stay_inside_the_tensors(monkeypatch):
         aiter.flash_attn_with_kvcache(query, cache, table, page_size, **options)
 
 
+FALLING_STARTS = """
+import sys, torch
+from aiter.flash_attn import flash_attn_varlen_func
+far, longest, head_dim = 2**31 - 1, 2048, int(sys.argv[1])
+shapes = [(3 * longest, heads, head_dim) for heads in (16, 4, 4)]
+tensors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+gradient = torch.randn_like(tensors[0])
+
+def gradients(starts_q, starts_k, causal):
+    starts = [torch.tensor(starts, device="cuda", dtype=torch.int32) for starts in (starts_q, starts_k)]
+    output = flash_attn_varlen_func(*tensors, *starts, longest, longest, causal=causal)
+    return torch.autograd.grad(output, tensors, gradient)
+
+for causal in (False, True):
+    good = [0, 2000, 3000, 5000], [0, 1900, 3500, 5500]
+    before = gradients(*good, causal)
+    for starts in (
+        [0, 2000, 1000, 3000],  # the last sequence overlaps the first
+        [0, 2048, 0, 2048, 0, 2048],  # three times the same
+        [5000, 4000, 2500, 500, 2500],
+        [-far, 1500, far, -5, far, 100, 6000],
+    ):
+        even = [i * len(tensors[0]) // len(starts) for i in range(len(starts))]
+        for starts_q, starts_k in ((starts, even), (even, starts), (starts, starts)):
+            gradients(starts_q, starts_k, causal)
+            torch.cuda.synchronize()
+            print(causal, starts_q, starts_k, flush=True)
+    for one, other in zip(before, gradients(*good, causal), strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
+def test_gradients_of_packed_sequences_that_overlap(head_dim):
+    """Starts that fall are seen by nobody but the GPU, where blocks wait for each other: the call ends, with gradients
+    that mean nothing, and the next one is right. In a process of its own, so that one that hangs can be ended."""
+    tensors = [t[0].requires_grad_() for t in qkv(1, 2048, 2048, 16, 4, head_dim)]
+    starts = torch.tensor([0, 2048], device="cuda", dtype=torch.int32)
+    for causal in (False, True):  # compiles
+        output = flash_attn.flash_attn_varlen_func(*tensors, starts, starts, 2048, 2048, causal=causal)
+        torch.autograd.grad(output, tensors, output)
+    subprocess.run([sys.executable, "-c", FALLING_STARTS, str(head_dim)], check=True, timeout=120)
+
+
 def test_float32_is_an_error_that_says_what_is_supported():
     with pytest.raises(aiter.errors.UnsupportedDtypeError, match="fp16, bf16"):
         aiter.flash_attn_func(*qkv(dtype=torch.float32))

@@ -278,6 +278,14 @@ REFUSED = {
     "shape of v": (packed(v=torch.randn(8, 2, 16)), ValueError, "v has shape"),
     "used": (packed(seqused_k=ints(4, 6)), ValueError, r"seqused_k\[1\] is 6"),
     "starts": (packed(cu_seqlens_q=ints(0, 8, 7)), ValueError, r"cu_seqlens_q\[0\] is 0 and the next 8"),
+    "starts that fall": (
+        packed(cu_seqlens_q=ints(0, 4, 3, 7), cu_seqlens_k=ints(0, 5, 5, 9)), ValueError,
+        r"cu_seqlens_q\[1\] is 4 and the next 3; they must rise",
+    ),
+    "starts of keys that fall, in training": (
+        packed(q=torch.randn(7, 4, 16, requires_grad=True), cu_seqlens_q=ints(0, 3, 3, 7),
+               cu_seqlens_k=ints(0, 5, 4, 9)), ValueError, r"cu_seqlens_k\[1\] is 5 and the next 4; they must rise",
+    ),
     "starts of pages": (
         packed(k=torch.randn(6, 4, 2, 16), v=torch.randn(6, 4, 2, 16), block_table=ints(0, 1, 2, 3).view(2, 2),
                cu_seqlens_k=ints(0, 4, 13)), ValueError, r"the length in cu_seqlens_k\[1\] is 9",
