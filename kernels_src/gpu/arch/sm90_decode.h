@@ -129,7 +129,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         launch.cluster = cluster;
         launch.arrived = arrived;
         launch.box = PAGED ? tensor_map::box_of(call.problem.page_size, STAGE_KEYS) : STAGE_KEYS;
-        if (!tensor_map::make_keys_and_values(launch.key, launch.value, call, launch.box)) launch.box = 0;
+        if (!tensor_map::make_keys_and_values(launch.key, launch.value, tensor_map::Reuse::ONCE, call, launch.box))
+            launch.box = 0;
         return launch;
     }
 
@@ -179,9 +180,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
             wave_sync();
             if (line < LINES) {
                 const bool of_values = line >= KEY_LINES;
-                tensor_map::copy(ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
-                                 of_values ? launch.value : launch.key,
-                                 (of_values ? line - KEY_LINES : line) * LINE_COLUMNS, token, head, batch, ring.full());
+                tensor_map::copy<tensor_map::Reuse::ONCE>(
+                    ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
+                    of_values ? launch.value : launch.key, (of_values ? line - KEY_LINES : line) * LINE_COLUMNS, token,
+                    head, batch, ring.full());
             }
             wave_sync();
             ring.advance();

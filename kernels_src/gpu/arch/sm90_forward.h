@@ -158,8 +158,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
         const bool mapped =
-            tensor_map::make_keys_and_values(launch.key, launch.value, call, launch.box) &&
-            tensor_map::make(launch.query, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
+            tensor_map::make_keys_and_values(launch.key, launch.value, tensor_map::Reuse::OFTEN, call, launch.box) &&
+            tensor_map::make(launch.query, tensor_map::Reuse::OFTEN, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
         launch.order = {p, tiles, blocks, p.packed_q && tasks == tiles};

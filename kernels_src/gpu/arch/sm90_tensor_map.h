@@ -28,9 +28,13 @@ inline int box_of(int page_size, int keys) {
 
 extern "C" void *aiter_driver_function(const char *name); /* gpu/cuda_runtime.cpp */
 
+/* How often other blocks ask for what a box has brought. ONCE or nearly so: where a box has half of a row, the L2 cache
+ * would be told to fetch the other half too, which is on its way already, and less came through it (docs/hopper.md). */
+enum class Reuse { ONCE, OFTEN };
+
 /* Whether it could be made: it cannot of a tensor with strides of 0 or of 2^40 bytes, for instance. */
-inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3], int64_t batch, int64_t tokens,
-                 int64_t heads, int columns, int box_tokens, int box_heads = 1, int element_bytes = 2) {
+inline bool make(CUtensorMap &map, Reuse reuse, const void *tensor, const int64_t strides[3], int64_t batch,
+                 int64_t tokens, int64_t heads, int columns, int box_tokens, int box_heads = 1, int element_bytes = 2) {
     static const auto encode =
         reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(aiter_driver_function("cuTensorMapEncodeTiled"));
     if (encode == nullptr) return false;
@@ -51,20 +55,21 @@ inline bool make(CUtensorMap &map, const void *tensor, const int64_t strides[3],
                                                         CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 #endif
     return encode(&map, type, 4, const_cast<void *>(tensor), sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                  CU_TENSOR_MAP_SWIZZLE_128B,
+                  reuse == Reuse::ONCE ? CU_TENSOR_MAP_L2_PROMOTION_NONE : CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 /* Those of keys and values, whose boxes have as many tokens; 0: there cannot be any. */
 template <class Call>
-inline bool make_keys_and_values(CUtensorMap &key, CUtensorMap &value, const Call &call, int box_tokens) {
+inline bool make_keys_and_values(CUtensorMap &key, CUtensorMap &value, Reuse reuse, const Call &call, int box_tokens) {
     const auto &p = call.problem;
     const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
     const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
     return box_tokens != 0 &&
-           make(key, call.tensors.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, box_tokens, 1,
+           make(key, reuse, call.tensors.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, box_tokens, 1,
                 CACHED_BYTES) &&
-           make(value, call.tensors.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, box_tokens, 1,
+           make(value, reuse, call.tensors.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, box_tokens, 1,
                 CACHED_BYTES);
 }
 
@@ -92,13 +97,24 @@ struct PageBox {
     __device__ __forceinline__ int token() const { return greater(position, 0); }
 };
 
-/* One box; its bytes count for the barrier (mbarrier::arrive_and_expect). */
+/* One box; its bytes count for the barrier (mbarrier::arrive_and_expect). ONCE: of all that the L2 cache holds, it may
+ * forget this first. */
+template <Reuse REUSE = Reuse::OFTEN>
 __device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, int column, int token, int head,
                                      int batch, SharedAddress barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-                 "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier)
-                 : "memory");
+    if constexpr (REUSE == Reuse::ONCE) {
+        uint64_t policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+                     "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+                     "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier), "l"(policy)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                     "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                     "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier)
+                     : "memory");
+    }
 }
 
 } // namespace tensor_map
