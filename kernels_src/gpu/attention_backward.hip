@@ -58,7 +58,9 @@
 #include "gpu/backward_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
-#if AITER_HEAD_DIM <= 128
+#if AITER_HEAD_DIM <= 64
+#include "gpu/arch/sm90_one_pass_narrow.h"
+#elif AITER_HEAD_DIM <= 128
 #include "gpu/arch/sm90_one_pass.h"
 #elif AITER_HEAD_DIM == 256
 #include "gpu/arch/sm90_one_pass_wide.h"
@@ -77,7 +79,9 @@ static_assert(!PAGED, "the backward pass knows no pages");
 static_assert(HEAD_DIM <= 512, "latent attention's backward pass is that of its separate keys and values");
 
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 /* beyond, gradients do not fit */
-#if AITER_HEAD_DIM <= 128
+#if AITER_HEAD_DIM <= 64
+template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, NarrowOnePassLoop, BackwardWarpgroupLoop<PASS>>;
+#elif AITER_HEAD_DIM <= 128
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, OnePassLoop, BackwardWarpgroupLoop<PASS>>;
 #elif AITER_HEAD_DIM == 256
 template <int PASS> using Loop = std::conditional_t<PASS == GRAD_ALL, WideOnePassLoop, BackwardWarpgroupLoop<PASS>>;

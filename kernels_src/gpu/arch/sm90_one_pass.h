@@ -1,4 +1,4 @@
-/* GRAD_ALL on sm_90a (see backward.h), up to 128 columns: two warpgroups of consumers, each with 64 keys and both their
+/* GRAD_ALL on sm_90a (see backward.h), 65 to 128 columns: two warpgroups of consumers, each with 64 keys and both their
  * gradients; tiles of 64 queries. S and dP have a row for each key. From top to bottom, one warpgroup's work on a tile:
  *
  *   matrix unit                      meanwhile
@@ -68,12 +68,11 @@ struct OnePassShape {
     /* Whether the warpgroups each multiply all columns of one of two tiles, or half of the columns of each. */
     static constexpr bool PAIRED = QuerySums::PARTS == 1;
     static constexpr int GROUP = PAIRED ? 2 : 1;
-    static constexpr int ROWS = 128, TOKENS = QuerySums::ROWS, STAGES = HEAD_DIM <= 64 ? 4 : PAIRED ? 2 : 3;
+    static constexpr int ROWS = 128, TOKENS = QuerySums::ROWS, STAGES = PAIRED ? 2 : 3;
     static constexpr int WAVES = 8;    /* of the consumers */
     static constexpr int COPIERS = 64; /* threads */
     /* Registers of a thread */
-    static constexpr int CONSUMER_REGISTERS = HEAD_DIM <= 64 ? 232 : 240;
-    static constexpr int PRODUCER_REGISTERS = HEAD_DIM <= 64 ? 40 : 24;
+    static constexpr int CONSUMER_REGISTERS = 240, PRODUCER_REGISTERS = 24;
     /* Behind the stages: dS of a group of tiles, and their gradients of queries. */
     using GradScores = BlockLayout<ROWS, TOKENS>;
     static constexpr int GRADIENTS_BYTES = GROUP * (GradScores::BYTES + QuerySums::TILE_BYTES);
@@ -90,7 +89,7 @@ struct OnePassTiles : OnePassShape::Stages {
         TILE_BYTES + Shape::GRADIENTS_BYTES + STAGE_BARRIERS_BYTES + 6 * mbarrier::BYTES;
     /* Whether products set off one right after the other: descriptors from scalars that are worked out once (from
      * anything else, each is made between two products), dP before the exponentials, the next tile awaited before dQ.
-     * On an H100 this gave up to 3 % at 128 columns, and took up to 4 % at 64 and 5 to 10 % at 96. */
+     * On an H100 this gave up to 3 % at 128 columns, and took 5 to 10 % at 96. */
     static constexpr bool AT_ONCE = !PAIRED;
     using Scores = Accumulator<1, TOKENS>;
     using Operand = uint32_t[TOKENS / 16][4];
