@@ -200,10 +200,12 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, const Scor
                 if (unit.repair(bad, score, from_lane(log_sum[slot], first_lane(lanes)))) spoiled |= row == bad;
             }
         }
-        if (row >= unit.padded_rows) continue;
-        if (Tile::leads_row()) unit.store_lse(row, log_sum[slot]);
-        if (spoiled) continue;
-        Element *to = unit.output(row);
+        if (row < unit.padded_rows && Tile::leads_row()) unit.store_lse(row, log_sum[slot]);
+        Element *to = row < unit.padded_rows && !spoiled ? unit.output(row) : nullptr;
+#if defined(AITER_LATENT)
+        store_elements<Tile::COLUMNS>(o, slot, to == nullptr ? to : to + Loop::first_column());
+#else
+        if (to == nullptr) continue;
 #pragma unroll
         for (int i = 0; i < Output::VALUES; i += RUN) {
             Pack<uint32_t, RUN / 2> run;
@@ -212,6 +214,7 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, const Scor
             if (column_of_lane(i) < VALUE_DIM)
                 *reinterpret_cast<Pack<uint32_t, RUN / 2> *>(to + column_of_lane(i)) = run;
         }
+#endif
     }
 }
 

@@ -170,6 +170,36 @@ __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t
                  : "memory");
 }
 
+/* The columns that exist of a lane's row `slot`, straight from the registers, 16 bytes a lane: the four lanes that share
+ * a row exchange what they have of 32 columns. By all lanes; to: where the row goes, or null. */
+template <int EXISTING, int COLUMNS>
+__device__ __forceinline__ void store_elements(const Accumulator<1, COLUMNS> &o, int slot, Element *to) {
+    constexpr int TILES = Accumulator<1, COLUMNS>::TILES;
+    const int t = lane() % 4;
+    const bool high = t & 2, odd = t & 1;
+#pragma unroll
+    for (int n = 0; n < TILES; n += 4) {
+        uint32_t w[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            w[i] = n + i < TILES ? to_elements(o.get(slot, 2 * (n + i < TILES ? n + i : 0)),
+                                               o.get(slot, 2 * (n + i < TILES ? n + i : 0) + 1))
+                                 : 0;
+        /* Lane t is to have tile n + t: first the half of the tiles that it is in, then the tile. */
+        const uint32_t a0 = high ? w[2] : w[0], a1 = high ? w[3] : w[1];
+        const uint32_t b0 = __shfl_xor_sync(~0u, high ? w[0] : w[2], 2);
+        const uint32_t b1 = __shfl_xor_sync(~0u, high ? w[1] : w[3], 2);
+        const uint32_t a = odd ? a1 : a0, b = odd ? b1 : b0;
+        const uint32_t from_a = __shfl_xor_sync(~0u, odd ? a0 : a1, 1);
+        const uint32_t from_b = __shfl_xor_sync(~0u, odd ? b0 : b1, 1);
+        const uint2 own = odd ? make_uint2(from_a, a) : make_uint2(a, from_a);
+        const uint2 other = odd ? make_uint2(from_b, b) : make_uint2(b, from_b);
+        const uint4 chunk =
+            high ? make_uint4(other.x, other.y, own.x, own.y) : make_uint4(own.x, own.y, other.x, other.y);
+        if (to != nullptr && (n + t) * 8 < EXISTING) reinterpret_cast<uint4 *>(to)[n + t] = chunk;
+    }
+}
+
 /* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
 namespace mbarrier {
 

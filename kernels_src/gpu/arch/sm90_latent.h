@@ -3,8 +3,8 @@
  * reads each tile from shared memory once for 16 rows.
  *
  *   a piece       64 rows (token, head), and keys in tiles of 64. One block to an SM, three warpgroups:
- *   warpgroup 2   copies: tile after tile, as far ahead as there is room, 16 bytes a lane (cp.async), so that pages may
- *                 have any size
+ *   warpgroup 2   copies: tile after tile, as far ahead as there is room, boxes of a tensor map; 16 bytes a lane
+ *                 (cp.async) where there is none: pages of no multiple of 8 tokens, windows, values that are apart
  *   0 and 1       multiply. 64 rows of output are 64 x 512 floats, most registers of two warpgroups: each has half of
  *                 the columns. Warpgroup 0 makes the scores of even tiles and warpgroup 1 of odd ones; the probabilities
  *                 P go to the other through shared memory, and both multiply them by their half of the values:
@@ -29,9 +29,8 @@
  *                 cycles and what the memory's pace adds to arrive. So the first EARLY groups of scores are made before
  *                 P of the tile before comes, the others after. Shared memory is busy for 2300 of them: scores read
  *                 4 KB in 32 cycles, products 8 to 10 KB in 128, and 72 KB are written.
- *                 64 sequences of 4096 keys, 128 heads, are 128 pieces of 64 tiles on 132 SMs: on an H100 2.4 us a
- *                 tile, 2.0 with the copies left out. The two pieces of a sequence run side by side: memory is read
- *                 once (302 MB), the L2 cache twice.
+ *                 64 sequences of 4096 keys, 128 heads, are 128 pieces of 64 tiles on 132 SMs. The two pieces of a
+ *                 sequence run side by side: memory is read once (302 MB), the L2 cache twice.
  *
  * Values in a memory of their own: they replace the tile's first eight blocks as soon as its scores are made.
  *
@@ -42,7 +41,8 @@
 #define AITER_GPU_ARCH_SM90_LATENT_H
 
 #include "gpu/arch/sm80_decode.h"
-#include "gpu/arch/sm90.h"
+#include "gpu/arch/sm90_tensor_map.h"
+#include "gpu/sequence.h"
 #include "gpu/softmax.h"
 
 namespace aiter {
@@ -95,8 +95,8 @@ struct LatentLoop : LatentDecode {
         __device__ __forceinline__ SharedAddress values() const { return barrier(GROUPS); }
         __device__ __forceinline__ SharedAddress scored() const { return barrier(GROUPS + 1); }
         __device__ __forceinline__ SharedAddress used(int half) const { return barrier(GROUPS + 2 + half); }
-        __device__ __forceinline__ void make_barriers() const {
-            for (int group = 0; group < GROUPS; ++group) mbarrier::make(full(group), WARPGROUP);
+        __device__ __forceinline__ void make_barriers(bool mapped) const {
+            for (int group = 0; group < GROUPS; ++group) mbarrier::make(full(group), mapped ? 1 : WARPGROUP);
             mbarrier::make(values(), WARPGROUP);
             for (int i = GROUPS + 1; i < STAGE_BARRIERS; ++i) mbarrier::make(barrier(i), 4); /* by waves */
         }
@@ -104,7 +104,7 @@ struct LatentLoop : LatentDecode {
 
     /* Are values not the first columns of the keys? Of the whole call: the barrier of values counts all tiles of a block,
      * or none. */
-    static __device__ __forceinline__ bool apart(const Arguments &arguments) {
+    static __host__ __device__ __forceinline__ bool apart(const Arguments &arguments) {
         const aiter_attention_problem &p = arguments.problem;
         const bool one_batch = !PAGED && p.batch == 1, one_head = p.heads_kv == 1;
         return arguments.tensors.key != arguments.tensors.value || p.key_strides[1] != p.value_strides[1] ||
@@ -112,7 +112,72 @@ struct LatentLoop : LatentDecode {
                !one_head && p.key_strides[2] != p.value_strides[2];
     }
 
+    /* The kernel's parameter. */
+    struct Launch : Arguments {
+        CUtensorMap cache;
+        int box; /* keys that a copy by the map brings; 0: there is none */
+    };
+    /* No map where values are apart, and where tiles begin with a window, which may be anywhere in a page. */
+    static Launch launch_of(const aiter_attention_call &call, int, uint32_t *) {
+        Launch launch;
+        static_cast<Arguments &>(launch) = call;
+        const aiter_attention_problem &p = call.problem;
+        launch.box = WINDOW || apart(launch) ? 0 : PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
+        if (!tensor_map::make_of_cache(launch.cache, tensor_map::Reuse::ONCE, call, call.tensors.key, p.key_strides,
+                                       HEAD_DIM, launch.box))
+            launch.box = 0;
+        return launch;
+    }
+
     /* ---- copies ---- */
+
+    /* By maps: waves 0 and 1 copy a half of the values each, wave 2 the block that is none, as room for each comes free
+     * at another time; a lane for each box. */
+    struct MappedCopier {
+        const Launch &launch;
+        SharedAddress shared;
+        uint32_t count = 0; /* tiles that have set off */
+        int half = wave() % 4;
+        int line, index; /* of this lane's box: its block, and which part of the block's rows */
+
+        __device__ __forceinline__ MappedCopier(const Launch &launch, SharedAddress shared)
+            : launch(launch), shared(shared) {
+            const int boxes = KEYS / launch.box, own = lane() / boxes, lines = half < 2 ? VALUE_LINES / 2 : 1;
+            index = lane() - own * boxes;
+            line = own < lines ? lesser(half, 2) * (VALUE_LINES / 2) + own : LINES;
+        }
+        __device__ __forceinline__ void copy_tile(int token, int head, int batch) {
+            const Stage stage(shared, count++);
+            mbarrier::wait(half < 2 ? stage.used(half) : stage.scored(), stage.turn ^ 1); /* at once in turn 0 */
+            if (lane() < (half < 2 ? 2 : 1))
+                mbarrier::arrive_and_expect(stage.full(half < 2 ? 1 + half * 2 + lane() : 0),
+                                            (half < 2 ? 2 : 1) * LINE_BYTES);
+            wave_sync();
+            if (line < LINES)
+                tensor_map::copy<tensor_map::Reuse::ONCE>(stage.tile() + line * LINE_BYTES + index * (launch.box * 128),
+                                                          launch.cache, line * 64, token, head, batch,
+                                                          stage.full(line == VALUE_LINES ? 0 : 1 + line / 2));
+            wave_sync();
+        }
+        __device__ __forceinline__ void copy_piece(const Sequence &sequence, const KeyValueRows<false> &, int first,
+                                                   int end) {
+#pragma unroll 1
+            for (; first < end; first += KEYS)
+                copy_tile(sequence.first_key + first, sequence.kv_head, sequence.kv_batch);
+        }
+        __device__ __forceinline__ void copy_piece(const Sequence &sequence, const KeyValueRows<true> &rows, int first,
+                                                   int end) {
+            using tensor_map::PageBox;
+            const auto look_up = [&](int key) { return PageBox::look_up(rows, key + index * launch.box, launch.box); };
+            PageBox here = look_up(first);
+#pragma unroll 1
+            for (; first < end; first += KEYS) {
+                const PageBox next = look_up(first + KEYS);
+                copy_tile(here.token(), sequence.kv_head, here.page(rows));
+                here = next;
+            }
+        }
+    };
 
     /* Of a tile each thread has one chunk of 16 bytes in each block, of rows row, row + 16, ... Rows that the piece
      * does not have are zeros. Where a tile's rows are is looked up while the copies of the one before wait for room. */
@@ -192,21 +257,40 @@ struct LatentLoop : LatentDecode {
 
     struct Warpgroup {
         SharedAddress shared;
+        bool mapped;
         int number = wave() / 4;
         int wave_row = wave() % 4 * WAVE_ROWS;
         uint32_t count = 0; /* tiles of earlier pieces */
 
-        __device__ __forceinline__ explicit Warpgroup(SharedAddress shared) : shared(shared) {}
+        __device__ __forceinline__ Warpgroup(SharedAddress shared, bool mapped) : shared(shared), mapped(mapped) {}
+        /* Not by maps: what other threads have copied becomes visible to wgmma. */
+        __device__ __forceinline__ void see_copies() const {
+            if (!mapped) wgmma::shared_is_written();
+        }
+        /* By maps: rows past the end of a piece's last tile become zeros: what the tensor holds there meets
+         * probabilities of 0. */
+        __device__ __forceinline__ void clear_past_end(const Stage &stage, int rows) const {
+            if (!mapped || rows >= KEYS) return;
+            const int mine = thread_in_block() % WARPGROUP * 16;
+#pragma unroll 1
+            for (int i = rows * 128; i < LINE_BYTES; i += WARPGROUP * 16)
+#pragma unroll
+                for (int line = 0; line < VALUE_LINES; ++line)
+                    if (i + mine < LINE_BYTES)
+                        shared_store(stage.tile() + line * LINE_BYTES + i + mine, uint4{0, 0, 0, 0});
+            wgmma::shared_is_written();
+            meet(CLEARED + number, WARPGROUP);
+        }
 
         /* Named barriers: both warpgroups meet; P of one of them is there. */
-        static constexpr int BOTH = 1, P_OF = 2;
+        static constexpr int BOTH = 1, P_OF = 2, CLEARED = 4;
         static __device__ __forceinline__ void meet_both() { meet(BOTH, 2 * WARPGROUP); }
 
         template <class Unit> __device__ __forceinline__ void load_queries(const Unit &unit, const QueryBits &bits) {
             constexpr int LANES_OF_ROW = 2 * WARPGROUP / ROWS, CHUNKS = HEAD_DIM / 8 / LANES_OF_ROW;
             const int row = thread_in_block() / LANES_OF_ROW, lane_chunk = thread_in_block() % LANES_OF_ROW;
             const uint4 *from = row < unit.rows ? reinterpret_cast<const uint4 *>(unit.query(row)) : nullptr;
-#pragma unroll 9
+#pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
                 const int chunk = i * LANES_OF_ROW + lane_chunk;
                 uint4 x = {0, 0, 0, 0};
@@ -221,7 +305,7 @@ struct LatentLoop : LatentDecode {
         /* A group of a tile's blocks, as soon as it has arrived. */
         __device__ __forceinline__ void begin_scores(const Stage &stage, int group, Scores &s) const {
             mbarrier::wait(stage.full(group), stage.turn);
-            wgmma::shared_is_written(); /* what other threads have copied becomes visible to wgmma */
+            see_copies();
             const wgmma::Matrix q = wgmma::matrix(opaque(shared)), k = wgmma::matrix(opaque(stage.tile()));
             wgmma::begin();
 #pragma unroll
@@ -265,7 +349,7 @@ struct LatentLoop : LatentDecode {
             for (int slot = 0; slot < 2; ++slot)
                 maxima[slot] = shared_load<float>(shared + MAXIMA_AT + (wave_row + Scores::row(slot)) * 4);
             if (softmax.move_to(maxima, shrink)) softmax.rescale(o, shrink);
-            wgmma::shared_is_written(); /* the tile: the other has waited for it */
+            see_copies(); /* the tile: the other has waited for it */
             const wgmma::Matrix p = wgmma::matrix(opaque(shared) + P_AT), v = values(stage, apart);
             wgmma::begin();
 #pragma unroll
@@ -307,6 +391,7 @@ struct LatentLoop : LatentDecode {
                 arrive(own.scored());
                 changed(s);
                 if constexpr (!FIRST) changed(o);
+                clear_past_end(own, from_lane(end, 0) - first_key - tile * KEYS);
 
                 rows.finish(score, s, first_key + tile * KEYS);
                 const bool grown = softmax.advance(s, shrink);
@@ -367,31 +452,42 @@ struct LatentLoop : LatentDecode {
 
     /* See Loop in attention_decode.hip. */
     static constexpr int WRITERS = 2 * WARPGROUP;
-    using Launch = Arguments;
-    static Launch launch_of(const aiter_attention_call &call, int, uint32_t *) { return call; }
     template <class Pieces, class Write>
     static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
                                                Pieces for_each_piece, Write write) {
         const SharedAddress shared = shared_address(memory);
         const bool values = apart(launch); /* have copies of their own */
         if (thread_in_block() == 0) {
-            for (uint32_t stage = 0; stage < STAGES; ++stage) Stage(shared, stage).make_barriers();
+            for (uint32_t stage = 0; stage < STAGES; ++stage) Stage(shared, stage).make_barriers(launch.box > 0);
             mbarrier::made();
         }
         barrier();
         if (wave() / 4 == 2) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
-            Copier copier(shared);
-            for_each_piece([&](const auto &unit, const auto &piece) {
-                KeyValueRows<PAGED> rows = unit.sequence.keys;
-                rows.begin = unit.sees(0).low;
-                rows.count = piece.end_key;
-                if (piece.first_key < piece.end_key) copier.copy_piece(rows, piece.first_key, piece.end_key, values);
-            });
+            const auto for_each = [&](const auto &copy_piece) {
+                for_each_piece([&](const auto &unit, const auto &piece) {
+                    KeyValueRows<PAGED> rows = unit.sequence.keys;
+                    rows.begin = unit.sees(0).low;
+                    rows.count = piece.end_key;
+                    if (piece.first_key < piece.end_key)
+                        copy_piece(unit.sequence, rows, piece.first_key, piece.end_key);
+                });
+            };
+            if (launch.box == 0) {
+                Copier copier(shared);
+                for_each([&](const Sequence &, const auto &rows, int first, int end) {
+                    copier.copy_piece(rows, first, end, values);
+                });
+            } else if (wave() % 4 < 3) {
+                MappedCopier copier(launch, shared);
+                for_each([&](const Sequence &sequence, const auto &rows, int first, int end) {
+                    copier.copy_piece(sequence, rows, first, end);
+                });
+            }
             wait_for_copies();
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));
-            Warpgroup warpgroup(shared);
+            Warpgroup warpgroup(shared, launch.box > 0);
             for_each_piece([&](const auto &unit, const auto &piece) {
                 Softmax softmax(score.unit);
                 Output o;

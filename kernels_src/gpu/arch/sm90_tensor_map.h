@@ -60,17 +60,22 @@ inline bool make(CUtensorMap &map, Reuse reuse, const void *tensor, const int64_
                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-/* Those of keys and values, whose boxes have as many tokens; 0: there cannot be any. */
+/* That of a call's keys or values, whose boxes have as many tokens; 0: there cannot be any. */
 template <class Call>
-inline bool make_keys_and_values(CUtensorMap &key, CUtensorMap &value, Reuse reuse, const Call &call, int box_tokens) {
+inline bool make_of_cache(CUtensorMap &map, Reuse reuse, const Call &call, const void *tensor, const int64_t strides[3],
+                          int columns, int box_tokens) {
     const auto &p = call.problem;
     const int64_t batch = PAGED ? p.num_pages : p.packed_k ? 1 : p.batch;
     const int64_t tokens = PAGED ? p.page_size : p.packed_k ? p.total_k : p.seqlen_k;
     return box_tokens != 0 &&
-           make(key, reuse, call.tensors.key, p.key_strides, batch, tokens, p.heads_kv, HEAD_DIM, box_tokens, 1,
-                CACHED_BYTES) &&
-           make(value, reuse, call.tensors.value, p.value_strides, batch, tokens, p.heads_kv, VALUE_DIM, box_tokens, 1,
-                CACHED_BYTES);
+           make(map, reuse, tensor, strides, batch, tokens, p.heads_kv, columns, box_tokens, 1, CACHED_BYTES);
+}
+template <class Call>
+inline bool make_keys_and_values(CUtensorMap &key, CUtensorMap &value, Reuse reuse, const Call &call, int box_tokens) {
+    const auto &p = call.problem;
+    const auto &t = call.tensors;
+    return make_of_cache(key, reuse, call, t.key, p.key_strides, HEAD_DIM, box_tokens) &&
+           make_of_cache(value, reuse, call, t.value, p.value_strides, VALUE_DIM, box_tokens);
 }
 
 __device__ __forceinline__ void prefetch(const CUtensorMap &map) {
