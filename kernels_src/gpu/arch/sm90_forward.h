@@ -80,7 +80,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     static constexpr int TILE_BYTES = greater(LINES, VALUE_LINES) * KEYS * 128; /* of a stage */
     static constexpr int QUERY_BYTES = LINES * 64 * 128;                        /* of a warpgroup */
-    static constexpr int ALL_BYTES = SHARED_LIMIT - 1024;
+    static constexpr int ALL_BYTES = SHARED_LIMIT - 1024;                       /* of what is no barrier and no task */
     /* What a block's tasks are: row tiles or, in kernels that cut keys, pieces of them. */
     using Work =
         std::conditional_t<CUT, Pieces<KEYS, WAVES, Output, ALL_BYTES - WARPGROUPS * QUERY_BYTES - 3 * TILE_BYTES>,
@@ -93,8 +93,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
-    static constexpr int TURN_BYTES = 352; /* two barriers and what a row tile is */
-    static constexpr int SUM_AT = TURNS_AT + 2 * TURN_BYTES;
+    static constexpr int TURNS = 3, TURN_BYTES = 256; /* two barriers and what a row tile is */
+    static constexpr int ALMOST_DONE_AT = TURNS_AT + TURNS * TURN_BYTES, SUM_AT = ALMOST_DONE_AT + 16;
     static constexpr int SHARED_BYTES = SUM_AT + Work::SUM_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0 && SUM_AT % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
 
@@ -215,8 +215,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         return launch.order.place(launch.problem, index, row_tiles);
     }
 
-    /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, one ahead, and hands
-     * them to the others in two slots of shared memory, each with barriers like those of the ring. */
+    /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, and hands them to the
+     * others in slots of shared memory, each with barriers like those of the ring: one slot for the task that the
+     * warpgroups are at, one for that which is copied, one for the next. That is looked for as soon as only the last
+     * values are to be copied: not later, as it takes 5000 cycles, and its queries 2000 more; and not before, as what is
+     * taken early is taken from a block that might be free earlier. */
     struct Turn {
         SharedAddress shared;
         int slot = 0;
@@ -226,7 +229,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         __device__ __forceinline__ SharedAddress empty() const { return full() + mbarrier::BYTES; }
         __device__ __forceinline__ SharedAddress exists() const { return full() + 16; }
         __device__ __forceinline__ SharedAddress task() const { return full() + 32; }
-        __device__ __forceinline__ Turn after() const { return {shared, slot ^ 1, turn ^ slot}; }
+        __device__ __forceinline__ Turn after() const {
+            return slot + 1 == TURNS ? Turn{shared, 0, turn ^ 1} : Turn{shared, slot + 1, turn};
+        }
 
         /* Is there another task? */
         __device__ __forceinline__ bool await() const {
@@ -256,7 +261,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Turn turn = {shared};
         int index = block();
         PackedOrder<Packing, BLOCK_ROWS> packed;
-        turn.vacate();
+        uint32_t copied = 0; /* modulo 2 */
 #pragma unroll 1
         while (index < launch.tasks) {
             Place at;
@@ -270,7 +275,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 if (lane() == 0) shared_store(turn.task(), task);
                 turn.announce(true);
                 turn = turn.after();
-                turn.vacate(); /* not before: what is taken early is taken from a block that might be free earlier */
+                turn.vacate();
+                mbarrier::wait(shared + ALMOST_DONE_AT, copied);
+                copied ^= 1;
             }
             if (launch.next == nullptr) {
                 index += static_cast<int>(gridDim.x);
@@ -688,7 +695,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     mbarrier::make(r.full(), mapped ? 1 : WAVE);
                     mbarrier::make(r.empty(), 4);
                 }
-            for (int slot = 0; slot < 2; ++slot) {
+            mbarrier::make(shared + ALMOST_DONE_AT, 2); /* by the waves that copy keys and values */
+            for (int slot = 0; slot < TURNS; ++slot) {
                 const Turn turn = {shared, slot};
                 mbarrier::make(turn.full(), 1);
                 mbarrier::make(turn.empty(), WAVES + 3); /* all waves that read */
@@ -716,13 +724,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 wait_for_copies();
             } else {
                 Ring ring = {shared};
-                bool first = true;
 #pragma unroll 1
-                for (; turn.await(); turn = turn.after(), first = false) {
+                for (; turn.await(); turn = turn.after()) {
                     const Task tile = turn.template read<Task>();
-                    /* The turn before is kept until the one after is needed: its slot is that one's. */
+                    turn.release();
                     copy_tiles(launch, tile.sequence, ring, at_least_one(tile.own(tile.keys)), [&] {
-                        if (!first) turn.after().release();
+                        if (lane() == 0) mbarrier::arrive(shared + ALMOST_DONE_AT);
                     });
                 }
                 wait_for_copies();
