@@ -91,7 +91,8 @@ def flash_attn_func(
 
     heads_q must be a multiple of heads_kv; seq_q and seq_k may differ. seqlens_q, seqlens_k: int32 (batch,), how many
     rows of each sequence of a padded batch are valid, by default all: output rows past them are zeros, and what stands
-    in the padding, NaN included, has no effect.
+    in the padding, NaN included, has no effect. (Soft caps on a GPU: none but in the last bits, within the accuracy of
+    the type, where the largest score of a tile decides how it is worked out; with batch_invariant not even that.)
     """
     indices = NO_INDICES
     if seqlens_q is not None or seqlens_k is not None:

@@ -189,6 +189,9 @@ def forward(
         more_strides, chosen = _NO_MORE_STRIDES, _NO_OPTIONS[_check(call, gpu), given]
     else:
         more_strides, chosen = _more_strides(options), _options(options, _check(call, gpu), given)
+    if given and gpu and output.data_ptr() == query.data_ptr() and (call.causal or "window" in plan.key[-1]):
+        # Rows are computed once more where hidden values are not finite, when the output may have been written.
+        query = query.clone()
     in_c = reader.pack
     packed = in_c and in_c(call, query, key, value, output, lse, more_strides, chosen, gpu)
     if packed is None:

@@ -410,6 +410,37 @@ def test_latent_values_that_some_sequences_share():
     torch.testing.assert_close(output, aiter.flash_attn_func(query, key, value.contiguous()))
 
 
+def test_latent_keys_beside_those_of_others():
+    """Packed: a sequence's last tile has rows of the next one, here NaN."""
+    lengths = [100, 30, 65]
+    query = torch.randn(3, 64, 576, device="cuda", dtype=torch.bfloat16)
+    key = torch.randn(sum(lengths), 1, 576, device="cuda", dtype=torch.bfloat16)
+    key[100:130] = float("nan")
+    starts = [torch.tensor(t, device="cuda", dtype=torch.int32) for t in ([0, 1, 2, 3], [0, 100, 130, 195])]
+    output = flash_attn.flash_attn_varlen_func(query, key, key[..., :512], *starts, 1, 100)
+    for b, own in ((0, key[:100]), (2, key[130:])):
+        problem = query[b : b + 1], own, own[..., :512]
+        expected, _ = reference.attend_one(*problem, False)
+        assert_as_accurate(output[b : b + 1], expected, pytorch_attend_one(*problem, False))
+
+
+@pytest.mark.parametrize(
+    ("seq_q", "heads_kv", "dims"), ((300, 2, (64, 64)), (4, 2, (128, 128)), (8, 1, (576, 512)), (8, 2, (512, 512)))
+)
+def test_an_output_in_the_place_of_the_query(seq_q, heads_kv, dims):
+    """With an infinity that one row sees and others have in their tile: these are computed once more."""
+    query, key, value = qkv(seq_q=seq_q, seq_k=300, heads_kv=heads_kv, head_dim=dims[0])
+    key[:, -1, 0, 3] = float("inf")
+    if dims == (64, 64):
+        value[:, -1, 0, 3] = float("inf")
+    else:
+        value = key[..., : dims[1]]
+    expected = aiter.flash_attn_func(query, key, value, causal=True)
+    place = query[..., : dims[1]]
+    assert flash_attn.flash_attn_func(query, key, value, causal=True, out=place) is place
+    torch.testing.assert_close(place, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_huge_cap_is_refused():
     with pytest.raises(aiter.errors.UnsupportedError, match=r"softcap is 2e\+04; GPU kernels take up to 1e\+04"):
         aiter.flash_attn_func(*qkv(), softcap=2e4)

@@ -196,8 +196,9 @@ def latent_memory(dtype, lengths, page_size):
 def test_latent(target, dtype, head_dim, causal, paged):
     """Values that are the first columns of the keys, in the same memory and in one of their own: every number of rows,
     lengths around a tile, pages smaller and larger than one."""
-    lengths, shapes = [0, 1, 63, 64, 65, 130, 4096], ((1, 1), (16, 1), (64, 1), (128, 1), (40, 2), (128, 2), (16, 8))
-    sizes = (1, 16, 64, 128, 7, 48, 64) if paged else (0,) * len(shapes)
+    lengths = [0, 1, 63, 64, 65, 130, 4096]
+    shapes = ((1, 1), (16, 1), (64, 1), (128, 1), (40, 2), (128, 2), (16, 8), (70, 1), (9, 3))
+    sizes = (1, 16, 64, 128, 7, 48, 64, 8, 40) if paged else (0,) * len(shapes)
     if target != "cuda":
         lengths, shapes, sizes = [0, 1, 33, 70], ((16, 1), (5, 4)), (16, 1)
     for (heads, tokens), page_size in zip(shapes, sizes, strict=True):
