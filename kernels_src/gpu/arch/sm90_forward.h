@@ -277,6 +277,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 turn = turn.after();
                 turn.vacate();
                 mbarrier::wait(shared + ALMOST_DONE_AT, copied);
+                wave_sync(); /* or a lane that has slept might find it two phases on */
                 copied ^= 1;
             }
             if (launch.next == nullptr) {
