@@ -66,17 +66,22 @@ def require(target: str) -> None:
         pytest.skip(reason)
 
 
+# pytest then runs a module's tests of one kernel one after the other: in several processes, each would wait for the other's
+# compiler if one went through the first test of all kernels and one through the second.
+SCOPE = "module"
+
+
 def on_targets(cases: list[tuple]) -> pytest.MarkDecorator:
     """Runs a test for each (target, dtype, head_dim, causal[, paged])."""
     names = ("target", "dtype", "head_dim", "causal", "paged")[: len(cases[0])]
-    return pytest.mark.parametrize(names, cases, ids=[_name(names, case) for case in cases])
+    return pytest.mark.parametrize(names, cases, ids=[_name(names, case) for case in cases], scope=SCOPE)
 
 
 def on_cpus(cases: list[tuple]) -> pytest.MarkDecorator:
     """Runs a test for each (dtype, arch[, causal])."""
     names = ("dtype", "arch", "causal")[: len(cases[0])]
     ids = [_name(names, case) + "-stand-in" * (case[:2] in STOOD_IN) for case in cases]
-    return pytest.mark.parametrize(names, cases, ids=ids)
+    return pytest.mark.parametrize(names, cases, ids=ids, scope=SCOPE)
 
 
 def _name(names: tuple[str, ...], case: tuple) -> str:
