@@ -16,7 +16,7 @@ DEVICE = os.environ.get("AITER_TEST_DEVICE") or ("cuda" if torch.cuda.is_availab
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cpu" else (torch.bfloat16, torch.float16)
 
 # Every one up to 128; beyond, each remainder of 64 once, as kernels go through whole multiples of that alike.
-HEAD_DIMS = (*range(8, 129, 8), 136, 144, 168, 176, 216, 224, 248, 256)
+KINDS_OF_HEAD_DIM = (*range(8, 129, 8), 136, 144, 168, 176, 216, 224, 248, 256)
 
 
 def randn(*shape, dtype, device=None):

@@ -14,7 +14,7 @@ import torch
 from accuracy import assert_gradient_as_accurate, pytorch_attend_one
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import DEVICE, DTYPES, HEAD_DIMS, STRIDES, strided
+from problems import DEVICE, DTYPES, KINDS_OF_HEAD_DIM, STRIDES, strided
 
 import aiter
 from aiter import reference
@@ -116,7 +116,7 @@ def test_dense(dtype, head_dim, batch, seq_q, seq_k, heads, causal, scale, layou
         assert torch.equal(tensor, original), "an input was written"
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", KINDS_OF_HEAD_DIM)
 def test_head_dims(head_dim):
     dtype, causal = DTYPES[head_dim // 8 % len(DTYPES)], head_dim // 8 % 2 == 0
     *tensors, grad_output = (torch.randn(1, 70, 2, head_dim).to(dtype) for _ in range(4))

@@ -66,8 +66,8 @@ def require(target: str) -> None:
         pytest.skip(reason)
 
 
-# pytest then runs a module's tests of one kernel one after the other. Else one process goes through the first test of all
-# kernels and one through the second, and each waits for the other's compiler.
+# pytest then runs a module's tests of one kernel one after the other. Else one process goes through the first test of
+# all kernels and one through the second, and each waits for the other's compiler.
 SCOPE = "module"
 
 
