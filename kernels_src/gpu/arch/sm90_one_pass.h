@@ -129,6 +129,12 @@ struct OnePassTiles : OnePassShape::Stages {
         mbarrier::wait(to_be_added(index % 2), index / 2 % 2);
         add_to_sums(sums, place, turn, grad_query(from), taken(from));
     }
+    /* Every other tile: one can be added while the other becomes visible to all. */
+    template <class Share> __device__ __forceinline__ void add_all(const Share &share, int adder) {
+        add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
+            if (index % 2 == adder) add_up(sums, index, place, turn);
+        });
+    }
 
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
@@ -186,31 +192,27 @@ struct OnePassTiles : OnePassShape::Stages {
     }
 };
 
-/* What attention_backward.hip asks both of the loops for, beside attend(). */
-template <class Tiles> struct OnePassForm {
+/* What attention_backward.hip asks the loops for, beside attend(). TILE_TOKENS: queries of a tile of sums; Terms: what
+ * RowWise is for. */
+template <class Tiles, int TILE_TOKENS = Tiles::TOKENS, class Terms = Tiles> struct OnePassForm {
     using Tile = Tiles;
     using Scores = typename Tile::Scores;
     using Gradient = typename Tile::Gradient;
-    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::TOKENS>;
-    using Rows = RowWise<GRAD_ALL, Tile, Share>;
+    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, TILE_TOKENS>;
+    using Rows = RowWise<GRAD_ALL, Terms, Share>;
     static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
     static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
-};
 
-struct OnePassLoop : OnePassForm<OnePassTiles> {
-    /* See BackwardTileLoop. */
-    template <class Finish>
-    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+    /* See BackwardTileLoop: waves that copy, two lanes that add, and both warpgroups' Consumer. */
+    template <class Consumer, class Finish>
+    static __device__ __forceinline__ void in_roles(const Share &share, SharedAddress shared, Finish finish) {
         Tile tile(shared);
         if (wave() >= Tile::WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::Shape::PRODUCER_REGISTERS));
             const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
             if (adder < 0) tile.copy_all(share);
-            else if (lane() == 0) /* every other tile: one can be added while the other becomes visible to all */
-                add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
-                    if (index % 2 == adder) tile.add_up(sums, index, place, turn);
-                });
+            else if (lane() == 0) tile.add_all(share, adder);
             return;
         }
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::Shape::CONSUMER_REGISTERS));
@@ -221,6 +223,14 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
         }
         finish(tile, grad_x, grad_y);
+    }
+};
+
+struct OnePassLoop : OnePassForm<OnePassTiles> {
+    /* See BackwardTileLoop. */
+    template <class Finish>
+    static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
+        in_roles<Consumer>(share, shared, finish);
     }
 
     struct Consumer {

@@ -228,35 +228,11 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
     __device__ __forceinline__ Half terms(int half) const { return {tile + half * HALF * 4}; }
 };
 
-struct NarrowOnePassLoop {
-    using Tile = NarrowOnePassTiles;
-    using Scores = Tile::Scores;
-    using Gradient = Tile::Gradient;
-    using Share = aiter::Share<GRAD_ALL, Tile::ROWS, Tile::HALF>;
-    using Rows = RowWise<GRAD_ALL, Tile::Half, Share>;
-    static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
-    static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
-    static __device__ __forceinline__ int forget(int x) { return opaque(x); }
-
+struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::HALF, NarrowOnePassTiles::Half> {
     /* See BackwardTileLoop. */
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
-        Tile tile(shared);
-        if (wave() >= Tile::WAVES) {
-            asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::Shape::PRODUCER_REGISTERS));
-            const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
-            if (adder < 0) tile.copy_all(share);
-            else if (lane() == 0) tile.add_all(share, adder);
-            return;
-        }
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Tile::Shape::CONSUMER_REGISTERS));
-        Gradient grad_x, grad_y;
-        grad_x.clear(), grad_y.clear();
-        if (share.tiles > 0) {
-            Consumer(share, tile, grad_x, grad_y).consume();
-            meet(1, Tile::WAVES * WAVE); /* gradients go by way of the own rows */
-        }
-        finish(tile, grad_x, grad_y);
+        in_roles<Consumer>(share, shared, finish);
     }
 
     struct Consumer {
