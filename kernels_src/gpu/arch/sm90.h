@@ -200,6 +200,18 @@ __device__ __forceinline__ void store_elements(const Accumulator<1, COLUMNS> &o,
     }
 }
 
+/* By a warpgroup: zeros in the rows from `row` on of a tile of ROWS rows, in as many blocks of 64 columns. */
+template <int ROWS, int BLOCKS> __device__ __forceinline__ void clear_rows_from(SharedAddress tile, int row) {
+    constexpr int THREADS = 128;
+    const SharedAddress mine = tile + thread_in_block() % THREADS * 16;
+#pragma unroll 1
+    for (int i = row * 128; i < ROWS * 128; i += THREADS * 16)
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block)
+            if (i + thread_in_block() % THREADS * 16 < ROWS * 128)
+                shared_store(mine + i + block * ROWS * 128, make_uint4(0, 0, 0, 0));
+}
+
 /* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
 namespace mbarrier {
 

@@ -543,13 +543,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         /* Values past the end of the sequence become zeros: what the tensor holds there meets probabilities of 0. */
         __device__ __forceinline__ void clear_past_end(SharedAddress values, int rows) const {
             if (rows >= KEYS) return;
-            const SharedAddress mine = values + thread_in_block() % WARPGROUP * 16;
-#pragma unroll 1
-            for (int i = rows * 128; i < KEYS * 128; i += WARPGROUP * 16)
-#pragma unroll
-                for (int line = 0; line < VALUE_LINES; ++line)
-                    if (i + thread_in_block() % WARPGROUP * 16 < KEYS * 128)
-                        shared_store(mine + i + line * KEYS * 128, make_uint4(0, 0, 0, 0));
+            clear_rows_from<KEYS, VALUE_LINES>(values, rows);
             wgmma::shared_is_written();
             meet_all();
         }

@@ -271,13 +271,7 @@ struct LatentLoop : LatentDecode {
          * probabilities of 0. */
         __device__ __forceinline__ void clear_past_end(const Stage &stage, int rows) const {
             if (!mapped || rows >= KEYS) return;
-            const int mine = thread_in_block() % WARPGROUP * 16;
-#pragma unroll 1
-            for (int i = rows * 128; i < LINE_BYTES; i += WARPGROUP * 16)
-#pragma unroll
-                for (int line = 0; line < VALUE_LINES; ++line)
-                    if (i + mine < LINE_BYTES)
-                        shared_store(stage.tile() + line * LINE_BYTES + i + mine, uint4{0, 0, 0, 0});
+            clear_rows_from<KEYS, VALUE_LINES>(stage.tile(), rows);
             wgmma::shared_is_written();
             meet(CLEARED + number, WARPGROUP);
         }
