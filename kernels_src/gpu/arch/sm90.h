@@ -236,12 +236,14 @@ __device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
 __device__ __forceinline__ void arrive_and_expect(SharedAddress at, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
 }
-/* Until the phase of this parity is complete; the phase before the first one, of parity 1, is. */
+/* Until the phase of this parity is complete; the phase before the first one, of parity 1, is. With a time, and one that
+ * never passes, as a wave sleeps till then: without one it asked again every 70 cycles. */
 __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
+    constexpr uint32_t NANOSECONDS = 10000000;
     asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-            at),
-        "r"(parity)
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1, %2;\n@!done bra again;\n}" ::
+            "r"(at),
+        "r"(parity), "n"(NANOSECONDS)
         : "memory");
 }
 
