@@ -36,31 +36,37 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
     }
 
     /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row
-     * of the wave; then the output so far must be multiplied by `shrink`. One row after the other, so that the greatest
-     * value of the next is looked for while the exponentials of this one are made. at_growth(slot): before these are.
-     * largest(slot): the greatest of this lane's scores. */
+     * of the wave; then the output so far must be multiplied by `shrink`. All maxima first, so that between the branch
+     * and the end all exponentials, sums and roundings can be mixed: an exponential takes the place of eight other
+     * instructions. at_growth(slot): before these. largest(slot): the greatest of this lane's scores. */
     template <class Scores> __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS]) {
         return advance(s, shrink, [](int) {}, [&](int slot) { return s.largest(slot); });
     }
     template <class Scores, class AtGrowth, class Largest>
     __device__ __forceinline__ bool advance(Scores &s, float (&shrink)[SLOTS], AtGrowth at_growth, Largest largest) {
+        float top[SLOTS]; /* of this lane */
         bool grown = false;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            float top = largest(slot) * scale; /* of this lane */
+            top[slot] = largest(slot) * scale;
             shrink[slot] = 1.0f;
-            if (__builtin_expect(wave_any(top > maximum[slot] + THRESHOLD), false)) {
-                top = row_max<LANES>(top);
+            grown |= top[slot] > maximum[slot] + THRESHOLD;
+        }
+        grown = wave_any(grown);
+        if (__builtin_expect(grown, false)) {
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                top[slot] = row_max<LANES>(top[slot]);
                 /* Only a row that must: its bits do not depend on which rows share its wave. */
-                const float next = top > maximum[slot] + THRESHOLD ? top - BELOW : maximum[slot];
+                const float next = top[slot] > maximum[slot] + THRESHOLD ? top[slot] - BELOW : maximum[slot];
                 shrink[slot] = exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];
-                grown = true;
                 at_growth(slot);
             }
-            sum[slot] += s.exponentiate(slot, scale, maximum[slot]);
         }
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) sum[slot] += s.exponentiate(slot, scale, maximum[slot]);
         return grown;
     }
 

@@ -239,23 +239,28 @@ template <int ROW_TILES, int COLUMNS> struct Accumulator {
     __device__ __forceinline__ float get(int slot, int i) const { return tile[slot / 2][i / 2][slot % 2 * 2 + i % 2]; }
     __device__ __forceinline__ void set(int slot, int i, float x) { tile[slot / 2][i / 2][slot % 2 * 2 + i % 2] = x; }
     __device__ __forceinline__ float largest(int slot) const {
-        float x = get(slot, 0), y = get(slot, 1); /* two, as each step waits for the one before */
+        static_assert(VALUES % 4 == 0, "");
+        /* Four, as each step waits for the one before. */
+        float x = get(slot, 0), y = get(slot, 1), z = get(slot, 2), w = get(slot, 3);
 #pragma unroll
-        for (int i = 2; i < VALUES; i += 2) x = fmaxf(x, get(slot, i)), y = fmaxf(y, get(slot, i + 1));
-        return fmaxf(x, y);
+        for (int i = 4; i < VALUES; i += 4) {
+            x = fmaxf(x, get(slot, i)), y = fmaxf(y, get(slot, i + 1));
+            z = fmaxf(z, get(slot, i + 2)), w = fmaxf(w, get(slot, i + 3));
+        }
+        return fmaxf(fmaxf(x, y), fmaxf(z, w));
     }
     __device__ __forceinline__ void multiply(int slot, float factor) {
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) set(slot, i, get(slot, i) * factor);
     }
     __device__ __forceinline__ float exponentiate(int slot, float scale, float reference) {
-        float sum = 0.0f;
+        float sum[2] = {}; /* two, likewise */
 #pragma unroll
         for (int i = 0; i < VALUES; ++i) {
             set(slot, i, exp2(fmaf(get(slot, i), scale, -reference)));
-            sum += get(slot, i);
+            sum[i % 2] += get(slot, i);
         }
-        return sum;
+        return sum[0] + sum[1];
     }
     static __device__ __forceinline__ int row(int slot) { return slot * 8 + lane() / 4; }
     static __device__ constexpr int column(int i) { return i / 2 * 8 + i % 2; }
