@@ -93,84 +93,123 @@ __device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wav
            WINDOW && values_not_finite(sequence, keys.low, lesser(all_see.low, end));
 }
 
-__device__ __forceinline__ void store(const Arguments &arguments, const RowTile &tile, SharedAddress shared,
-                                      const Score &score, const Dropout &dropout, OnlineSoftmax<SLOTS> &softmax,
-                                      Output &o) {
-    const aiter_attention_problem &p = arguments.problem;
-    const Sequence &sequence = tile.sequence;
-    const int wave_row = tile.first_row + Loop::wave_row();
-    float log_sum[SLOTS], share[SLOTS];
-    softmax.finish(log_sum);
-    bool sees_keys[SLOTS], all_see = true;
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
-        const int row = wave_row + Output::row(slot), token = tile.token(row);
-        sees_keys[slot] = token < sequence.rows && !sequence.mask.keys_of(token).empty();
-        all_see &= sees_keys[slot];
-        share[slot] = share_of_keys(arguments.tensors.sinks, tile.head + tile.member(row), log_sum[slot]);
-        if (FP8) share[slot] *= sequence.value_descale();
-        if (DROPOUT) share[slot] *= dropout.scale;
-        o.multiply(slot, weight_of_keys(softmax.sum[slot], share[slot]));
-    }
-    if (wave_any(!all_see)) /* in few waves */
+/* What a wave's rows end with, as far as that does not depend on their output. */
+struct RowEnds {
+    float log_sum[SLOTS], share[SLOTS], weight[SLOTS]; /* weight: what the output is to be multiplied by */
+    bool sees_keys[SLOTS], all_see;                    /* all_see: all rows of the wave */
+    bool whole;                                        /* all_see, and the loop may send all of the rows at one time */
+    int wave_row;                                      /* the first of the wave */
+
+    RowEnds() = default;
+    __device__ __forceinline__ RowEnds(const Loop::Launch &launch, const RowTile &tile, const Dropout &dropout,
+                                       OnlineSoftmax<SLOTS> &softmax)
+        : wave_row(tile.first_row + Loop::wave_row()) {
+        const Sequence &sequence = tile.sequence;
+        bool see = true;
+        softmax.finish(log_sum);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            log_sum[slot] = sees_keys[slot] ? log_sum[slot] : -INFINITE;
-#pragma unroll
-            for (int i = 0; i < Output::VALUES; ++i) o.set(slot, i, sees_keys[slot] ? o.get(slot, i) : 0.0f);
+            const int row = wave_row + Output::row(slot), token = tile.token(row);
+            sees_keys[slot] = token < sequence.rows && !sequence.mask.keys_of(token).empty();
+            see &= sees_keys[slot];
+            share[slot] = share_of_keys(launch.tensors.sinks, tile.head + tile.member(row), log_sum[slot]);
+            if (FP8) share[slot] *= sequence.value_descale();
+            if (DROPOUT) share[slot] *= dropout.scale;
         }
-    bool spoiled[SLOTS]; /* rows that are NaN though their scores are not */
-    bool any_spoiled = false;
-    if (MASKED)
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) weight[slot] = weight_of_keys(softmax.sum[slot], share[slot]);
+        all_see = !wave_any(!see);
+        whole = all_see && Loop::can_send(launch, tile, wave_row);
+        if (!all_see) /* in few waves */
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) log_sum[slot] = sees_keys[slot] ? log_sum[slot] : -INFINITE;
+    }
+};
+
+/* Where a RowTile goes when all of its keys have been seen. */
+struct Finish {
+    const Loop::Launch &launch;
+    SharedAddress shared;
+    const Score &score;
+
+    __device__ __forceinline__ RowEnds ends(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax) const {
+        const RowEnds ends(launch, tile, dropout(), softmax);
+        const Sequence &sequence = tile.sequence;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
-            float x = 0.0f, y = 0.0f; /* two, as each sum waits for the one before */
-#pragma unroll
-            for (int i = 0; i < Output::VALUES; i += 2) x += o.get(slot, i), y += o.get(slot, i + 1);
-            const float row_total = row_sum(x + y);
-            spoiled[slot] = row_total != row_total && __builtin_fabsf(log_sum[slot]) < INFINITE;
-            any_spoiled |= spoiled[slot];
+            const int row = ends.wave_row + Output::row(slot), token = tile.token(row);
+            float *to = sequence.lse + token;
+            if (Loop::SEVERAL_HEADS) to += tile.member(row) * launch.problem.lse_strides[1];
+            if (sequence.lse != nullptr && token < sequence.padded_rows && lane_leads_row())
+                global_store(to, ends.log_sum[slot] * LN_2);
         }
-    if (MASKED && wave_any(any_spoiled)) /* is it a hidden value that did it? */
-        if (!met_hidden_infinity(tile, wave_row))
-#pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
-    Loop::store_output(o, shared, [&](int row) {
-        row += wave_row;
-        Element *to = sequence.output + tile.token(row) * sequence.output_stride;
-        if (Loop::SEVERAL_HEADS) to += tile.member(row) * p.output_strides[2];
-        return tile.token(row) < sequence.padded_rows ? to : nullptr;
-    });
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
-        const int row = wave_row + Output::row(slot), token = tile.token(row);
-        float *to = sequence.lse + token;
-        if (Loop::SEVERAL_HEADS) to += tile.member(row) * p.lse_strides[1];
-        if (sequence.lse != nullptr && token < sequence.padded_rows && lane_leads_row())
-            global_store(to, log_sum[slot] * LN_2);
+        return ends;
     }
-    if (MASKED && wave_any(any_spoiled)) {
-        wave_sync(); /* these rows are written once more, by other lanes */
+    /* place: in shared memory, of the wave, which the loop's output goes by. */
+    __device__ __forceinline__ void store(const RowTile &tile, const RowEnds &ends, Output &o,
+                                          SharedAddress place) const {
+        const aiter_attention_problem &p = launch.problem;
+        const Sequence &sequence = tile.sequence;
+        const int wave_row = ends.wave_row;
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot)
-#pragma unroll 1
-            for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
-                const int leader = first_lane(lanes), row = from_lane(wave_row + Output::row(slot), leader);
-                const float row_log_sum = from_lane(log_sum[slot], leader), row_share = from_lane(share[slot], leader);
-                if (Loop::SEVERAL_HEADS)
-                    exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout, row_log_sum, row_share);
-                else exact_row(sequence, row, score, dropout, row_log_sum, row_share);
+        for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, ends.weight[slot]);
+        const bool may_be_nan = Loop::round_output(o, place) && MASKED;
+        if (ends.whole && !may_be_nan) return Loop::send(launch, tile, wave_row, place);
+        if (!ends.all_see)
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll
+                for (int i = 0; i < Output::VALUES; ++i) o.set(slot, i, ends.sees_keys[slot] ? o.get(slot, i) : 0.0f);
+        bool spoiled[SLOTS] = {}; /* rows that are NaN though their scores are not */
+        bool any_spoiled = false;
+        if (may_be_nan)
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                float x = 0.0f, y = 0.0f; /* two, as each sum waits for the one before */
+#pragma unroll
+                for (int i = 0; i < Output::VALUES; i += 2) x += o.get(slot, i), y += o.get(slot, i + 1);
+                const float row_total = row_sum(x + y);
+                spoiled[slot] = row_total != row_total && __builtin_fabsf(ends.log_sum[slot]) < INFINITE;
+                any_spoiled |= spoiled[slot];
             }
+        if (MASKED && wave_any(any_spoiled)) /* is it a hidden value that did it? */
+            if (!met_hidden_infinity(tile, wave_row))
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
+        Loop::store_output(o, place, [&](int row) {
+            row += wave_row;
+            Element *to = sequence.output + tile.token(row) * sequence.output_stride;
+            if (Loop::SEVERAL_HEADS) to += tile.member(row) * p.output_strides[2];
+            return tile.token(row) < sequence.padded_rows ? to : nullptr;
+        });
+        if (MASKED && wave_any(any_spoiled)) {
+            wave_sync(); /* these rows are written once more, by other lanes */
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot)
+#pragma unroll 1
+                for (uint64_t lanes = ballot(spoiled[slot] && lane_leads_row()); lanes != 0; lanes &= lanes - 1) {
+                    const int leader = first_lane(lanes), row = from_lane(wave_row + Output::row(slot), leader);
+                    const float log_sum = from_lane(ends.log_sum[slot], leader),
+                                share = from_lane(ends.share[slot], leader);
+                    if (Loop::SEVERAL_HEADS)
+                        exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout(), log_sum, share);
+                    else exact_row(sequence, row, score, dropout(), log_sum, share);
+                }
+        }
     }
-}
+    __device__ __forceinline__ void operator()(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax, Output &o) const {
+        store(tile, ends(tile, softmax), o, shared);
+    }
+
+  private:
+    __device__ __forceinline__ Dropout dropout() const { return Dropout(launch.problem, launch.tensors); }
+};
 
 __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     attention_forward(const AITER_GRID_CONSTANT Loop::Launch launch) {
     AITER_SHARED_OF_LAUNCH(shared);
     const Score score(launch.problem);
-    Loop::run<RowTile>(launch, shared_address(shared), score, [&](const RowTile &tile, auto &softmax, auto &o) {
-        store(launch, tile, shared_address(shared), score, Dropout(launch.problem, launch.tensors), softmax, o);
-    });
+    Loop::run<RowTile>(launch, shared_address(shared), score, Finish{launch, shared_address(shared), score});
 }
 
 #if AITER_CUT
@@ -189,7 +228,7 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     Output o;
     if (!work.add_up(task.piece, of_tile, softmax, o)) return;
     task.first_row += of_tile * WAVE_ROWS; /* these are the first wave's */
-    store(launch, task, {}, score, Dropout(launch.problem, launch.tensors), softmax, o);
+    Finish{launch, {}, score}(task, softmax, o);
 }
 #endif
 

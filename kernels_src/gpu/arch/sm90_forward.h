@@ -90,6 +90,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
+#if defined(AITER_BULK_OUTPUT)
+    /* The output leaves by the bulk copy engine, from the place of its row tile's queries. */
+    static constexpr bool BULK_OUTPUT = !CUT && QUERIES == 2 && VALUE_LINES <= LINES;
+#else
+    static constexpr bool BULK_OUTPUT = false;
+#endif
+#if defined(AITER_EARLY_ENDS)
+    /* What a row tile ends with is found while its last product is made, where that is known by then. */
+    static constexpr bool EARLY_ENDS = !CUT;
+#else
+    static constexpr bool EARLY_ENDS = false;
+#endif
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
@@ -101,6 +113,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap query, key, value;
+#if defined(AITER_BULK_OUTPUT)
+        CUtensorMap output;
+        bool output_is_mapped;
+#endif
         int box;   /* keys that a map's copy brings; 0: there are no maps */
         int tasks; /* in all: row tiles or what they are cut into */
         RowTileOrder<Packing, (LINES + VALUE_LINES) * 128> order;
@@ -162,6 +178,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             tensor_map::make(launch.query, tensor_map::Reuse::OFTEN, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
+#if defined(AITER_BULK_OUTPUT)
+        launch.output_is_mapped =
+            BULK_OUTPUT && tensor_map::make(launch.output, tensor_map::Reuse::OFTEN, t.output, p.output_strides,
+                                            p.packed_q ? 1 : p.batch, p.packed_q ? p.total_q : p.seqlen_q, p.heads_q,
+                                            VALUE_DIM, greater(WAVE_ROWS >> bits, 1), lesser(1 << bits, WAVE_ROWS));
+#endif
         launch.order = {p, tiles, blocks, p.packed_q && tasks == tiles};
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
@@ -507,6 +529,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         int number = wave() / 4; /* of the warpgroup */
         Ring ring = {shared};
         QueryRing queries = {shared, number};
+        int own_rows = wave() % 4 * WAVE_ROWS; /* the wave's, in the warpgroup's */
+        bool is_after = false;                 /* another row tile */
 
         __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
             : launch(launch), shared(shared) {
@@ -548,9 +572,20 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             meet_all();
         }
 
-        /* Tiles that only other warpgroups see are passed over, but in step with these. */
-        template <class Task>
-        __device__ __forceinline__ void attend(const Task &tile, const Score &score, Softmax &softmax, Output &o) {
+        __device__ __forceinline__ SharedAddress own_queries() const { return queries.tile() + own_rows * 128; }
+        /* The place of the queries before these, and of their output, is read no more as soon as the copies of that are
+         * under way: looked for only now, when they have had time. */
+        __device__ __forceinline__ void release_queries_before() {
+            bulk::wait_for_reads(); /* by all lanes: a branch would make the assembler wait for the product */
+            if (is_after && lane() == 0) mbarrier::arrive(QueryRing{shared, number, queries.stage ^ 1}.empty());
+            is_after = true;
+        }
+
+        /* Tiles that only other warpgroups see are passed over, but in step with these. at_last_product(): while it is
+         * made. */
+        template <class Task, class AtLastProduct>
+        __device__ __forceinline__ void attend(const Task &tile, const Score &score, Softmax &softmax, Output &o,
+                                               AtLastProduct at_last_product) {
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
             const Mask &mask = sequence.mask;
@@ -600,6 +635,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             wgmma::begin();
             begin_scores(queries.tile(), first_keys.tile(), s);
             pass_turn();
+            if (BULK_OUTPUT) release_queries_before();
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
@@ -644,13 +680,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 step(first, true, true);
                 first += KEYS;
             }
-            if (lane() == 0) mbarrier::arrive(queries.empty());
+            if (!BULK_OUTPUT && lane() == 0) mbarrier::arrive(queries.empty());
             queries.advance();
             if (first < keys.high) pass_over_scores();
             Ring last_values = take();
             clear_past_end(last_values.tile(), keys_count - (first - KEYS));
             wgmma::begin();
             begin_output(p, last_values.tile(), o);
+            if (BULK_OUTPUT) meet_all(); /* the last scores of all are made: the place of Q is free */
+            at_last_product();
 #pragma unroll 1
             for (; first < keys.high; first += KEYS) {
                 wgmma::wait<0>();
@@ -672,7 +710,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- the block ---- */
 
-    /* See TileLoop. */
+    /* See TileLoop. Of finish both halves are asked for: ends(), and store(). */
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
@@ -737,14 +775,72 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 Softmax softmax(score.unit);
                 Output o;
                 o.clear();
-                warpgroup.attend(turn.template read<Task>(), score, softmax, o);
+                const SharedAddress place = warpgroup.own_queries();
+                decltype(finish.ends(turn.template read<Task>(), softmax)) ends;
+                warpgroup.attend(turn.template read<Task>(), score, softmax, o, [&] {
+                    if (EARLY_ENDS) ends = finish.ends(turn.template read<Task>(), softmax);
+                });
                 const Task task = turn.template read<Task>(); /* again: registers were few meanwhile */
-                if (launch.work.is_whole(task, softmax, o)) finish(task, softmax, o);
+                if (launch.work.is_whole(task, softmax, o)) {
+                    if (!EARLY_ENDS) ends = finish.ends(task, softmax);
+                    finish.store(task, ends, o, place);
+                }
                 turn.release();
             }
+            if (BULK_OUTPUT) bulk::wait_for_reads();
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
             if (warpgroup.number == 0) warpgroup.await_turn();
         }
+    }
+
+    /* Whether all of the wave's rows can go out at one time: they exist. */
+    template <class RowTile>
+    static __device__ __forceinline__ bool can_send(const Launch &launch, const RowTile &tile, int wave_row) {
+#if defined(AITER_BULK_OUTPUT)
+        return BULK_OUTPUT && launch.output_is_mapped &&
+               tile.token(wave_row + WAVE_ROWS - 1) < tile.sequence.padded_rows;
+#else
+        return false;
+#endif
+    }
+    /* The output as it is to be in memory goes to the wave's place, in blocks of 64 columns as wgmma would read them.
+     * Returns whether any of it could be NaN. */
+    static __device__ __forceinline__ bool round_output(const Output &o, SharedAddress place) {
+        if constexpr (!BULK_OUTPUT && !EARLY_ENDS) return true;
+        const SharedAddress lane_row = place + rows_first<64>();
+        uint32_t greatest[2] = {}; /* two, as each step waits for the one before */
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 16; ++j) {
+            uint32_t four[4];
+            round_operand(o, 0, j, four);
+            if (BULK_OUTPUT) store_matrices((lane_row ^ j % 4 << 5) + j / 4 * 64 * 128, four);
+            if (MASKED)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) greatest[i] = __vimax3_s16x2(greatest[i], four[2 * i], four[2 * i + 1]);
+        }
+        /* All NaNs are converted to the same bits, and no positive number has greater ones. */
+        const uint32_t both = __vmaxs2(greatest[0], greatest[1]);
+        return MASKED && wave_any(both >> 16 == 0x7fff || (both & 0xffff) == 0x7fff);
+    }
+    /* From that place to memory, by the bulk copy engine, which has read it by release_queries_before(). */
+    template <class RowTile>
+    static __device__ __forceinline__ void send(const Launch &launch, const RowTile &tile, int wave_row,
+                                                SharedAddress place) {
+#if defined(AITER_BULK_OUTPUT)
+        if constexpr (!BULK_OUTPUT) return;
+        const Sequence &sequence = tile.sequence;
+        wgmma::shared_is_written();
+        wave_sync();
+        if (lane() == 0) {
+#pragma unroll
+            for (int line = 0; line < VALUE_LINES; ++line)
+                tensor_map::store(launch.output, line * 64, sequence.first_query + tile.token(wave_row),
+                                  sequence.query_head + tile.member(wave_row), sequence.query_batch,
+                                  place + line * 64 * 128);
+            bulk::end();
+        }
+        wave_sync();
+#endif
     }
 
     /* row(r): where row r of the wave goes, or null. */

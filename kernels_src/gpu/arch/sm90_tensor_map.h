@@ -121,6 +121,13 @@ __device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, i
                      : "memory");
     }
 }
+/* The other way, in the thread's bulk group (bulk::end): what is outside of the tensor is not written. */
+__device__ __forceinline__ void store(const CUtensorMap &map, int column, int token, int head, int batch,
+                                      SharedAddress from) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
+                 "r"(column), "r"(head), "r"(token), "r"(batch), "r"(from)
+                 : "memory");
+}
 
 } // namespace tensor_map
 } // namespace aiter
