@@ -47,7 +47,7 @@ constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::BLOCK_ROWS;
 
 /* Rows of one sequence, which a block works on at one time: of one head or of several (Packing). Loop::place says in
  * which order. */
-struct RowTile : Packing<Loop::SEVERAL_HEADS> {
+struct RowTile : Loop::Packing {
     int head; /* the first */
     Sequence sequence;
     int first_row;
@@ -63,9 +63,9 @@ struct RowTile : Packing<Loop::SEVERAL_HEADS> {
     }
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
         : RowTile(launch, Loop::place(launch, index, static_cast<int>(of_heads(launch.problem)))) {}
-    __device__ __forceinline__ RowTile(const Loop::Launch &launch, Place place)
-        : Packing(launch.problem), head(place.head(launch.problem)),
-          sequence(launch, place.batch(launch.problem), head), first_row(place.row_tile * BLOCK_ROWS) {
+    __device__ __forceinline__ RowTile(const Loop::Launch &launch, const Place &place)
+        : Loop::Packing(Loop::packing(launch)), head(place.head), sequence(launch, place),
+          first_row(place.row_tile * BLOCK_ROWS) {
         keys = sequence.mask.keys_of_any(token(first_row), token(first_row + BLOCK_ROWS - 1) + 1);
         if (WINDOW) keys.low -= keys.low % Loop::alignment(launch);
         sequence.keys.begin = lesser(keys.low, greater(sequence.keys.count - 1, 0)); /* a key that there is */

@@ -3,6 +3,7 @@
 #define AITER_GPU_DECODE_SCHEDULE_H
 
 #include "gpu/decode_add_up.h"
+#include "gpu/divisor.h"
 #include "gpu/softmax.h"
 #if defined(AITER_GFX9)
 #include "gpu/arch/gfx9_decode.h"
@@ -116,21 +117,6 @@ __host__ __device__ inline int ranges_of_unit(const aiter_attention_problem &p, 
     if (Tile::PIECE_STEPS == 0 || deal.share < 2) return 0;
     return (longest + deal.share - 1) / deal.share * blocks <= most ? static_cast<int>(deal.share) : 0;
 }
-
-/* Division of numbers from 0 to 2^31 - 1 by one that the host knows, which spares the GPU a long sequence (T. Granlund,
- * P. Montgomery, "Division by Invariant Integers using Multiplication", 1994, figure 4.1). */
-struct Divisor {
-    uint32_t factor = 1;
-    int shift = 0;
-    Divisor() = default;
-    __host__ explicit Divisor(int number) {
-        while (int64_t(1) << shift < number) ++shift;
-        factor = static_cast<uint32_t>((uint64_t((int64_t(1) << shift) - number) << 32) / number + 1);
-    }
-    __device__ __forceinline__ int quotient(int x) const {
-        return static_cast<int>((static_cast<uint32_t>(uint64_t(x) * factor >> 32) + x) >> shift);
-    }
-};
 
 /* What is the same for all blocks of a launch. Nothing is read yet while they work it out: so the host does what it
  * can. */

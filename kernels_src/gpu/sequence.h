@@ -244,6 +244,11 @@ template <> struct Descales<true> {
     __device__ __forceinline__ float value_descale() const { return of_values; }
 };
 
+/* A tile of query rows: `head` is the first of those that share it. */
+struct Place {
+    int batch, head, kv_head, row_tile;
+};
+
 /* One query head of one sequence. */
 struct Sequence : Descales<FP8> {
     const Element *query;
@@ -261,8 +266,8 @@ struct Sequence : Descales<FP8> {
     int drawn_head; /* as dropout counts them */
 #endif
 
-    __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head)
-        : Sequence(arguments, batch, head, head / (arguments.problem.heads_q / arguments.problem.heads_kv)) {}
+    __device__ __forceinline__ Sequence(const Arguments &arguments, const Place &place)
+        : Sequence(arguments, place.batch, place.head, place.kv_head) {}
     __device__ __forceinline__ Sequence(const Arguments &arguments, int batch, int head, int of_keys)
         : Descales(arguments, batch, of_keys) {
         const aiter_attention_problem &p = arguments.problem;
@@ -329,15 +334,6 @@ __device__ __forceinline__ Work work_of_block(int block, int units, int parts) {
     const int index = block / XCDS;
     return {index / parts * XCDS + block % XCDS, index % parts};
 }
-
-/* A tile of query rows: `unit` is a KV head of a sequence, `member` one of the query heads that read it. */
-struct Place {
-    int unit, member, row_tile;
-    __device__ __forceinline__ int batch(const aiter_attention_problem &p) const { return unit / p.heads_kv; }
-    __device__ __forceinline__ int head(const aiter_attention_problem &p) const {
-        return unit % p.heads_kv * (p.heads_q / p.heads_kv) + member;
-    }
-};
 
 /* Whose rows a tile has. A loop may take several query heads that read one KV head together, in a number that is a power
  * of two: few tokens then fill a tile all the same, and keys are read once for all of them. Row r is that of token

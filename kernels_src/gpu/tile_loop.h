@@ -35,6 +35,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     static constexpr int TEAM = Tile::TEAM, TEAMS = Tile::WAVES / TEAM; /* without teams, of one wave each */
     static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE, BLOCK_ROWS = TEAMS * WAVE_ROWS;
     static constexpr bool SEVERAL_HEADS = false; /* in a row tile */
+    using Packing = aiter::Packing<SEVERAL_HEADS>;
     /* Of a team's queries and, later, its output. */
     static constexpr int TEAM_BYTES = greater(Queries::SHARED_BYTES, Query<VALUE_DIM, Tile::ROW_TILES>::SHARED_BYTES);
 
@@ -48,6 +49,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
         return (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
     }
 
+    static __device__ __forceinline__ Packing packing(const Launch &launch) { return Packing(launch.problem); }
     /* A window's first tile begins at a multiple of this. */
     static __device__ __forceinline__ int alignment(const Launch &) { return 1; }
     /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
@@ -56,7 +58,9 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
         const aiter_attention_problem &p = launch.problem;
         const int group = p.heads_q / p.heads_kv;
         const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
-        return {work.unit, work.part % group, row_tiles - 1 - work.part / group};
+        const int kv_head = work.unit % p.heads_kv;
+        return {work.unit / p.heads_kv, kv_head * group + work.part % group, kv_head,
+                row_tiles - 1 - work.part / group};
     }
 
     static __device__ __forceinline__ int team() { return TEAM == 1 ? wave() : wave() / TEAM; }

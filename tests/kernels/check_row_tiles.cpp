@@ -34,7 +34,7 @@ struct Arguments {
     const int *tensors;
 };
 struct Place {
-    int unit, member, row_tile;
+    int batch, head, kv_head, row_tile;
 };
 inline const int *query_side(const aiter_attention_problem &, const int *lengths) { return lengths; }
 inline int length_of(const int *lengths, int batch) { return lengths[batch]; }
@@ -91,25 +91,26 @@ template <int BLOCK_ROWS> static int run(const aiter_attention_problem &p, int t
         explicit Packing(const aiter_attention_problem &p) : bits(p.bits) {}
     };
     const auto print = [&](const aiter::Place &at) {
-        printf("%d %d %d\n", at.unit / p.heads_kv, at.unit % p.heads_kv * (p.heads_q / p.heads_kv) + at.member,
-               at.row_tile);
+        if (at.kv_head != at.head / (p.heads_q / p.heads_kv)) exit(1);
+        printf("%d %d %d\n", at.batch, at.head, at.row_tile);
     };
     const int row_tiles = ((p.seqlen_q << p.bits) + BLOCK_ROWS - 1) / BLOCK_ROWS,
               all = row_tiles * p.batch * p.heads_q >> p.bits;
-    aiter::RowTileOrder<Packing, 256> order(p, all, 132, true);
-    if (order.section < 1 || (order.together > 0) != (all > 0)) return 1;
-    order.section = together;
+    using Order = aiter::RowTileOrder<Packing, 256>;
+    const Order chosen(p, all, 132, true);
+    if (chosen.section < 1 || (chosen.together.by > 0) != (all > 0)) return 1;
+    const Order order(p, all, {together, together});
     printf("padded\n");
-    for (int i = 0; i < all; ++i) print(order.place(p, i, row_tiles));
+    for (int i = 0; i < all; ++i) print(order.place(i));
     printf("packed\n");
     std::vector<std::thread> lanes;
     for (int l = 0; l < aiter::WAVE; ++l)
         lanes.emplace_back([&, l] {
             aiter::own_lane = l;
             const aiter::Arguments arguments = {p, lengths};
-            aiter::PackedOrder<Packing, BLOCK_ROWS> packed;
+            aiter::PackedOrder<Order, BLOCK_ROWS> packed;
             aiter::Place at;
-            for (int number = 0; packed.find(arguments, together, number, at); ++number)
+            for (int number = 0; packed.find(arguments, order, number, at); ++number)
                 if (l == 0) print(at);
         });
     for (std::thread &lane : lanes) lane.join();

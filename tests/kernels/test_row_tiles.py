@@ -32,6 +32,7 @@ def orders(tmp_path_factory):
     for masked in (True, False):
         programs[masked] = str(tmp_path_factory.mktemp("row_tiles") / "check")
         flags = ["-std=c++20", "-O1", "-pthread", "-Wall", "-Wextra", "-Wno-parentheses", f"-DAITER_MASKED={masked:d}"]
+        flags.append("-DAITER_HOST_DIVISORS")
         run(COMPILER, *flags, f"-I{SOURCES}", str(HERE / "check_row_tiles.cpp"), "-o", programs[masked])
 
     def order(masked, *numbers, lengths):
@@ -67,3 +68,13 @@ def test_each_row_tile_once(orders, case, masked):
                 assert levels == sorted(levels, reverse=True)
         else:  # what reads the same keys together
             assert [(b, h) for b, h, _ in looked_at] == sorted((b, h) for b, h, _ in looked_at)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++ or clang++")
+def test_divisors(tmp_path):
+    """Exact for what there can be: all of 31 bits. Around each multiple, where a quotient that is off shows."""
+    program = str(tmp_path / "check")
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", f"-I{SOURCES}"]
+    run(COMPILER, *flags, str(HERE / "check_divisor.cpp"), "-o", program)
+    checked = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert (checked.returncode, checked.stdout) == (0, "")

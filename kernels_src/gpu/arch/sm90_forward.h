@@ -110,6 +110,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int SHARED_BYTES = SUM_AT + Work::SUM_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0 && SUM_AT % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
 
+    using Order = RowTileOrder<Packing, (LINES + VALUE_LINES) * 128>;
+
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap query, key, value;
@@ -119,7 +121,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #endif
         int box;   /* keys that a map's copy brings; 0: there are no maps */
         int tasks; /* in all: row tiles or what they are cut into */
-        RowTileOrder<Packing, (LINES + VALUE_LINES) * 128> order;
+        Order order;
+        Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
@@ -185,6 +188,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                                             VALUE_DIM, greater(WAVE_ROWS >> bits, 1), lesser(1 << bits, WAVE_ROWS));
 #endif
         launch.order = {p, tiles, blocks, p.packed_q && tasks == tiles};
+        launch.packing = Packing(p);
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;
@@ -233,9 +237,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- which row tiles a block takes ---- */
 
-    static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
-        return launch.order.place(launch.problem, index, row_tiles);
+    static __device__ __forceinline__ Place place(const Launch &launch, int index, int) {
+        return launch.order.place(index);
     }
+    static __device__ __forceinline__ Packing packing(const Launch &launch) { return launch.packing; }
 
     /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, and hands them to the
      * others in slots of shared memory, each with barriers like those of the ring: one slot for the task that the
@@ -260,6 +265,21 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             mbarrier::wait(full(), turn);
             return same(shared_load<int>(exists()));
         }
+        /* By words, of all lanes the same, into an empty slot: as a whole it would be copied byte by byte. */
+        template <class Task> __device__ __forceinline__ void write(const Task &task) const {
+            static_assert(std::is_trivially_copyable<Task>::value && sizeof(Task) % 4 == 0, "");
+#if defined(AITER_HOST_DIVISORS)
+#pragma unroll
+            for (int i = 0; i < int(sizeof(Task) / 4); ++i) {
+                uint32_t word;
+                __builtin_memcpy(&word, reinterpret_cast<const char *>(&task) + i * 4, 4);
+                shared_store(this->task() + i * 4, word);
+            }
+            wave_sync(); /* one lane announces it */
+#else
+            if (task.exists() && lane() == 0) shared_store(this->task(), task);
+#endif
+        }
         template <class Task> __device__ __forceinline__ Task read() const {
             static_assert(sizeof(Task) <= TURN_BYTES - 32, "");
             return shared_load<Task>(task());
@@ -282,19 +302,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static __device__ __forceinline__ void find_tasks(const Launch &launch, SharedAddress shared) {
         Turn turn = {shared};
         int index = block();
-        PackedOrder<Packing, BLOCK_ROWS> packed;
+        PackedOrder<Order, BLOCK_ROWS> packed;
         uint32_t copied = 0; /* modulo 2 */
 #pragma unroll 1
         while (index < launch.tasks) {
             Place at;
-            if (launch.order.together > 0) {
-                if (!packed.find(launch, launch.order.together, index, at)) break;
+            if (launch.order.together.by > 0) {
+                if (!packed.find(launch, launch.order, index, at)) break;
             } else {
-                at = place(launch, launch.work.row_tile(index), static_cast<int>(Task::of_heads(launch.problem)));
+                at = launch.order.place(launch.work.row_tile(index));
             }
             const Task task(launch, at, index);
+            turn.write(task);
             if (task.exists()) {
-                if (lane() == 0) shared_store(turn.task(), task);
                 turn.announce(true);
                 turn = turn.after();
                 turn.vacate();
@@ -818,6 +838,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #pragma unroll
                 for (int i = 0; i < 2; ++i) greatest[i] = __vimax3_s16x2(greatest[i], four[2 * i], four[2 * i + 1]);
         }
+        if (BULK_OUTPUT) wgmma::shared_is_written(); /* whether it is sent or the next queries come there */
         /* All NaNs are converted to the same bits, and no positive number has greater ones. */
         const uint32_t both = __vmaxs2(greatest[0], greatest[1]);
         return MASKED && wave_any(both >> 16 == 0x7fff || (both & 0xffff) == 0x7fff);
@@ -829,7 +850,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #if defined(AITER_BULK_OUTPUT)
         if constexpr (!BULK_OUTPUT) return;
         const Sequence &sequence = tile.sequence;
-        wgmma::shared_is_written();
         wave_sync();
         if (lane() == 0) {
 #pragma unroll

@@ -50,7 +50,7 @@ struct WholeRowTiles {
     __device__ __forceinline__ int row_tile(int task) const { return task; }
     template <class RowTile> struct Task : RowTile {
         template <class Launch>
-        __device__ __forceinline__ Task(const Launch &launch, Place place, int) : RowTile(launch, place) {}
+        __device__ __forceinline__ Task(const Launch &launch, const Place &place, int) : RowTile(launch, place) {}
         __device__ __forceinline__ const Range &own(const Range &keys) const { return keys; }
     };
     struct InTurn {
@@ -160,7 +160,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         Piece piece;
 
         template <class Launch>
-        __device__ __forceinline__ Task(const Launch &launch, Place place, int index)
+        __device__ __forceinline__ Task(const Launch &launch, const Place &place, int index)
             : RowTile(launch, place), piece(launch.work.piece(RowTile::keys, index)) {}
         __device__ __forceinline__ bool exists() const { return piece.number < piece.count && RowTile::exists(); }
         /* Of these keys, those that are in the piece. */

@@ -20,22 +20,56 @@
 #define AITER_GPU_ARCH_SM90_ROW_TILES_H
 
 #include "gpu/arch.h"
+#include "gpu/divisor.h"
 #include "gpu/sequence.h"
 
 namespace aiter {
+
+__host__ __device__ __forceinline__ int divide(int n, const Divisor &divisor) {
+#if defined(AITER_HOST_DIVISORS)
+    return divisor.quotient(n);
+#else
+    return n / divisor.by;
+#endif
+}
 
 /* A part of the kernel's parameter. KEY_BYTES: of a key and its value. */
 template <class Packing, int KEY_BYTES> struct RowTileOrder {
     static constexpr int64_t CACHED_BYTES = int64_t(32) << 20; /* of keys and values that are read by many blocks */
 
-    int section;  /* units whose row tiles are taken together */
-    int together; /* heads of packed sequences, likewise; 0: it is place()'s order */
+    int bits, heads;                 /* 2^bits heads share a row tile; so many times there are as many */
+    int row_tiles;                   /* of one of those */
+    Divisor group, heads_kv;         /* group: of those that read one KV head */
+    int first;                       /* units of the first section, if it is a small one */
+    int first_tiles;                 /* their row tiles */
+    Divisor section_tiles;           /* of a section that is not */
+    Divisor level, first_level;      /* row tiles that stand equally far from the ends of a section's heads */
+    int section;                     /* units whose row tiles are taken together */
+    Divisor together, last_together; /* heads of packed sequences, likewise. together.by 0: it is place()'s order */
+
+    struct Together {
+        int units, heads; /* heads 0: not packed */
+    };
 
     RowTileOrder() = default;
     /* packed: whether to take PackedOrder. */
-    RowTileOrder(const aiter_attention_problem &p, int64_t row_tiles, int blocks, bool packed)
-        : section(MASKED ? units_together(p, row_tiles, blocks) : 1),
-          together(packed && row_tiles > 0 ? heads_together(p) : 0) {}
+    RowTileOrder(const aiter_attention_problem &p, int64_t all_row_tiles, int blocks, bool packed)
+        : RowTileOrder(p, all_row_tiles,
+                       Together{MASKED ? units_together(p, all_row_tiles, blocks) : 1,
+                                packed && all_row_tiles > 0 ? heads_together(p) : 0}) {}
+    RowTileOrder(const aiter_attention_problem &p, int64_t all_row_tiles, const Together &taken)
+        : bits(Packing(p).bits), heads(p.heads_q >> bits), group(heads / p.heads_kv), heads_kv(p.heads_kv) {
+        const int units = p.batch * p.heads_kv;
+        section = lesser(taken.units, greater(units, 1));
+        row_tiles = static_cast<int>(all_row_tiles / greater<int64_t>(int64_t(units) * group.by, 1));
+        const int unit_tiles = group.by * row_tiles;
+        first = units % section;
+        first_tiles = first * unit_tiles;
+        section_tiles = Divisor(int64_t(section) * unit_tiles);
+        level = Divisor(section * group.by), first_level = Divisor(first * group.by);
+        together = Divisor(taken.heads), last_together = Divisor(taken.heads > 0 ? heads % taken.heads : 0);
+        if (taken.heads == 0) together.by = 0;
+    }
 
     /* Units whose tiles are taken together where tiles differ in work: those that see most keys come first, over all of
      * the section, so that at the end short ones fill the gaps. For that a section should have several tiles for each
@@ -58,31 +92,32 @@ template <class Packing, int KEY_BYTES> struct RowTileOrder {
         return static_cast<int>(greater<int64_t>(heads_kv, 1)) * (p.heads_q / p.heads_kv >> Packing(p).bits);
     }
 
-    /* Where row tile number `index` of all is; row_tiles: of a head. The last section must not be a small one: the first
-     * is. */
-    __device__ __forceinline__ Place place(const aiter_attention_problem &p, int index, int row_tiles) const {
-        const int bits = Packing(p).bits, group = p.heads_q / p.heads_kv >> bits;
-        const int unit_tiles = group * row_tiles, units = p.batch * p.heads_kv;
-        const int first = units % section; /* units of the first section, if it is a small one */
-        int before = 0, many = first;
-        if (index >= first * unit_tiles) {
-            before = first + (index / unit_tiles - first) / section * section;
-            many = section;
-        }
-        const int rest = index - before * unit_tiles, heads = many * group;
-        return {before + rest % heads / group, rest % group << bits, row_tiles - 1 - rest / heads};
+    /* Where row tile number `index` of all is. The last section must not be a small one: the first is. */
+    __device__ __forceinline__ Place place(int index) const {
+        const int later = index - first_tiles, sections = divide(greater(later, 0), section_tiles);
+        const bool small = later < 0;
+        const int rest = small ? index : later - sections * section_tiles.by;
+        const int heads_of_level = small ? first_level.by : level.by;
+        const int number = small ? divide(rest, first_level) : divide(rest, level);
+        const int of_level = rest - number * heads_of_level, unit_of_section = divide(of_level, group);
+        const int unit = (small ? 0 : first + sections * section) + unit_of_section, batch = divide(unit, heads_kv);
+        return place(batch, unit - batch * heads_kv.by, of_level - unit_of_section * group.by, row_tiles - 1 - number);
+    }
+    /* member: of the group. */
+    __device__ __forceinline__ Place place(int batch, int kv_head, int member, int row_tile) const {
+        return {batch, kv_head * group.by + member << bits, kv_head, row_tile};
     }
 };
 
 /* Numbers are asked for in ascending order. BLOCK_ROWS: of a row tile. */
-template <class Packing, int BLOCK_ROWS> struct PackedOrder {
+template <class Order, int BLOCK_ROWS> struct PackedOrder {
     int first = -WAVE; /* of the sequences that are looked at */
     int row_tiles = 0; /* of the lane's */
     int end = 0;       /* the first number that belongs to none of them or, under a mask, not to this level */
 
-    /* Where the row tile with this number is. False: there is none. together: heads that are looked at. */
-    __device__ __forceinline__ bool find(const Arguments &arguments, int together, int number, Place &at) {
-        return MASKED ? levels.find(*this, arguments, together, number, at) : find_in_turn(arguments, number, at);
+    /* Where the row tile with this number is. False: there is none. */
+    __device__ __forceinline__ bool find(const Arguments &arguments, const Order &order, int number, Place &at) {
+        return MASKED ? levels.find(*this, arguments, order, number, at) : find_in_turn(arguments, order, number, at);
     }
 
   private:
@@ -90,37 +125,40 @@ template <class Packing, int BLOCK_ROWS> struct PackedOrder {
         int head = 1 << 30, level = 0; /* the first head; the level below */
         uint32_t having = 0;           /* lanes of sequences that have a row tile on this level */
 
-        __device__ __forceinline__ bool find(PackedOrder &order, const Arguments &arguments, int together, int number,
-                                             Place &at) {
-            const int all_heads = arguments.problem.heads_q >> Packing(arguments.problem).bits;
+        __device__ __forceinline__ bool find(PackedOrder &packed, const Arguments &arguments, const Order &order,
+                                             int number, Place &at) {
+            const int together = order.together.by;
 #pragma unroll 1
-            while (number >= order.end) {
+            while (number >= packed.end) {
                 if (level == 0) {
                     head += together;
-                    if (head >= all_heads) {
+                    if (head >= order.heads) {
                         head = 0;
-                        if (!order.look(arguments)) return false;
+                        if (!packed.look(arguments, order)) return false;
                     }
-                    level = __reduce_max_sync(~0u, order.row_tiles);
+                    level = __reduce_max_sync(~0u, packed.row_tiles);
                     if (level == 0) continue;
                 }
-                having = static_cast<uint32_t>(ballot(order.row_tiles >= level));
-                order.end += __popc(having) * lesser(together, all_heads - head);
+                having = static_cast<uint32_t>(ballot(packed.row_tiles >= level));
+                packed.end += __popc(having) * lesser(together, order.heads - head);
                 --level;
             }
-            const int heads = lesser(together, all_heads - head);
-            const int rest = number - order.end + __popc(having) * heads;
-            const bool here = having >> lane() & 1 && __popc(having & ((1u << lane()) - 1)) == rest / heads;
-            at = order.place(arguments, first_lane(ballot(here)), head + rest % heads, level);
+            const bool last = order.heads - head < together;
+            const int heads = last ? order.last_together.by : together;
+            const int rest = number - packed.end + __popc(having) * heads;
+            const int sequence = last ? divide(rest, order.last_together) : divide(rest, order.together);
+            const bool here = having >> lane() & 1 && __popc(having & ((1u << lane()) - 1)) == sequence;
+            at = packed.place(order, first_lane(ballot(here)), head + rest - sequence * heads, level);
             return true;
         }
     } levels;
 
-    __device__ __forceinline__ bool find_in_turn(const Arguments &arguments, int number, Place &at) {
-        const int heads = arguments.problem.heads_q >> Packing(arguments.problem).bits;
+    __device__ __forceinline__ bool find_in_turn(const Arguments &arguments, const Order &order, int number,
+                                                 Place &at) {
+        const int heads = order.heads;
 #pragma unroll 1
         while (number >= end) {
-            if (!look(arguments)) return false;
+            if (!look(arguments, order)) return false;
             end += wave_sum(row_tiles) * heads;
         }
         int after = row_tiles; /* of this lane's sequence and those behind it */
@@ -132,22 +170,21 @@ template <class Packing, int BLOCK_ROWS> struct PackedOrder {
         const int rest = number - end + after * heads; /* from the sequence's first on */
         const int sequence = first_lane(ballot(rest >= 0 && rest < row_tiles * heads));
         const int own = from_lane(rest, sequence), tiles = from_lane(row_tiles, sequence);
-        at = place(arguments, sequence, own / tiles, tiles - 1 - own % tiles);
+        at = place(order, sequence, own / tiles, tiles - 1 - own % tiles);
         return true;
     }
     /* At the next sequences. */
-    __device__ __forceinline__ bool look(const Arguments &arguments) {
+    __device__ __forceinline__ bool look(const Arguments &arguments, const Order &order) {
         const aiter_attention_problem &p = arguments.problem;
         first += WAVE;
         if (first >= p.batch) return false;
         const int own = first + lane(), rows = own < p.batch ? length_of(query_side(p, arguments.tensors), own) : 0;
-        row_tiles = ((rows << Packing(p).bits) + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        row_tiles = ((rows << order.bits) + BLOCK_ROWS - 1) / BLOCK_ROWS;
         return true;
     }
-    __device__ __forceinline__ Place place(const Arguments &arguments, int sequence, int head, int row_tile) const {
-        const aiter_attention_problem &p = arguments.problem;
-        const int bits = Packing(p).bits, group = p.heads_q / p.heads_kv >> bits;
-        return {(first + sequence) * p.heads_kv + head / group, head % group << bits, row_tile};
+    __device__ __forceinline__ Place place(const Order &order, int sequence, int head, int row_tile) const {
+        const int kv_head = divide(head, order.group);
+        return order.place(first + sequence, kv_head, head - kv_head * order.group.by, row_tile);
     }
 };
 
