@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from accuracy import assert_as_accurate, pytorch_attend_one
-from problems import Sequence, assert_sequences
+from problems import Sequence, assert_sequences, dense_sequences
 
 import aiter
 from aiter import flash_attn, plan, reference, repeated
@@ -454,3 +454,80 @@ def test_131072_tokens(causal):
     tail = [query[0, -64:], key[0], value[0]]  # bottom-right alignment: the last rows are a problem of their own
     expected, _ = reference.attend_one(*tail, causal)
     assert_as_accurate(output[0, -64:], expected, pytorch_attend_one(*tail, causal))
+
+
+def guarded(shape):
+    """A place for an output within a larger tensor of sevens, rows further apart than they need be, and that tensor."""
+    around = torch.full((*shape[:-1], shape[-1] + 16), 7.0, device="cuda", dtype=torch.bfloat16)
+    return around[..., 8:-8], around
+
+
+HEADS = {"heads apart": (3, 3), "four in a row tile": (8, 2), "more than a wave has rows": (32, 1)}
+
+
+@pytest.mark.parametrize("hidden", (False, True), ids=("finite", "with a hidden infinity"))
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("causal", (False, True), ids=("full", "causal"))
+@pytest.mark.parametrize("head_dim", (40, 64, 96, 128, 192, 256))
+def test_where_rows_end(head_dim, causal, heads, hidden):
+    """Packed side by side, and row tiles that are filled in part: each row is where it belongs, those that are computed
+    once more as well, nothing beside them is touched, and all that twice."""
+    lengths, rest = [16, 1, 130, 0, 48, 200, 17, 64, 15, 384], 40
+    total = sum(lengths)
+    query, key, value = (t[0] for t in qkv(1, total + rest, total + rest, *heads, head_dim))
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    ends = starts[1:][torch.tensor(lengths) > 60] - 1
+    if hidden:
+        value[ends.long(), 0, 5] = float("inf")
+    place, around = guarded(query.shape)
+    arguments = (query, key, value, starts, starts, max(lengths), max(lengths))
+    results = []
+    for _ in range(2):
+        output, lse = flash_attn.flash_attn_varlen_func(*arguments, causal=causal, out=place, return_lse=True)
+        results.append((output.clone(), lse.clone()))
+    assert (around[..., :8] == 7).all() and (around[..., -8:] == 7).all() and (place[total:] == 7).all()
+    for first, second in zip(*results, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    rows = [slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True) if a < b]
+    sequences = [Sequence(query[own], key[own], value[own], (own,), (slice(None), own)) for own in rows]
+    assert_sequences(output, lse, sequences, causal)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 192, 256))
+def test_where_rows_of_padded_sequences_end(head_dim, heads):
+    """Lengths that are given, one of them 0: of a given output the rows past them are left alone, of a new one they are
+    zeros. And equal ones, for which a block takes several row tiles."""
+    for seq_q in (16, 100, 192, 500):
+        query, key, value = qkv(5, seq_q, seq_q, *heads, head_dim)
+        place, around = guarded(query.shape)
+        for causal in (False, True):
+            output, lse = flash_attn.flash_attn_func(query, key, value, causal=causal, out=place, return_lse=True)
+            assert_sequences(output, lse, dense_sequences(query, key, value), causal)
+            assert torch.equal(output, aiter.flash_attn_func(query, key, value, causal=causal))
+        assert (around[..., :8] == 7).all() and (around[..., -8:] == 7).all()
+    lengths = torch.tensor([500, 0, 16, 129, 499], device="cuda", dtype=torch.int32)
+    flat = [t.flatten(0, 1) for t in (query, key, value)]
+    starts = torch.arange(6, device="cuda", dtype=torch.int32) * 500
+    place, around = guarded(flat[0].shape)
+    used = {"seqused_q": lengths, "seqused_k": lengths}
+    flash_attn.flash_attn_varlen_func(*flat, starts, starts, 500, 500, causal=True, out=place, **used)
+    for b, length in enumerate(lengths.tolist()):
+        own = aiter.flash_attn_func(*(t[b : b + 1, :length] for t in (query, key, value)), causal=True)
+        torch.testing.assert_close(place[b * 500 : b * 500 + length], own[0], rtol=0.02, atol=0.005)
+        assert (place[b * 500 + length : (b + 1) * 500] == 7).all()
+
+
+def test_row_tiles_that_many_blocks_take_in_turn():
+    """Several for each block, so that one's output is on its way while the next is begun, twice the same bits; and rows
+    that see no keys among them."""
+    for head_dim in (64, 96, 128):
+        query, key, value = qkv(6, 1500, 1300, 16, 4, head_dim)
+        results = [aiter.flash_attn_func(query, key, value, causal=True, return_lse=True) for _ in range(3)]
+        for output, lse in results[1:]:
+            assert torch.equal(output, results[0][0]) and torch.equal(lse, results[0][1])
+        assert not results[0][0][:, :200].any() and (results[0][1][:, :, :200] == -torch.inf).all()
+        for b in (0, 5):
+            own = [t[b : b + 1] for t in (query, key, value)]
+            expected, pytorch = (f(*(t[0] for t in own), True) for f in (reference.attend_one, pytorch_attend_one))
+            assert_as_accurate(results[0][0][b], expected[0], pytorch)
