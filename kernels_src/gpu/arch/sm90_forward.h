@@ -102,6 +102,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #else
     static constexpr bool EARLY_ENDS = false;
 #endif
+#if defined(AITER_EARLY_START)
+    /* A row tile's first scores set off before anything else is asked of it: they need its place in the rings alone. */
+    static constexpr bool EARLY_START = true;
+#else
+    static constexpr bool EARLY_START = false;
+#endif
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
@@ -601,11 +607,24 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             is_after = true;
         }
 
-        /* Tiles that only other warpgroups see are passed over, but in step with these. at_last_product(): while it is
-         * made. */
-        template <class Task, class AtLastProduct>
-        __device__ __forceinline__ void attend(const Task &tile, const Score &score, Softmax &softmax, Output &o,
+        /* Tiles that only other warpgroups see are passed over, but in step with these. read_task(): what there is to
+         * do. at_last_product(): while it is made. */
+        template <class ReadTask, class AtLastProduct>
+        __device__ __forceinline__ void attend(ReadTask read_task, const Score &score, Softmax &softmax, Output &o,
                                                AtLastProduct at_last_product) {
+            Scores s;
+            Ring first_keys = ring;
+            const auto begin = [&] {
+                await_queries(score.query_bits);
+                first_keys = take();
+                await_turn();
+                wgmma::begin();
+                begin_scores(queries.tile(), first_keys.tile(), s);
+                pass_turn();
+                if (BULK_OUTPUT) release_queries_before();
+            };
+            if (EARLY_START) begin();
+            const auto tile = read_task();
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
             const Mask &mask = sequence.mask;
@@ -620,7 +639,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             const int own_end = same(any.empty() ? keys.low + 1 : any.high);
             const Range whole = {same(all.low), lesser(own_end, same(all.high))};
             const Range wave_whole = {same(of_wave.low), same(of_wave.high)};
-            Scores s;
             uint32_t p[KEYS / 16][4];
             float shrink[2];
             typename Work::InTurn pieces(launch.work, keys.low);
@@ -649,13 +667,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 return softmax.advance(s, shrink);
             };
 
-            await_queries(score.query_bits);
-            const Ring first_keys = take();
-            await_turn();
-            wgmma::begin();
-            begin_scores(queries.tile(), first_keys.tile(), s);
-            pass_turn();
-            if (BULK_OUTPUT) release_queries_before();
+            if (!EARLY_START) begin();
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
@@ -797,8 +809,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 o.clear();
                 const SharedAddress place = warpgroup.own_queries();
                 decltype(finish.ends(turn.template read<Task>(), softmax)) ends;
-                warpgroup.attend(turn.template read<Task>(), score, softmax, o, [&] {
-                    if (EARLY_ENDS) ends = finish.ends(turn.template read<Task>(), softmax);
+                const auto read_task = [&] { return turn.template read<Task>(); };
+                warpgroup.attend(read_task, score, softmax, o, [&] {
+                    if (EARLY_ENDS) ends = finish.ends(read_task(), softmax);
                 });
                 const Task task = turn.template read<Task>(); /* again: registers were few meanwhile */
                 if (launch.work.is_whole(task, softmax, o)) {
