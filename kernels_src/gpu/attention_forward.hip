@@ -129,7 +129,7 @@ struct RowEnds {
 /* Where a RowTile goes when all of its keys have been seen. */
 struct Finish {
     const Loop::Launch &launch;
-    SharedAddress shared;
+    Loop::OutputPlace place;
     const Score &score;
 
     __device__ __forceinline__ RowEnds ends(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax) const {
@@ -145,16 +145,16 @@ struct Finish {
         }
         return ends;
     }
-    /* place: in shared memory, of the wave, which the loop's output goes by. */
+    /* place: in shared memory, which a loop's output goes by. */
     __device__ __forceinline__ void store(const RowTile &tile, const RowEnds &ends, Output &o,
-                                          SharedAddress place) const {
+                                          Loop::OutputPlace &place) const {
         const aiter_attention_problem &p = launch.problem;
         const Sequence &sequence = tile.sequence;
         const int wave_row = ends.wave_row;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, ends.weight[slot]);
         const bool may_be_nan = Loop::round_output(o, place) && MASKED;
-        if (ends.whole && !may_be_nan) return Loop::send(launch, tile, wave_row, place);
+        if (ends.whole && !may_be_nan) return Loop::leave(tile, wave_row, place);
         if (!ends.all_see)
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot)
@@ -198,7 +198,8 @@ struct Finish {
         }
     }
     __device__ __forceinline__ void operator()(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax, Output &o) const {
-        store(tile, ends(tile, softmax), o, shared);
+        Loop::OutputPlace place = this->place;
+        store(tile, ends(tile, softmax), o, place);
     }
 
   private:
@@ -209,7 +210,8 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     attention_forward(const AITER_GRID_CONSTANT Loop::Launch launch) {
     AITER_SHARED_OF_LAUNCH(shared);
     const Score score(launch.problem);
-    Loop::run<RowTile>(launch, shared_address(shared), score, Finish{launch, shared_address(shared), score});
+    Loop::run<RowTile>(launch, shared_address(shared), score,
+                       Finish{launch, Loop::OutputPlace{shared_address(shared)}, score});
 }
 
 #if AITER_CUT

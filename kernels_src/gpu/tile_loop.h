@@ -91,9 +91,9 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     template <class RowTile> static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
         return false;
     }
+    using OutputPlace = SharedAddress;
     static __device__ __forceinline__ bool round_output(const Output &, SharedAddress) { return true; }
-    template <class RowTile>
-    static __device__ __forceinline__ void send(const Launch &, const RowTile &, int, SharedAddress) {}
+    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, SharedAddress) {}
 
     /* Goes through the block's row tiles, here one. Leaves in `o` the sums of P V, and in `softmax` what they must be
      * divided by, and calls finish(tile, softmax, o) in every wave that has rows: a loop may use more threads than its

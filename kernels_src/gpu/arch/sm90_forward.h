@@ -96,6 +96,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #else
     static constexpr bool BULK_OUTPUT = false;
 #endif
+#if defined(AITER_LATE_SEND)
+    /* It sets off when the next row tile's first scores have. */
+    static constexpr bool LATE_SEND = BULK_OUTPUT;
+#else
+    static constexpr bool LATE_SEND = false;
+#endif
 #if defined(AITER_EARLY_ENDS)
     /* What a row tile ends with is found while its last product is made, where that is known by then. */
     static constexpr bool EARLY_ENDS = !CUT;
@@ -480,6 +486,29 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         }
     }
 
+    /* Where a wave's rows of Q are and, later, its output, until the bulk copy engine has taken it to memory. */
+    struct OutputPlace {
+        SharedAddress rows = 0;
+        bool filled = false;
+        int token, head, batch; /* of the tensor of outputs, where it is */
+
+        /* Copies what is there, if anything is. By the whole wave, which has written it. */
+        __device__ __forceinline__ void send(const Launch &launch) {
+#if defined(AITER_BULK_OUTPUT)
+            wgmma::shared_is_written(); /* whether it is sent or the next queries come there */
+            wave_sync();
+            if (filled && lane() == 0) {
+#pragma unroll
+                for (int line = 0; line < VALUE_LINES; ++line)
+                    tensor_map::store(launch.output, line * 64, token, head, batch, rows + line * 64 * 128);
+                bulk::end();
+            }
+            wave_sync();
+#endif
+            filled = false;
+        }
+    };
+
     /* Q of one warpgroup: the stages of a ring of its own. */
     struct QueryRing {
         SharedAddress shared;
@@ -556,7 +585,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Ring ring = {shared};
         QueryRing queries = {shared, number};
         int own_rows = wave() % 4 * WAVE_ROWS; /* the wave's, in the warpgroup's */
-        bool is_after = false;                 /* another row tile */
+        OutputPlace output;
+        bool is_after = false; /* another row tile */
 
         __device__ __forceinline__ Warpgroup(const Launch &launch, SharedAddress shared)
             : launch(launch), shared(shared) {
@@ -621,7 +651,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 wgmma::begin();
                 begin_scores(queries.tile(), first_keys.tile(), s);
                 pass_turn();
-                if (BULK_OUTPUT) release_queries_before();
+                if (LATE_SEND) output.send(launch);
+                else if (BULK_OUTPUT) release_queries_before();
             };
             if (EARLY_START) begin();
             const auto tile = read_task();
@@ -673,6 +704,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             changed(s);
             weigh(keys.low, true);
             round(s, p);
+            if (LATE_SEND) release_queries_before();
             /* cut: the tile is the first of a piece; with its scores, the last product of the piece before is made. */
             const auto step = [&](int first, bool masked, bool cut = false) __attribute__((always_inline)) {
                 const Ring key_tile = take();
@@ -719,8 +751,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             clear_past_end(last_values.tile(), keys_count - (first - KEYS));
             wgmma::begin();
             begin_output(p, last_values.tile(), o);
-            if (BULK_OUTPUT) meet_all(); /* the last scores of all are made: the place of Q is free */
             at_last_product();
+            if (BULK_OUTPUT) meet_all(); /* the last scores of all are made: the place of Q is free */
 #pragma unroll 1
             for (; first < keys.high; first += KEYS) {
                 wgmma::wait<0>();
@@ -816,10 +848,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 const Task task = turn.template read<Task>(); /* again: registers were few meanwhile */
                 if (launch.work.is_whole(task, softmax, o)) {
                     if (!EARLY_ENDS) ends = finish.ends(task, softmax);
-                    finish.store(task, ends, o, place);
+                    warpgroup.output.rows = place;
+                    finish.store(task, ends, o, warpgroup.output);
+                    if (BULK_OUTPUT && !LATE_SEND) warpgroup.output.send(launch);
                 }
                 turn.release();
             }
+            if (LATE_SEND) warpgroup.output.send(launch);
             if (BULK_OUTPUT) bulk::wait_for_reads();
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
             if (warpgroup.number == 0) warpgroup.await_turn();
@@ -838,9 +873,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     }
     /* The output as it is to be in memory goes to the wave's place, in blocks of 64 columns as wgmma would read them.
      * Returns whether any of it could be NaN. */
-    static __device__ __forceinline__ bool round_output(const Output &o, SharedAddress place) {
+    static __device__ __forceinline__ bool round_output(const Output &o, const OutputPlace &place) {
         if constexpr (!BULK_OUTPUT && !EARLY_ENDS) return true;
-        const SharedAddress lane_row = place + rows_first<64>();
+        const SharedAddress lane_row = place.rows + rows_first<64>();
         uint32_t greatest[2] = {}; /* two, as each step waits for the one before */
 #pragma unroll
         for (int j = 0; j < COLUMNS / 16; ++j) {
@@ -851,34 +886,23 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 #pragma unroll
                 for (int i = 0; i < 2; ++i) greatest[i] = __vimax3_s16x2(greatest[i], four[2 * i], four[2 * i + 1]);
         }
-        if (BULK_OUTPUT) wgmma::shared_is_written(); /* whether it is sent or the next queries come there */
         /* All NaNs are converted to the same bits, and no positive number has greater ones. */
         const uint32_t both = __vmaxs2(greatest[0], greatest[1]);
         return MASKED && wave_any(both >> 16 == 0x7fff || (both & 0xffff) == 0x7fff);
     }
-    /* From that place to memory, by the bulk copy engine, which has read it by release_queries_before(). */
+    /* What is there is to go to memory as it is. */
     template <class RowTile>
-    static __device__ __forceinline__ void send(const Launch &launch, const RowTile &tile, int wave_row,
-                                                SharedAddress place) {
-#if defined(AITER_BULK_OUTPUT)
-        if constexpr (!BULK_OUTPUT) return;
+    static __device__ __forceinline__ void leave(const RowTile &tile, int wave_row, OutputPlace &place) {
         const Sequence &sequence = tile.sequence;
-        wave_sync();
-        if (lane() == 0) {
-#pragma unroll
-            for (int line = 0; line < VALUE_LINES; ++line)
-                tensor_map::store(launch.output, line * 64, sequence.first_query + tile.token(wave_row),
-                                  sequence.query_head + tile.member(wave_row), sequence.query_batch,
-                                  place + line * 64 * 128);
-            bulk::end();
-        }
-        wave_sync();
-#endif
+        place.filled = true;
+        place.token = sequence.first_query + tile.token(wave_row);
+        place.head = sequence.query_head + tile.member(wave_row);
+        place.batch = sequence.query_batch;
     }
 
     /* row(r): where row r of the wave goes, or null. */
     template <class RowPointer>
-    static __device__ __forceinline__ void store_output(const Output &o, SharedAddress, RowPointer row) {
+    static __device__ __forceinline__ void store_output(const Output &o, const OutputPlace &, RowPointer row) {
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot) store_elements<VALUE_DIM>(o, slot, row(Output::row(slot)));
     }
