@@ -32,7 +32,6 @@ def orders(tmp_path_factory):
     for masked in (True, False):
         programs[masked] = str(tmp_path_factory.mktemp("row_tiles") / "check")
         flags = ["-std=c++20", "-O1", "-pthread", "-Wall", "-Wextra", "-Wno-parentheses", f"-DAITER_MASKED={masked:d}"]
-        flags.append("-DAITER_HOST_DIVISORS")
         run(COMPILER, *flags, f"-I{SOURCES}", str(HERE / "check_row_tiles.cpp"), "-o", programs[masked])
 
     def order(masked, *numbers, lengths):

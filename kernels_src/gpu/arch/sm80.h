@@ -52,7 +52,6 @@ __device__ __forceinline__ float log2(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-#if defined(AITER_EARLY_ENDS)
 /* Rounded to nearest as __frcp_rn is, which is made this way but where x or the result is subnormal: those are 0 here,
  * and no function is called, while which no product could be under way. */
 __device__ __forceinline__ float reciprocal(float x) {
@@ -61,9 +60,6 @@ __device__ __forceinline__ float reciprocal(float x) {
     const float error = fmaf(x, y, -1.0f), better = fmaf(y, -error, y);
     return error == error ? better : y; /* of 0 and of infinity */
 }
-#else
-__device__ __forceinline__ float reciprocal(float x) { return __frcp_rn(x); }
-#endif
 __device__ __forceinline__ float approximate_reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

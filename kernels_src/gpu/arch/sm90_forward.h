@@ -10,7 +10,7 @@
  *                   Tensors of which there is no map, and pages whose size is no multiple of 8, are copied 16 bytes a
  *                   lane (cp.async)
  *       wave 2      finds out which row tiles the block takes
- *       wave 3      Q, as soon as a warpgroup has made its last scores
+ *       wave 3      Q, as soon as there is room for it
  *   a warpgroup     In each step the scores of a tile and the product of the one before set off together; as soon as
  *                   the scores are there their softmax begins, while the product goes on. The warpgroups take turns in
  *                   setting off (ping-pong), so that one's softmax falls into another's products:
@@ -20,10 +20,14 @@
  *
  *                   Tiles that all of its rows see whole go through a loop without masks; before it come those that a
  *                   window's left edge cuts, after it those that the diagonal or the end cuts.
+ *                   A row tile ends as follows: what its sums say is found while the last product is made; the output goes
+ *                   to where its queries were, and from there, when the next row tile's first scores have set off, to
+ *                   memory by the bulk copy engine: a wave's 16 rows at one time, where all exist, see keys and are not
+ *                   NaN. Else, and where there is room for the queries of one row tile only, from registers.
  *   registers       S of one tile, P of the one before, O
- *   shared memory   Q, and the ring: a stage is a tile of K or of V in blocks of 64 dimensions, rows of 128 bytes
- *                   permuted as wgmma wants them. Two barriers (mbarrier) belong to each: `full` completes when it has
- *                   arrived, `empty` when all waves are done with it. */
+ *   shared memory   Q of two row tiles, where there is room, and the ring: a stage is a tile of K or of V in blocks of 64
+ *                   dimensions, rows of 128 bytes permuted as wgmma wants them. Two barriers (mbarrier) belong to each:
+ *                   `full` completes when it has arrived, `empty` when all waves are done with it. */
 #ifndef AITER_GPU_ARCH_SM90_FORWARD_H
 #define AITER_GPU_ARCH_SM90_FORWARD_H
 
@@ -90,30 +94,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int QUERIES = (MOST_BYTES - 2 * WARPGROUPS * QUERY_BYTES) / TILE_BYTES >= 4 ? 2 : 1;
     static constexpr int RING_AT = QUERIES * WARPGROUPS * QUERY_BYTES;
     static constexpr int STAGES = lesser((MOST_BYTES - RING_AT) / TILE_BYTES, 8);
-#if defined(AITER_BULK_OUTPUT)
-    /* The output leaves by the bulk copy engine, from the place of its row tile's queries. */
+    /* The output leaves by the bulk copy engine, from the place of its row tile's queries, when the next row tile's first
+     * scores have set off. */
     static constexpr bool BULK_OUTPUT = !CUT && QUERIES == 2 && VALUE_LINES <= LINES;
-#else
-    static constexpr bool BULK_OUTPUT = false;
-#endif
-#if defined(AITER_LATE_SEND)
-    /* It sets off when the next row tile's first scores have. */
-    static constexpr bool LATE_SEND = BULK_OUTPUT;
-#else
-    static constexpr bool LATE_SEND = false;
-#endif
-#if defined(AITER_EARLY_ENDS)
     /* What a row tile ends with is found while its last product is made, where that is known by then. */
     static constexpr bool EARLY_ENDS = !CUT;
-#else
-    static constexpr bool EARLY_ENDS = false;
-#endif
-#if defined(AITER_EARLY_START)
-    /* A row tile's first scores set off before anything else is asked of it: they need its place in the rings alone. */
-    static constexpr bool EARLY_START = true;
-#else
-    static constexpr bool EARLY_START = false;
-#endif
     static constexpr int BARRIERS_AT = RING_AT + STAGES * TILE_BYTES;
     static constexpr int QUERY_BARRIERS_AT = BARRIERS_AT + STAGES * 16,
                          TURNS_AT = QUERY_BARRIERS_AT + QUERIES * WARPGROUPS * 16;
@@ -126,11 +111,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* The kernel's parameter. */
     struct Launch : Arguments {
-        CUtensorMap query, key, value;
-#if defined(AITER_BULK_OUTPUT)
-        CUtensorMap output;
+        CUtensorMap query, key, value, output;
         bool output_is_mapped;
-#endif
         int box;   /* keys that a map's copy brings; 0: there are no maps */
         int tasks; /* in all: row tiles or what they are cut into */
         Order order;
@@ -193,12 +175,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             tensor_map::make(launch.query, tensor_map::Reuse::OFTEN, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
-#if defined(AITER_BULK_OUTPUT)
         launch.output_is_mapped =
             BULK_OUTPUT && tensor_map::make(launch.output, tensor_map::Reuse::OFTEN, t.output, p.output_strides,
                                             p.packed_q ? 1 : p.batch, p.packed_q ? p.total_q : p.seqlen_q, p.heads_q,
                                             VALUE_DIM, greater(WAVE_ROWS >> bits, 1), lesser(1 << bits, WAVE_ROWS));
-#endif
         launch.order = {p, tiles, blocks, p.packed_q && tasks == tiles};
         launch.packing = Packing(p);
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
@@ -257,8 +237,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, and hands them to the
      * others in slots of shared memory, each with barriers like those of the ring: one slot for the task that the
      * warpgroups are at, one for that which is copied, one for the next. That is looked for as soon as only the last
-     * values are to be copied: not later, as it takes 5000 cycles, and its queries 2000 more; and not before, as what is
-     * taken early is taken from a block that might be free earlier. */
+     * values are to be copied: not later, as it takes 300 instructions, and its queries 2000 cycles more; and not before,
+     * as what is taken early is taken from a block that might be free earlier. */
     struct Turn {
         SharedAddress shared;
         int slot = 0;
@@ -280,7 +260,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         /* By words, of all lanes the same, into an empty slot: as a whole it would be copied byte by byte. */
         template <class Task> __device__ __forceinline__ void write(const Task &task) const {
             static_assert(std::is_trivially_copyable<Task>::value && sizeof(Task) % 4 == 0, "");
-#if defined(AITER_HOST_DIVISORS)
 #pragma unroll
             for (int i = 0; i < int(sizeof(Task) / 4); ++i) {
                 uint32_t word;
@@ -288,9 +267,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 shared_store(this->task() + i * 4, word);
             }
             wave_sync(); /* one lane announces it */
-#else
-            if (task.exists() && lane() == 0) shared_store(this->task(), task);
-#endif
         }
         template <class Task> __device__ __forceinline__ Task read() const {
             static_assert(sizeof(Task) <= TURN_BYTES - 32, "");
@@ -494,7 +470,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
         /* Copies what is there, if anything is. By the whole wave, which has written it. */
         __device__ __forceinline__ void send(const Launch &launch) {
-#if defined(AITER_BULK_OUTPUT)
             wgmma::shared_is_written(); /* whether it is sent or the next queries come there */
             wave_sync();
             if (filled && lane() == 0) {
@@ -504,7 +479,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 bulk::end();
             }
             wave_sync();
-#endif
             filled = false;
         }
     };
@@ -643,18 +617,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         __device__ __forceinline__ void attend(ReadTask read_task, const Score &score, Softmax &softmax, Output &o,
                                                AtLastProduct at_last_product) {
             Scores s;
-            Ring first_keys = ring;
-            const auto begin = [&] {
-                await_queries(score.query_bits);
-                first_keys = take();
-                await_turn();
-                wgmma::begin();
-                begin_scores(queries.tile(), first_keys.tile(), s);
-                pass_turn();
-                if (LATE_SEND) output.send(launch);
-                else if (BULK_OUTPUT) release_queries_before();
-            };
-            if (EARLY_START) begin();
+            await_queries(score.query_bits);
+            const Ring first_keys = take();
+            await_turn();
+            wgmma::begin();
+            begin_scores(queries.tile(), first_keys.tile(),
+                         s); /* they need nothing of the task but its place in the rings */
+            pass_turn();
+            if (BULK_OUTPUT) output.send(launch);
             const auto tile = read_task();
             const Sequence &sequence = tile.sequence;
             const int wave_row = tile.first_row + wave() * WAVE_ROWS;
@@ -698,13 +668,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                 return softmax.advance(s, shrink);
             };
 
-            if (!EARLY_START) begin();
             wgmma::wait<0>();
             first_keys.release();
             changed(s);
             weigh(keys.low, true);
             round(s, p);
-            if (LATE_SEND) release_queries_before();
+            if (BULK_OUTPUT) release_queries_before();
             /* cut: the tile is the first of a piece; with its scores, the last product of the piece before is made. */
             const auto step = [&](int first, bool masked, bool cut = false) __attribute__((always_inline)) {
                 const Ring key_tile = take();
@@ -850,12 +819,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                     if (!EARLY_ENDS) ends = finish.ends(task, softmax);
                     warpgroup.output.rows = place;
                     finish.store(task, ends, o, warpgroup.output);
-                    if (BULK_OUTPUT && !LATE_SEND) warpgroup.output.send(launch);
                 }
                 turn.release();
             }
-            if (LATE_SEND) warpgroup.output.send(launch);
-            if (BULK_OUTPUT) bulk::wait_for_reads();
+            if (BULK_OUTPUT) {
+                warpgroup.output.send(launch);
+                bulk::wait_for_reads();
+            }
             /* The first warpgroup's turn has been passed to it once more than it has taken. */
             if (warpgroup.number == 0) warpgroup.await_turn();
         }
@@ -864,12 +834,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* Whether all of the wave's rows can go out at one time: they exist. */
     template <class RowTile>
     static __device__ __forceinline__ bool can_send(const Launch &launch, const RowTile &tile, int wave_row) {
-#if defined(AITER_BULK_OUTPUT)
         return BULK_OUTPUT && launch.output_is_mapped &&
                tile.token(wave_row + WAVE_ROWS - 1) < tile.sequence.padded_rows;
-#else
-        return false;
-#endif
     }
     /* The output as it is to be in memory goes to the wave's place, in blocks of 64 columns as wgmma would read them.
      * Returns whether any of it could be NaN. */

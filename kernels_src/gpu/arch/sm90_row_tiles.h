@@ -25,14 +25,6 @@
 
 namespace aiter {
 
-__host__ __device__ __forceinline__ int divide(int n, const Divisor &divisor) {
-#if defined(AITER_HOST_DIVISORS)
-    return divisor.quotient(n);
-#else
-    return n / divisor.by;
-#endif
-}
-
 /* A part of the kernel's parameter. KEY_BYTES: of a key and its value. */
 template <class Packing, int KEY_BYTES> struct RowTileOrder {
     static constexpr int64_t CACHED_BYTES = int64_t(32) << 20; /* of keys and values that are read by many blocks */
@@ -94,13 +86,13 @@ template <class Packing, int KEY_BYTES> struct RowTileOrder {
 
     /* Where row tile number `index` of all is. The last section must not be a small one: the first is. */
     __device__ __forceinline__ Place place(int index) const {
-        const int later = index - first_tiles, sections = divide(greater(later, 0), section_tiles);
+        const int later = index - first_tiles, sections = section_tiles.quotient(greater(later, 0));
         const bool small = later < 0;
         const int rest = small ? index : later - sections * section_tiles.by;
         const int heads_of_level = small ? first_level.by : level.by;
-        const int number = small ? divide(rest, first_level) : divide(rest, level);
-        const int of_level = rest - number * heads_of_level, unit_of_section = divide(of_level, group);
-        const int unit = (small ? 0 : first + sections * section) + unit_of_section, batch = divide(unit, heads_kv);
+        const int number = (small ? first_level : level).quotient(rest);
+        const int of_level = rest - number * heads_of_level, unit_of_section = group.quotient(of_level);
+        const int unit = (small ? 0 : first + sections * section) + unit_of_section, batch = heads_kv.quotient(unit);
         return place(batch, unit - batch * heads_kv.by, of_level - unit_of_section * group.by, row_tiles - 1 - number);
     }
     /* member: of the group. */
@@ -146,7 +138,7 @@ template <class Order, int BLOCK_ROWS> struct PackedOrder {
             const bool last = order.heads - head < together;
             const int heads = last ? order.last_together.by : together;
             const int rest = number - packed.end + __popc(having) * heads;
-            const int sequence = last ? divide(rest, order.last_together) : divide(rest, order.together);
+            const int sequence = (last ? order.last_together : order.together).quotient(rest);
             const bool here = having >> lane() & 1 && __popc(having & ((1u << lane()) - 1)) == sequence;
             at = packed.place(order, first_lane(ballot(here)), head + rest - sequence * heads, level);
             return true;
@@ -183,7 +175,7 @@ template <class Order, int BLOCK_ROWS> struct PackedOrder {
         return true;
     }
     __device__ __forceinline__ Place place(const Order &order, int sequence, int head, int row_tile) const {
-        const int kv_head = divide(head, order.group);
+        const int kv_head = order.group.quotient(head);
         return order.place(first + sequence, kv_head, head - kv_head * order.group.by, row_tile);
     }
 };
