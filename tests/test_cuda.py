@@ -1,5 +1,6 @@
 """What only a real GPU can show: streams, devices, threads, graphs, sizes beyond 2^31 elements, no synchronisation."""
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -488,7 +489,7 @@ def test_where_rows_end(head_dim, causal, heads, hidden):
     assert (around[..., :8] == 7).all() and (around[..., -8:] == 7).all() and (place[total:] == 7).all()
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
-    rows = [slice(int(a), int(b)) for a, b in zip(starts[:-1], starts[1:], strict=True) if a < b]
+    rows = [slice(int(a), int(b)) for a, b in itertools.pairwise(starts) if a < b]
     sequences = [Sequence(query[own], key[own], value[own], (own,), (slice(None), own)) for own in rows]
     assert_sequences(output, lse, sequences, causal)
 
