@@ -68,7 +68,8 @@ static_assert(!DROPOUT, "dropout is for training: the forward kernel knows it");
 /* What a block has of a unit: those of the keys first_key ... end_key - 1 that any row sees. */
 struct Piece {
     Schedule::Place place;
-    int rows; /* of the unit */
+    int range; /* its number */
+    int rows;  /* of the unit */
     int first_key, end_key;
     bool begins, whole; /* is it the unit's beginning; all of it */
     bool again;         /* not the block's first */
@@ -496,8 +497,10 @@ __device__ __forceinline__ void merge_as_last(const Unit &unit, const Loop::Laun
 
 /* ---- the kernel ---- */
 
+/* Visits the pieces of a range. Returns whether there were any, of this one or before. */
 template <class Visit>
-__device__ __forceinline__ void for_each_piece(const Arguments &arguments, const Schedule &schedule, Visit visit) {
+__device__ __forceinline__ bool for_each_piece_of(int range, const Arguments &arguments, const Schedule &schedule,
+                                                  bool again, Visit visit) {
     const int keys_of_step = step_keys(arguments.problem);
     int step, end;
     Schedule::Place place;
@@ -508,14 +511,15 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
         step = each * rank + lesser(rank, longer);
         end = step + each + (rank < longer);
     } else {
-        const int line = schedule.own_line(), index = schedule.own_index();
+        const auto [line, index] = schedule.range_of(range);
         step = schedule.range_begin(line, index);
         end = schedule.range_begin(line, index + 1);
-        if (step >= end) return;
+        if (step >= end) return again;
         place = schedule.lines() == 1 ? schedule.find(step) : schedule.find(step, line);
+        range = line * schedule.ranges + index;
     }
 
-    for (bool again = false;;) {
+    for (;;) {
         const int lead = schedule.led(), all = place.steps - lead;
         const int first = greater(step - place.begin - lead, 0), last = lesser(end - place.begin - lead, all);
         if (lead == 0 || last > 0) {
@@ -530,13 +534,23 @@ __device__ __forceinline__ void for_each_piece(const Arguments &arguments, const
             }
 
             const bool whole = first == 0 && last == all && schedule.cluster == 1;
-            visit(unit, Piece{place, unit.rows, first_key, end_key, first == 0, whole, again});
+            visit(unit, Piece{place, range, unit.rows, first_key, end_key, first == 0, whole, again});
             again = true;
         }
         step = place.begin + lead + last;
-        if (step >= end) return;
+        if (step >= end) return again;
         place = schedule.after(place);
     }
+}
+
+/* A block has one range; with batch_invariant, where each step is one and has sums of its own, it may have several, and
+ * copies of the next go on while the last of one is used. */
+template <class Visit>
+__device__ __forceinline__ void for_each_piece(const Arguments &arguments, const Schedule &schedule, Visit visit) {
+    bool again = false;
+#pragma unroll 1
+    for (int range = block(); range < schedule.blocks; range += schedule.at_once)
+        again = for_each_piece_of(range, arguments, schedule, again, visit);
 }
 
 /* Where results go. */
@@ -562,10 +576,10 @@ struct Results {
             return;
         }
         if (has_rows) {
-            const int range = schedule.own_range();
             store_part(
-                piece.rows, wave_row, softmax, o, [&](int row) { return parts.output_row(range, piece.begins, row); },
-                [&](int row) { return parts.softmax_row(range, piece.begins, row); });
+                piece.rows, wave_row, softmax, o,
+                [&](int row) { return parts.output_row(piece.range, piece.begins, row); },
+                [&](int row) { return parts.softmax_row(piece.range, piece.begins, row); });
         }
 #if defined(AITER_RING)
         if (launch.arrived != nullptr) merge_as_last(unit_of(piece), launch, schedule, parts, piece.place, shared);
@@ -596,10 +610,9 @@ struct Results {
             const bool sees_keys = unit.sees_keys(row);
             NearRow sum = NearRow::of<Loop::READERS>(waves, row < unit.rows ? groups : 0, row);
             if (piece.whole) store_row(unit, row, sees_keys, sum.maximum, sum.total, sum.sum);
-            else {
-                const int range = schedule.own_range();
-                sum.store_part(parts.output_row(range, piece.begins, row), parts.softmax_row(range, piece.begins, row));
-            }
+            else
+                sum.store_part(parts.output_row(piece.range, piece.begins, row),
+                               parts.softmax_row(piece.range, piece.begins, row));
         }
         if (piece.whole) unit.clear_padding(Tile::ROWS, Loop::WRITERS);
         else if (launch.arrived != nullptr) merge_as_last(unit, launch, schedule, parts, piece.place, shared);
@@ -616,7 +629,7 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
     Loop::prepare(launch, shared);
 #endif
     wait_for_previous();
-    clear_rest(arguments, grid, THREADS);
+    clear_rest(arguments, cuts.at_once, THREADS);
     const Schedule schedule(arguments, cuts, grid);
     if (block() >= schedule.blocks) return;
     const Parts parts(arguments, grid);
@@ -658,6 +671,7 @@ __global__ void __launch_bounds__(MERGE_WAVES *WAVE, MERGE_BLOCKS)
 /* What one launch consists of, on a GPU with that many compute units. */
 struct Plan {
     int64_t units, steps, grid;
+    int at_once; /* blocks of the launch */
     bool cuts;   /* may a block's range begin or end within a unit? */
     int cluster; /* see cluster_of */
     Plan(const aiter_attention_problem &p, bool alike, int compute_units) {
@@ -669,6 +683,8 @@ struct Plan {
         cuts = grid > 1 && steps > units && !whole;
         cluster = cluster_of(p, alike, steps, units, static_cast<int64_t>(compute_units) * Tile::BLOCKS);
         if (cluster > 0) grid = cluster * units, cuts = false;
+        const int64_t most = p.batch_invariant ? int64_t(compute_units) * Tile::BLOCKS : grid;
+        at_once = static_cast<int>(lesser(grid, most));
     }
 };
 
@@ -702,7 +718,8 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     if (plan.steps >= INT32_MAX) return aiter::LAUNCH_TOO_MANY_STEPS;
     if (plan.grid == 0) return 0;
     const int grid = static_cast<int>(plan.grid);
-    const aiter::Cuts cuts(problem, aiter::all_alike(call->tensors), grid, aiter::greater(plan.cluster, 1));
+    const aiter::Cuts cuts(problem, aiter::all_alike(call->tensors), grid, aiter::greater(plan.cluster, 1),
+                           plan.at_once);
 #if defined(AITER_RING)
     if (plan.cluster > 1)
         return aiter::launch_next_in_clusters(plan.cluster, aiter::attention_decode, grid, aiter::THREADS,
@@ -716,8 +733,9 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
                                   aiter::Loop::launch_of(*call, 1, arrived), cuts, grid);
     }
 #endif
-    if (const int error = aiter::launch_next(aiter::attention_decode, grid, aiter::THREADS, aiter::Loop::SHARED_BYTES,
-                                             stream, aiter::Loop::launch_of(*call, 1, nullptr), cuts, grid))
+    if (const int error =
+            aiter::launch_next(aiter::attention_decode, plan.at_once, aiter::THREADS, aiter::Loop::SHARED_BYTES, stream,
+                               aiter::Loop::launch_of(*call, 1, nullptr), cuts, grid))
         return error;
     if (!plan.cuts) return 0;
     const int over_units = plan.units < grid - 1;

@@ -127,7 +127,8 @@ struct Cuts {
     int length = 0;           /* steps of a line; 0: lengths on the device tell, and the rest */
     int unit_steps = 0;       /* of each unit; 0: they differ. Shorter ones have no keys in the last of these */
     Deal<int> deal;           /* for as many steps as there are, or as are enough for all blocks */
-    int blocks;               /* that have a range of steps */
+    int blocks;               /* that have a range of steps; with batch_invariant, ranges */
+    int at_once;              /* blocks of the launch, where those are fewer: each takes several ranges */
     int ranges = 1;           /* of what is cut on its own: of a line, or of all */
     int cut = 0, grain = 1;   /* steps that are cut: of a line, or of all; that are not parted: 1, or those of a unit */
     int each = 0, longer = 0; /* grains in a range; that many ranges at the beginning have one more */
@@ -136,9 +137,9 @@ struct Cuts {
     bool whole = false;       /* units are not cut */
     Divisor by_line_units, by_group, by_cluster, by_steps; /* by unit_steps, where the host knows it */
 
-    __host__ Cuts(const aiter_attention_problem &p, bool alike, int grid, int cluster)
+    __host__ Cuts(const aiter_attention_problem &p, bool alike, int grid, int cluster, int at_once)
         : parts(row_parts(p)), line_units(p.heads_kv * parts), group(p.heads_q / p.heads_kv), blocks(grid),
-          cluster(cluster), by_line_units(line_units), by_group(group), by_cluster(cluster) {
+          at_once(at_once), cluster(cluster), by_line_units(line_units), by_group(group), by_cluster(cluster) {
         if (cluster > 1 || WINDOW) return;
         if (alike) unit_steps = steps_of(p, p.seqlen_k);
         if (!p.batch_invariant) {
@@ -253,12 +254,15 @@ struct Schedule : Cuts {
         const Range range = keys_to_read(problem, mask);
         return steps_of(problem, range.high - range.low);
     }
-    /* Blocks that run at one time, side by side, have the same range of different lines. */
-    __device__ __forceinline__ int own_index() const {
-        return ranges == blocks ? block() : by_line_units.quotient(block());
+    /* Ranges are taken by their numbers: those that are read at one time, side by side, are the same of different
+     * lines. */
+    struct LineRange {
+        int line, index;
+    };
+    __device__ __forceinline__ LineRange range_of(int number) const {
+        const int index = ranges == blocks ? number : by_line_units.quotient(number);
+        return {number - index * lines(), index};
     }
-    __device__ __forceinline__ int own_line() const { return block() - own_index() * lines(); }
-    __device__ __forceinline__ int own_range() const { return own_line() * ranges + own_index(); }
     /* The part of a unit that the block of a cluster has. */
     __device__ __forceinline__ Place own_unit() const {
         const int number = by_cluster.quotient(block()), batch = by_line_units.quotient(number);

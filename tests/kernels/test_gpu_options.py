@@ -290,6 +290,19 @@ def test_batch_invariant(target, kernel):
         assert torch.equal(output, results[0][0][-n:]) and torch.equal(lse, results[0][1][:, -n:])
 
 
+@on_kernels(DECODE)
+def test_batch_invariant_by_blocks_with_several_pieces(target, kernel):
+    """More pieces, each with sums of its own, than blocks are at work at one time."""
+    how = {"window": (20, 0), "sinks": False, "batch_invariant": True}
+    many = [(1, 1 + i * 7 % 40) for i in range(620)]  # gfx942: 2 * 304 blocks
+    for index in (0, 300, 615):  # the last in a second round
+        many[index] = (3, 30)
+    alone = same(target, kernel, [(3, 30)], 0, 3, how)
+    for index in (300, 615):
+        for own, expected in zip(same(target, kernel, many, index, 3, how), alone, strict=True):
+            assert torch.equal(own, expected)
+
+
 def same(target, kernel, lengths, index, rows, how):
     """The result of sequence `index`, whose values are the same whatever the others are: of its last rows."""
     dtype, heads_q, heads_kv = DTYPES[kernel.dtype], 2, 1
