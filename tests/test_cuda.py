@@ -425,6 +425,66 @@ def test_latent_keys_beside_those_of_others():
         assert_as_accurate(output[b : b + 1], expected, pytorch_attend_one(*problem, False))
 
 
+LATENT = {  # heads, tokens, keys, by what tiles of 64 keys are scaled, options. More than 32 rows: two tiles at a time
+    "a tile that is not full": (33, 1, 40, (), {}),
+    "two tiles": (64, 1, 128, (), {}),
+    "three, the last with one key": (128, 1, 129, (), {}),
+    "units of 64 and 8 rows": (24, 3, 263, (), {"causal": True}),
+    "a tile that is hidden from some rows": (33, 2, 129, (), {"causal": True}),
+    "keys that are hidden from some rows": (40, 2, 420, (), {"window_size": (191, 0)}),
+    "maxima that grow in first tiles": (64, 1, 400, (1, 1, 32, 1, 128, 1, 512), {}),
+    "in second ones": (64, 1, 330, (1, 32, 1, 128, 1, 512), {}),
+    "in both": (33, 1, 450, (1, 32, 96, 256, 600, 1500, 4000, 1), {}),
+    "up to 32 rows, in turn": (16, 2, 450, (1, 32, 96, 256, 600, 1500, 4000, 1), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+@pytest.mark.parametrize(("heads", "tokens", "keys", "scales", "options"), LATENT.values(), ids=LATENT)
+def test_latent_rounds(heads, tokens, keys, scales, options, dtype):
+    known = {"window" if name == "window_size" else name: value for name, value in options.items()}
+    causal = known.pop("causal", False)
+    query, key, _ = qkv(3, tokens, keys, heads, 1, 576, dtype)
+    for tile, scale in enumerate(scales):
+        key[:, tile * 64 : tile * 64 + 64, :, 512:] *= scale  # not the values
+    value = key[..., :512]
+    results = [aiter.flash_attn_func(query, key, value, return_lse=True, **options) for _ in range(2)]
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    sequences = [Sequence(query[b], key[b], value[b], (b,), (b,), known) for b in range(3)]
+    assert_sequences(*results[0], sequences, causal)
+
+
+@pytest.mark.parametrize("page_size", (64, 5), ids=("by a tensor map", "by lanes"))
+def test_latent_pieces_of_both_kinds(page_size):
+    """Of few rows and of many, one after the other in a block: 1 to 3 tokens of 24 heads, in units of up to 64 rows."""
+    rows, lengths = (torch.randint(1, most, (200,)).tolist() for most in (4, 500))
+    width = -(-500 // page_size)
+    key = torch.randn(200 * width, 1, page_size, 576, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(200 * width, device="cuda").view(200, width).int()
+    query = torch.randn(sum(rows), 24, 576, device="cuda", dtype=torch.bfloat16)
+    own_rows, used = (torch.tensor(t, device="cuda", dtype=torch.int32) for t in (rows, lengths))
+    output, lse = aiter.variable_length_attention(
+        *(query, key, key[..., :512], own_rows, 3),
+        **{"seqlens_k": used, "page_table": table, "block_size": page_size, "return_lse": True},
+    )
+    sequences, end = [], 0
+    for b, length in enumerate(lengths):
+        own, place, end = reference.gather_pages(key, table[b], length), slice(end, end + rows[b]), end + rows[b]
+        sequences.append(Sequence(query[place], own, own[..., :512], (place,), (slice(None), place)))
+    assert_sequences(output, lse, sequences, False)
+
+
+@pytest.mark.parametrize("heads", (16, 24, 40))
+def test_latent_bits_depend_on_nothing_else(heads):
+    """Of a token alone and with two others: without `batch_invariant`, so many rows take other steps."""
+    query, key, _ = qkv(2, 3, 1500, heads, 1, 576)
+    together = aiter.flash_attn_func(query, key, key[..., :512], causal=True, batch_invariant=True)
+    for token in range(3):
+        own = query[:1, token : token + 1], key[:1, : 1498 + token]
+        alone = aiter.flash_attn_func(*own, own[1][..., :512], causal=True, batch_invariant=True)
+        assert torch.equal(alone, together[:1, token : token + 1]), token
+
+
 @pytest.mark.parametrize(
     ("seq_q", "heads_kv", "dims"), ((300, 2, (64, 64)), (4, 2, (128, 128)), (8, 1, (576, 512)), (8, 2, (512, 512)))
 )

@@ -635,7 +635,9 @@ __global__ void __launch_bounds__(THREADS, Tile::BLOCKS)
     const Parts parts(arguments, grid);
     const Score score(arguments.problem);
     Loop::run(
-        launch, shared, score, [&](auto visit) { for_each_piece(arguments, schedule, visit); },
+        launch, shared, score,
+        /* A call in its place would wait for all products. */
+        [&](auto visit) __attribute__((always_inline)) { for_each_piece(arguments, schedule, visit); },
         Results{launch, schedule, parts, score, shared});
 }
 
