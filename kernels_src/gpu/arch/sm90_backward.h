@@ -51,9 +51,8 @@ __device__ __forceinline__ void multiply_columns(const uint32_t (&a)[DEPTH][4], 
 /* Tiles that waves past the first WAVES copy, as far ahead as there are stages, for those. Two barriers in shared
  * memory (mbarrier), and room for more of a loop's own, belong to each stage, BARRIERS_AT bytes behind the last:
  * `full` is complete when all copies of a tile have arrived, `empty` when all who use it have said that they need it
- * no more. One lane could arrive for its wave, after a wave_sync; but compute-sanitizer's racecheck follows each
- * thread's own arrivals only, and reported the other lanes' reads of LSE and delta. No difference in time was seen
- * beyond the card's own spread. */
+ * no more (mbarrier::arrive_as_wave). compute-sanitizer's racecheck follows each thread's own arrivals only: where one
+ * lane arrives for its wave, it reports the other lanes' reads of LSE and delta. */
 template <class Tiles, int WAVES, int COPIERS, int BARRIERS_AT = 0, int BARRIERS = 2> struct CopiedTiles : Tiles {
     static constexpr int STAGE_BARRIERS_BYTES = Tiles::STAGES * BARRIERS * mbarrier::BYTES;
 
@@ -121,7 +120,7 @@ struct BackwardWarpgroupTiles : BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PAS
     int unreleased = -1; /* the stage before, while products that read it may run */
 
     __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
-        if (thread_in_block() == 0) this->make_barriers(WAVES * WAVE);
+        if (thread_in_block() == 0) this->make_barriers(WAVES * mbarrier::WAVE_ARRIVALS);
         barrier();
     }
 
@@ -144,7 +143,7 @@ struct BackwardWarpgroupTiles : BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PAS
     template <int OUTSTANDING> __device__ __forceinline__ void release() {
         wait<OUTSTANDING>();
         wave_sync();
-        if (unreleased >= 0) mbarrier::arrive(this->empty(unreleased));
+        if (unreleased >= 0) mbarrier::arrive_as_wave(this->empty(unreleased));
         unreleased = this->current;
         this->advance();
     }

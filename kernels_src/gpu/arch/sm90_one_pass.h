@@ -84,7 +84,7 @@ struct OnePassTiles : OnePassShape::Stages {
     using Shape = OnePassShape;
     using GradScores = Shape::GradScores;
     static constexpr bool PAIRED = Shape::PAIRED;
-    static constexpr int GROUP = Shape::GROUP, WAVES = Shape::WAVES, COPIERS = Shape::COPIERS, TEAM_THREADS = 128;
+    static constexpr int GROUP = Shape::GROUP, WAVES = Shape::WAVES, COPIERS = Shape::COPIERS, TEAM_WAVES = 4;
     static constexpr int SHARED_BYTES =
         TILE_BYTES + Shape::GRADIENTS_BYTES + STAGE_BARRIERS_BYTES + 6 * mbarrier::BYTES;
     /* Whether products set off one right after the other: descriptors from scalars that are worked out once (from
@@ -103,10 +103,10 @@ struct OnePassTiles : OnePassShape::Stages {
     __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared)
         : Shape::Stages(shared), kept_team(wave() / 4) {
         if (thread_in_block() == 0) {
-            make_barriers(WAVES * WAVE);
-            mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
+            constexpr int TEAM = TEAM_WAVES * mbarrier::WAVE_ARRIVALS;
+            make_barriers(2 * TEAM), mbarrier::make(scored(), 2 * TEAM), mbarrier::make(multiplied(), 2 * TEAM);
             for (int i = 0; i < 2; ++i)
-                mbarrier::make(to_be_added(i), PAIRED ? TEAM_THREADS : 2 * TEAM_THREADS), mbarrier::make(taken(i), 1);
+                mbarrier::make(to_be_added(i), PAIRED ? TEAM : 2 * TEAM), mbarrier::make(taken(i), 1);
         }
         barrier();
     }
@@ -179,12 +179,12 @@ struct OnePassTiles : OnePassShape::Stages {
     }
     /* Not both: the group has one tile. */
     __device__ __forceinline__ void store_queries(const GradQuery &dq, bool both) const {
-        mbarrier::arrive(multiplied());
+        mbarrier::arrive_as_wave(multiplied());
         if (PAIRED && !both && team() == 1) return;
         mbarrier::wait(taken(PAIRED ? team() : 0), group % 2 ^ 1);
         store_sums(dq, grad_query(PAIRED ? team() : 0) + (PAIRED ? 0 : team() * QuerySums::PART_BYTES));
         wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added(PAIRED ? team() : group % 2));
+        mbarrier::arrive_as_wave(to_be_added(PAIRED ? team() : group % 2));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -284,7 +284,7 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             typename Tile::Operand b;
             round_operands(ds, b);
             tile.template publish_grad_scores<WHICH>(b);
-            if (LAST) mbarrier::arrive(tile.scored());
+            if (LAST) mbarrier::arrive_as_wave(tile.scored());
             tile.template add<false>(b, grad_x);
             --left;
             if (++count == share.tiles) {
@@ -304,7 +304,7 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             if (!Tile::AT_ONCE && left > 0) next = tile.published();
             tile.template multiply<false>(next, scores);
             wgmma::wait<1>();
-            mbarrier::arrive(before);
+            mbarrier::arrive_as_wave(before);
             if constexpr (LAST) {
                 changed(dq);
                 tile.store_queries(dq, WHICH == 1);

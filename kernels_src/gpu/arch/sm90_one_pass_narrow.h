@@ -46,7 +46,7 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
     using Shape = NarrowOnePassShape;
     using GradScores = Shape::GradScores;
     static constexpr int HALVES = Shape::HALVES, HALF = Shape::HALF, WAVES = Shape::WAVES, COPIERS = Shape::COPIERS;
-    static constexpr int TEAM_THREADS = 128;
+    static constexpr int TEAM_WAVES = 4;
     static constexpr int SHARED_BYTES =
         TILE_BYTES + Shape::GRADIENTS_BYTES + STAGE_BARRIERS_BYTES + (2 + 2 * HALVES) * mbarrier::BYTES;
     static_assert(QuerySums::PARTS == 1, "a warpgroup multiplies all columns of dQ");
@@ -63,9 +63,9 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
     __device__ __forceinline__ explicit NarrowOnePassTiles(SharedAddress shared)
         : Shape::Stages(shared), team(wave() / 4) {
         if (thread_in_block() == 0) {
-            make_barriers(WAVES * WAVE);
-            mbarrier::make(scored(), WAVES * WAVE), mbarrier::make(multiplied(), WAVES * WAVE);
-            for (int i = 0; i < HALVES; ++i) mbarrier::make(to_be_added(i), TEAM_THREADS), mbarrier::make(taken(i), 1);
+            constexpr int TEAM = TEAM_WAVES * mbarrier::WAVE_ARRIVALS;
+            make_barriers(2 * TEAM), mbarrier::make(scored(), 2 * TEAM), mbarrier::make(multiplied(), 2 * TEAM);
+            for (int i = 0; i < HALVES; ++i) mbarrier::make(to_be_added(i), TEAM), mbarrier::make(taken(i), 1);
         }
         barrier();
     }
@@ -185,7 +185,7 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
     }
     __device__ __forceinline__ void publish_grad_scores() const {
         wgmma::shared_is_written();
-        mbarrier::arrive(scored());
+        mbarrier::arrive_as_wave(scored());
     }
     /* dQ of the warpgroup's half */
     __device__ __forceinline__ void multiply_queries(GradQuery &dq) const {
@@ -199,11 +199,11 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
         wgmma::end();
     }
     __device__ __forceinline__ void store_queries(const GradQuery &dq) const {
-        mbarrier::arrive(multiplied());
+        mbarrier::arrive_as_wave(multiplied());
         mbarrier::wait(taken(team), step % 2); /* of the step before: `step` is the next already */
         store_sums(dq, grad_query(team));
         wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added(team));
+        mbarrier::arrive_as_wave(to_be_added(team));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -328,7 +328,7 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             if (head < share.heads_passing) next = tile.published();
             tile.multiply<false>(next, scores);
             wgmma::wait<1>();
-            mbarrier::arrive(before);
+            mbarrier::arrive_as_wave(before);
             changed(dq);
             tile.store_queries(dq);
             Tile::finish<0>(scores); /* the assembler follows no product around a loop */

@@ -46,10 +46,11 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
 
     __device__ __forceinline__ explicit WideOnePassTiles(SharedAddress shared) : Shape::Stages(shared) {
         if (thread_in_block() == 0) {
+            constexpr int TEAM = TEAM_THREADS / WAVE * mbarrier::WAVE_ARRIVALS;
             make_barriers(1);
-            for (int i = 0; i < STAGES; ++i) mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
-            mbarrier::make(probable(), TEAM_THREADS), mbarrier::make(weighed(), TEAM_THREADS);
-            mbarrier::make(scored(), TEAM_THREADS), mbarrier::make(multiplied(), 2 * TEAM_THREADS);
+            for (int i = 0; i < STAGES; ++i) mbarrier::make(to_be_added(i), 2 * TEAM);
+            mbarrier::make(probable(), TEAM), mbarrier::make(weighed(), TEAM);
+            mbarrier::make(scored(), TEAM), mbarrier::make(multiplied(), 2 * TEAM);
         }
         barrier();
     }
@@ -107,7 +108,7 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
             const float(&c)[4] = p.tile[0][n];
             shared_store(place_of_probabilities() + n * TEAM_THREADS * 16, make_float4(c[0], c[1], c[2], c[3]));
         }
-        mbarrier::arrive(probable());
+        mbarrier::arrive_as_wave(probable());
     }
     __device__ __forceinline__ void take_over(Scores &p) const {
         mbarrier::wait(probable(), odd());
@@ -116,7 +117,7 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
             const float4 c = shared_load<float4>(place_of_probabilities() + n * TEAM_THREADS * 16);
             p.tile[0][n][0] = c.x, p.tile[0][n][1] = c.y, p.tile[0][n][2] = c.z, p.tile[0][n][3] = c.w;
         }
-        mbarrier::arrive(weighed());
+        mbarrier::arrive_as_wave(weighed());
     }
     __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         mbarrier::wait(multiplied(), odd() ^ 1);
@@ -124,7 +125,7 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
-        mbarrier::arrive(scored());
+        mbarrier::arrive_as_wave(scored());
     }
     template <int PART> __device__ __forceinline__ void add_to_queries() {
         mbarrier::wait(scored(), odd());
@@ -139,11 +140,11 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
                                                                               k + j * 16 * 128 / 16, j > 0);
         wgmma::end();
         finish(dq);
-        mbarrier::arrive(multiplied());
+        mbarrier::arrive_as_wave(multiplied());
         meet(2 + PART, TEAM_THREADS); /* no wave of the warpgroup reads the tile any more */
         store_sums(dq, tile + PART * QuerySums::PART_BYTES);
         wgmma::shared_is_written();
-        mbarrier::arrive(to_be_added(current));
+        mbarrier::arrive_as_wave(to_be_added(current));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
