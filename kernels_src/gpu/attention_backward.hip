@@ -245,9 +245,24 @@ template <int PASS> __device__ __forceinline__ int number_of_block(const GradArg
 #endif
 }
 
+/* The parameter of a pass's kernel. */
+#if defined(AITER_MAPPED_COPIES)
+template <class Loop, class = void> struct ParameterOf {
+    using Type = GradArguments;
+};
+template <class Loop> struct ParameterOf<Loop, std::void_t<typename Loop::Launch>> {
+    using Type = typename Loop::Launch;
+};
+template <int PASS> using Parameter = typename ParameterOf<Loop<PASS>>::Type;
+#define AITER_PARAMETER const AITER_GRID_CONSTANT Parameter<PASS>
+#else
+template <int PASS> using Parameter = GradArguments;
+#define AITER_PARAMETER const GradArguments
+#endif
+
 template <int PASS>
 __global__ void __launch_bounds__(Loop<PASS>::THREADS, Loop<PASS>::BLOCKS)
-    attention_backward(const GradArguments arguments) {
+    attention_backward(AITER_PARAMETER arguments) {
     AITER_SHARED(shared, Loop<PASS>::SHARED_BYTES);
     const int number = number_of_block<PASS>(arguments, shared);
     const ShareOf<PASS> first_share(arguments, number);
@@ -312,7 +327,7 @@ template <int PASS> int launch_pass(const GradArguments &arguments, void *stream
     const int64_t rows = owns_queries(PASS) ? p.seqlen_q : p.seqlen_k;
     const int64_t heads = owns_queries(PASS) ? p.heads_q : p.heads_kv;
     return launch(attention_backward<PASS>, (rows + Loop<PASS>::ROWS - 1) / Loop<PASS>::ROWS * heads * p.batch,
-                  Loop<PASS>::THREADS, Loop<PASS>::SHARED_BYTES, stream, arguments);
+                  Loop<PASS>::THREADS, Loop<PASS>::SHARED_BYTES, stream, Parameter<PASS>(arguments));
 }
 
 /* A template, so that only the passes that are launched are built. */

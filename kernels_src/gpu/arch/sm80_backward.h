@@ -85,6 +85,9 @@ struct BackwardTiles {
     __device__ __forceinline__ void copy_passing(SharedAddress to, const RowPair &rows, int first, int thread) const {
         copy<TOKENS, HEAD_DIM>(to, rows.x, first, rows, thread);
         copy<TOKENS, VALUE_DIM>(to + PassingX::BYTES, rows.y, first, rows, thread);
+        copy_terms(to, rows, first, thread);
+    }
+    __device__ __forceinline__ void copy_terms(SharedAddress to, const RowPair &rows, int first, int thread) const {
 #pragma unroll
         for (int step = 0; step < 2 * TOKENS; step += THREADS) { /* taken apart on the way */
             const int word = step + thread;

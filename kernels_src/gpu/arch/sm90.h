@@ -246,6 +246,10 @@ __device__ __forceinline__ void arrive_as_wave(SharedAddress at) { arrive(at); }
 __device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
 }
+/* The phase, to which this thread has not arrived yet, is complete only when so many bytes more have been copied. */
+__device__ __forceinline__ void expect(SharedAddress at, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
 /* Arrives; and the phase is complete only when so many bytes more have been copied (tensor_map::copy). */
 __device__ __forceinline__ void arrive_and_expect(SharedAddress at, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");

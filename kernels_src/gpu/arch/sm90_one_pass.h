@@ -22,8 +22,112 @@
 #define AITER_GPU_ARCH_SM90_ONE_PASS_H
 
 #include "gpu/arch/sm90_backward.h"
+#if defined(AITER_MAPPED_COPIES)
+#include "gpu/arch/sm90_tensor_map.h"
+#endif
 
 namespace aiter {
+
+#if defined(AITER_MAPPED_COPIES)
+/* The kernel's parameter: with maps of Q and dO, boxes of 64 columns of TOKENS rows, if there can be any. */
+template <int TOKENS> struct MappedGradients : GradArguments {
+    CUtensorMap query, grad_output;
+    bool mapped;
+
+    explicit MappedGradients(const GradArguments &call) : GradArguments(call) {
+        const aiter_attention_problem &p = problem.forward;
+        const auto make = [&](CUtensorMap &map, const void *tensor, const int64_t(&strides)[3]) {
+            return tensor_map::make(map, tensor_map::Reuse::OFTEN, tensor, strides, p.packed_q ? 1 : p.batch,
+                                    p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, TOKENS);
+        };
+        mapped = make(query, tensors.query, p.query_strides) &&
+                 make(grad_output, tensors.grad_output, problem.grad_output_strides);
+    }
+};
+
+/* CopiedTiles of queries and gradients of outputs that the bulk copy engine brings, where there are maps: then copiers
+ * copy LSE and delta alone and, of tiles that have rows which count as missing, all, as before: these rows are to be
+ * zeros, and may be those of another sequence. Such a tile the copiers make visible to wgmma themselves; so a consumer
+ * need not, but where there are no maps and, as the own rows come by cp.async, when the first tile is there. */
+template <class Tiles, int WAVES, int COPIERS, int BARRIERS_AT = 0, int BARRIERS = 2>
+struct PassingTiles : CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS> {
+    using Base = CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS>;
+    using Launch = MappedGradients<Tiles::TOKENS>;
+    using Base::Base, Base::current, Base::turn;
+    using typename Base::PassingX;
+
+    /* The bulk copy engine is to see the barriers, too. */
+    static __device__ __forceinline__ void barriers_are_made() { mbarrier::made(); }
+    template <class Share> static __device__ __forceinline__ const Launch &launch_of(const Share &share) {
+        return static_cast<const Launch &>(share.sequence.arguments);
+    }
+    /* Must who has waited for a tile, not the first, make it visible? */
+    template <class Share> static __device__ __forceinline__ bool must_publish(const Share &share) {
+        return !launch_of(share).mapped;
+    }
+    template <class Share> __device__ __forceinline__ void copy_all(const Share &share) {
+        copy_steps(
+            share, share.tiles, [&](int count) { return share.tile_row(count); },
+            [&](const RowPair &rows, int first, int thread) {
+                this->copy_passing(this->stage(current), rows, first, thread);
+            });
+    }
+    /* steps: of each head; row_of(count): where one begins; copy(rows, first, thread): by cp.async, to `current`. */
+    template <class Share, class RowOf, class Copy>
+    __device__ __forceinline__ void copy_steps(const Share &share, int steps, RowOf row_of, Copy copy) {
+        if (share.tiles == 0) return;
+        const Launch &launch = launch_of(share);
+        const int thread = thread_in_block() - WAVES * WAVE;
+        if (launch.mapped && thread == 0) tensor_map::prefetch(launch.query), tensor_map::prefetch(launch.grad_output);
+        this->copy_own(share.own(), share.block_row, thread);
+        RowPair passing = share.passing();
+#pragma unroll 1
+        for (int head = 0; head < share.heads_passing; ++head, share.sequence.next_head(passing))
+#pragma unroll 1
+            for (int count = 0; count < steps; ++count) {
+                const int first = row_of(count);
+                mbarrier::wait(this->empty(current), turn ^ 1); /* at once in the first turn */
+                if (launch.mapped && first >= passing.begin && first + Tiles::TOKENS <= passing.count) {
+                    if (thread == 0) copy_by_map(launch, share, first, share.first_head + head);
+                    this->copy_terms(this->stage(current), passing, first, thread);
+                    mbarrier::arrive_after_copies(this->full(current));
+                } else {
+                    copy(passing, first, thread);
+                    if (launch.mapped) {
+                        wait_for_copies();
+                        wgmma::shared_is_written();
+                        mbarrier::arrive(this->full(current));
+                    } else {
+                        mbarrier::arrive_after_copies(this->full(current));
+                    }
+                }
+                this->advance();
+            }
+    }
+    template <class Share>
+    __device__ __forceinline__ void copy_by_map(const Launch &launch, const Share &share, int first, int head) const {
+        const bool packed = launch.problem.forward.packed_q;
+        const int token = first + (packed ? share.sequence.query.begin : 0);
+        const int batch = packed ? 0 : share.sequence.batch;
+        mbarrier::expect(this->full(current), 2 * PassingX::BYTES);
+#pragma unroll
+        for (int block = 0; block < PassingX::BLOCKS; ++block) {
+            const SharedAddress to = this->stage(current) + block * PassingX::BLOCK_BYTES;
+            tensor_map::copy(to, launch.query, block * 64, token, head, batch, this->full(current));
+            tensor_map::copy(to + PassingX::BYTES, launch.grad_output, block * 64, token, head, batch,
+                             this->full(current));
+        }
+    }
+};
+#else
+template <class Tiles, int WAVES, int COPIERS, int BARRIERS_AT = 0, int BARRIERS = 2>
+struct PassingTiles : CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS> {
+    using Launch = GradArguments;
+    using CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS>::CopiedTiles;
+    static __device__ __forceinline__ void barriers_are_made() {}
+    template <class Share> static __device__ __forceinline__ bool must_publish(const Share &) { return true; }
+};
+#endif
 
 /* The lanes that add a block's part of the gradients of queries: calls add(sums, index, place, turn) for all tiles.
  * index: in this block; place: in the sums; turn: how many blocks add to the tile before this one. */
@@ -76,8 +180,8 @@ struct OnePassShape {
     /* Behind the stages: dS of a group of tiles, and their gradients of queries. */
     using GradScores = BlockLayout<ROWS, TOKENS>;
     static constexpr int GRADIENTS_BYTES = GROUP * (GradScores::BYTES + QuerySums::TILE_BYTES);
-    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
-                               COPIERS, GRADIENTS_BYTES>;
+    using Stages = PassingTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                                COPIERS, GRADIENTS_BYTES>;
 };
 
 struct OnePassTiles : OnePassShape::Stages {
@@ -107,6 +211,7 @@ struct OnePassTiles : OnePassShape::Stages {
             make_barriers(2 * TEAM), mbarrier::make(scored(), 2 * TEAM), mbarrier::make(multiplied(), 2 * TEAM);
             for (int i = 0; i < 2; ++i)
                 mbarrier::make(to_be_added(i), PAIRED ? TEAM : 2 * TEAM), mbarrier::make(taken(i), 1);
+            barriers_are_made();
         }
         barrier();
     }
@@ -139,9 +244,9 @@ struct OnePassTiles : OnePassShape::Stages {
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
     __device__ __forceinline__ int team() const { return AT_ONCE ? kept_team : wave() / 4; }
-    __device__ __forceinline__ SharedAddress published() const {
+    __device__ __forceinline__ SharedAddress published(bool must_publish = true) const {
         mbarrier::wait(full(current), turn);
-        wgmma::shared_is_written();
+        if (must_publish) wgmma::shared_is_written();
         return AT_ONCE ? from_lane(this->stage(current), 0) : this->stage(current);
     }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
@@ -200,9 +305,24 @@ template <class Tiles, int TILE_TOKENS = Tiles::TOKENS, class Terms = Tiles> str
     using Gradient = typename Tile::Gradient;
     using Share = aiter::Share<GRAD_ALL, Tile::ROWS, TILE_TOKENS>;
     using Rows = RowWise<GRAD_ALL, Terms, Share>;
+    using Launch = typename Tile::Launch;
     static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
     static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
+
+    /* The copiers' own: numbers that they have no registers for would else be in local memory for consumers, too. The
+     * assembler does not see that a shuffle gives what it is given. */
+    static __device__ __forceinline__ Share apart(const Share &share) {
+        Share result = share;
+#if defined(AITER_MAPPED_COPIES)
+        for (int *x : {&result.kv_head, &result.first_head, &result.heads_passing, &result.block_row, &result.own_rows,
+                       &result.first, &result.end, &result.tiles, &result.sequence.batch, &result.sequence.query.count,
+                       &result.sequence.key.count})
+            *x = from_lane(*x, 0);
+        result.from_last = from_lane(int(result.from_last), 0);
+#endif
+        return result;
+    }
 
     /* See BackwardTileLoop: waves that copy, two lanes that add, and both warpgroups' Consumer. */
     template <class Consumer, class Finish>
@@ -211,7 +331,7 @@ template <class Tiles, int TILE_TOKENS = Tiles::TOKENS, class Terms = Tiles> str
         if (wave() >= Tile::WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Tile::Shape::PRODUCER_REGISTERS));
             const int adder = wave() - Tile::WAVES - Tile::COPIERS / WAVE;
-            if (adder < 0) tile.copy_all(share);
+            if (adder < 0) tile.copy_all(apart(share));
             else if (lane() == 0) tile.add_all(share, adder);
             return;
         }
@@ -294,14 +414,14 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             const SharedAddress before = tile.empty(tile.current);
             tile.advance();
             SharedAddress next = tile.tile;
-            if (Tile::AT_ONCE && left > 0) next = tile.published();
+            if (Tile::AT_ONCE && left > 0) next = tile.published(Tile::must_publish(share));
             typename Tile::GradQuery dq;
             if constexpr (LAST) {
                 mbarrier::wait(tile.scored(), tile.group % 2);
                 tile.multiply_queries(dq);
                 if (!Tile::PAIRED) wgmma::wait<1>(); /* dK's operand makes room for the scores */
             }
-            if (!Tile::AT_ONCE && left > 0) next = tile.published();
+            if (!Tile::AT_ONCE && left > 0) next = tile.published(Tile::must_publish(share));
             tile.template multiply<false>(next, scores);
             wgmma::wait<1>();
             mbarrier::arrive_as_wave(before);

@@ -38,8 +38,8 @@ struct NarrowOnePassShape {
     /* Behind the stages: dS and dQ of both halves. */
     using GradScores = BlockLayout<ROWS, HALF>;
     static constexpr int GRADIENTS_BYTES = HALVES * (GradScores::BYTES + QuerySums::TILE_BYTES);
-    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
-                               COPIERS, GRADIENTS_BYTES>;
+    using Stages = PassingTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                                COPIERS, GRADIENTS_BYTES>;
 };
 
 struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
@@ -66,6 +66,7 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
             constexpr int TEAM = TEAM_WAVES * mbarrier::WAVE_ARRIVALS;
             make_barriers(2 * TEAM), mbarrier::make(scored(), 2 * TEAM), mbarrier::make(multiplied(), 2 * TEAM);
             for (int i = 0; i < HALVES; ++i) mbarrier::make(to_be_added(i), TEAM), mbarrier::make(taken(i), 1);
+            barriers_are_made();
         }
         barrier();
     }
@@ -95,6 +96,11 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
 
     /* The copiers */
     template <class Share> __device__ __forceinline__ void copy_all(const Share &share) {
+#if defined(AITER_MAPPED_COPIES)
+        this->copy_steps(
+            share, steps(share), [&](int count) { return step_row(share, count); },
+            [&](const RowPair &rows, int first, int thread) { copy_step(rows, first, thread); });
+#else
         if (share.tiles == 0) return;
         this->copy_own(share.own(), share.block_row, thread_in_block() - WAVES * WAVE);
         RowPair passing = share.passing();
@@ -102,24 +108,27 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
         for (int head = 0; head < share.heads_passing; ++head, share.sequence.next_head(passing))
 #pragma unroll 1
             for (int count = 0; count < steps(share); ++count) issue(passing, step_row(share, count));
+#endif
     }
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
-        const int thread = thread_in_block() - WAVES * WAVE;
-        const SharedAddress to = this->stage(current);
         mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
+        copy_step(rows, first, thread_in_block() - WAVES * WAVE);
+        mbarrier::arrive_after_copies(full(current));
+        advance();
+    }
+    __device__ __forceinline__ void copy_step(const RowPair &rows, int first, int thread) const {
+        const SharedAddress to = this->stage(current);
 #pragma unroll 1
         for (int half = 0; half < HALVES; ++half) { /* one after the other: for want of registers */
             const int from = first + half * HALF;
             const SharedAddress place = to + half * HALF * 128;
             copy<HALF, HEAD_DIM>(place, rows.x, from, rows, thread);
             copy<HALF, HEAD_DIM>(place + PassingX::BYTES, rows.y, from, rows, thread);
-            copy_terms(to, rows, from, half * HALF, thread);
+            copy_half_terms(to, rows, from, half * HALF, thread);
         }
-        mbarrier::arrive_after_copies(full(current));
-        advance();
     }
-    __device__ __forceinline__ void copy_terms(SharedAddress stage, const RowPair &rows, int first, int place,
-                                               int thread) {
+    static __device__ __forceinline__ void copy_half_terms(SharedAddress stage, const RowPair &rows, int first,
+                                                           int place, int thread) {
 #pragma unroll
         for (int step = 0; step < 2 * HALF; step += COPIERS) {
             const int word = step + thread, i = first + word / 2;
@@ -153,9 +162,9 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
 
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() * ROW_TILE; }
-    __device__ __forceinline__ SharedAddress published() const {
+    __device__ __forceinline__ SharedAddress published(bool must_publish = true) const {
         mbarrier::wait(full(step % STAGES), step / STAGES % 2);
-        wgmma::shared_is_written();
+        if (must_publish) wgmma::shared_is_written();
         return this->stage(step % STAGES);
     }
     template <int OUTSTANDING, class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
@@ -325,7 +334,7 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             const SharedAddress before = tile.empty(tile.step % Tile::STAGES);
             SharedAddress next = tile.tile;
             ++tile.step;
-            if (head < share.heads_passing) next = tile.published();
+            if (head < share.heads_passing) next = tile.published(Tile::must_publish(share));
             tile.multiply<false>(next, scores);
             wgmma::wait<1>();
             mbarrier::arrive_as_wave(before);

@@ -25,8 +25,8 @@ struct WideOnePassShape {
     /* Behind the stages: P and dS. */
     using GradScores = BlockLayout<ROWS, TOKENS>;
     static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
-    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
-                               COPIERS, PROBABILITIES_BYTES + GradScores::BYTES, 3>;
+    using Stages = PassingTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                                COPIERS, PROBABILITIES_BYTES + GradScores::BYTES, 3>;
 };
 
 struct WideOnePassTiles : WideOnePassShape::Stages {
@@ -51,6 +51,7 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
             for (int i = 0; i < STAGES; ++i) mbarrier::make(to_be_added(i), 2 * TEAM);
             mbarrier::make(probable(), TEAM), mbarrier::make(weighed(), TEAM);
             mbarrier::make(scored(), TEAM), mbarrier::make(multiplied(), 2 * TEAM);
+            barriers_are_made();
         }
         barrier();
     }
@@ -78,9 +79,9 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
 
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() % 4 * ROW_TILE; }
-    __device__ __forceinline__ void publish() {
+    __device__ __forceinline__ void publish(bool must_publish) {
         mbarrier::wait(full(current), turn);
-        wgmma::shared_is_written();
+        if (must_publish) wgmma::shared_is_written();
         tile = this->stage(current);
     }
     template <class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
@@ -160,7 +161,7 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
         NoGradient none;
         if (wave() >= Tile::WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-            if (wave() < Tile::WAVES + Tile::COPIERS / WAVE) tile.copy_all(share);
+            if (wave() < Tile::WAVES + Tile::COPIERS / WAVE) tile.copy_all(apart(share));
             else if (wave() == Tile::WAVES + Tile::COPIERS / WAVE && lane() == 0)
                 add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
                     tile.add_up(sums, index, place, turn);
@@ -196,7 +197,7 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
                 const bool masked = first < all_see.low || first + Tile::TOKENS > all_see.high;
                 Scores s;
                 Tile::Operand a;
-                tile.publish();
+                tile.publish(Tile::must_publish(share) || head + count == 0);
                 tile.template multiply<!VALUES>(s);
                 tile.finish(s);
                 if constexpr (VALUES) {
