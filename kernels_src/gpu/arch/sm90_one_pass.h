@@ -267,7 +267,14 @@ struct OnePassTiles : OnePassShape::Stages {
     /* WHICH of its group the tile is. */
     template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
+#if defined(AITER_STRAIGHT)
+        /* GradScores::chunk of the wave's row lane % 16, and of chunk lane / 16: no shuffle, no signed remainder. */
+        const uint32_t thread = threadIdx.x;
+        const SharedAddress lane_row =
+            grad_scores(WHICH) + (thread / WAVE * ROW_TILE + thread % 16) * 128 + ((thread / 16 % 2 ^ thread) % 8 << 4);
+#else
         const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
+#endif
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
@@ -359,15 +366,28 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
         Gradient &grad_x, &grad_y;
         Rows rows;
         int head = 0, count = 0, left; /* of the tile at hand; tiles from there on */
-        int seen_by_all, seen_to;      /* query rows that all keys of the warpgroup take part with */
-        Scores scores;                 /* of the tile at hand */
+#if defined(AITER_STRAIGHT)
+        int first_plain,
+            plain_tiles; /* of a head: those that all keys of the warpgroup take part with, all of their rows */
+        bool plain;      /* the tile at hand: such a one */
+#else
+        int seen_by_all, seen_to; /* query rows that all keys of the warpgroup take part with */
+#endif
+        Scores scores; /* of the tile at hand */
 
         __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
             : share(share), tile(tile), grad_x(grad_x), grad_y(grad_y), rows(share, share.block_row + Tile::wave_row()),
               left(share.tiles * share.heads_passing) {
             const int team_row = share.block_row + tile.team() * 64;
             const Range all_see = share.all_see(team_row, 64);
+#if defined(AITER_STRAIGHT)
+            const int low = greater((all_see.low - share.first + Tile::TOKENS - 1) / Tile::TOKENS, 0);
+            plain_tiles = greater((all_see.high - share.first) / Tile::TOKENS - low, 0);
+            first_plain = share.from_last ? low : share.tiles - low - plain_tiles;
+            look_at_tile();
+#else
             seen_by_all = all_see.low, seen_to = all_see.high;
+#endif
         }
         __device__ __forceinline__ void consume() {
             rows.begin_head(0);
@@ -384,10 +404,23 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             Tile::template finish<0>(scores);
             changed(grad_x), changed(grad_y);
         }
+#if defined(AITER_STRAIGHT)
+        __device__ __forceinline__ void look_at_tile() {
+            plain = static_cast<uint32_t>(count - first_plain) < static_cast<uint32_t>(plain_tiles);
+        }
+#endif
         /* WHICH of its group the tile is, and whether the last. */
         template <int WHICH, bool LAST> __device__ __forceinline__ void step() {
+#if defined(AITER_STRAIGHT)
+            /* Each its own: so what is done with a tile that all see has no branch, and exponentials and roundings mix. */
+            if (!plain) step<WHICH, LAST>(share.tile_row(count), true);
+            else step<WHICH, LAST>(0, false);
+#else
             const int first = share.tile_row(count);
-            const bool masked = first < seen_by_all || first + Tile::TOKENS > seen_to;
+            step<WHICH, LAST>(first, first < seen_by_all || first + Tile::TOKENS > seen_to);
+#endif
+        }
+        template <int WHICH, bool LAST> __device__ __forceinline__ void step(int first, bool masked) {
             Scores ds, derivative;
             typename Tile::Operand a;
             tile.template multiply<true>(tile.tile, ds);
@@ -430,6 +463,9 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
                 tile.store_queries(dq, WHICH == 1);
                 ++tile.group;
             }
+#if defined(AITER_STRAIGHT)
+            look_at_tile(); /* while the scores are made */
+#endif
             Tile::template finish<0>(scores); /* the assembler follows no product around a loop */
             tile.tile = next;
         }
