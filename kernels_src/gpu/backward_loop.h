@@ -67,8 +67,12 @@ template <int PASS, class Tile, class Share> struct RowWise {
             score.finish(
                 p, derivative, first, [&](int) { return slope; },
                 [&](int slot) { return share.position(wave_row + Scores::row(slot)); });
+        exponentiate<0, Scores::VALUES>(tile, p);
+    }
+    /* Of a lane's values in a row, those from BEGIN to END. */
+    template <int BEGIN, int END> __device__ __forceinline__ void exponentiate(const Tile &tile, Scores &p) const {
 #pragma unroll
-        for (int i = 0; i < Scores::VALUES; i += COLUMN_RUN) {
+        for (int i = BEGIN; i < END; i += COLUMN_RUN) {
             float run[COLUMN_RUN];
             if (!owns_queries(PASS)) tile.term(0, Scores::column(i) + Scores::lane_column(), run);
 #pragma unroll

@@ -404,6 +404,18 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             Tile::template finish<0>(scores);
             changed(grad_x), changed(grad_y);
         }
+        /* dV += P dO, of 16 queries after the other: each product, a group of its own, sets off when its P is there. */
+        template <int J> __device__ __forceinline__ void add_in_parts(typename Tile::Operand &a, wgmma::Matrix b) {
+            if constexpr (J < Tile::TOKENS / 16) {
+                constexpr int VALUES = Scores::VALUES / (Tile::TOKENS / 16);
+                rows.template exponentiate<J * VALUES, (J + 1) * VALUES>(tile, scores);
+                round_operand(scores, 0, J, a[J]);
+                wgmma::begin();
+                wgmma::Product<Gradient::TILES * 8>::multiply_transposed(grad_y.tile[0], a[J], b + J * 16 * 128 / 16);
+                wgmma::end();
+                add_in_parts<J + 1>(a, b);
+            }
+        }
 #if defined(AITER_STRAIGHT)
         __device__ __forceinline__ void look_at_tile() {
             plain = static_cast<uint32_t>(count - first_plain) < static_cast<uint32_t>(plain_tiles);
@@ -425,13 +437,22 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
             typename Tile::Operand a;
             tile.template multiply<true>(tile.tile, ds);
             if (Tile::AT_ONCE) Tile::template finish<1>(scores); /* of before; but the assembler moves nothing across */
-            rows.probabilities(tile, scores, derivative, first);
-            if (masked) rows.hide(scores, first);
-            if (DROPOUT) rows.drop(scores, first);
-            if constexpr (DROPOUT) round_operands(rows.kept(scores), a);
-            else round_operands(scores, a);
-            tile.template add<true>(a, grad_y);
-            Tile::template finish<1>(ds);
+#if defined(AITER_STRAIGHT) && defined(AITER_MIXED_PRODUCTS)
+            if (Tile::AT_ONCE && !masked && !DROPOUT && !SOFTCAP && !ALIBI) {
+                const wgmma::Matrix b = wgmma::matrix(tile.tile + Tile::PassingX::BYTES, Tile::PassingX::BLOCK_BYTES);
+                add_in_parts<0>(a, b);
+                Tile::template finish<Tile::TOKENS / 16>(ds);
+            } else
+#endif
+            {
+                rows.probabilities(tile, scores, derivative, first);
+                if (masked) rows.hide(scores, first);
+                if (DROPOUT) rows.drop(scores, first);
+                if constexpr (DROPOUT) round_operands(rows.kept(scores), a);
+                else round_operands(scores, a);
+                tile.template add<true>(a, grad_y);
+                Tile::template finish<1>(ds);
+            }
             rows.grad_scores(tile, scores, derivative, ds);
             if (masked) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
             typename Tile::Operand b;
