@@ -258,6 +258,13 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
               rows(share, share.block_row + Tile::wave_row()) {
             const Range all_see = share.all_see(share.block_row + tile.team * 64, 64);
             seen_by_all = all_see.low, seen_to = all_see.high;
+#if defined(AITER_STRAIGHT)
+            const int steps = Tile::steps(share);
+            const int low = greater((seen_by_all - share.first + Tile::TOKENS - 1) / Tile::TOKENS, 0);
+            plain_steps = greater((seen_to - share.first) / Tile::TOKENS - low, 0);
+            first_plain = share.from_last ? low : steps - low - plain_steps;
+            look_at_step();
+#endif
         }
         __device__ __forceinline__ void consume() {
             rows.begin_head(0);
@@ -272,9 +279,10 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
         __device__ __forceinline__ bool masked(int first) const {
             return first < seen_by_all || first + Tile::HALF > seen_to;
         }
-        __device__ __forceinline__ void probabilities(Scores &p, Scores &derivative, int half, int first) const {
+        __device__ __forceinline__ void probabilities(Scores &p, Scores &derivative, int half, int first,
+                                                      bool plain) const {
             rows.probabilities(tile.terms(half), p, derivative, first);
-            if (masked(first)) rows.hide(p, first);
+            if (!plain && masked(first)) rows.hide(p, first);
             if (DROPOUT) rows.drop(p, first);
         }
         __device__ __forceinline__ void add_to_y(const Scores &p, int half) {
@@ -284,13 +292,28 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             tile.add<true>(a, half, grad_y);
         }
         __device__ __forceinline__ void grad_scores(const Scores &p, const Scores &derivative, Scores &ds, int half,
-                                                    int first, Tile::Operand &b) const {
+                                                    int first, bool plain, Tile::Operand &b) const {
             rows.grad_scores(tile.terms(half), p, derivative, ds);
-            if (masked(first)) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
+            if (!plain && masked(first)) rows.hide(ds, first); /* 0 * inf or 0 * NaN */
             round_operands(ds, b);
             tile.put_grad_scores(b, half);
         }
+#if defined(AITER_STRAIGHT)
+        int first_plain,
+            plain_steps; /* of a head: those that all keys of the warpgroup take part with, all of their rows */
+        bool plain;      /* the step at hand: such a one */
+        __device__ __forceinline__ void look_at_step() {
+            plain = static_cast<uint32_t>(count - first_plain) < static_cast<uint32_t>(plain_steps);
+        }
+        /* Each its own, as in OnePassLoop. */
         __device__ __forceinline__ void step() {
+            if (!plain) step(false);
+            else step(true);
+        }
+#else
+        __device__ __forceinline__ void step() { step(false); }
+#endif
+        __device__ __forceinline__ void step(bool plain) {
             constexpr bool WHOLE = Tile::Shape::WHOLE;
             const int first = Tile::step_row(share, count), second = first + Tile::HALF;
             Tile::StepScores ds, derivative;
@@ -300,27 +323,27 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             Tile::Operand b_0, b_1;
             if constexpr (WHOLE) tile.multiply<true>(tile.tile, ds);
             else tile.multiply_half(0, ds_0);
-            probabilities(p_0, derivative_0, 0, first);
+            probabilities(p_0, derivative_0, 0, first, plain);
             add_to_y(p_0, 0);
             if constexpr (WHOLE) {
-                probabilities(p_1, derivative_1, 1, second);
+                probabilities(p_1, derivative_1, 1, second, plain);
                 Tile::finish<1>(ds);
             } else {
                 Tile::finish<1>(ds_0);
             }
             tile.await_place_for_grad_scores();
-            grad_scores(p_0, derivative_0, ds_0, 0, first, b_0);
+            grad_scores(p_0, derivative_0, ds_0, 0, first, plain, b_0);
             if constexpr (WHOLE) {
                 add_to_y(p_1, 1);
                 tile.add<false>(b_0, 0, grad_x);
             } else {
                 tile.multiply_half(1, ds_1);
                 tile.add<false>(b_0, 0, grad_x);
-                probabilities(p_1, derivative_1, 1, second);
+                probabilities(p_1, derivative_1, 1, second, plain);
                 add_to_y(p_1, 1);
                 Tile::finish<2>(ds_1);
             }
-            grad_scores(p_1, derivative_1, ds_1, 1, second, b_1);
+            grad_scores(p_1, derivative_1, ds_1, 1, second, plain, b_1);
             tile.publish_grad_scores();
             tile.add<false>(b_1, 1, grad_x);
             if (++count == Tile::steps(share)) {
@@ -340,6 +363,9 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             mbarrier::arrive_as_wave(before);
             changed(dq);
             tile.store_queries(dq);
+#if defined(AITER_STRAIGHT)
+            look_at_step(); /* while the scores are made */
+#endif
             Tile::finish<0>(scores); /* the assembler follows no product around a loop */
             tile.tile = next;
         }
