@@ -122,7 +122,13 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
     }
     __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         mbarrier::wait(multiplied(), odd() ^ 1);
+#if defined(AITER_STRAIGHT) /* as in OnePassTiles */
+        const uint32_t thread = static_cast<uint32_t>(opaque(thread_in_block())) % TEAM_THREADS;
+        const SharedAddress lane_row =
+            grad_scores() + (thread / WAVE * ROW_TILE + thread % 16) * 128 + ((thread / 16 % 2 ^ thread) % 8 << 4);
+#else
         const SharedAddress lane_row = grad_scores() + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
+#endif
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
@@ -195,36 +201,44 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
             for (int count = 0; count < share.tiles; ++count) {
                 const int first = share.tile_row(count);
                 const bool masked = first < all_see.low || first + Tile::TOKENS > all_see.high;
-                Scores s;
-                Tile::Operand a;
-                tile.publish(Tile::must_publish(share) || head + count == 0);
-                tile.template multiply<!VALUES>(s);
-                tile.finish(s);
-                if constexpr (VALUES) {
-                    Scores derivative;
-                    rows.probabilities(tile, s, derivative, first);
-                    if (masked) rows.hide(s, first);
-                    if (DROPOUT) rows.drop(s, first);
-                    if constexpr (DROPOUT) round_operands(rows.kept(s), a);
-                    else round_operands(s, a);
-                    if (SOFTCAP)
+#if defined(AITER_STRAIGHT) /* each kind of tile its own, as in OnePassLoop */
+                const auto step = [&](bool masked) __attribute__((always_inline)) {
+#endif
+                    Scores s;
+                    Tile::Operand a;
+                    tile.publish(Tile::must_publish(share) || head + count == 0);
+                    tile.template multiply<!VALUES>(s);
+                    tile.finish(s);
+                    if constexpr (VALUES) {
+                        Scores derivative;
+                        rows.probabilities(tile, s, derivative, first);
+                        if (masked) rows.hide(s, first);
+                        if (DROPOUT) rows.drop(s, first);
+                        if constexpr (DROPOUT) round_operands(rows.kept(s), a);
+                        else round_operands(s, a);
+                        if (SOFTCAP)
 #pragma unroll
-                        for (int n = 0; n < Scores::TILES; ++n)
+                            for (int n = 0; n < Scores::TILES; ++n)
 #pragma unroll
-                            for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
-                    tile.hand_over(s);
-                    tile.template add<true>(a, gradient);
-                    tile.template add_to_queries<1>();
-                } else {
-                    Scores p;
-                    tile.take_over(p);
-                    rows.template grad_scores<false>(tile, p, p, s);
-                    if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
-                    round_operands(s, a);
-                    tile.publish_grad_scores(a);
-                    tile.template add<false>(a, gradient);
-                    tile.template add_to_queries<0>();
-                }
+                                for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
+                        tile.hand_over(s);
+                        tile.template add<true>(a, gradient);
+                        tile.template add_to_queries<1>();
+                    } else {
+                        Scores p;
+                        tile.take_over(p);
+                        rows.template grad_scores<false>(tile, p, p, s);
+                        if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
+                        round_operands(s, a);
+                        tile.publish_grad_scores(a);
+                        tile.template add<false>(a, gradient);
+                        tile.template add_to_queries<0>();
+                    }
+#if defined(AITER_STRAIGHT)
+                };
+                if (!masked) step(false);
+                else step(true);
+#endif
                 tile.advance();
             }
         }
