@@ -367,9 +367,9 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
         Rows rows;
         int head = 0, count = 0, left; /* of the tile at hand; tiles from there on */
 #if defined(AITER_STRAIGHT)
-        int first_plain,
-            plain_tiles; /* of a head: those that all keys of the warpgroup take part with, all of their rows */
-        bool plain;      /* the tile at hand: such a one */
+        /* Of a head, in the order in which they come: those in which all keys of the warpgroup take part with all rows. */
+        int first_plain, plain_tiles;
+        bool plain; /* is the one at hand such a one? */
 #else
         int seen_by_all, seen_to; /* query rows that all keys of the warpgroup take part with */
 #endif

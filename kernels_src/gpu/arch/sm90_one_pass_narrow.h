@@ -299,9 +299,9 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             tile.put_grad_scores(b, half);
         }
 #if defined(AITER_STRAIGHT)
-        int first_plain,
-            plain_steps; /* of a head: those that all keys of the warpgroup take part with, all of their rows */
-        bool plain;      /* the step at hand: such a one */
+        /* Of a head, in the order in which they come: those in which all keys of the warpgroup take part with all rows. */
+        int first_plain, plain_steps;
+        bool plain; /* is the one at hand such a one? */
         __device__ __forceinline__ void look_at_step() {
             plain = static_cast<uint32_t>(count - first_plain) < static_cast<uint32_t>(plain_steps);
         }
