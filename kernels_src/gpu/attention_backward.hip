@@ -246,7 +246,6 @@ template <int PASS> __device__ __forceinline__ int number_of_block(const GradArg
 }
 
 /* The parameter of a pass's kernel. */
-#if defined(AITER_MAPPED_COPIES)
 template <class Loop, class = void> struct ParameterOf {
     using Type = GradArguments;
 };
@@ -255,10 +254,6 @@ template <class Loop> struct ParameterOf<Loop, std::void_t<typename Loop::Launch
 };
 template <int PASS> using Parameter = typename ParameterOf<Loop<PASS>>::Type;
 #define AITER_PARAMETER const AITER_GRID_CONSTANT Parameter<PASS>
-#else
-template <int PASS> using Parameter = GradArguments;
-#define AITER_PARAMETER const GradArguments
-#endif
 
 template <int PASS>
 __global__ void __launch_bounds__(Loop<PASS>::THREADS, Loop<PASS>::BLOCKS)

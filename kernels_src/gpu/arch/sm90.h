@@ -228,20 +228,13 @@ __device__ __forceinline__ void made() {
 __device__ __forceinline__ void arrive(SharedAddress at) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/* By all lanes of a wave, each when it has read and written what it had to. With AITER_WAVES_ARRIVE one of them arrives
- * for all, as each arrival is an atomic operation on shared memory; elected anew, or whether a lane is the one would take a
- * register. WAVE_ARRIVALS: what make() is to count for a wave. */
-#if defined(AITER_WAVES_ARRIVE)
-constexpr int WAVE_ARRIVALS = 1;
+/* By all lanes of a wave, each when it has read and written what it had to: one arrives for all, as each arrival is an
+ * atomic operation on shared memory. Elected anew, or whether a lane is the one would take a register. */
 __device__ __forceinline__ void arrive_as_wave(SharedAddress at) {
     wave_sync();
     asm volatile("{\n.reg .pred one;\nelect.sync _|one, -1;\n@one mbarrier.arrive.shared.b64 _, [%0];\n}" ::"r"(at)
                  : "memory");
 }
-#else
-constexpr int WAVE_ARRIVALS = WAVE;
-__device__ __forceinline__ void arrive_as_wave(SharedAddress at) { arrive(at); }
-#endif
 /* As soon as all copies that this thread has begun (cp.async) are there. */
 __device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");

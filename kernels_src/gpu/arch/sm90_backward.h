@@ -120,7 +120,7 @@ struct BackwardWarpgroupTiles : BackwardWarpgroupStages<HEAD_DIM, VALUE_DIM, PAS
     int unreleased = -1; /* the stage before, while products that read it may run */
 
     __device__ __forceinline__ explicit BackwardWarpgroupTiles(SharedAddress shared) : Tiles(shared) {
-        if (thread_in_block() == 0) this->make_barriers(WAVES * mbarrier::WAVE_ARRIVALS);
+        if (thread_in_block() == 0) this->make_barriers(WAVES);
         barrier();
     }
 

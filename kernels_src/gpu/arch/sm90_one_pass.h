@@ -22,13 +22,10 @@
 #define AITER_GPU_ARCH_SM90_ONE_PASS_H
 
 #include "gpu/arch/sm90_backward.h"
-#if defined(AITER_MAPPED_COPIES)
 #include "gpu/arch/sm90_tensor_map.h"
-#endif
 
 namespace aiter {
 
-#if defined(AITER_MAPPED_COPIES)
 /* The kernel's parameter: with maps of Q and dO, boxes of 64 columns of TOKENS rows, if there can be any. */
 template <int TOKENS> struct MappedGradients : GradArguments {
     CUtensorMap query, grad_output;
@@ -119,15 +116,6 @@ struct PassingTiles : CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS> 
         }
     }
 };
-#else
-template <class Tiles, int WAVES, int COPIERS, int BARRIERS_AT = 0, int BARRIERS = 2>
-struct PassingTiles : CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS> {
-    using Launch = GradArguments;
-    using CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS>::CopiedTiles;
-    static __device__ __forceinline__ void barriers_are_made() {}
-    template <class Share> static __device__ __forceinline__ bool must_publish(const Share &) { return true; }
-};
-#endif
 
 /* The lanes that add a block's part of the gradients of queries: calls add(sums, index, place, turn) for all tiles.
  * index: in this block; place: in the sums; turn: how many blocks add to the tile before this one. */
@@ -207,10 +195,10 @@ struct OnePassTiles : OnePassShape::Stages {
     __device__ __forceinline__ explicit OnePassTiles(SharedAddress shared)
         : Shape::Stages(shared), kept_team(wave() / 4) {
         if (thread_in_block() == 0) {
-            constexpr int TEAM = TEAM_WAVES * mbarrier::WAVE_ARRIVALS;
-            make_barriers(2 * TEAM), mbarrier::make(scored(), 2 * TEAM), mbarrier::make(multiplied(), 2 * TEAM);
+            make_barriers(2 * TEAM_WAVES), mbarrier::make(scored(), 2 * TEAM_WAVES),
+                mbarrier::make(multiplied(), 2 * TEAM_WAVES);
             for (int i = 0; i < 2; ++i)
-                mbarrier::make(to_be_added(i), PAIRED ? TEAM : 2 * TEAM), mbarrier::make(taken(i), 1);
+                mbarrier::make(to_be_added(i), PAIRED ? TEAM_WAVES : 2 * TEAM_WAVES), mbarrier::make(taken(i), 1);
             barriers_are_made();
         }
         barrier();
@@ -267,14 +255,10 @@ struct OnePassTiles : OnePassShape::Stages {
     /* WHICH of its group the tile is. */
     template <int WHICH> __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         if (WHICH == 0) mbarrier::wait(multiplied(), group % 2 ^ 1);
-#if defined(AITER_STRAIGHT)
         /* GradScores::chunk of the wave's row lane % 16, and of chunk lane / 16: no shuffle, no signed remainder. */
         const uint32_t thread = threadIdx.x;
         const SharedAddress lane_row =
             grad_scores(WHICH) + (thread / WAVE * ROW_TILE + thread % 16) * 128 + ((thread / 16 % 2 ^ thread) % 8 << 4);
-#else
-        const SharedAddress lane_row = grad_scores(WHICH) + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
-#endif
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
@@ -312,7 +296,6 @@ template <class Tiles, int TILE_TOKENS = Tiles::TOKENS, class Terms = Tiles> str
     using Gradient = typename Tile::Gradient;
     using Share = aiter::Share<GRAD_ALL, Tile::ROWS, TILE_TOKENS>;
     using Rows = RowWise<GRAD_ALL, Terms, Share>;
-    using Launch = typename Tile::Launch;
     static constexpr int THREADS = Tile::WAVES * WAVE + 128, ROWS = Tile::ROWS, BLOCKS = 1;
     static constexpr int SHARED_BYTES = Tile::SHARED_BYTES;
     static __device__ __forceinline__ int forget(int x) { return opaque(x); }
@@ -321,13 +304,11 @@ template <class Tiles, int TILE_TOKENS = Tiles::TOKENS, class Terms = Tiles> str
      * assembler does not see that a shuffle gives what it is given. */
     static __device__ __forceinline__ Share apart(const Share &share) {
         Share result = share;
-#if defined(AITER_MAPPED_COPIES)
         for (int *x : {&result.kv_head, &result.first_head, &result.heads_passing, &result.block_row, &result.own_rows,
                        &result.first, &result.end, &result.tiles, &result.sequence.batch, &result.sequence.query.count,
                        &result.sequence.key.count})
             *x = from_lane(*x, 0);
         result.from_last = from_lane(int(result.from_last), 0);
-#endif
         return result;
     }
 
@@ -354,6 +335,8 @@ template <class Tiles, int TILE_TOKENS = Tiles::TOKENS, class Terms = Tiles> str
 };
 
 struct OnePassLoop : OnePassForm<OnePassTiles> {
+    using Launch = Tile::Launch;
+
     /* See BackwardTileLoop. */
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
@@ -366,13 +349,9 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
         Gradient &grad_x, &grad_y;
         Rows rows;
         int head = 0, count = 0, left; /* of the tile at hand; tiles from there on */
-#if defined(AITER_STRAIGHT)
         /* Of a head, in the order in which they come: those in which all keys of the warpgroup take part with all rows. */
         int first_plain, plain_tiles;
-        bool plain; /* is the one at hand such a one? */
-#else
-        int seen_by_all, seen_to; /* query rows that all keys of the warpgroup take part with */
-#endif
+        bool plain;    /* is the one at hand such a one? */
         Scores scores; /* of the tile at hand */
 
         __device__ __forceinline__ Consumer(const Share &share, Tile &tile, Gradient &grad_x, Gradient &grad_y)
@@ -380,14 +359,10 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
               left(share.tiles * share.heads_passing) {
             const int team_row = share.block_row + tile.team() * 64;
             const Range all_see = share.all_see(team_row, 64);
-#if defined(AITER_STRAIGHT)
             const int low = greater((all_see.low - share.first + Tile::TOKENS - 1) / Tile::TOKENS, 0);
             plain_tiles = greater((all_see.high - share.first) / Tile::TOKENS - low, 0);
             first_plain = share.from_last ? low : share.tiles - low - plain_tiles;
             look_at_tile();
-#else
-            seen_by_all = all_see.low, seen_to = all_see.high;
-#endif
         }
         __device__ __forceinline__ void consume() {
             rows.begin_head(0);
@@ -416,35 +391,25 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
                 add_in_parts<J + 1>(a, b);
             }
         }
-#if defined(AITER_STRAIGHT)
         __device__ __forceinline__ void look_at_tile() {
             plain = static_cast<uint32_t>(count - first_plain) < static_cast<uint32_t>(plain_tiles);
         }
-#endif
         /* WHICH of its group the tile is, and whether the last. */
         template <int WHICH, bool LAST> __device__ __forceinline__ void step() {
-#if defined(AITER_STRAIGHT)
             /* Each its own: so what is done with a tile that all see has no branch, and exponentials and roundings mix. */
             if (!plain) step<WHICH, LAST>(share.tile_row(count), true);
             else step<WHICH, LAST>(0, false);
-#else
-            const int first = share.tile_row(count);
-            step<WHICH, LAST>(first, first < seen_by_all || first + Tile::TOKENS > seen_to);
-#endif
         }
         template <int WHICH, bool LAST> __device__ __forceinline__ void step(int first, bool masked) {
             Scores ds, derivative;
             typename Tile::Operand a;
             tile.template multiply<true>(tile.tile, ds);
             if (Tile::AT_ONCE) Tile::template finish<1>(scores); /* of before; but the assembler moves nothing across */
-#if defined(AITER_STRAIGHT) && defined(AITER_MIXED_PRODUCTS)
             if (Tile::AT_ONCE && !masked && !DROPOUT && !SOFTCAP && !ALIBI) {
                 const wgmma::Matrix b = wgmma::matrix(tile.tile + Tile::PassingX::BYTES, Tile::PassingX::BLOCK_BYTES);
                 add_in_parts<0>(a, b);
                 Tile::template finish<Tile::TOKENS / 16>(ds);
-            } else
-#endif
-            {
+            } else {
                 rows.probabilities(tile, scores, derivative, first);
                 if (masked) rows.hide(scores, first);
                 if (DROPOUT) rows.drop(scores, first);
@@ -484,9 +449,7 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
                 tile.store_queries(dq, WHICH == 1);
                 ++tile.group;
             }
-#if defined(AITER_STRAIGHT)
-            look_at_tile(); /* while the scores are made */
-#endif
+            look_at_tile();                   /* while the scores are made */
             Tile::template finish<0>(scores); /* the assembler follows no product around a loop */
             tile.tile = next;
         }

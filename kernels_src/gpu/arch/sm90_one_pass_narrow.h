@@ -63,9 +63,9 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
     __device__ __forceinline__ explicit NarrowOnePassTiles(SharedAddress shared)
         : Shape::Stages(shared), team(wave() / 4) {
         if (thread_in_block() == 0) {
-            constexpr int TEAM = TEAM_WAVES * mbarrier::WAVE_ARRIVALS;
-            make_barriers(2 * TEAM), mbarrier::make(scored(), 2 * TEAM), mbarrier::make(multiplied(), 2 * TEAM);
-            for (int i = 0; i < HALVES; ++i) mbarrier::make(to_be_added(i), TEAM), mbarrier::make(taken(i), 1);
+            make_barriers(2 * TEAM_WAVES), mbarrier::make(scored(), 2 * TEAM_WAVES),
+                mbarrier::make(multiplied(), 2 * TEAM_WAVES);
+            for (int i = 0; i < HALVES; ++i) mbarrier::make(to_be_added(i), TEAM_WAVES), mbarrier::make(taken(i), 1);
             barriers_are_made();
         }
         barrier();
@@ -96,19 +96,9 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
 
     /* The copiers */
     template <class Share> __device__ __forceinline__ void copy_all(const Share &share) {
-#if defined(AITER_MAPPED_COPIES)
         this->copy_steps(
             share, steps(share), [&](int count) { return step_row(share, count); },
             [&](const RowPair &rows, int first, int thread) { copy_step(rows, first, thread); });
-#else
-        if (share.tiles == 0) return;
-        this->copy_own(share.own(), share.block_row, thread_in_block() - WAVES * WAVE);
-        RowPair passing = share.passing();
-#pragma unroll 1
-        for (int head = 0; head < share.heads_passing; ++head, share.sequence.next_head(passing))
-#pragma unroll 1
-            for (int count = 0; count < steps(share); ++count) issue(passing, step_row(share, count));
-#endif
     }
     __device__ __forceinline__ void issue(const RowPair &rows, int first) {
         mbarrier::wait(empty(current), turn ^ 1); /* at once in the first turn */
@@ -238,6 +228,8 @@ struct NarrowOnePassTiles : NarrowOnePassShape::Stages {
 };
 
 struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::HALF, NarrowOnePassTiles::Half> {
+    using Launch = NarrowOnePassTiles::Launch;
+
     /* See BackwardTileLoop. */
     template <class Finish>
     static __device__ __forceinline__ void attend(const Share &share, SharedAddress shared, Finish finish) {
@@ -258,13 +250,11 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
               rows(share, share.block_row + Tile::wave_row()) {
             const Range all_see = share.all_see(share.block_row + tile.team * 64, 64);
             seen_by_all = all_see.low, seen_to = all_see.high;
-#if defined(AITER_STRAIGHT)
             const int steps = Tile::steps(share);
             const int low = greater((seen_by_all - share.first + Tile::TOKENS - 1) / Tile::TOKENS, 0);
             plain_steps = greater((seen_to - share.first) / Tile::TOKENS - low, 0);
             first_plain = share.from_last ? low : steps - low - plain_steps;
             look_at_step();
-#endif
         }
         __device__ __forceinline__ void consume() {
             rows.begin_head(0);
@@ -298,7 +288,6 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             round_operands(ds, b);
             tile.put_grad_scores(b, half);
         }
-#if defined(AITER_STRAIGHT)
         /* Of a head, in the order in which they come: those in which all keys of the warpgroup take part with all rows. */
         int first_plain, plain_steps;
         bool plain; /* is the one at hand such a one? */
@@ -310,9 +299,6 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             if (!plain) step(false);
             else step(true);
         }
-#else
-        __device__ __forceinline__ void step() { step(false); }
-#endif
         __device__ __forceinline__ void step(bool plain) {
             constexpr bool WHOLE = Tile::Shape::WHOLE;
             const int first = Tile::step_row(share, count), second = first + Tile::HALF;
@@ -363,9 +349,7 @@ struct NarrowOnePassLoop : OnePassForm<NarrowOnePassTiles, NarrowOnePassTiles::H
             mbarrier::arrive_as_wave(before);
             changed(dq);
             tile.store_queries(dq);
-#if defined(AITER_STRAIGHT)
-            look_at_step(); /* while the scores are made */
-#endif
+            look_at_step();          /* while the scores are made */
             Tile::finish<0>(scores); /* the assembler follows no product around a loop */
             tile.tile = next;
         }

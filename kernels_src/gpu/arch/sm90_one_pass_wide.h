@@ -25,8 +25,8 @@ struct WideOnePassShape {
     /* Behind the stages: P and dS. */
     using GradScores = BlockLayout<ROWS, TOKENS>;
     static constexpr int PROBABILITIES_BYTES = ROWS * TOKENS * 4;
-    using Stages = PassingTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
-                                COPIERS, PROBABILITIES_BYTES + GradScores::BYTES, 3>;
+    using Stages = CopiedTiles<BackwardTiles<HEAD_DIM, HEAD_DIM, GRAD_ALL, ROWS, TOKENS, STAGES, COPIERS>, WAVES,
+                               COPIERS, PROBABILITIES_BYTES + GradScores::BYTES, 3>;
 };
 
 struct WideOnePassTiles : WideOnePassShape::Stages {
@@ -46,12 +46,10 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
 
     __device__ __forceinline__ explicit WideOnePassTiles(SharedAddress shared) : Shape::Stages(shared) {
         if (thread_in_block() == 0) {
-            constexpr int TEAM = TEAM_THREADS / WAVE * mbarrier::WAVE_ARRIVALS;
             make_barriers(1);
-            for (int i = 0; i < STAGES; ++i) mbarrier::make(to_be_added(i), 2 * TEAM);
-            mbarrier::make(probable(), TEAM), mbarrier::make(weighed(), TEAM);
-            mbarrier::make(scored(), TEAM), mbarrier::make(multiplied(), 2 * TEAM);
-            barriers_are_made();
+            for (int i = 0; i < STAGES; ++i) mbarrier::make(to_be_added(i), 2 * TEAM_THREADS);
+            mbarrier::make(probable(), TEAM_THREADS), mbarrier::make(weighed(), TEAM_THREADS);
+            mbarrier::make(scored(), TEAM_THREADS), mbarrier::make(multiplied(), 2 * TEAM_THREADS);
         }
         barrier();
     }
@@ -79,9 +77,9 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
 
     /* The consumers */
     static __device__ __forceinline__ int wave_row() { return wave() % 4 * ROW_TILE; }
-    __device__ __forceinline__ void publish(bool must_publish) {
+    __device__ __forceinline__ void publish() {
         mbarrier::wait(full(current), turn);
-        if (must_publish) wgmma::shared_is_written();
+        wgmma::shared_is_written();
         tile = this->stage(current);
     }
     template <class Matrix> static __device__ __forceinline__ void finish(Matrix &matrix) {
@@ -109,7 +107,7 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
             const float(&c)[4] = p.tile[0][n];
             shared_store(place_of_probabilities() + n * TEAM_THREADS * 16, make_float4(c[0], c[1], c[2], c[3]));
         }
-        mbarrier::arrive_as_wave(probable());
+        mbarrier::arrive(probable());
     }
     __device__ __forceinline__ void take_over(Scores &p) const {
         mbarrier::wait(probable(), odd());
@@ -118,21 +116,15 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
             const float4 c = shared_load<float4>(place_of_probabilities() + n * TEAM_THREADS * 16);
             p.tile[0][n][0] = c.x, p.tile[0][n][1] = c.y, p.tile[0][n][2] = c.z, p.tile[0][n][3] = c.w;
         }
-        mbarrier::arrive_as_wave(weighed());
+        mbarrier::arrive(weighed());
     }
     __device__ __forceinline__ void publish_grad_scores(const Operand &a) const {
         mbarrier::wait(multiplied(), odd() ^ 1);
-#if defined(AITER_STRAIGHT) /* as in OnePassTiles */
-        const uint32_t thread = static_cast<uint32_t>(opaque(thread_in_block())) % TEAM_THREADS;
-        const SharedAddress lane_row =
-            grad_scores() + (thread / WAVE * ROW_TILE + thread % 16) * 128 + ((thread / 16 % 2 ^ thread) % 8 << 4);
-#else
         const SharedAddress lane_row = grad_scores() + GradScores::chunk(wave_row() + lane() % 16, lane() / 16);
-#endif
 #pragma unroll
         for (int j = 0; j < TOKENS / 16; ++j) store_matrices(GradScores::at(lane_row, 0, j), a[j]);
         wgmma::shared_is_written();
-        mbarrier::arrive_as_wave(scored());
+        mbarrier::arrive(scored());
     }
     template <int PART> __device__ __forceinline__ void add_to_queries() {
         mbarrier::wait(scored(), odd());
@@ -147,11 +139,11 @@ struct WideOnePassTiles : WideOnePassShape::Stages {
                                                                               k + j * 16 * 128 / 16, j > 0);
         wgmma::end();
         finish(dq);
-        mbarrier::arrive_as_wave(multiplied());
+        mbarrier::arrive(multiplied());
         meet(2 + PART, TEAM_THREADS); /* no wave of the warpgroup reads the tile any more */
         store_sums(dq, tile + PART * QuerySums::PART_BYTES);
         wgmma::shared_is_written();
-        mbarrier::arrive_as_wave(to_be_added(current));
+        mbarrier::arrive(to_be_added(current));
     }
     template <int COLUMNS, class RowPointer>
     __device__ __forceinline__ void store(const Gradient &gradient, RowPointer row) const {
@@ -167,7 +159,7 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
         NoGradient none;
         if (wave() >= Tile::WAVES) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-            if (wave() < Tile::WAVES + Tile::COPIERS / WAVE) tile.copy_all(apart(share));
+            if (wave() < Tile::WAVES + Tile::COPIERS / WAVE) tile.copy_all(share);
             else if (wave() == Tile::WAVES + Tile::COPIERS / WAVE && lane() == 0)
                 add_in_turn(share, [&](const QuerySums &sums, int index, int64_t place, uint32_t turn) {
                     tile.add_up(sums, index, place, turn);
@@ -201,44 +193,36 @@ struct WideOnePassLoop : OnePassForm<WideOnePassTiles> {
             for (int count = 0; count < share.tiles; ++count) {
                 const int first = share.tile_row(count);
                 const bool masked = first < all_see.low || first + Tile::TOKENS > all_see.high;
-#if defined(AITER_STRAIGHT) /* each kind of tile its own, as in OnePassLoop */
-                const auto step = [&](bool masked) __attribute__((always_inline)) {
-#endif
-                    Scores s;
-                    Tile::Operand a;
-                    tile.publish(Tile::must_publish(share) || head + count == 0);
-                    tile.template multiply<!VALUES>(s);
-                    tile.finish(s);
-                    if constexpr (VALUES) {
-                        Scores derivative;
-                        rows.probabilities(tile, s, derivative, first);
-                        if (masked) rows.hide(s, first);
-                        if (DROPOUT) rows.drop(s, first);
-                        if constexpr (DROPOUT) round_operands(rows.kept(s), a);
-                        else round_operands(s, a);
-                        if (SOFTCAP)
+                Scores s;
+                Tile::Operand a;
+                tile.publish();
+                tile.template multiply<!VALUES>(s);
+                tile.finish(s);
+                if constexpr (VALUES) {
+                    Scores derivative;
+                    rows.probabilities(tile, s, derivative, first);
+                    if (masked) rows.hide(s, first);
+                    if (DROPOUT) rows.drop(s, first);
+                    if constexpr (DROPOUT) round_operands(rows.kept(s), a);
+                    else round_operands(s, a);
+                    if (SOFTCAP)
 #pragma unroll
-                            for (int n = 0; n < Scores::TILES; ++n)
+                        for (int n = 0; n < Scores::TILES; ++n)
 #pragma unroll
-                                for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
-                        tile.hand_over(s);
-                        tile.template add<true>(a, gradient);
-                        tile.template add_to_queries<1>();
-                    } else {
-                        Scores p;
-                        tile.take_over(p);
-                        rows.template grad_scores<false>(tile, p, p, s);
-                        if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
-                        round_operands(s, a);
-                        tile.publish_grad_scores(a);
-                        tile.template add<false>(a, gradient);
-                        tile.template add_to_queries<0>();
-                    }
-#if defined(AITER_STRAIGHT)
-                };
-                if (!masked) step(false);
-                else step(true);
-#endif
+                            for (int i = 0; i < 4; ++i) s.tile[0][n][i] *= derivative.tile[0][n][i];
+                    tile.hand_over(s);
+                    tile.template add<true>(a, gradient);
+                    tile.template add_to_queries<1>();
+                } else {
+                    Scores p;
+                    tile.take_over(p);
+                    rows.template grad_scores<false>(tile, p, p, s);
+                    if (masked) rows.hide(s, first); /* 0 * inf or 0 * NaN */
+                    round_operands(s, a);
+                    tile.publish_grad_scores(a);
+                    tile.template add<false>(a, gradient);
+                    tile.template add_to_queries<0>();
+                }
                 tile.advance();
             }
         }
