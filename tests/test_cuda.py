@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from accuracy import assert_as_accurate, pytorch_attend_one
+from accuracy import assert_as_accurate, assert_gradient_as_accurate, pytorch_attend_one
 from problems import Sequence, assert_sequences, dense_sequences
 
 import aiter
@@ -474,15 +474,40 @@ def test_latent_pieces_of_both_kinds(page_size):
     assert_sequences(output, lse, sequences, False)
 
 
-@pytest.mark.parametrize("heads", (16, 24, 40))
-def test_latent_bits_depend_on_nothing_else(heads):
-    """Of a token alone and with two others: without `batch_invariant`, so many rows take other steps."""
-    query, key, _ = qkv(2, 3, 1500, heads, 1, 576)
-    together = aiter.flash_attn_func(query, key, key[..., :512], causal=True, batch_invariant=True)
+@pytest.mark.parametrize("window", ((-1, -1), (191, 0)))
+@pytest.mark.parametrize(("heads", "head_dim"), ((16, 576), (24, 576), (40, 576), (4, 320), (4, 512)))
+def test_bits_of_a_token_depend_on_nothing_else(heads, head_dim, window):
+    """Alone and with two others, whose window begins in another tile: without `batch_invariant`, so many rows may take
+    other steps."""
+    query, key, _ = qkv(2, 3, 1473, heads, 1, head_dim)
+    options = {"causal": True, "window_size": window, "batch_invariant": True}
+    together = aiter.flash_attn_func(query, key, key[..., :512], **options)
     for token in range(3):
-        own = query[:1, token : token + 1], key[:1, : 1498 + token]
-        alone = aiter.flash_attn_func(*own, own[1][..., :512], causal=True, batch_invariant=True)
+        own = query[:1, token : token + 1], key[:1, : 1471 + token]
+        alone = aiter.flash_attn_func(*own, own[1][..., :512], **options)
         assert torch.equal(alone, together[:1, token : token + 1]), token
+
+
+@pytest.mark.parametrize("head_dim", (64, 96, 128, 256))
+def test_gradients_with_slopes_in_many_tiles(head_dim):
+    """Long enough for one pass on sm_90a, with tiles that all keys see, at any distance."""
+    length, heads = 2048, 16
+    tensors = [t.requires_grad_() for t in qkv(1, length, length, heads, heads, head_dim)]
+    slopes = torch.linspace(0.0005, 0.05, heads, device="cuda")
+    output = flash_attn.flash_attn_func(*tensors, causal=True, alibi_slopes=slopes)
+    outside = torch.randn_like(output)
+    grads = torch.autograd.grad(output, tensors, outside)
+    place = torch.arange(length, device="cuda")
+    distance = place[:, None] - place
+    for head in (0, 9, heads - 1):
+        results = []
+        for dtype in (torch.float64, torch.bfloat16):
+            own = [t[0, :, head].detach().to(dtype).requires_grad_() for t in tensors]
+            scores = own[0] @ own[1].T / head_dim**0.5 - slopes[head].to(dtype) * distance
+            weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
+            results.append(torch.autograd.grad(weights @ own[2], own, outside[0, :, head].to(dtype)))
+        for grad, exact, pytorch in zip(grads, *results, strict=True):
+            assert_gradient_as_accurate(grad[0, :, head], exact, pytorch)
 
 
 @pytest.mark.parametrize(

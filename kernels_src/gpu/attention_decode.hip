@@ -528,8 +528,10 @@ __device__ __forceinline__ bool for_each_piece_of(int range, const Arguments &ar
             int end_key = lesser(unit.rows == 0 ? 0 : unit.sees(unit.rows - 1).high, origin + last * keys_of_step);
             int first_key = origin + first * keys_of_step;
             if (WINDOW) {
-                const int low = unit.sees(0).low;
-                first_key += greater(low - first_key, 0) / STEP_KEYS * STEP_KEYS;
+                /* With batch_invariant by so many that the piece's rest is dealt out as all of it was: a unit may begin with
+                 * the rows of another token. */
+                const int low = unit.sees(0).low, passed = arguments.problem.batch_invariant ? ROUND_KEYS : STEP_KEYS;
+                first_key += greater(low - first_key, 0) / passed * passed;
                 if (low >= end_key) end_key = 0; /* all rows are past the last key: there is no page to look up */
             }
 

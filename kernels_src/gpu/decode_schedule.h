@@ -48,6 +48,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct DecodeMemory {
 /* batch_invariant: units are cut at the multiples of this many keys, wherever their blocks are, and have one row tile,
  * so that nothing about a row depends on what else there is. */
 constexpr int INVARIANT_KEYS = 1024;
+/* A multiple of what any loop deals out to its waves, or takes together, at one time. */
+constexpr int ROUND_KEYS = 256;
+static_assert(INVARIANT_KEYS % ROUND_KEYS == 0 && ROUND_KEYS % STEP_KEYS == 0, "");
 static_assert(INVARIANT_KEYS % STEP_KEYS == 0, "whole steps");
 
 /* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */

@@ -58,7 +58,7 @@ __device__ __forceinline__ float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     const float error = fmaf(x, y, -1.0f), better = fmaf(y, -error, y);
-    return error == error ? better : y; /* of 0 and of infinity */
+    return fabsf(error) < 1.0f ? better : y; /* of 0 and of infinity, or nearly */
 }
 __device__ __forceinline__ float approximate_reciprocal(float x) {
     float y;

@@ -398,7 +398,7 @@ struct OnePassLoop : OnePassForm<OnePassTiles> {
         template <int WHICH, bool LAST> __device__ __forceinline__ void step() {
             /* Each its own: so what is done with a tile that all see has no branch, and exponentials and roundings mix. */
             if (!plain) step<WHICH, LAST>(share.tile_row(count), true);
-            else step<WHICH, LAST>(0, false);
+            else step<WHICH, LAST>(ALIBI || DROPOUT ? share.tile_row(count) : 0, false); /* others need no place */
         }
         template <int WHICH, bool LAST> __device__ __forceinline__ void step(int first, bool masked) {
             Scores ds, derivative;
