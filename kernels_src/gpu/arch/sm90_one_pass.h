@@ -8,11 +8,15 @@
  *   dQ = dS^T K
  *   S = K Q^T of the next tile       dQ to shared memory, in float32
  *
+ * From 97 columns on dV's product of each 16 queries sets off when their P is there. A tile that all of the warpgroup's keys
+ * see whole goes through a body without masks.
+ *
  * The other warpgroup does the same, up to a tile earlier or later: while one is at its exponentials, the other has the
  * matrix unit. Of dQ each multiplies half of the columns; up to 96 columns, where a half would be too narrow, all of
  * them, but of one of two tiles (a group).
  *
- *   copiers     Q, dO, LSE and delta of the tiles to come
+ *   copiers     Q and dO of the tiles to come, by tensor maps where all of a tile's rows exist, else 16 bytes a lane, with
+ *               zeros; LSE and delta
  *   two lanes   in turns, a tile each: wait until all blocks before this one have added to it, add, tell the next
  *
  * A block waits only for blocks with earlier tickets, and a ticket is drawn when a block begins. So the earliest of the
