@@ -474,16 +474,18 @@ def test_latent_pieces_of_both_kinds(page_size):
     assert_sequences(output, lse, sequences, False)
 
 
-@pytest.mark.parametrize("window", ((-1, -1), (191, 0)))
+@pytest.mark.parametrize(
+    ("window", "length"), (((-1, -1), 1473), ((191, 0), 1473), ((-1, -1), 4098), ((2500, 0), 7622))
+)
 @pytest.mark.parametrize(("heads", "head_dim"), ((16, 576), (24, 576), (40, 576), (4, 320), (4, 512)))
-def test_bits_of_a_token_depend_on_nothing_else(heads, head_dim, window):
-    """Alone and with two others, whose window begins in another tile: without `batch_invariant`, so many rows may take
-    other steps."""
-    query, key, _ = qkv(2, 3, 1473, heads, 1, head_dim)
+def test_bits_of_a_token_depend_on_nothing_else(heads, head_dim, window, length):
+    """Alone and with two others, whose window begins in another tile or part, or which see one part more: without
+    `batch_invariant`, so many rows may take other steps."""
+    query, key, _ = qkv(2, 3, length, heads, 1, head_dim)
     options = {"causal": True, "window_size": window, "batch_invariant": True}
     together = aiter.flash_attn_func(query, key, key[..., :512], **options)
     for token in range(3):
-        own = query[:1, token : token + 1], key[:1, : 1471 + token]
+        own = query[:1, token : token + 1], key[:1, : length - 2 + token]
         alone = aiter.flash_attn_func(*own, own[1][..., :512], **options)
         assert torch.equal(alone, together[:1, token : token + 1]), token
 

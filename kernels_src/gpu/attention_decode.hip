@@ -132,6 +132,7 @@ __device__ __forceinline__ void attend(const Unit &unit, SharedAddress shared, i
 
 struct Loop {
     static constexpr int SHARED_BYTES = Memory::SHARED_BYTES, WRITERS = THREADS;
+    static constexpr int OWN_COLUMNS = Tile::TEAM == 1 ? VALUE_DIM : Tile::COLUMNS; /* of a wave */
 
     /* The kernel's parameter: the call, and what a loop adds to it. */
     using Launch = Arguments;
@@ -198,7 +199,9 @@ __device__ __forceinline__ void store(const Unit &unit, int wave_row, const Scor
             const bool suspect = total != total && __builtin_fabsf(log_sum[slot]) < INFINITE;
             for (uint64_t lanes = ballot(suspect && Tile::leads_row()); lanes != 0; lanes &= lanes - 1) {
                 const int bad = from_lane(row, first_lane(lanes));
-                if (unit.repair(bad, score, from_lane(log_sum[slot], first_lane(lanes)))) spoiled |= row == bad;
+                const float its_log_sum = from_lane(log_sum[slot], first_lane(lanes));
+                if (unit.repair(bad, score, its_log_sum, Loop::first_column(), Loop::OWN_COLUMNS))
+                    spoiled |= row == bad;
             }
         }
         if (row < unit.padded_rows && Tile::leads_row()) unit.store_lse(row, log_sum[slot]);
@@ -332,20 +335,25 @@ __device__ __forceinline__ void store_row(const Unit &unit, int row, bool sees_k
 
 /* Adds up that many parts of a unit, more than one: rows `first_row` ... + rows - 1, by WAVES waves, which all take
  * part. Few parts: each row by one wave, which asks for all of them at once. More: by several waves, which take parts
- * in turn. How many these are, and so the order of additions, depends on the number of parts alone. meet(): where the
- * waves do. */
+ * in turn. How many these are, and so the order of additions, depends on the number of parts alone. With batch_invariant
+ * not even on that, as parts may be there that the row does not see: there are always as many, and a part's wave and lane
+ * are by its number in the sequence. meet(): where the waves do. */
 struct alignas(16) MergeSums {
     static constexpr int TOGETHER = 4; /* parts on their way to a wave */
     static constexpr int OF_LANE = 4;  /* of which a lane looks at the maximum and sum at one time */
+    static constexpr int INVARIANT_SLICES = 4;
     float of_wave[WaveRow::RUNS * WaveRow::RUN * WAVE];
 };
 template <int WAVES, class Parts, class Meet>
 __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts, int all, int first_row, int rows,
                                            MergeSums *sums, Meet meet) {
     constexpr int TOGETHER = MergeSums::TOGETHER;
-    int slices = 1;
-    while (slices < WAVES && slices * TOGETHER < all) slices *= 2;
-    const int slice = wave() % slices;
+    const bool invariant = unit.arguments.problem.batch_invariant;
+    int slices = invariant ? MergeSums::INVARIANT_SLICES : 1;
+    while (!invariant && slices < WAVES && slices * TOGETHER < all) slices *= 2;
+    int before = 0; /* parts of the sequence that nobody asks for */
+    if (WINDOW && invariant) before = keys_to_read(unit.arguments.problem, unit.sequence.mask).low / INVARIANT_KEYS;
+    const int slice = wave() % slices, own_first = (slice - before) & (slices - 1);
 #pragma unroll 1
     for (int passed = 0; passed < rows; passed += WAVES / slices) {
         const int index = passed + wave() / slices, row = first_row + index;
@@ -362,13 +370,13 @@ __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts,
                 if (i < count) part[j].load(parts.output_row(i, row));
             }
         };
-        request(slice);
+        request(own_first);
 
         float maximum = -INFINITE, total = 0.0f;
         /* visit(its maximum, its sum) */
         const auto for_own_parts = [&](auto visit) {
 #pragma unroll 1
-            for (int first = lane(); first < count; first += MergeSums::OF_LANE * WAVE) {
+            for (int first = (lane() - before) & (WAVE - 1); first < count; first += MergeSums::OF_LANE * WAVE) {
                 Pack<float, 2> own[MergeSums::OF_LANE];
 #pragma unroll
                 for (int j = 0; j < MergeSums::OF_LANE; ++j) {
@@ -390,7 +398,7 @@ __device__ __forceinline__ void merge_rows(const Unit &unit, const Parts &parts,
 
         sum.clear();
 #pragma unroll 1
-        for (int first = slice; first < count; first += TOGETHER * slices) {
+        for (int first = own_first; first < count; first += TOGETHER * slices) {
 #pragma unroll
             for (int j = 0; j < TOGETHER; ++j) sum.add(part[j], exp2(its_maximum[j] - reference));
             request(first + TOGETHER * slices);

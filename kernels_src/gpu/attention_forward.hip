@@ -191,9 +191,11 @@ struct Finish {
                     const int leader = first_lane(lanes), row = from_lane(wave_row + Output::row(slot), leader);
                     const float log_sum = from_lane(ends.log_sum[slot], leader),
                                 share = from_lane(ends.share[slot], leader);
+                    const int first = Loop::first_column();
                     if (Loop::SEVERAL_HEADS)
-                        exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout(), log_sum, share);
-                    else exact_row(sequence, row, score, dropout(), log_sum, share);
+                        exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout(), log_sum, share, first,
+                                  Loop::OWN_COLUMNS);
+                    else exact_row(sequence, row, score, dropout(), log_sum, share, first, Loop::OWN_COLUMNS);
                 }
         }
     }

@@ -439,15 +439,17 @@ struct Unit {
         return own;
     }
     /* A row that is NaN though its log-sum-exp is finite: was it a hidden value, 0 * inf in a matrix product? By a
-     * whole wave, for one row; true if the row was then computed again and stored. */
-    __device__ __forceinline__ bool repair(int row, const Score &score, float log_sum) const {
+     * whole wave, for one row; true if the row, or those columns of it that the wave has, was then computed again and
+     * stored. */
+    __device__ __forceinline__ bool repair(int row, const Score &score, float log_sum, int first_column = 0,
+                                           int columns = VALUE_DIM) const {
         const Sequence own = of_head(head(row));
         const Range sees = own.mask.keys_of(token(row));
         const Range read = keys_to_read(arguments.problem, own.mask);
         const bool hidden =
             values_not_finite(own, sees.high, read.high) || WINDOW && values_not_finite(own, read.low, sees.low);
         const Dropout none(arguments.problem, arguments.tensors);
-        if (hidden) exact_row(own, token(row), score, none, log_sum, share(row, log_sum));
+        if (hidden) exact_row(own, token(row), score, none, log_sum, share(row, log_sum), first_column, columns);
         return hidden;
     }
     /* The rows of a wave, among keys before `end`: what they see, and what score.h and mask.h do to their scores. */

@@ -136,9 +136,9 @@ __device__ __forceinline__ float weight_of_keys(float sum, float share) {
 
 /* One row once more, by a whole wave, key by key and only those it sees: for rows into which a matrix product has let
  * 0 * inf or 0 * NaN of a masked value. `log_sum` of the row is in base 2 and right, `share` what its weights are
- * multiplied by. Slow and rare. */
+ * multiplied by. Writes the columns that are asked for. Slow and rare. */
 __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, const Score &score, const Dropout &dropout,
-                                          float log_sum, float share) {
+                                          float log_sum, float share, int first_column = 0, int columns = VALUE_DIM) {
     constexpr int DIMENSIONS = round_up(HEAD_DIM, WAVE) / WAVE; /* of a lane: lane, lane + WAVE, ... */
     constexpr int VALUE_DIMENSIONS = round_up(VALUE_DIM, WAVE) / WAVE;
     float q[DIMENSIONS], result[VALUE_DIMENSIONS] = {};
@@ -170,9 +170,11 @@ __device__ __forceinline__ void exact_row(const Sequence &sequence, int row, con
             if (lane() + i * WAVE < VALUE_DIM) result[i] += p * to_float(v[lane() + i * WAVE]);
     }
 #pragma unroll
-    for (int i = 0; i < VALUE_DIMENSIONS; ++i)
-        if (lane() + i * WAVE < VALUE_DIM)
-            sequence.output[row * sequence.output_stride + lane() + i * WAVE] = to_element(result[i]);
+    for (int i = 0; i < VALUE_DIMENSIONS; ++i) {
+        const int column = lane() + i * WAVE;
+        if (column < VALUE_DIM && column >= first_column && column < first_column + columns)
+            sequence.output[row * sequence.output_stride + column] = to_element(result[i]);
+    }
 }
 
 /* Is there a NaN or infinity among the values of tokens begin ... end-1? Asked by a whole wave. */

@@ -66,9 +66,8 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     static __device__ __forceinline__ int team() { return TEAM == 1 ? wave() : wave() / TEAM; }
     /* The first of this wave's rows, in the block's. */
     static __device__ __forceinline__ int wave_row() { return team() * WAVE_ROWS; }
-    static __device__ __forceinline__ int first_column() {
-        return TEAM == 1 ? 0 : wave() % TEAM * columns_of_wave(VALUE_DIM, TEAM);
-    }
+    static constexpr int OWN_COLUMNS = columns_of_wave(VALUE_DIM, Tile::TEAM); /* of a wave */
+    static __device__ __forceinline__ int first_column() { return TEAM == 1 ? 0 : wave() % TEAM * OWN_COLUMNS; }
     /* This team's, for its query rows and later for store_output. */
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
         return shared + Loop::TILE_BYTES + team() * TEAM_BYTES;

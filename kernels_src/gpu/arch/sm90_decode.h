@@ -110,7 +110,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
     static constexpr int FACTORS_AT = HANDED_AT + HANDED_BYTES;
     static constexpr int BARRIERS_AT = FACTORS_AT + PART_ROWS * 4;
     static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * 2 * mbarrier::BYTES;
-    static constexpr int WRITERS = READER_THREADS;
+    static constexpr int WRITERS = READER_THREADS, OWN_COLUMNS = VALUE_DIM;
     static_assert(STAGES >= 3, "");
 
     /* ---- host ---- */

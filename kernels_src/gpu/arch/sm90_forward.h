@@ -122,8 +122,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         Work work;
     };
 
-    /* The first of this wave's rows, in the block's. */
+    /* The first of this wave's rows, in the block's. It has all columns. */
     static __device__ __forceinline__ int wave_row() { return wave() * WAVE_ROWS; }
+    static constexpr int OWN_COLUMNS = VALUE_DIM;
+    static __device__ __forceinline__ int first_column() { return 0; }
 
     /* ---- host ---- */
 

@@ -128,7 +128,7 @@ struct LatentLoop : LatentTiles {
     static __device__ __forceinline__ int first_column() { return thread_in_block() / WARPGROUP * COLUMNS; }
 
     /* See Loop in attention_decode.hip. */
-    static constexpr int WRITERS = 2 * WARPGROUP;
+    static constexpr int WRITERS = 2 * WARPGROUP, OWN_COLUMNS = COLUMNS;
     template <class Pieces, class Write>
     static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
                                                Pieces for_each_piece, Write write) {
