@@ -62,7 +62,7 @@ struct RowTile : Loop::Packing {
         return of_heads(p) * (p.heads_q >> Packing(p).bits) * p.batch;
     }
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
-        : RowTile(launch, Loop::place(launch, index, static_cast<int>(of_heads(launch.problem)))) {}
+        : RowTile(launch, Loop::place(launch, index)) {}
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, const Place &place)
         : Loop::Packing(Loop::packing(launch)), head(place.head), sequence(launch, place),
           first_row(place.row_tile * BLOCK_ROWS) {
@@ -153,7 +153,7 @@ struct Finish {
         const int wave_row = ends.wave_row;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, ends.weight[slot]);
-        const bool may_be_nan = Loop::round_output(o, place) && MASKED;
+        const bool may_be_nan = Loop::round_output(o, place);
         if (ends.whole && !may_be_nan) return Loop::leave(tile, wave_row, place);
         if (!ends.all_see)
 #pragma unroll
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     add_up_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
     const Loop::Work &work = launch.work;
     const int row_tile = block() / work.waves(), of_tile = block() % work.waves();
-    const Place place = Loop::place(launch, row_tile, static_cast<int>(RowTile::of_heads(launch.problem)));
+    const Place place = Loop::place(launch, row_tile);
     Loop::Work::Task<RowTile> task(launch, place, row_tile * work.dealt);
     wait_for_previous();
     if (task.piece.count == 1 || !task.exists()) return;

@@ -46,7 +46,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
         return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, call);
     }
     static __device__ __forceinline__ int row_tiles(const aiter_attention_problem &p) {
-        return (p.seqlen_q + BLOCK_ROWS - 1) / BLOCK_ROWS;
+        return static_cast<int>((int64_t(p.seqlen_q) + BLOCK_ROWS - 1) / BLOCK_ROWS);
     }
 
     static __device__ __forceinline__ Packing packing(const Launch &launch) { return Packing(launch.problem); }
@@ -54,9 +54,9 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     static __device__ __forceinline__ int alignment(const Launch &) { return 1; }
     /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
      * gaps at the end. */
-    static __device__ __forceinline__ Place place(const Launch &launch, int index, int row_tiles) {
+    static __device__ __forceinline__ Place place(const Launch &launch, int index) {
         const aiter_attention_problem &p = launch.problem;
-        const int group = p.heads_q / p.heads_kv;
+        const int group = p.heads_q / p.heads_kv, row_tiles = LoopOfWaves::row_tiles(p);
         const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
         const int kv_head = work.unit % p.heads_kv;
         return {work.unit / p.heads_kv, kv_head * group + work.part % group, kv_head,
@@ -91,7 +91,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
         return false;
     }
     using OutputPlace = SharedAddress;
-    static __device__ __forceinline__ bool round_output(const Output &, SharedAddress) { return true; }
+    static __device__ __forceinline__ bool round_output(const Output &, SharedAddress) { return MASKED; }
     template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, SharedAddress) {}
 
     /* Goes through the block's row tiles, here one. Leaves in `o` the sums of P V, and in `softmax` what they must be

@@ -231,9 +231,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
 
     /* ---- which row tiles a block takes ---- */
 
-    static __device__ __forceinline__ Place place(const Launch &launch, int index, int) {
-        return launch.order.place(index);
-    }
+    static __device__ __forceinline__ Place place(const Launch &launch, int index) { return launch.order.place(index); }
     static __device__ __forceinline__ Packing packing(const Launch &launch) { return launch.packing; }
 
     /* Wave 2 of those that copy finds out what the block's tasks are, row tiles or pieces of them, and hands them to the
@@ -842,7 +840,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* The output as it is to be in memory goes to the wave's place, in blocks of 64 columns as wgmma would read them.
      * Returns whether any of it could be NaN. */
     static __device__ __forceinline__ bool round_output(const Output &o, const OutputPlace &place) {
-        if constexpr (!BULK_OUTPUT && !EARLY_ENDS) return true;
+        if constexpr (CUT) return MASKED;
         const SharedAddress lane_row = place.rows + rows_first<64>();
         uint32_t greatest[2] = {}; /* two, as each step waits for the one before */
 #pragma unroll
