@@ -1,14 +1,13 @@
 """Attention of DTensors over two processes: what one process gives, split as its tensors are."""
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing
 
 pytest.importorskip("torch.distributed.tensor.experimental", reason="this PyTorch has no DTensor")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("PyTorch was built without gloo", allow_module_level=True)
+
+from distributed import ranks
 
 import aiter
 from aiter.integrations.dtensor import _divide
@@ -28,13 +27,10 @@ def _run(call, tensors):
     return [output.detach(), *(t.grad for t in tensors if t.grad is not None)]
 
 
-def _process(rank, port):
+def _two_ranks():
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
-    torch.manual_seed(20)
     tensors = [torch.randn(4, 9, heads, 16) for heads in (4, 2, 2)]
     tensors += [torch.randn(4), torch.tensor([9, 1, 5, 7], dtype=torch.int32)]
     whole, ways = Replicate(), {}
@@ -52,11 +48,10 @@ def _process(rank, port):
             assert len(got) == len(expected)
             for ours, right in zip(got, expected, strict=True):
                 torch.testing.assert_close(ours.full_tensor(), right, rtol=1e-5, atol=1e-5)
-    _eight_bits(mesh, rank)
-    torch.distributed.destroy_process_group()
+    _eight_bits(mesh)
 
 
-def _eight_bits(mesh, rank):
+def _eight_bits(mesh):
     """Caches of 8-bit floats, whose scales are one number, one for each head, or of each sequence and head."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -72,7 +67,9 @@ def _eight_bits(mesh, rank):
             placements = [Shard(dim)] * 3 + [scales] * 2
             split = [
                 DTensor.from_local(
-                    tensor.chunk(2, placement.dim)[rank].contiguous() if isinstance(placement, Shard) else tensor,
+                    tensor.chunk(2, placement.dim)[mesh.get_rank()].contiguous()
+                    if isinstance(placement, Shard)
+                    else tensor,
                     mesh,
                     [placement],
                 )
@@ -85,10 +82,7 @@ def _eight_bits(mesh, rank):
 
 
 def test_two_processes():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port,), nprocs=2)
+    ranks.run(2, _two_ranks)
 
 
 def test_heads_are_split_in_whole_groups():

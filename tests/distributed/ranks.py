@@ -1,5 +1,9 @@
 """Processes of a gloo group that stay alive between tests: to start one takes longer than most tests.
 
+They are killed in the end. A process that ends by itself while a DeviceMesh is still there may abort: PyTorch 2.13's
+gloo threads live as long as their groups, which the mesh holds, and one that drops the last tensor of a collective
+while Python shuts down is ended in the middle of a destructor.
+
 ranks.run(4, cases.gradients, ...)    the function on each of 4 ranks, with a group of them; its results, by rank
 """
 
@@ -28,14 +32,13 @@ def _rank(rank, world, store, pipe):
         world_size=world,
         timeout=timedelta(seconds=COLLECTIVE_S),
     )
-    while (task := pipe.recv()) is not None:
-        function, arguments, keywords = task
+    while True:
+        function, arguments, keywords = pipe.recv()
         torch.manual_seed(20)
         try:
             pipe.send((True, function(*arguments, **keywords)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
 
 
 class Ranks:

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing
 from diffusers import ContextParallelConfig, DiTTransformer2DModel, FluxTransformer2DModel, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
+from distributed import ranks
 from test_documents import ROOT, run_page
 
 import aiter.integrations.diffusers
@@ -220,35 +220,25 @@ def _weight_gradient(model, inputs):
     return model.single_transformer_blocks[0].attn.to_k.weight.grad.clone()
 
 
-def _in_parallel(rank, port, config):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    torch.accelerator.device_count = lambda: 2  # diffusers numbers accelerators, and divides by how many there are
+def _in_parallel(config):
     model, inputs = seeded(flux)
     with torch.no_grad():
         whole = model(**inputs, return_dict=False)[0]
     expected = _weight_gradient(model, inputs)
     model.zero_grad()
     model.set_attention_backend("aiter")
-    model.enable_parallelism(config=ContextParallelConfig(**config))
+    with pytest.MonkeyPatch.context() as patch:
+        # diffusers numbers accelerators, and divides by how many there are
+        patch.setattr(torch.accelerator, "device_count", lambda: 2)
+        model.enable_parallelism(config=ContextParallelConfig(**config))
     output = model(**inputs, return_dict=False)[0]
     torch.testing.assert_close(output.detach(), whole, rtol=1e-3, atol=1e-3)
     gradient = _weight_gradient(model, inputs)
     torch.distributed.all_reduce(gradient)
     # Each process differentiates the whole output, of which gathering gives it its own rows' part.
     torch.testing.assert_close(gradient, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("config", [{"ulysses_degree": 2}, {"ring_degree": 2}], ids=["ulysses", "ring"])
-def test_context_parallelism(config, unused_port):
-    torch.multiprocessing.spawn(_in_parallel, (unused_port, config), nprocs=2)
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def test_context_parallelism(config):
+    ranks.run(2, _in_parallel, config)
