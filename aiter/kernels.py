@@ -24,10 +24,17 @@ DECODE_ROWS = 64
 # Measured on an H200: docs/hopper.md.
 CUT_DECODE_ROWS = 32
 
-# sm_90a has a second form of the forward kernel, which can cut the keys that a tile of rows sees and deal the pieces to
-# several blocks: kernels_src/gpu/arch/sm90_pieces.h, which says how. It pays where tiles of so many rows leave half of
-# the multiprocessors idle, from so many keys on; elsewhere the other form is faster.
-CUT_ARCH, CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = "sm_90a", 256, 128, 2048
+# Two kernels have a second form on this arch, which a call takes by its sizes.
+FORMS_ARCH = "sm_90a"
+# "cut": the forward kernel can cut the keys that a tile of rows sees and deal the pieces to several blocks:
+# kernels_src/gpu/arch/sm90_pieces.h, which says how. It pays where tiles of so many rows leave half of the
+# multiprocessors idle, from so many keys on; elsewhere the other form is faster.
+CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = 256, 128, 2048
+# "rounds": latent attention goes through the keys two tiles at a time, which is faster with more rows of a KV head than
+# this; with fewer one after the other is: kernels_src/gpu/arch/sm90_latent.h. Both in one kernel took half again as
+# long to compile.
+IN_TURN_ROWS = 32
+FORMS = "cut", "rounds"
 
 # 8-bit floats that caches of keys and values may hold, as specs name them: kernels_src/include/fp8.h.
 CACHE_DTYPES = ("e4m3fn", "e4m3fnuz", "e5m2")
@@ -84,11 +91,25 @@ def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:
     return 2 * tiles <= multiprocessors and seen >= CUT_KEYS
 
 
-def has_cut_form(kernel: str, arch: str, head_dim: int, value_dim: int, options: Collection[str]) -> bool:
+def form_of(kernel: str, sizes: Sizes, head_dim: int, options: Options, multiprocessors: int) -> str | None:
+    """Which of FORMS a call takes on a GPU of FORMS_ARCH with so many multiprocessors, or 0: one that has none."""
+    if kernel == "attention_forward":
+        return "cut" if cuts_keys(sizes, options, multiprocessors) else None
+    if head_dim <= HEAD_DIM_MAX or not multiprocessors:
+        return None
+    rows = sizes.heads_q // sizes.heads_kv
+    if not options.batch_invariant:  # or a token's bits would depend on how many are in its call
+        rows *= sizes.seqlen_q
+    return "rounds" if rows > IN_TURN_ROWS else None
+
+
+def has_form(form: str, kernel: str, arch: str, head_dim: int, value_dim: int, options: Collection[str]) -> bool:
     """options: names of the spec's."""
-    if kernel != "attention_forward" or arch != CUT_ARCH or max(head_dim, value_dim) > CUT_HEAD_DIM_MAX:
+    if arch != FORMS_ARCH or {"dropout", *CACHE_DTYPES} & set(options):
         return False
-    return not ({"dropout", *CACHE_DTYPES} & set(options))
+    if form == "cut":
+        return kernel == "attention_forward" and max(head_dim, value_dim) <= CUT_HEAD_DIM_MAX
+    return kernel == "attention_decode" and head_dim > HEAD_DIM_MAX
 
 
 def kernel_spec(
@@ -102,10 +123,10 @@ def kernel_spec(
     options: tuple[str, ...] = (),
 ) -> Spec:
     """options: which of the call's options select code (Options.that_select_code), which of CACHE_DTYPES keys and
-    values have, if any, and "cut" for the form that cuts keys, where there is one.
+    values have, if any, and which of FORMS is wanted, where there is one.
 
-    With batch_invariant it is always that one: sums of pieces have other bits, and a prompt, its chunks and single
-    tokens are to agree.
+    With batch_invariant that is always the one that cuts keys: sums of pieces have other bits, and a prompt, its chunks
+    and single tokens are to agree.
     """
     if is_gpu(arch) and kernel == "attention_backward" and head_dim > HEAD_DIM_MAX:
         raise UnsupportedError(
@@ -117,8 +138,9 @@ def kernel_spec(
     if "batch_invariant" in options and (is_gpu(arch) or kernel != "attention_forward"):
         del chosen["batch_invariant"]  # a number of the call there
         chosen["cut"] = 1
-    if not has_cut_form(kernel, arch, head_dim, value_dim or head_dim, chosen):
-        chosen.pop("cut", None)
+    for form in FORMS:
+        if form in chosen and not has_form(form, kernel, arch, head_dim, value_dim or head_dim, chosen):
+            del chosen[form]
     if paged and is_gpu(arch):
         chosen["paged"] = 1
     if value_dim not in (None, head_dim):
@@ -138,7 +160,8 @@ def forms(
 ) -> list[Spec]:
     """The specs that calls of one kernel can need, whatever their sizes."""
     rest = kernel, dtype, head_dim, causal, arch, paged, value_dim
-    return list(dict.fromkeys(kernel_spec(*rest, (*options, *form)) for form in ((), ("cut",))))
+    wanted = [(), *((form,) for form in FORMS)]
+    return list(dict.fromkeys(kernel_spec(*rest, (*options, *form)) for form in wanted))
 
 
 # The public operations, and with which kinds of keys and values each is called: in pages or not. The last attends to

@@ -235,11 +235,11 @@ def _plan_of(call: Call, query: torch.Tensor, key: torch.Tensor, head_dim: int, 
     code = _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key)
     kernel = "attention_forward"
     if gpu:
-        multiprocessors = _that_share_keys(query.device)
+        multiprocessors = _with_forms(query.device)
         fits = key.dtype is query.dtype and head_dim <= kernels.CUT_HEAD_DIM_MAX >= value_dim
         kernel = kernels.forward_kernel(sizes, head_dim, options, multiprocessors if fits else 0, indices is NO_INDICES)
-        if kernel == "attention_forward" and kernels.cuts_keys(sizes, options, multiprocessors):
-            code = tuple(sorted((*code, "cut")))
+        if form := kernels.form_of(kernel, sizes, head_dim, options, multiprocessors):
+            code = tuple(sorted((*code, form)))
     plan_key = (
         kernel,
         query.get_device(),
@@ -344,9 +344,9 @@ def backward(
 
 
 @functools.cache
-def _that_share_keys(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 0 where no kernel cuts keys for them."""
-    if arch_of(device) != kernels.CUT_ARCH:
+def _with_forms(device: torch.device) -> int:
+    """Multiprocessors of a GPU that has kernels of two forms; 0 of another."""
+    if arch_of(device) != kernels.FORMS_ARCH:
         return 0
     return torch.cuda.get_device_properties(device).multi_processor_count
 

@@ -37,11 +37,12 @@ def options() -> None:
         output = flash_attn.flash_attn_func(*tensors, causal=causal, **chosen)
         grads = torch.autograd.grad(output, tensors, torch.ones_like(output))
         assert all(grad.isfinite().all() for grad in (output, *grads))
-    # One row each, which decoding kernels take; the last is latent attention.
+    # One row each, which decoding kernels take; the last two are latent attention, in turn and in rounds.
     for heads, heads_kv, dims, chosen in (
         (8, 2, (128, 128), {"window_size": (100, 0), "softcap": 30.0, "alibi_slopes": sinks.abs().repeat(2)}),
         (8, 1, (512, 512), {}),
         (16, 1, (576, 512), {}),
+        (64, 1, (576, 512), {}),
     ):
         key = randn(2, 500, heads_kv, dims[0], dtype=BF16)
         query = randn(2, 1, heads, dims[0], dtype=BF16)

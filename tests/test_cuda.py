@@ -13,7 +13,7 @@ from problems import Sequence, assert_sequences, dense_sequences
 import aiter
 from aiter import flash_attn, plan, reference, repeated
 from aiter.jit.arch import arch_of
-from aiter.kernels import CUT_ARCH
+from aiter.kernels import FORMS_ARCH
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 
@@ -290,7 +290,7 @@ def only_cut_keys(monkeypatch):
     """Whatever is called has the kernel that cuts keys, where there is one."""
     monkeypatch.setattr(plan, "plans", {})
     yield
-    if arch_of(torch.device("cuda", 0)) == CUT_ARCH:
+    if arch_of(torch.device("cuda", 0)) == FORMS_ARCH:
         assert {key[0] for key in plan.plans} == {"attention_forward"}
         assert all(("cut", 1) in own.kernel.spec.options for own in plan.plans.values())
 
@@ -455,16 +455,17 @@ def test_latent_rounds(heads, tokens, keys, scales, options, dtype):
 
 
 @pytest.mark.parametrize("page_size", (64, 5), ids=("by a tensor map", "by lanes"))
-def test_latent_pieces_of_both_kinds(page_size):
-    """Of few rows and of many, one after the other in a block: 1 to 3 tokens of 24 heads, in units of up to 64 rows."""
-    rows, lengths = (torch.randint(1, most, (200,)).tolist() for most in (4, 500))
+@pytest.mark.parametrize(("heads", "tokens"), ((24, 3), (10, 3)), ids=("rounds", "in turn"))
+def test_latent_pieces_of_few_and_many_rows(heads, tokens, page_size):
+    """One after the other in a block: 1 to 3 tokens of so many heads, in units of up to 64 rows."""
+    rows, lengths = (torch.randint(1, most, (200,)).tolist() for most in (tokens + 1, 500))
     width = -(-500 // page_size)
     key = torch.randn(200 * width, 1, page_size, 576, device="cuda", dtype=torch.bfloat16)
     table = torch.randperm(200 * width, device="cuda").view(200, width).int()
-    query = torch.randn(sum(rows), 24, 576, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(sum(rows), heads, 576, device="cuda", dtype=torch.bfloat16)
     own_rows, used = (torch.tensor(t, device="cuda", dtype=torch.int32) for t in (rows, lengths))
     output, lse = aiter.variable_length_attention(
-        *(query, key, key[..., :512], own_rows, 3),
+        *(query, key, key[..., :512], own_rows, tokens),
         **{"seqlens_k": used, "page_table": table, "block_size": page_size, "return_lse": True},
     )
     sequences, end = [], 0

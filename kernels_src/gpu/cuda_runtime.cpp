@@ -11,9 +11,9 @@
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <fatbinary_section.h>
+#include <pthread.h>
 
 #include <atomic>
-#include <mutex>
 
 namespace {
 
@@ -77,7 +77,11 @@ struct Loaded {
     Loaded *next;
 };
 std::atomic<Loaded *> loaded{nullptr}; /* contexts that have the code; there is one for each GPU */
-std::mutex loading;
+pthread_mutex_t loading = PTHREAD_MUTEX_INITIALIZER;
+struct Alone { /* in loading; <mutex> would take longer to read than all of this file */
+    Alone() { pthread_mutex_lock(&loading); }
+    ~Alone() { pthread_mutex_unlock(&loading); }
+};
 
 Loaded *find(CUcontext context) {
     Loaded *entry = loaded.load(std::memory_order_acquire);
@@ -109,7 +113,7 @@ CUresult here(Loaded *&result) {
     if (const CUresult error = current_context(context)) return error;
     result = find(context);
     if (result != nullptr) return CUDA_SUCCESS;
-    const std::lock_guard<std::mutex> lock(loading);
+    const Alone alone;
     result = find(context);
     if (result != nullptr) return CUDA_SUCCESS;
     Loaded *entry = new Loaded{};

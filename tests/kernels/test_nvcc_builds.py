@@ -36,6 +36,7 @@ TRAINED = (("alibi", 1), ("chunk", 1), ("dropout", 1), ("softcap", 1))
         Spec("attention_forward", "bf16", 128, True, "sm_90a", (("e4m3fn", 1), *PAGED)),
         Spec("attention_decode", "fp16", 576, True, "sm_80", (("e4m3fnuz", 1), *PAGED, ("value_dim", 512))),
         Spec("attention_decode", "bf16", 576, True, "sm_90a", (*PAGED, ("value_dim", 512))),
+        Spec("attention_decode", "bf16", 576, False, "sm_90a", (("rounds", 1), ("value_dim", 512))),
         Spec("attention_forward", "bf16", 64, True, "sm_80", (("e5m2", 1),)),
         Spec("cache_write", "bf16", 0, False, "sm_80", (("e4m3fn", 1),)),
     ),

@@ -11,7 +11,7 @@
  *                 tiles and warpgroup 1 of odd ones; the probabilities P go to the other through shared memory, and
  *                 both multiply them by their half of the values
  *
- * In one of two orders, which all three choose alike for each piece, by its rows (LatentTiles::in_rounds):
+ * In one of two orders, each a form of the kernel, which a call takes by its rows (IN_TURN_ROWS in aiter/kernels.py):
  *
  *   in turn       up to 32 rows, which memory bounds: a tile is used as it comes (sm90_latent_in_turn.h). Each
  *                 warpgroup goes through all tiles in their order, half a round after the other:
@@ -41,9 +41,7 @@
  *   shared        Q   9 x 8 KB      blocks of 64 rows x 64 columns, as wgmma wants them (arch/sm90.h)
  *   memory        K   2 x 9 x 8 KB  two tiles. A tile's blocks arrive in five groups, each with a barrier: first the
  *                                   one that is no value, then two at a time. They are given back in three: that one
- *                                   as soon as its scores are made, then each warpgroup's half of the values. Either
- *                                   order passes each of a tile's barriers once, so pieces of both may follow each
- *                                   other
+ *                                   as soon as its scores are made, then each warpgroup's half of the values
  *                 P   8 KB          one is enough: a warpgroup writes P when it has used the other's. In turn wgmma
  *                                   reads it there; in rounds each lane reads what the same lane of the other wrote
  *                                   229,376 bytes of 232,448; the rest are barriers, maxima and sums
@@ -66,8 +64,11 @@
 #define AITER_GPU_ARCH_SM90_LATENT_H
 
 #include "gpu/arch/sm90_latent_copies.h"
-#include "gpu/arch/sm90_latent_in_turn.h"
+#if AITER_ROUNDS
 #include "gpu/arch/sm90_latent_rounds.h"
+#else
+#include "gpu/arch/sm90_latent_in_turn.h"
+#endif
 
 namespace aiter {
 
@@ -111,16 +112,11 @@ struct LatentLoop : LatentTiles {
                                                                                     keys.first + keys.count);
         warpgroup.load_queries(unit, score.query_bits);
         o.clear();
-        const bool rounds = from_lane(in_rounds(unit), 0); /* from one lane: see LatentKeys */
-        const LatentRounds by_rounds{warpgroup};
-        const LatentInTurn in_turn{warpgroup};
+        const LatentOrder order{warpgroup};
         if (warpgroup.number == 0)
-            warpgroup.attend_first_tile(rows, keys, score, softmax, o, [&](const LatentWarpgroup::Operand &p) {
-                if (rounds) by_rounds.send(0, p, softmax);
-                else in_turn.send(p, softmax);
-            });
-        if (rounds) by_rounds.attend(rows, keys, score, softmax, o);
-        else in_turn.attend(rows, keys, score, softmax, o);
+            warpgroup.attend_first_tile(rows, keys, score, softmax, o,
+                                        [&](const LatentWarpgroup::Operand &p) { order.send(0, p, softmax); });
+        order.attend(rows, keys, score, softmax, o);
         warpgroup.count += keys.tiles;
         warpgroup.add_up_sums(softmax);
     }
@@ -141,26 +137,17 @@ struct LatentLoop : LatentTiles {
         barrier();
         if (wave() / 4 == 2) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
-            const auto for_each = [&](const auto &copy_piece) {
+            LatentCopier by_lanes(shared);
+            LatentMappedCopier<Launch> by_map(launch, shared);
+            if (launch.box == 0 || wave() % 4 < 3)
                 for_each_piece([&](const auto &unit, const auto &piece) {
+                    if (piece.first_key >= piece.end_key) return;
                     KeyValueRows<PAGED> rows = unit.sequence.keys;
                     rows.begin = unit.sees(0).low;
                     rows.count = piece.end_key;
-                    if (piece.first_key < piece.end_key)
-                        copy_piece(unit.sequence, rows, piece.first_key, piece.end_key, in_rounds(unit));
+                    if (launch.box == 0) by_lanes.copy_piece(rows, piece.first_key, piece.end_key, values);
+                    else by_map.copy_piece(unit.sequence, rows, piece.first_key, piece.end_key);
                 });
-            };
-            if (launch.box == 0) {
-                LatentCopier copier(shared);
-                for_each([&](const Sequence &, const auto &rows, int first, int end, bool rounds) {
-                    copier.copy_piece(rows, first, end, rounds, values);
-                });
-            } else if (wave() % 4 < 3) {
-                LatentMappedCopier<Launch> copier(launch, shared);
-                for_each([&](const Sequence &sequence, const auto &rows, int first, int end, bool rounds) {
-                    copier.copy_piece(sequence, rows, first, end, rounds);
-                });
-            }
             wait_for_copies();
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(OWN_REGISTERS));

@@ -18,7 +18,7 @@ template <class Launch> struct LatentMappedCopier : LatentTiles {
 
     __device__ __forceinline__ LatentMappedCopier(const Launch &launch, SharedAddress shared)
         : launch(launch), shared(shared) {
-        const int boxes = KEYS / launch.box, own = lane() / boxes, lines = half < 2 ? HALF_LINES : 1;
+        const int boxes = KEYS / greater(launch.box, 1), own = lane() / boxes, lines = half < 2 ? HALF_LINES : 1;
         index = lane() - own * boxes;
         line = own < lines ? lesser(half, 2) * HALF_LINES + own : LINES;
     }
@@ -36,15 +36,15 @@ template <class Launch> struct LatentMappedCopier : LatentTiles {
         wave_sync();
     }
     /* Which tile of a piece comes at place i. The first round's are waited for in their order. */
-    __device__ __forceinline__ int tile_at(int i, int tiles, bool rounds) const {
-        return i ^ (rounds && half == 1 && i >= 2 && (i | 1) < tiles);
+    __device__ __forceinline__ int tile_at(int i, int tiles) const {
+        return i ^ (ROUNDS && half == 1 && i >= 2 && (i | 1) < tiles);
     }
     __device__ __forceinline__ void copy_piece(const Sequence &sequence, const KeyValueRows<false> &, int first,
-                                               int end, bool rounds) {
+                                               int end) {
         const int tiles = (end - first + KEYS - 1) / KEYS;
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
-            const int tile = tile_at(i, tiles, rounds);
+            const int tile = tile_at(i, tiles);
             copy_tile(count + tile, sequence.first_key + first + tile * KEYS, sequence.kv_head, sequence.kv_batch);
         }
         count += tiles;
@@ -60,7 +60,7 @@ template <class Launch> struct LatentMappedCopier : LatentTiles {
         PageBox here = look_up(0);
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
-            const int next_tile = tile_at(i + 1, tiles, rounds);
+            const int next_tile = tile_at(i + 1, tiles);
             const PageBox next = look_up(next_tile);
             copy_tile(count + tile, here.token(), sequence.kv_head, here.page(rows));
             tile = next_tile, here = next;
@@ -137,7 +137,7 @@ struct LatentCopier : LatentTiles {
 
     /* Values come when the scores of their tile are made: after the keys of the next tile or, in rounds, after those of
      * their round, as the next round's keys wait for the products with them. */
-    __device__ __forceinline__ void copy_piece(const Rows &rows, int first, int end, bool rounds, bool values) {
+    __device__ __forceinline__ void copy_piece(const Rows &rows, int first, int end, bool values) {
         look_up<false>(rows, first, from);
         int in_round = 0; /* whether it is a round's second tile */
 #pragma unroll 1
@@ -146,11 +146,11 @@ struct LatentCopier : LatentTiles {
             const int next = last ? key : key + KEYS;
             copy_keys(rows, key, next, in_round);
             if (values) {
-                if (rounds ? in_round : key > first) copy_values(rows, key - KEYS, count - 2);
+                if (ROUNDS ? in_round : key > first) copy_values(rows, key - KEYS, count - 2);
                 if (last || in_round) copy_values(rows, key, count - 1);
                 look_up<false>(rows, next, from);
             }
-            if (rounds) in_round ^= 1;
+            if (ROUNDS) in_round ^= 1;
         }
     }
 };

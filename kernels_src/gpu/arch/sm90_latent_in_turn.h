@@ -6,11 +6,11 @@
 
 namespace aiter {
 
-struct LatentInTurn : LatentWarpgroup {
+struct LatentOrder : LatentWarpgroup {
     static constexpr int EARLY = 2; /* groups of scores that are begun before P of the tile before comes */
 
-    /* P and the maxima that it was made with go to the other warpgroup. */
-    __device__ __forceinline__ void send(const Operand &p, const Softmax &softmax) const {
+    /* P and the maxima that it was made with, by warpgroup `sender`, go to the other. */
+    __device__ __forceinline__ void send(int sender, const Operand &p, const Softmax &softmax) const {
         const int row = opaque(wave_row + Scores::row(0)); /* or eight addresses are kept: registers are rare */
 #pragma unroll
         for (int slot = 0; slot < 2; ++slot)
@@ -20,7 +20,7 @@ struct LatentInTurn : LatentWarpgroup {
                              p[chunk / 2][chunk % 2 * 2 + slot]);
         put_maxima(0, softmax);
         wgmma::shared_is_written();
-        pass(P_OF + opaque(number), 2 * WARPGROUP);
+        pass(P_OF + sender, 2 * WARPGROUP);
     }
     /* The output's product with what the other has sent. */
     __device__ __forceinline__ void begin_received(const Stage &stage, Softmax &softmax, Output &o) const {
@@ -53,7 +53,8 @@ struct LatentInTurn : LatentWarpgroup {
             arrive(before.used(number));
 #pragma unroll
             for (int group = EARLY + 1; group < GROUPS; ++group) begin_scores(own, group, s);
-            attend_own(rows, keys, tile, score, s, softmax, o, [&](const Operand &p) { send(p, softmax); });
+            attend_own(rows, keys, tile, score, s, softmax, o,
+                       [&](const Operand &p) { send(opaque(number), p, softmax); });
         }
         if (tile == keys.tiles) { /* the last one is the other's */
             const Stage last(shared, count + keys.tiles - 1);

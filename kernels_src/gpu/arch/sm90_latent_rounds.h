@@ -6,7 +6,7 @@
 
 namespace aiter {
 
-struct LatentRounds : LatentWarpgroup {
+struct LatentOrder : LatentWarpgroup {
     /* A wave's P goes to the wave of the same rows in the other warpgroup, a lane's to the same lane: so a lane reads
      * what is for it before it writes its own into the same place, and none waits for another. */
     __device__ __forceinline__ int exchange_of(int sender) const { /* a named barrier; sender: which warpgroup */

@@ -62,12 +62,6 @@ struct LatentTiles : LatentDecode {
             for (int i = GROUPS + 1; i < STAGE_BARRIERS; ++i) mbarrier::make(barrier(i), 4); /* by waves */
         }
     };
-
-    /* Is a unit's rows' matrix more than half full? Then its tiles go in rounds. A row's bits are not the same in both
-     * orders: so with batch_invariant the choice depends on neither the tokens of a call nor the rest of it. */
-    template <class Unit> static __device__ __forceinline__ bool in_rounds(const Unit &unit) {
-        return (unit.arguments.problem.batch_invariant ? unit.group : unit.rows) > ROWS / 2;
-    }
 };
 
 } // namespace aiter

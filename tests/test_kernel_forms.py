@@ -1,11 +1,12 @@
-"""Which calls get the form of sm_90a's forward kernel that cuts keys. What it computes: test_cuda.py, on a card."""
+"""Which calls get the second form of one of sm_90a's kernels: that cuts keys, or that of latent attention which goes
+through tiles in rounds. What they compute: test_cuda.py, on a card."""
 
 import pytest
 import torch
 
 import aiter
 from aiter import kernels, plan
-from aiter.kernels import cuts_keys, forward_kernel, kernel_spec, specs_for
+from aiter.kernels import cuts_keys, form_of, forward_kernel, kernel_spec, specs_for
 from aiter.layout import Sizes
 from aiter.options import Options
 
@@ -98,6 +99,40 @@ def test_prewarm_builds_both_forms_and_one_where_bits_must_not_vary():
         assert forms(arch) == forms(arch, "batch_invariant") == {"forward", "forward-paged"} | decode
 
 
+LATENT = {"kernel": "attention_decode", "head_dim": 576, "value_dim": 512}
+
+
+def test_latent_attention_has_two_forms():
+    value_dim, rounds = ("value_dim", 512), ("rounds", 1)
+    assert options_of(**LATENT) == (value_dim,)
+    assert options_of("rounds", **LATENT) == (rounds, value_dim)
+    assert options_of("rounds", "e4m3fn", **LATENT) == (("e4m3fn", 1), value_dim)
+    for arch in ("gfx942", "sm_80", "sm_100"):
+        assert options_of("rounds", arch=arch, **LATENT) == (value_dim,)
+    assert options_of("rounds", head_dim=512, kernel="attention_decode") == options_of("rounds") == ()
+    specs = specs_for("flash_attn_func", "bf16", 576, True, "sm_90a", value_dim=512)
+    assert {spec.options for spec in specs} == {(value_dim,), (rounds, value_dim)}
+    assert len(specs_for("flash_attn_func", "bf16", 576, True, "gfx942", value_dim=512)) == 1
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "form", "invariant"),
+    [
+        (16, 1, None, None),
+        (16, 2, None, None),
+        (16, 3, "rounds", None),
+        (33, 1, "rounds", "rounds"),
+        (32, 1, None, None),
+    ],
+)
+def test_which_one_by_rows_or_where_bits_must_not_vary_by_heads(heads, tokens, form, invariant):
+    call = sizes(8, tokens, 4096, heads, 1)
+    for options, expected in ((Options(), form), (Options(batch_invariant=True), invariant)):
+        assert form_of("attention_decode", call, 576, options, MULTIPROCESSORS) == expected
+        assert form_of("attention_decode", call, 512, options, MULTIPROCESSORS) is None
+        assert form_of("attention_decode", call, 576, options, 0) is None
+
+
 class Asked(Exception):
     pass
 
@@ -121,7 +156,7 @@ def test_operations_ask_for_it(monkeypatch, shape, keys, options, kernel, code):
         raise Asked(key)
 
     monkeypatch.setattr(plan, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(plan, "_that_share_keys", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(plan, "_with_forms", lambda device: MULTIPROCESSORS)
     monkeypatch.setattr(plan, "_make_plan", ask)
     monkeypatch.setattr(plan, "plans", {})
     query = torch.empty(*shape, 32, 8, dtype=torch.bfloat16)
@@ -134,5 +169,5 @@ def test_operations_ask_for_it(monkeypatch, shape, keys, options, kernel, code):
 
 def test_other_gpus_share_no_keys(monkeypatch):
     monkeypatch.setattr(plan, "arch_of", lambda device: "gfx942")
-    assert plan._that_share_keys.__wrapped__(torch.device("cpu")) == 0
-    assert kernels.CUT_ARCH == "sm_90a"
+    assert plan._with_forms.__wrapped__(torch.device("cpu")) == 0
+    assert kernels.FORMS_ARCH == "sm_90a"
