@@ -165,9 +165,11 @@ class HipToolchain(Toolchain):
 
     def flags(self, spec: Spec) -> list[str]:
         # clang tells the arch to the device's half of the compilation only.
-        offload = ["-x", "hip", f"--offload-arch={spec.arch}", f"-DAITER_{spec.arch.upper()}=1", "-nogpulib"]
+        offload = ["-x", "hip", f"--offload-arch={spec.arch}", f"-DAITER_{spec.arch.upper()}=1"]
+        # Neither libraries of device code nor clang's headers for it: kernels_src/gpu/hip_language.h is all they use.
+        alone = ["-nogpulib", "-nogpuinc"]
         # clang would pack float32 in pairs, and packed instructions do not run beside the matrix unit.
-        return [*offload, "-std=c++17", "-O3", "-fno-slp-vectorize", "-fPIC", "-fvisibility=hidden"]
+        return [*offload, *alone, "-std=c++17", "-O3", "-fno-slp-vectorize", "-fPIC", "-fvisibility=hidden"]
 
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
         # In two steps, because hipcc links its own libamdhip64 into every .so. A kernel must use the one that PyTorch

@@ -55,6 +55,8 @@
  *
  * Built for the options of target.h, without pages. */
 #define AITER_BACKWARD
+#include <type_traits>
+
 #include "gpu/backward_loop.h"
 #if defined(AITER_WGMMA)
 #include "gpu/arch/sm90_backward.h"
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(TERM_THREADS) lse_and_delta(const GradArgument
                      Chunk{});
     if (in_one_pass(problem)) {
         uint32_t *counters = QuerySums(arguments).ticket;
-        const int64_t count = QuerySums::counters(problem), step = int64_t(gridDim.x) * TERM_THREADS;
+        const int64_t count = QuerySums::counters(problem), step = int64_t(blocks()) * TERM_THREADS;
 #pragma unroll 1
         for (int64_t i = int64_t(block()) * TERM_THREADS + thread_in_block(); i < count; i += step) counters[i] = 0;
     }
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) finish_queries(const GradArgum
     const bool second = share.block_row + row + 8 < share.own_rows && factor != 0;
 #pragma unroll
     for (int n = 0; n < QuerySums::PART_COLUMNS / 8; ++n) {
-        const float4 x = factor != 0 ? from[n * 128 + thread] : make_float4(0, 0, 0, 0);
+        const float4 x = factor != 0 ? from[n * 128 + thread] : float4{0, 0, 0, 0};
         Element *place = reinterpret_cast<Element *>(rounded[row]) + column + n * 8;
         *reinterpret_cast<uint32_t *>(place) = first ? to_elements(x.x * factor, x.y * factor) : 0;
         *reinterpret_cast<uint32_t *>(place + 8 * sizeof(rounded[0]) / 2) =

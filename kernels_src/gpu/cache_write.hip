@@ -45,7 +45,7 @@ __device__ __forceinline__ Run load_run(const Element *from, int64_t step, int c
     Run run = {};
     if (aligned && count == RUN) {
         const Bytes16 bytes = global_load<Bytes16>(from);
-        memcpy(&run, &bytes, sizeof run);
+        __builtin_memcpy(&run, &bytes, sizeof run);
     } else {
 #pragma unroll
         for (int j = 0; j < RUN; ++j)
@@ -57,7 +57,7 @@ __device__ __forceinline__ Run load_run(const Element *from, int64_t step, int c
 __device__ __forceinline__ Element nearest_even(float x) {
 #if defined(AITER_DTYPE_BF16)
     uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     return static_cast<Element>(x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40);
 #else
     return to_element(x);
@@ -102,7 +102,7 @@ __device__ __forceinline__ void rotate(float (&x)[RUN], const Run &run, const El
 __device__ __forceinline__ void store_run(Element *to, int64_t step, const Run &run, int count, bool aligned) {
     if (aligned && count == RUN) {
         Bytes16 bytes;
-        memcpy(&bytes, &run, sizeof bytes);
+        __builtin_memcpy(&bytes, &run, sizeof bytes);
         global_store(to, bytes);
     } else {
 #pragma unroll
@@ -119,7 +119,7 @@ __device__ __forceinline__ void store_fp8(Fp8 *to, int64_t step, const float (&x
     for (int j = 0; j < RUN; ++j) run[j] = to_fp8(x[j] / scale);
     if (aligned && count == RUN) {
         Bytes8 bytes;
-        memcpy(&bytes, run, sizeof bytes);
+        __builtin_memcpy(&bytes, run, sizeof bytes);
         global_store(to, bytes);
     } else {
 #pragma unroll

@@ -8,7 +8,7 @@
 #define AITER_GPU_RUNTIME_H
 
 #if defined(__HIP__)
-#include <hip/hip_runtime.h>
+#include "gpu/hip_language.h"
 #else
 #include <cuda_runtime.h>
 using hipError_t = cudaError_t;
@@ -67,7 +67,16 @@ inline const char *error_text(int code) {
     }
 }
 
-#if !defined(__HIP__)
+#if defined(__HIP__)
+/* Arguments are as the kernel's parameters have them: `arguments` become such on the way in. */
+template <class... Parameters>
+int launch_on_amd(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void *stream,
+                  Parameters... arguments) {
+    void *addresses[] = {&arguments...};
+    return hipLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(threads), addresses,
+                           static_cast<size_t>(shared), static_cast<hipStream_t>(stream));
+}
+#else
 template <class... Parameters, class... Arguments>
 int launch_on_nvidia(cudaLaunchAttribute *attributes, unsigned count, void (*kernel)(Parameters...), dim3 grid,
                      int threads, int shared, void *stream, const Arguments &...arguments) {
@@ -97,8 +106,7 @@ int launch_with_shared(void (*kernel)(Parameters...), int64_t blocks, int thread
 #if !defined(__HIP__)
     return launch_on_nvidia(nullptr, 0, kernel, grid, threads, shared, stream, arguments...);
 #else
-    kernel<<<grid, dim3(threads), shared, static_cast<hipStream_t>(stream)>>>(arguments...);
-    return static_cast<int>(hipGetLastError());
+    return launch_on_amd<Parameters...>(kernel, grid, threads, shared, stream, arguments...);
 #endif
 }
 /* The same with `shared` bytes of AITER_SHARED memory, which on AMD are part of the kernel. */

@@ -11,7 +11,6 @@
 #define AITER_FP8_H
 
 #include <stdint.h>
-#include <string.h>
 
 #if defined(__HIP__) || defined(__CUDACC__)
 #define AITER_MEMBER __host__ __device__ __forceinline__
@@ -47,7 +46,7 @@ constexpr bool FP8_SIGNED_ZERO = true;
 AITER_BOTH Fp8 to_fp8(float x) {
     constexpr uint32_t SHIFT = 23 - FP8_MANTISSA;
     uint32_t bits, result;
-    memcpy(&bits, &x, sizeof bits);
+    __builtin_memcpy(&bits, &x, sizeof bits);
     const uint32_t sign = bits >> 24 & 0x80;
     uint32_t magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return {static_cast<uint8_t>(FP8_SIGNED_ZERO ? FP8_NAN | sign : FP8_NAN)};
@@ -55,10 +54,10 @@ AITER_BOTH Fp8 to_fp8(float x) {
     if (magnitude < (128u - FP8_BIAS) << 23) { /* subnormal: adding this makes the float round at the last place */
         const uint32_t magic = (128u - FP8_BIAS + SHIFT) << 23;
         float sum, step;
-        memcpy(&sum, &magnitude, sizeof sum);
-        memcpy(&step, &magic, sizeof step);
+        __builtin_memcpy(&sum, &magnitude, sizeof sum);
+        __builtin_memcpy(&step, &magic, sizeof step);
         sum += step;
-        memcpy(&result, &sum, sizeof result);
+        __builtin_memcpy(&result, &sum, sizeof result);
         result -= magic;
     } else {
         const uint32_t odd = magnitude >> SHIFT & 1;

@@ -82,8 +82,8 @@ exec g++ -fPIC -x c++ $flags -c $source -o kernel.o
     environment, compile_line, link_line = log.read_text().splitlines()
     assert environment == "amd [] []"
     assert compile_line == (
-        "-x hip --offload-arch=gfx942 -DAITER_GFX942=1 -nogpulib -std=c++17 -O3 -fno-slp-vectorize "
-        "-fPIC -fvisibility=hidden -Iinclude -I. "
+        "-x hip --offload-arch=gfx942 -DAITER_GFX942=1 -nogpulib -nogpuinc -std=c++17 -O3 "
+        "-fno-slp-vectorize -fPIC -fvisibility=hidden -Iinclude -I. "
         "-DAITER_DTYPE_BF16=1 -DAITER_HEAD_DIM=64 -DAITER_CAUSAL=1 -DAITER_PAGED=1 "
         "-c gpu/tiny.hip -o kernel.o"
     )

@@ -35,6 +35,9 @@ __device__ __forceinline__ int thread_in_block() { return static_cast<int>(__bui
 __device__ __forceinline__ int lane() { return thread_in_block() & (WAVE - 1); }
 __device__ __forceinline__ int wave() { return __builtin_amdgcn_readfirstlane(thread_in_block() / WAVE); }
 __device__ __forceinline__ int block() { return static_cast<int>(__builtin_amdgcn_workgroup_id_x()); }
+__device__ __forceinline__ int blocks() {
+    return static_cast<int>(__builtin_amdgcn_grid_size_x() / __builtin_amdgcn_workgroup_size_x());
+}
 
 __device__ __forceinline__ void barrier() {
     __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");

@@ -19,8 +19,6 @@
 #ifndef AITER_GPU_ARCH_GFX9_FORWARD_H
 #define AITER_GPU_ARCH_GFX9_FORWARD_H
 
-#include <type_traits>
-
 #include "gpu/tile_loop.h"
 
 namespace aiter {

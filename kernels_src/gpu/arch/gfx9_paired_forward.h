@@ -16,6 +16,8 @@
 #ifndef AITER_GPU_ARCH_GFX9_PAIRED_FORWARD_H
 #define AITER_GPU_ARCH_GFX9_PAIRED_FORWARD_H
 
+#include <type_traits>
+
 #include "gpu/arch/gfx9_forward.h"
 
 namespace aiter {

@@ -38,6 +38,7 @@ __device__ __forceinline__ int thread_in_block() { return static_cast<int>(threa
 __device__ __forceinline__ int lane() { return thread_in_block() & (WAVE - 1); }
 __device__ __forceinline__ int wave() { return __shfl_sync(~0u, thread_in_block() / WAVE, 0); }
 __device__ __forceinline__ int block() { return static_cast<int>(blockIdx.x); }
+__device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void wave_sync() { __syncwarp(); }
