@@ -50,7 +50,7 @@ template <class Launch> struct LatentMappedCopier : LatentTiles {
         count += tiles;
     }
     __device__ __forceinline__ void copy_piece(const Sequence &sequence, const KeyValueRows<true> &rows, int first,
-                                               int end, bool rounds) {
+                                               int end) {
         using tensor_map::PageBox;
         const int tiles = (end - first + KEYS - 1) / KEYS;
         const auto look_up = [&](int tile) {
