@@ -18,7 +18,6 @@
  */
 #define AITER_BACKWARD 1
 
-#include <math.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -225,7 +224,7 @@ struct Backward {
             const KeyRange keys = mask.seen_by(h.seq, token);
             const bool blind = keys.low >= keys.high;
             /* A row that sees keys and yet has an infinite lse has infinite scores: its softmax is inf/inf or 0/0. */
-            const float lse = h.lse[at] - h.lse[at] == 0.0f ? h.lse[at] : NAN;
+            const float lse = h.lse[at] - h.lse[at] == 0.0f ? h.lse[at] : __builtin_nanf("");
             const double exact = lse * LOG2_E;
             h.row_lse[row] = blind ? INFINITE : static_cast<float>(exact);
             h.row_rest[row] = blind ? 1.0f : static_cast<float>(1.0 + (h.row_lse[row] - exact) * LN_2);

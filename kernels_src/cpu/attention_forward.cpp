@@ -22,7 +22,6 @@
  * Masked keys take part with weight zero. Where such a key holds inf or NaN the row comes out NaN; finish_row sees that
  * and recomputes the row without the masked keys (attend_exactly).
  */
-#include <math.h>
 #include <string.h>
 
 #include "call_reader.h"
@@ -383,7 +382,7 @@ struct Forward {
     AITER_OUTLINE static void merge(RowState &merged, const RowState &next) {
         const float largest = next.maximum > merged.maximum ? next.maximum : merged.maximum;
         const float base = largest == -INFINITE ? 0.0f : largest;
-        const float old_weight = exp2f(merged.maximum - base), weight = exp2f(next.maximum - base);
+        const float old_weight = __builtin_exp2f(merged.maximum - base), weight = __builtin_exp2f(next.maximum - base);
         merged.maximum = largest;
         merged.sum = merged.sum * old_weight + next.sum * weight;
         for (int d = 0; d < round_up(VALUE_DIM, LANES); d += LANES)
@@ -407,14 +406,16 @@ struct Forward {
             attend_exactly(scored, keys, seen, score_of(b, head), dropout, state);
         }
         float sum = state.sum;
-        if (tensors.sinks) sum += exp2f(static_cast<float>(tensors.sinks[query_head] * LOG2_E) - state.maximum);
+        if (tensors.sinks)
+            sum += __builtin_exp2f(static_cast<float>(tensors.sinks[query_head] * LOG2_E) - state.maximum);
         const float descale = descale_of(tensors.value_descale, problem.value_descale_strides, b, head);
         const float factor = dropout.scale * descale / sum; /* all scores -inf: 0 * inf, NaN as it should be */
         for (int d = 0; d < VALUE_DIM; d += LANES)
             store_elements(output + d, load(state.output + d) * factor, VALUE_DIM - d);
         if (!queries.lse) return;
         /* In double: the gradients of a whole row are as wrong as its log-sum-exp. */
-        queries.store_lse(row, static_cast<float>((state.maximum + log2(static_cast<double>(state.sum))) * LN_2));
+        queries.store_lse(row,
+                          static_cast<float>((state.maximum + __builtin_log2(static_cast<double>(state.sum))) * LN_2));
     }
 };
 

@@ -8,8 +8,6 @@
  * Threads take tokens from a shared counter. A row that stays as it is, is copied; else it goes through floats. All
  * places are looked at before anything is written. Built for one dtype and one kind of cache, any sizes. */
 #define AITER_CACHE_WRITE
-#include <atomic>
-
 #include "cache_rows.h"
 #include "launch_errors.h"
 #include "parallel.h"
@@ -28,7 +26,7 @@ typedef Element CacheElement;
 struct Write {
     const aiter_cache_write_call &call;
     const int64_t units;
-    std::atomic<int64_t> next{0};
+    int64_t next = 0; /* taken atomically */
 
     explicit Write(const aiter_cache_write_call &c) : call(c), units(cache_write_units(c)) {}
 
@@ -43,7 +41,7 @@ struct Write {
     }
 
     void operator()() {
-        for (int64_t first; (first = next.fetch_add(UNITS_AT_ONCE)) < units;)
+        for (int64_t first; (first = __atomic_fetch_add(&next, UNITS_AT_ONCE, __ATOMIC_RELAXED)) < units;)
             for (int64_t unit = first; unit < units && unit < first + UNITS_AT_ONCE; unit++) {
                 const CacheToken token = cache_token(call, unit);
                 if (token.fate != TOKEN_IS_WRITTEN) continue;

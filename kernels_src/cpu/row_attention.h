@@ -6,8 +6,6 @@
 #ifndef AITER_CPU_ROW_ATTENTION_H
 #define AITER_CPU_ROW_ATTENTION_H
 
-#include <math.h>
-
 #include "dropout.h"
 #include "row_operands.h"
 #include "score.h"
@@ -82,15 +80,15 @@ static AITER_OUTLINE void attend_exactly(const ScoredRow &row, const KeyRows &ro
         state.maximum = score > state.maximum ? score : state.maximum;
     }
     if (nan || state.maximum - state.maximum != 0.0f) { /* NaN, or all weights inf/inf, or 0/0 */
-        state.maximum = nan ? NAN : state.maximum;
+        state.maximum = nan ? __builtin_nanf("") : state.maximum;
         state.sum = state.maximum == -INFINITE ? 0.0f : 1.0f;
-        for (float &o : state.output) o = NAN;
+        for (float &o : state.output) o = __builtin_nanf("");
         return;
     }
     for (int64_t j = keys.low; j < keys.high; j++) {
         rows.find(j, 1, &key, &value);
         const float score = row.score(scoring, key, j);
-        float weight = exp2f(score - state.maximum);
+        float weight = __builtin_exp2f(score - state.maximum);
         state.sum += weight;
         /* A weight is positive however small, and inf times it is inf. */
         if (weight < 0x1p-126f && score > -INFINITE) weight = 0x1p-126f;
