@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
     DEVICE,
+    DRAWN_KINDS,
     DTYPES,
     KINDS_OF_HEAD_DIM,
     STRIDES,
@@ -24,10 +25,7 @@ from problems import (
 import aiter
 from aiter import reference
 
-HEAD_DIMS = (8, 40, 64, 128)  # few, as each is a kernel to compile; all kinds are tested once below
-
 dtypes = st.sampled_from(DTYPES)
-head_dims = st.sampled_from(HEAD_DIMS)
 strides = st.sampled_from(STRIDES)
 # Around the sizes of tiles and vectors, where the edge cases are, and anything else.
 seqlens = st.one_of(st.sampled_from((1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)), st.integers(0, 200))
@@ -36,8 +34,7 @@ groups = st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (3, 3), (8, 1)))
 
 
 @given(
-    dtype=dtypes,
-    head_dim=head_dims,
+    kind=st.sampled_from(DRAWN_KINDS),
     batch=st.integers(0, 3),
     seq_q=seqlens,
     seq_k=seqlens,
@@ -47,8 +44,8 @@ groups = st.sampled_from(((1, 1), (2, 1), (4, 2), (6, 2), (3, 3), (8, 1)))
     layout=st.tuples(strides, strides, strides),
     return_lse=st.booleans(),
 )
-def test_flash_attn_func(**arguments):
-    check_dense(**arguments)
+def test_flash_attn_func(kind, **arguments):
+    check_dense(*kind, **arguments)
 
 
 @pytest.mark.parametrize("head_dim", KINDS_OF_HEAD_DIM)
@@ -75,8 +72,7 @@ def test_grouped_and_multi_query(**arguments):
 
 
 @given(
-    dtype=dtypes,
-    head_dim=head_dims,
+    kind=st.sampled_from(DRAWN_KINDS),
     form=st.sampled_from(("shared", "pair", "stacked")),
     page_size=st.sampled_from((1, 3, 16, 128)),
     lengths=st.lists(st.integers(0, 200), min_size=1, max_size=3),
@@ -86,21 +82,20 @@ def test_grouped_and_multi_query(**arguments):
     all_full=st.booleans(),
     index_dtype=st.sampled_from((torch.int32, torch.int64)),
 )
-def test_flash_attn_with_kvcache(**arguments):
-    check_kvcache(**arguments)
+def test_flash_attn_with_kvcache(kind, **arguments):
+    check_kvcache(*kind, **arguments)
 
 
 @given(
-    dtype=dtypes,
-    head_dim=head_dims,
+    kind=st.sampled_from(DRAWN_KINDS),
     form=st.sampled_from(("padded", "packed", "padded paged", "packed paged")),
     lengths=st.lists(st.integers(0, 150), min_size=0, max_size=4),
     spare=st.sampled_from((0, 1, 40)),
     heads=groups,
     causal=st.booleans(),
 )
-def test_variable_length_attention(**arguments):
-    check_variable_length(**arguments)
+def test_variable_length_attention(kind, **arguments):
+    check_variable_length(*kind, **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ import aiter
 CUTS = ((0, 20), (20, 150), (150, 150), (150, 190))
 
 
-def whole(dtype, seq_q=50, heads=(4, 2), head_dim=32):
+def whole(dtype, seq_q=50, heads=(4, 2), head_dim=64):
     query = randn(2, seq_q, heads[0], head_dim, dtype=dtype)
     key, value = (randn(2, CUTS[-1][1], heads[1], head_dim, dtype=dtype) for _ in range(2))
     return query, key, value

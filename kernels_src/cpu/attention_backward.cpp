@@ -32,7 +32,6 @@
 namespace {
 
 constexpr int64_t TARGET_UNITS = 32; /* tiles are made smaller where there are fewer */
-constexpr int SHORT_PART = 8;        /* steps at a time, as near to sums lane by lane as products come */
 
 /* How a problem is cut into units, and where things lie in the workspace. */
 struct Schedule {
@@ -240,7 +239,7 @@ struct Backward {
     }
 
     /* Whether one strip holds all keys of the softmax, and float32 is worth the trouble. */
-    bool whole(const Head &h) const { return FULL_PRECISION && !problem.lse_is_given && h.seq.tokens_k <= STRIP_ROWS; }
+    bool whole(const Head &h) const { return !problem.lse_is_given && is_short(h.seq.tokens_k); }
 
     Visibility visible(const Head &h, int64_t block) const {
         const int64_t first = block * BLOCK_ROWS, end = minimum(first + BLOCK_ROWS, h.rows);

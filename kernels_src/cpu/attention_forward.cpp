@@ -323,6 +323,7 @@ struct Forward {
                 scratch.heads + offset,
                 {},
                 0,
+                SCORE_PART,
                 true};
     }
 
@@ -330,6 +331,7 @@ struct Forward {
                                   int64_t first, int64_t end, int64_t end_key) const {
         const int vectors = static_cast<int>(ceil_div(end - first, LANES));
         strip.vectors = vectors <= 2 ? vectors : STRIP_VECTORS;
+        strip.score_part = is_short(seq.tokens_k) ? SHORT_PART : SCORE_PART;
         strip.seen = Visibility(mask, seq, queries.token(first), queries.token(end - 1));
         strip.seen.some.high = minimum(strip.seen.some.high, end_key);
         strip.seen.every.high = minimum(strip.seen.every.high, end_key);

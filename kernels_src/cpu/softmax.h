@@ -28,6 +28,7 @@ struct Strip {
     int32_t *row, *head; /* of each row, as dropout counts them: only with AITER_DROPOUT */
     Visibility seen;     /* by the rows of the strip */
     int vectors;         /* that hold rows: 1, 2 or STRIP_VECTORS */
+    int score_part;      /* steps that a score is summed over at a time */
     bool empty;          /* nothing accumulated yet, `output` is not initialised */
 
     /* How many of these keys no row of the strip sees before the first that one does, rounded down. */

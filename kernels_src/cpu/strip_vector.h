@@ -46,7 +46,7 @@ class StripWorker {
 #if AITER_BATCH_INVARIANT
             multiply_by_lanes<VECTORS, Lanes, KeySteps, Lanes>(c, a, strip.queries, PIECE);
 #else
-            multiply<VECTORS, Lanes, KeySteps, Lanes>(c, a, strip.queries, PIECE, DIM_STEPS, false, SCORE_PART);
+            multiply<VECTORS, Lanes, KeySteps, Lanes>(c, a, strip.queries, PIECE, DIM_STEPS, false, strip.score_part);
 #endif
         });
         mask_scores<VECTORS>(scores, strip, score, first_key, 0, count);
