@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aiter.errors import AiterError
-from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP
+from aiter.kernels import HEAD_DIM_MAX, HEAD_DIM_STEP, LATENT_HEAD_DIM
 
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -105,7 +105,8 @@ def read_model(path: Path) -> Model:
             chosen.append((False, (*softcap, "window")))
         for dims in _head_dims(part):
             head_dim, value_dim = (size + -size % HEAD_DIM_STEP for size in dims)
-            if max(head_dim, value_dim) > HEAD_DIM_MAX:
+            latent = (head_dim, value_dim) == (LATENT_HEAD_DIM, HEAD_DIM_MAX)
+            if max(head_dim, value_dim) > HEAD_DIM_MAX and not latent:
                 notes.append(f"{where}: head_dim {max(dims)} is not supported; up to {HEAD_DIM_MAX} is")
                 continue
             for causal, options in chosen:
@@ -142,9 +143,12 @@ def _head_dims(part: dict) -> list[tuple[int, int]]:
     """What the attention layers of a part have as head_dim of keys and of values, each pair once."""
     found: dict[tuple[int, int], None] = {}
     if isinstance(part.get("qk_nope_head_dim"), int) and isinstance(part.get("qk_rope_head_dim"), int):
-        # Latent attention: its head_dim is that of the rotary part alone.
-        key = part["qk_nope_head_dim"] + part["qk_rope_head_dim"]
-        return [(key, part.get("v_head_dim") or key)]
+        # Latent attention: its head_dim is that of the rotary part alone. Servers keep what keys and values are made of,
+        # and attend to that: one KV head, whose first columns are the values.
+        rotary, rank = part["qk_rope_head_dim"], part.get("kv_lora_rank")
+        key = part["qk_nope_head_dim"] + rotary
+        kept = [(rank + rotary, rank)] if isinstance(rank, int) and rank > 0 else []
+        return [(key, part.get("v_head_dim") or key), *kept]
     explicit = {match[0]: part[match[0]] for match in map(HEAD_DIM.fullmatch, map(str, part)) if match}
     for name, value in explicit.items():
         of_values = part.get(name.replace("head_dim", "v_head_dim"))

@@ -313,6 +313,7 @@ LATENT = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
+    "kv_lora_rank": 512,
     "v_head_dim": 128,
     "head_dim": 64,
     "hidden_size": 7168,
@@ -346,8 +347,9 @@ def windowed(head_dim, *options):
         ({"text_config": {"head_dim": 64, "dtype": "torch.float32"}}, both(64), ("fp32",)),
         (WHISPER, both(64, 96), ("fp32",)),
         (LLAVA, ((72, False, 72, ()), *both(128)), ("bf16", "fp16")),
-        (LATENT, (causal(192, 128),), ()),
-        ({**LATENT, "v_head_dim": 100}, (causal(192, 104),), ()),
+        (LATENT, (causal(192, 128), causal(576, 512)), ()),
+        ({**LATENT, "kv_lora_rank": 256}, (causal(192, 128), causal(320, 256)), ()),
+        ({**LATENT, "kv_lora_rank": None, "v_head_dim": 100}, (causal(192, 104),), ()),
         (GEMMA4, (causal(256), causal(512)), ()),
         (GEMMA2, (windowed(256, "softcap"), causal(256, 256, "softcap")), ()),
         ({**LLAMA, "sliding_window": 4096}, (windowed(128), causal(128)), ()),
@@ -392,12 +394,16 @@ def test_what_no_kernel_is_built_for(content, words, tmp_path):
         read_model(tmp_path / "config.json")
 
 
-def test_model_prewarm_says_what_it_leaves_out(capsys, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**GEMMA4, "global_head_dim": 1024}))
+@pytest.mark.parametrize(
+    "config, left_out, built",
+    [({**GEMMA4, "global_head_dim": 1024}, 1024, 256), ({**LATENT, "kv_lora_rank": 1024}, 1088, 192)],
+)
+def test_model_prewarm_says_what_it_leaves_out(config, left_out, built, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
     choice = ("prewarm", "--model", str(tmp_path / "config.json"), "--arch", "gfx950", "--dry-run", "--json")
     status, output, errors = run(capsys, *choice)
-    assert status == 0 and "head_dim 1024 is not supported" in errors
-    assert {kernel["spec"]["head_dim"] for kernel in json.loads(output)["kernels"]} == {0, 256}  # 0: any
+    assert status == 0 and f"head_dim {left_out} is not supported" in errors
+    assert {kernel["spec"]["head_dim"] for kernel in json.loads(output)["kernels"]} == {0, built}  # 0: any
 
 
 def test_model_prewarm(capsys, tmp_path):
