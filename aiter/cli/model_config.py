@@ -143,8 +143,8 @@ def _head_dims(part: dict) -> list[tuple[int, int]]:
     """What the attention layers of a part have as head_dim of keys and of values, each pair once."""
     found: dict[tuple[int, int], None] = {}
     if isinstance(part.get("qk_nope_head_dim"), int) and isinstance(part.get("qk_rope_head_dim"), int):
-        # Latent attention: its head_dim is that of the rotary part alone. Servers keep what keys and values are made of,
-        # and attend to that: one KV head, whose first columns are the values.
+        # Latent attention: its head_dim is that of the rotary part alone. Servers keep what keys and values are made
+        # of, and attend to that: one KV head, whose first columns are the values.
         rotary, rank = part["qk_rope_head_dim"], part.get("kv_lora_rank")
         key = part["qk_nope_head_dim"] + rotary
         kept = [(rank + rotary, rank)] if isinstance(rank, int) and rank > 0 else []
