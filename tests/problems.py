@@ -81,9 +81,11 @@ def assert_sequences(output, lse, sequences, causal, softmax_scale=None):
     if references:
         got = torch.cat([output[sequence.rows].flatten() for sequence in sequences])
         results = got, torch.cat(references), torch.cat(pytorch)
-        if any(sequence.options for sequence in sequences):
-            # In float32, of the largest of a few rows' errors: with options both operators are written out, and some 1
-            # in 30 random calls of few rows has twice the other's (docs/cpu.md), so that the root mean square counts.
+        seeing = results[1].reshape(-1, output.shape[-1]).any(-1).sum()
+        if seeing < 64 or any(sequence.options for sequence in sequences):
+            # In float32 the largest of a few rows' errors depends on how single scores are rounded: some 1 in 30 to 100
+            # random calls has twice the other operator's (docs/cpu.md), so that the root mean square counts. And with
+            # options both operators are written out.
             assert_gradient_as_accurate(*results)
         else:
             assert_as_accurate(*results)
