@@ -225,9 +225,9 @@ def test_backward(problem, with_lse):
         if parts[name][0]:
             result, exact, own = (torch.cat(part) for part in parts[name])
             if sinks is not None and output.dtype == torch.float32:
-                # Weights are restored from a saved log-sum-exp, half an ulp of which, where it is 16, changes them, and so
-                # gradients, by 8 ulps of theirs; slopes make it larger (docs/training.md). Without a sink short rows have
-                # their softmax again.
+                # Weights are restored from a saved log-sum-exp. Half an ulp of it, where it is 16, changes them, and so
+                # gradients, by 8 ulps of theirs; slopes make it larger (docs/training.md). Without a sink short rows
+                # have their softmax again.
                 exact, error = exact.double(), (own.double() - exact.double()).abs().max()
                 largest = float(lse.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=16.0))
                 allowed = 4 * error + largest / 2 * ulp(exact, torch.float32)
