@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cpu" else 
 
 # Every one up to 128; beyond, each remainder once of 64, which kernels for GPUs go through at one time. Those for CPUs
 # go by vectors of at most 16.
-BEYOND_128 = (136, 176, 248, 256) if DEVICE == "cpu" else (136, 144, 168, 176, 216, 224, 248, 256)
+BEYOND_128 = (136, 168, 248, 256) if DEVICE == "cpu" else (136, 144, 168, 176, 216, 224, 248, 256)
 KINDS_OF_HEAD_DIM = (*range(8, 129, 8), *BEYOND_128)
 # Pairs of dtype and head_dim to draw from: few, as each is two or four kernels to compile.
 DRAWN_KINDS = [

@@ -239,7 +239,7 @@ struct Backward {
     }
 
     /* Whether one strip holds all keys of the softmax, and float32 is worth the trouble. */
-    bool whole(const Head &h) const { return !problem.lse_is_given && is_short(h.seq.tokens_k); }
+    bool whole(const Head &h) const { return FULL_PRECISION && !problem.lse_is_given && h.seq.tokens_k <= STRIP_ROWS; }
 
     Visibility visible(const Head &h, int64_t block) const {
         const int64_t first = block * BLOCK_ROWS, end = minimum(first + BLOCK_ROWS, h.rows);
@@ -292,8 +292,8 @@ struct Backward {
         const int count = static_cast<int>(minimum(BLOCK_ROWS, h.rows - first));
         block.rows = round_up(count, KEY_MULTIPLE);
         block.whole = whole(h);
-        const bool few = block.whole || (FULL_PRECISION && !forward.batch_invariant &&
-                                         forward.seqlen_q * schedule.group <= MAX_ROWS); /* keys or rows */
+        const bool few = is_short(h.seq.tokens_k) || (FULL_PRECISION && !forward.batch_invariant &&
+                                                      forward.seqlen_q * schedule.group <= MAX_ROWS); /* rows */
         block.score_part = few ? SHORT_PART : SCORE_PART;
         block.grad_part = few ? SHORT_PART : GRAD_PART;
         block.lse = h.row_lse + first;

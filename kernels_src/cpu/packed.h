@@ -83,10 +83,10 @@ template <int N> constexpr int STEPS = PADDED<N> / STEP_ELEMENTS;
 constexpr int DIM = PADDED<HEAD_DIM>, DIM_STEPS = STEPS<HEAD_DIM>;
 constexpr int VALUE_WIDTH = PADDED<VALUE_DIM>;
 constexpr bool FULL_PRECISION = sizeof(Element) == sizeof(float); /* else rounding to 16 bits outweighs all other */
-/* Steps that a score is summed over at a time; and where a strip holds as many rows as there are keys, as near to sums
- * lane by lane as products come: others sum products of few columns so. */
-constexpr int SCORE_PART = FULL_PRECISION ? 64 : DIM_STEPS, SHORT_PART = 16;
-inline bool is_short(int64_t keys) { return FULL_PRECISION && keys <= STRIP_ROWS; }
+/* Steps that a score is summed over at a time; and in short sequences, nearly as exact as sums lane by lane: others sum
+ * products of few columns so. Both passes alike: what a score is wrong by cancels in the gradients. */
+constexpr int SCORE_PART = FULL_PRECISION ? 64 : DIM_STEPS, SHORT_PART = 16, SHORT_KEYS = 48;
+inline bool is_short(int64_t keys) { return FULL_PRECISION && keys <= SHORT_KEYS; }
 constexpr int BLOCK_STEPS = BLOCK_KEYS / STEP_ELEMENTS;
 constexpr int PACKED_VALUES = BLOCK_KEYS * DIM_STEPS;                   /* where the values of a packed block begin */
 constexpr int PACKED_BLOCK = PACKED_VALUES + BLOCK_STEPS * VALUE_WIDTH; /* steps in a packed block */

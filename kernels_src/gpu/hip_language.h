@@ -3,7 +3,7 @@
  * the compilation and for the host's. Builds say -nogpuinc, so clang adds none of its own.
  *
  * The runtime's functions are part of its binary interface, the same from ROCm 5.0 to 7; hip_runtime_api.h is where they
- * are from, and tests/kernels/check_hip_language.hip holds this header against it where that is installed. */
+ * are from, and tests/kernels/test_hip_language.py holds this header against it where that is installed. */
 #ifndef AITER_GPU_HIP_LANGUAGE_H
 #define AITER_GPU_HIP_LANGUAGE_H
 
@@ -42,6 +42,7 @@ typedef struct ihipStream_t *hipStream_t;
 
 extern "C" {
 const char *hipGetErrorString(hipError_t error);
+hipError_t hipGetLastError(void);
 hipError_t hipGetDevice(int *device);
 hipError_t hipGetDeviceCount(int *count);
 hipError_t hipDeviceGetAttribute(int *value, hipDeviceAttribute_t attribute, int device);

@@ -73,8 +73,10 @@ template <class... Parameters>
 int launch_on_amd(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void *stream,
                   Parameters... arguments) {
     void *addresses[] = {&arguments...};
-    return hipLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(threads), addresses,
-                           static_cast<size_t>(shared), static_cast<hipStream_t>(stream));
+    const hipError_t error = hipLaunchKernel(reinterpret_cast<const void *>(kernel), grid, dim3(threads), addresses,
+                                             static_cast<size_t>(shared), static_cast<hipStream_t>(stream));
+    if (error != hipSuccess) static_cast<void>(hipGetLastError()); /* or PyTorch's next launch reports it again */
+    return error;
 }
 #else
 template <class... Parameters, class... Arguments>

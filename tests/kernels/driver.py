@@ -26,7 +26,7 @@ from aiter.checks import FP8_NAMES
 from aiter.jit import Kernel, get_kernel, settings
 from aiter.jit.arch import arch_of, cpu_arch, runs_here
 from aiter.jit.spec import Spec
-from aiter.kernels import has_form
+from aiter.kernels import IN_TURN_ROWS, has_form
 from aiter.options import strides_per_kv_head
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,8 +195,11 @@ class Options:
             options.append((FP8_NAMES[value.dtype], 1))
         if value.shape[-1] != query.shape[-1]:
             options.append(("value_dim", value.shape[-1]))
-        if self.batch_invariant and has_form("cut", name, arch, query.shape[-1], value.shape[-1], dict(options)):
-            options.append(("cut", 1))
+        tokens = 1 if self.batch_invariant else query.shape[1] if query.dim() == 4 else self.max_seqlen[0]
+        many_rows = tokens * query.shape[-2] > IN_TURN_ROWS  # in latent attention, which has one KV head
+        for form, wanted in (("cut", self.batch_invariant), ("rounds", many_rows)):
+            if wanted and has_form(form, name, arch, query.shape[-1], value.shape[-1], dict(options)):
+                options.append((form, 1))
         dtype = next(word for word, known in DTYPES.items() if known == query.dtype)
         causal = self.causal and not self._ranges
         return Spec(name, dtype, query.shape[-1], causal, arch, tuple(sorted(options)))
