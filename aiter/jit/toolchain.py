@@ -174,12 +174,10 @@ class HipToolchain(Toolchain):
     def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
         # In two steps, because hipcc links its own libamdhip64 into every .so. A kernel must use the one that PyTorch
         # has loaded, which may be of another version: its hip* symbols stay undefined until it is loaded.
-        linker = process.ask([compiler, "--print-prog-name=clang"])[1].strip().splitlines()[-1:]
-        if not linker or shutil.which(linker[0], path=process.search_path()) is None:
-            raise CompilationError(f"{compiler} --print-prog-name=clang names no program: {linker}", compiler)
+        linker = _clang_behind(compiler, str(stamp(compiler)))
         return [
             [compiler, *self.flags(spec), *_common(spec), "-c", source, "-o", "kernel.o"],
-            [linker[0], "-shared", "kernel.o", "-o", LIBRARY],
+            [linker, "-shared", "kernel.o", "-o", LIBRARY],
         ]
 
 
@@ -222,6 +220,15 @@ class NvccToolchain(Toolchain):
             [*line, *_common(spec), "-x", "cu", "-c", source, "-o", "kernel.o"],
             [*line, "-shared", "kernel.o", *self.beside, "-ldl", "-o", LIBRARY],
         ]
+
+
+@functools.cache
+def _clang_behind(hipcc: str, stamped: str) -> str:
+    """The clang that a hipcc runs. Each file, as its stamp tells, is asked once: it may be a slow script."""
+    named = process.ask([hipcc, "--print-prog-name=clang"])[1].strip().splitlines()[-1:]
+    if not named or shutil.which(named[0], path=process.search_path()) is None:
+        raise CompilationError(f"{hipcc} --print-prog-name=clang names no program: {named}", hipcc)
+    return named[0]
 
 
 CPP, HIP, NVCC = CppToolchain(), HipToolchain(), NvccToolchain()
