@@ -23,7 +23,7 @@ from aiter.distributed.needs import Mask
 FP32, BF16 = torch.float32, torch.bfloat16
 WORLDS = (2, 3, 4)
 # batch, tokens, heads_q, heads_kv, head_dim, value_dim; tokens divide by no number of ranks. Up to head_dim 16 a score
-# has the same bits in a part as in the whole: scores of few keys are summed in shorter parts (kernels_src/cpu/packed.h).
+# has the same bits in a part as in the whole: scores of few keys are summed in shorter parts (cpu/packed.h).
 SHAPE = (2, 71, 6, 3, 16, 16)
 
 CAUSAL = {"causal": True}
