@@ -12,6 +12,14 @@ def ulp(exact, dtype):
     return torch.finfo(dtype).eps * float(largest)
 
 
+def largest(errors):
+    return float(errors.abs().max())
+
+
+def root_mean_square(errors):
+    return float(errors.square().mean().sqrt())
+
+
 def assert_as_accurate(output, exact, pytorch, times=2):
     """Holds `output` and PyTorch's result, both in one dtype, against the float64 `exact`, where all are finite:
     `times` PyTorch's error is allowed."""
@@ -20,8 +28,8 @@ def assert_as_accurate(output, exact, pytorch, times=2):
     finite = exact.isfinite() & pytorch.isfinite()
     if not finite.any():
         return
-    error = float((output.double() - exact)[finite].abs().max())
-    allowed = times * float((pytorch.double() - exact)[finite].abs().max()) + ulp(exact[finite], output.dtype)
+    error = largest((output.double() - exact)[finite])
+    allowed = times * largest((pytorch.double() - exact)[finite]) + ulp(exact[finite], output.dtype)
     assert error <= allowed, f"error {error:.3g} against float64; allowed are {allowed:.3g}"
 
 
@@ -34,7 +42,7 @@ def assert_gradient_as_accurate(gradient, exact, pytorch):
     assert_as_accurate(gradient, exact, pytorch, times=4)
     finite = exact.isfinite() & pytorch.isfinite()
     if finite.any():
-        error, allowed = (float((t.double() - exact)[finite].square().mean().sqrt()) for t in (gradient, pytorch))
+        error, allowed = (root_mean_square((t.double() - exact)[finite]) for t in (gradient, pytorch))
         allowed = 2 * allowed + ulp(exact[finite], torch.float32)
         assert error <= allowed, f"root mean square error {error:.3g} against float64; allowed are {allowed:.3g}"
 

@@ -6,7 +6,7 @@ import math
 import drawn
 import pytest
 import torch
-from accuracy import assert_gradient_as_accurate, pytorch_attend_one
+from accuracy import assert_gradient_as_accurate, largest, pytorch_attend_one, root_mean_square
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import DEVICE, DTYPES, STRIDES, Sequence, assert_sequences, randn, strided
@@ -192,14 +192,6 @@ def test_forward(problem):
             assert not output[b, n:].any() and (lse[b, :, n:] == -math.inf).all()
 
 
-def _root_mean_square(tensor):
-    return float(tensor.square().mean().sqrt())
-
-
-def _largest(tensor):
-    return float(tensor.abs().max())
-
-
 @settings(max_examples=60)
 @given(problem=problems(backward=True), with_lse=st.booleans())
 def test_backward(problem, with_lse):
@@ -239,7 +231,7 @@ def test_backward(problem, with_lse):
                 exact, own = exact.double(), own.double()
                 largest_lse = float(lse.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=16.0))
                 restored = largest_lse / 2 * torch.finfo(torch.float32).eps
-                for size, times in ((_root_mean_square, 2), (_largest, 8)):
+                for size, times in ((root_mean_square, 2), (largest, 8)):
                     allowed = times * size(own - exact) + restored * size(exact)
                     assert size(result.double() - exact) <= allowed
             else:
@@ -366,5 +358,5 @@ def test_gradients_of_large_scores_beside_sinks(keys, head_dim, spread):
         found.append(_gradients(sequence, False, grad[b], None, False))
     for i in range(3):
         exact, own = (torch.stack([both[which][i] for both in found]).double() for which in (0, 1))
-        errors = [(t.double() - exact).square().mean().sqrt() for t in (got[i], own)]
-        assert errors[0] <= 1.5 * errors[1], (i, float(errors[0] / errors[1]))
+        error, others = (root_mean_square(t.double() - exact) for t in (got[i], own))
+        assert error <= 1.5 * others, (i, error / others)
