@@ -50,8 +50,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct DecodeMemory {
 constexpr int INVARIANT_KEYS = 1024;
 /* A multiple of what any loop deals out to its waves, or takes together, at one time. */
 constexpr int ROUND_KEYS = 256;
-static_assert(INVARIANT_KEYS % ROUND_KEYS == 0 && ROUND_KEYS % STEP_KEYS == 0, "");
-static_assert(INVARIANT_KEYS % STEP_KEYS == 0, "whole steps");
+static_assert(INVARIANT_KEYS % ROUND_KEYS == 0 && ROUND_KEYS % STEP_KEYS == 0, "whole rounds of whole steps");
 
 /* A unit is not cut into parts smaller than this many steps, on average: merging would cost more than it gains. */
 constexpr int LEAST_STEPS = KEYS < 64 && Tile::MOST_CLUSTER == 1 ? 4 : 2;
