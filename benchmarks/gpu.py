@@ -325,8 +325,9 @@ def decode() -> Iterator[Case]:
 
 def latent() -> Iterator[Case]:
     """Latent attention (MLA, 576/512): one KV head, whose first columns are the values. Bounds: the cache once at the
-    rate of a copy, and the products at that of a large product of matrices."""
-    copy, multiply = copy_bandwidth(), product_rate()
+    rate of a copy, and the products at that of a large product of matrices, just before: a card's clock goes down as it
+    gets warm."""
+    copy = copy_bandwidth()
     for batch, length, heads, rows in (
         (64, 4096, 128, 1),
         (64, 4096, 128, 2),
@@ -340,7 +341,7 @@ def latent() -> Iterator[Case]:
         apart = cache[..., :512].clone()
         products = 2.0 * batch * heads * rows * length * (576 + 512)
         moved = 2.0 * (cache.numel() + query.numel() + batch * rows * heads * 512)
-        bounds = {"copy": products / moved * copy, "product": multiply}
+        bounds = {"copy": products / moved * copy, "product": product_rate()}
         name = f"latent decode {batch} x {length}, {heads} heads" + f", {rows} tokens" * (rows > 1)
         causal = rows > 1
         ours = partial(aiter.flash_attn_func, query, cache, cache[..., :512], causal)

@@ -425,17 +425,18 @@ def test_latent_keys_beside_those_of_others():
         assert_as_accurate(output[b : b + 1], expected, pytorch_attend_one(*problem, False))
 
 
-LATENT = {  # heads, tokens, keys, by what tiles of 64 keys are scaled, options. More than 32 rows: two tiles at a time
-    "a tile that is not full": (33, 1, 40, (), {}),
-    "two tiles": (64, 1, 128, (), {}),
+LATENT = {  # heads, tokens, keys, by what tiles of 64 keys are scaled, options. More than 64 rows: two tiles at a time
+    "a tile that is not full": (65, 1, 40, (), {}),
+    "two tiles": (128, 1, 128, (), {}),
     "three, the last with one key": (128, 1, 129, (), {}),
     "units of 64 and 8 rows": (24, 3, 263, (), {"causal": True}),
     "a tile that is hidden from some rows": (33, 2, 129, (), {"causal": True}),
     "keys that are hidden from some rows": (40, 2, 420, (), {"window_size": (191, 0)}),
-    "maxima that grow in first tiles": (64, 1, 400, (1, 1, 32, 1, 128, 1, 512), {}),
-    "in second ones": (64, 1, 330, (1, 32, 1, 128, 1, 512), {}),
-    "in both": (33, 1, 450, (1, 32, 96, 256, 600, 1500, 4000, 1), {}),
-    "up to 32 rows, in turn": (16, 2, 450, (1, 32, 96, 256, 600, 1500, 4000, 1), {}),
+    "maxima that grow in first tiles": (128, 1, 400, (1, 1, 32, 1, 128, 1, 512), {}),
+    "in second ones": (96, 1, 330, (1, 32, 1, 128, 1, 512), {}),
+    "in both": (65, 1, 450, (1, 32, 96, 256, 600, 1500, 4000, 1), {}),
+    "up to 64 rows, in turn": (16, 2, 450, (1, 32, 96, 256, 600, 1500, 4000, 1), {}),
+    "64 rows": (64, 1, 129, (), {}),
 }
 
 

@@ -120,9 +120,9 @@ def test_latent_attention_has_two_forms():
     [
         (16, 1, None, None),
         (16, 2, None, None),
-        (16, 3, "rounds", None),
-        (33, 1, "rounds", "rounds"),
-        (32, 1, None, None),
+        (32, 3, "rounds", None),
+        (65, 1, "rounds", "rounds"),
+        (64, 1, None, None),
     ],
 )
 def test_which_one_by_rows_or_where_bits_must_not_vary_by_heads(heads, tokens, form, invariant):

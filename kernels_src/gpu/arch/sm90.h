@@ -213,6 +213,15 @@ template <int ROWS, int BLOCKS> __device__ __forceinline__ void clear_rows_from(
 }
 
 /* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
+/* In one lane, the same each time; called by a whole wave. Of code behind it the assembler knows that one lane runs it: the
+ * boxes of a tensor map (sm90_tensor_map.h), whose operands are a wave's and not a lane's, set off one right after the
+ * other there. Behind lane() == 0 each takes a round of a loop over lanes, 64 cycles. */
+__device__ __forceinline__ bool elected() {
+    uint32_t result;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, -1;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(result));
+    return result;
+}
+
 namespace mbarrier {
 
 constexpr int BYTES = 8;

@@ -158,15 +158,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
 
     /* ---- copies ---- */
 
-    /* A stage's boxes are dealt to lanes, of which each copies the same of every stage. A wave sets off one after the
-     * other, for 120 cycles each: boxes of pages, which are small, are set off by all copiers. */
+    /* One lane of one wave sets off a stage's boxes. Those of pages, which are small, are dealt to the lanes of all copiers,
+     * of which each copies the same of every stage: a wave sets off one after the other, for 120 cycles each. */
     static constexpr int MAP_COPIERS = PAGED ? COPIERS : 1;
     static_assert(STAGE_BYTES / (8 * 128) <= MAP_COPIERS * WAVE, "boxes of eight rows, the smallest");
 
     struct Copier {
         const Launch &launch;
         Ring ring;
-        int boxes, line, index; /* of a line; this lane's, of LINES: a block of columns, and which part of its rows */
+        int boxes, line, index; /* of a line; of pages, this lane's: of LINES, and which part of the line's rows */
 
         __device__ __forceinline__ Copier(const Launch &launch, SharedAddress shared) : launch(launch), ring{shared} {
             const int number = PAGED ? lane() * COPIERS + wave() - READERS : lane();
@@ -176,17 +176,24 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         }
         __device__ __forceinline__ void copy_stage(int token, int head, int batch) {
             ring.vacate();
-            if (thread_in_block() == READER_THREADS) mbarrier::arrive_and_expect(ring.full(), STAGE_BYTES);
-            wave_sync();
-            if (line < LINES) {
-                const bool of_values = line >= KEY_LINES;
-                tensor_map::copy<tensor_map::Reuse::ONCE>(
-                    ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
-                    of_values ? launch.value : launch.key, (of_values ? line - KEY_LINES : line) * LINE_COLUMNS, token,
-                    head, batch, ring.full());
+            if (PAGED) {
+                if (thread_in_block() == READER_THREADS) mbarrier::arrive_and_expect(ring.full(), STAGE_BYTES);
+                wave_sync();
+                if (line < LINES) copy_box(line, index, token, head, batch);
+            } else if (elected()) {
+                mbarrier::arrive_and_expect(ring.full(), STAGE_BYTES);
+#pragma unroll
+                for (int of_stage = 0; of_stage < LINES; ++of_stage) copy_box(of_stage, 0, token, head, batch);
             }
             wave_sync();
             ring.advance();
+        }
+        __device__ __forceinline__ void copy_box(int line, int index, int token, int head, int batch) const {
+            const bool of_values = line >= KEY_LINES;
+            const int column = (of_values ? line - KEY_LINES : line) * LINE_COLUMNS;
+            tensor_map::copy<tensor_map::Reuse::ONCE>(ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
+                                                      of_values ? launch.value : launch.key, column, token, head,
+                                                      batch, ring.full());
         }
 
         __device__ __forceinline__ void copy_by_map(const Sequence &sequence, const KeyValueRows<false> &, int first,

@@ -333,7 +333,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
                                                        int first) {
         if (is_others<VALUES>()) return ring.advance();
         ring.vacate();
-        if (lane() == 0) {
+        if (elected()) {
             constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
             mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
 #pragma unroll
@@ -472,7 +472,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         __device__ __forceinline__ void send(const Launch &launch) {
             wgmma::shared_is_written(); /* whether it is sent or the next queries come there */
             wave_sync();
-            if (filled && lane() == 0) {
+            if (elected() && filled) {
 #pragma unroll
                 for (int line = 0; line < VALUE_LINES; ++line)
                     tensor_map::store(launch.output, line * 64, token, head, batch, rows + line * 64 * 128);
@@ -511,7 +511,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             copy_query_rows(launch, tile, ring.tile(), first_row);
             mbarrier::arrive_after_copies(ring.full());
         } else {
-            if (lane() == 0) {
+            if (elected()) {
                 mbarrier::arrive_and_expect(ring.full(), QUERY_BYTES);
 #pragma unroll
                 for (int line = 0; line < LINES; ++line)

@@ -13,7 +13,7 @@
  *
  * In one of two orders, each a form of the kernel, which a call takes by its rows (IN_TURN_ROWS in aiter/kernels.py):
  *
- *   in turn       up to 32 rows, which memory bounds: a tile is used as it comes (sm90_latent_in_turn.h). Each
+ *   in turn       up to 64 rows, which memory bounds: a tile is used as it comes (sm90_latent_in_turn.h). Each
  *                 warpgroup goes through all tiles in their order, half a round after the other:
  *
  *     warpgroup 0   S(0)  softmax  P(0) V(0) | P(1) V(1)  S(2)  softmax  P(2) V(2) | ...

@@ -8,12 +8,12 @@
 namespace aiter {
 
 /* By maps: waves 0 and 1 copy a half of the values each, wave 2 the block that is none, as room for each comes free at
- * another time; a lane for each box. */
+ * another time. One lane sets off all boxes, or where they are parts of a block (small pages) a lane for each. */
 template <class Launch> struct LatentMappedCopier : LatentTiles {
     const Launch &launch;
     SharedAddress shared;
     uint32_t count = 0; /* tiles that have set off */
-    int half = wave() % 4;
+    int half = from_lane(wave() % 4, 0);
     int line, index; /* of this lane's box: its block, and which part of the block's rows */
 
     __device__ __forceinline__ LatentMappedCopier(const Launch &launch, SharedAddress shared)
@@ -25,15 +25,30 @@ template <class Launch> struct LatentMappedCopier : LatentTiles {
     __device__ __forceinline__ void copy_tile(uint32_t number, int token, int head, int batch) const {
         const Stage stage(shared, number);
         mbarrier::wait(half < 2 ? stage.used(half) : stage.scored(), stage.turn ^ 1); /* at once in turn 0 */
-        if (lane() < (half < 2 ? 2 : 1))
-            mbarrier::arrive_and_expect(stage.full(half < 2 ? 1 + half * 2 + lane() : 0),
-                                        (half < 2 ? 2 : 1) * LINE_BYTES);
+        const bool whole = launch.box == KEYS;
+        if (whole) token = from_lane(token, 0), batch = from_lane(batch, 0); /* all have the same */
+        if (elected()) {
+            if (half < 2) {
+#pragma unroll
+                for (int i = 0; i < HALF_LINES; ++i) {
+                    const int own = half * HALF_LINES + i;
+                    if (i % 2 == 0) mbarrier::arrive_and_expect(stage.full(group_of(own)), 2 * LINE_BYTES);
+                    if (whole) copy_box(stage, own, 0, token, head, batch);
+                }
+            } else {
+                mbarrier::arrive_and_expect(stage.full(group_of(VALUE_LINES)), LINE_BYTES);
+                if (whole) copy_box(stage, VALUE_LINES, 0, token, head, batch);
+            }
+        }
         wave_sync();
-        if (line < LINES)
-            tensor_map::copy<tensor_map::Reuse::ONCE>(stage.tile() + line * LINE_BYTES + index * (launch.box * 128),
-                                                      launch.cache, line * 64, token, head, batch,
-                                                      stage.full(line == VALUE_LINES ? 0 : 1 + line / 2));
+        if (!whole && line < LINES) copy_box(stage, line, index, token, head, batch);
         wave_sync();
+    }
+    __device__ __forceinline__ void copy_box(const Stage &stage, int line, int index, int token, int head,
+                                             int batch) const {
+        tensor_map::copy<tensor_map::Reuse::ONCE>(stage.tile() + line * LINE_BYTES + index * (launch.box * 128),
+                                                  launch.cache, line * 64, token, head, batch,
+                                                  stage.full(group_of(line)));
     }
     /* Which tile of a piece comes at place i. The first round's are waited for in their order. */
     __device__ __forceinline__ int tile_at(int i, int tiles) const {

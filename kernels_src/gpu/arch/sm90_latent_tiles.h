@@ -34,6 +34,7 @@ struct LatentTiles : LatentDecode {
     static constexpr int GROUPS = 5, HALF_LINES = VALUE_LINES / 2;
     static __device__ constexpr int first_line(int group) { return group == 0 ? VALUE_LINES : 2 * group - 2; }
     static __device__ constexpr int end_line(int group) { return group == 0 ? LINES : 2 * group; }
+    static __device__ constexpr int group_of(int line) { return line == VALUE_LINES ? 0 : 1 + line / 2; }
 
     static constexpr int TILES_AT = TILE_BYTES, P_AT = TILES_AT + STAGES * TILE_BYTES;
     static constexpr int BARRIERS_AT = P_AT + LINE_BYTES, STAGE_BARRIERS = GROUPS + 4;

@@ -89,7 +89,7 @@ struct PassingTiles : CopiedTiles<Tiles, WAVES, COPIERS, BARRIERS_AT, BARRIERS> 
                 const int first = row_of(count);
                 mbarrier::wait(this->empty(current), turn ^ 1); /* at once in the first turn */
                 if (launch.mapped && first >= passing.begin && first + Tiles::TOKENS <= passing.count) {
-                    if (thread == 0) copy_by_map(launch, share, first, share.first_head + head);
+                    if (thread < WAVE && elected()) copy_by_map(launch, share, first, share.first_head + head);
                     this->copy_terms(this->stage(current), passing, first, thread);
                     mbarrier::arrive_after_copies(this->full(current));
                 } else {
