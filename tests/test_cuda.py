@@ -209,7 +209,7 @@ def test_bad_values_on_the_gpu_stay_inside_the_tensors(monkeypatch):
 
 
 FALLING_STARTS = """
-import sys, torch
+import os, sys, torch
 from aiter.flash_attn import flash_attn_varlen_func
 far, longest, head_dim = 2**31 - 1, 2048, int(sys.argv[1])
 shapes = [(3 * longest, heads, head_dim) for heads in (16, 4, 4)]
@@ -237,6 +237,8 @@ for causal in (False, True):
             print(causal, starts_q, starts_k, flush=True)
     for one, other in zip(before, gradients(*good, causal), strict=True):
         assert torch.equal(one, other) and one.isfinite().all()
+# At once: PyTorch's thread of the backward pass may still hold what only Python can let go of, and then aborts.
+os._exit(0)
 """
 
 

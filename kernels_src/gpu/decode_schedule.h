@@ -82,6 +82,11 @@ __host__ __device__ inline bool all_alike(const aiter_attention_tensors &t) {
     return t.seqlens_k == nullptr && t.starts_k == nullptr && t.page_indptr == nullptr &&
            (!WINDOW || t.seqlens_q == nullptr && t.starts_q == nullptr && t.query_offsets == nullptr);
 }
+/* Besides, are units a sequence's KV heads, with the same rows, of which one sees all keys? */
+inline bool all_plain(const aiter_attention_problem &p, const aiter_attention_tensors &t) {
+    return all_alike(t) && !WINDOW && t.seqlens_q == nullptr && t.starts_q == nullptr && t.query_offsets == nullptr &&
+           row_parts(p) == 1 && !p.batch_invariant;
+}
 
 /* How the steps, so many in all, are dealt to at most so many blocks. The GPU, which divides 64 bits slowly, knows that
  * 32 are enough. */
@@ -134,16 +139,21 @@ struct Cuts {
     int ranges = 1;           /* of what is cut on its own: of a line, or of all */
     int cut = 0, grain = 1;   /* steps that are cut: of a line, or of all; that are not parted: 1, or those of a unit */
     int each = 0, longer = 0; /* grains in a range; that many ranges at the beginning have one more */
-    int cluster;              /* if not 1: blocks that have equal parts of one unit; then nothing else is known */
+    int cluster;              /* if not 1: blocks that have equal parts of one unit; of the rest unit_steps is known */
     int lead = 0;             /* see led() */
     bool whole = false;       /* units are not cut */
+    bool plain;               /* units are: see all_plain() */
     Divisor by_line_units, by_group, by_cluster, by_steps; /* by unit_steps, where the host knows it */
 
-    __host__ Cuts(const aiter_attention_problem &p, bool alike, int grid, int cluster, int at_once)
+    __host__ Cuts(const aiter_attention_problem &p, const aiter_attention_tensors &t, int grid, int cluster,
+                  int at_once)
         : parts(row_parts(p)), line_units(p.heads_kv * parts), group(p.heads_q / p.heads_kv), blocks(grid),
-          at_once(at_once), cluster(cluster), by_line_units(line_units), by_group(group), by_cluster(cluster) {
-        if (cluster > 1 || WINDOW) return;
+          at_once(at_once), cluster(cluster), plain(all_plain(p, t)), by_line_units(line_units), by_group(group),
+          by_cluster(cluster) {
+        const bool alike = all_alike(t);
+        if (WINDOW) return;
         if (alike) unit_steps = steps_of(p, p.seqlen_k);
+        if (cluster > 1) return;
         if (!p.batch_invariant) {
             /* Lengths that the device knows are mostly enough for all blocks. */
             set(Deal<int>(p, parts, alike ? unit_steps * p.batch * line_units : INT32_MAX, grid));

@@ -196,11 +196,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                                                       batch, ring.full());
         }
 
+        __device__ __forceinline__ void copy_tokens(int first, int end, int head, int batch) {
+#pragma unroll 1
+            for (; first < end; first += STAGE_KEYS) copy_stage(first, head, batch);
+        }
         __device__ __forceinline__ void copy_by_map(const Sequence &sequence, const KeyValueRows<false> &, int first,
                                                     int end) {
-            const int head = sequence.kv_head, batch = sequence.kv_batch, begin = sequence.first_key;
-#pragma unroll 1
-            for (; first < end; first += STAGE_KEYS) copy_stage(begin + first, head, batch);
+            copy_tokens(sequence.first_key + first, sequence.first_key + end, sequence.kv_head, sequence.kv_batch);
         }
 
         /* Each lane looks up the page of one box, WAVE boxes at a time and as many ahead. */
@@ -536,7 +538,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         if (wave() >= READERS) {
             if (launch.box == 0 || wave() < READERS + MAP_COPIERS) {
                 Copier copier(launch, shared);
-                for_each_piece([&](const auto &unit, const auto &piece) { copier.copy_piece(unit, piece); });
+                if (!PAGED && launch.box > 0 && for_each_piece.schedule.plain)
+                    for_each_piece.keys_alone(
+                        [&](int batch, int head, int first, int end) { copier.copy_tokens(first, end, head, batch); });
+                else for_each_piece([&](const auto &unit, const auto &piece) { copier.copy_piece(unit, piece); });
                 wait_for_copies();
             }
             if (launch.cluster > 1) cluster::wait();
