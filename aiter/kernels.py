@@ -31,7 +31,7 @@ FORMS_ARCH = "sm_90a"
 # multiprocessors idle, from so many keys on; elsewhere the other form is faster.
 CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = 256, 128, 2048
 # "rounds": latent attention goes through the keys two tiles at a time, which is faster with more rows of a KV head than
-# this, a block's; with fewer, where memory is the bound, one after the other is: kernels_src/gpu/arch/sm90_latent.h. Both
+# this, a block's; with fewer memory is the bound, and one after the other is: kernels_src/gpu/arch/sm90_latent.h. Both
 # in one kernel took half again as long to compile.
 IN_TURN_ROWS = 64
 FORMS = "cut", "rounds"

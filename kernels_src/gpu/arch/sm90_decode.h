@@ -192,8 +192,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
             const bool of_values = line >= KEY_LINES;
             const int column = (of_values ? line - KEY_LINES : line) * LINE_COLUMNS;
             tensor_map::copy<tensor_map::Reuse::ONCE>(ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
-                                                      of_values ? launch.value : launch.key, column, token, head,
-                                                      batch, ring.full());
+                                                      of_values ? launch.value : launch.key, column, token, head, batch,
+                                                      ring.full());
         }
 
         __device__ __forceinline__ void copy_tokens(int first, int end, int head, int batch) {
@@ -530,6 +530,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         barrier();
     }
 
+    /* Whether copies are to set off before the rows of Q have been asked for. Not in a cluster whose blocks have more than
+     * fills the ring: Q comes after all of that, and copies wait for readers who wait for Q. */
+    template <class Schedule> static __device__ __forceinline__ bool gains_by_haste(const Schedule &schedule) {
+        const bool fits = schedule.cluster == 1 || schedule.unit_steps <= schedule.cluster * STAGES;
+        return schedule.plain && fits;
+    }
+
     /* See Loop in attention_decode.hip. */
     template <class Pieces, class Write>
     static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
@@ -538,7 +545,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         if (wave() >= READERS) {
             if (launch.box == 0 || wave() < READERS + MAP_COPIERS) {
                 Copier copier(launch, shared);
-                if (!PAGED && launch.box > 0 && for_each_piece.schedule.plain)
+                if (!PAGED && launch.box > 0 && gains_by_haste(for_each_piece.schedule))
                     for_each_piece.keys_alone(
                         [&](int batch, int head, int first, int end) { copier.copy_tokens(first, end, head, batch); });
                 else for_each_piece([&](const auto &unit, const auto &piece) { copier.copy_piece(unit, piece); });
