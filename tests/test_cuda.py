@@ -481,7 +481,7 @@ def test_latent_pieces_of_few_and_many_rows(heads, tokens, page_size):
 @pytest.mark.parametrize(
     ("window", "length"), (((-1, -1), 1473), ((191, 0), 1473), ((-1, -1), 4098), ((2500, 0), 7622))
 )
-@pytest.mark.parametrize(("heads", "head_dim"), ((16, 576), (24, 576), (40, 576), (4, 320), (4, 512)))
+@pytest.mark.parametrize(("heads", "head_dim"), ((16, 576), (40, 576), (80, 576), (128, 576), (4, 320), (4, 512)))
 def test_bits_of_a_token_depend_on_nothing_else(heads, head_dim, window, length):
     """Alone and with two others, whose window begins in another tile or part, or which see one part more: without
     `batch_invariant`, so many rows may take other steps."""

@@ -139,11 +139,11 @@ struct Cuts {
     int ranges = 1;           /* of what is cut on its own: of a line, or of all */
     int cut = 0, grain = 1;   /* steps that are cut: of a line, or of all; that are not parted: 1, or those of a unit */
     int each = 0, longer = 0; /* grains in a range; that many ranges at the beginning have one more */
-    int cluster;              /* if not 1: blocks that have equal parts of one unit; of the rest unit_steps is known */
+    int cluster;              /* if not 1: blocks that have equal parts of one unit; then unit_steps may be known */
     int lead = 0;             /* see led() */
     bool whole = false;       /* units are not cut */
     bool plain;               /* units are: see all_plain() */
-    Divisor by_line_units, by_group, by_cluster, by_steps; /* by unit_steps, where the host knows it */
+    Divisor by_line_units, by_group, by_cluster, by_steps; /* by known unit_steps, if no cluster */
 
     __host__ Cuts(const aiter_attention_problem &p, const aiter_attention_tensors &t, int grid, int cluster,
                   int at_once)

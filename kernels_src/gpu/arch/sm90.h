@@ -212,7 +212,6 @@ template <int ROWS, int BLOCKS> __device__ __forceinline__ void clear_rows_from(
                 shared_store(mine + i + block * ROWS * 128, make_uint4(0, 0, 0, 0));
 }
 
-/* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
 /* In one lane, the same each time; called by a whole wave. Of code behind it the assembler knows that one lane runs it: the
  * boxes of a tensor map (sm90_tensor_map.h), whose operands are a wave's and not a lane's, set off one right after the
  * other there. Behind lane() == 0 each takes a round of a loop over lanes, 64 cycles. */
@@ -222,6 +221,7 @@ __device__ __forceinline__ bool elected() {
     return result;
 }
 
+/* Barriers in shared memory on which some threads arrive and others wait, phase after phase (PTX ISA, "mbarrier"). */
 namespace mbarrier {
 
 constexpr int BYTES = 8;

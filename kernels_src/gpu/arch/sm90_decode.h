@@ -161,7 +161,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
     /* One lane of one wave sets off a stage's boxes. Those of pages, which are small, are dealt to the lanes of all copiers,
      * of which each copies the same of every stage: a wave sets off one after the other, for 120 cycles each. */
     static constexpr int MAP_COPIERS = PAGED ? COPIERS : 1;
-    static_assert(STAGE_BYTES / (8 * 128) <= MAP_COPIERS * WAVE, "boxes of eight rows, the smallest");
+    static_assert(!PAGED || STAGE_BYTES / (8 * 128) <= MAP_COPIERS * WAVE, "boxes of eight rows, the smallest");
 
     struct Copier {
         const Launch &launch;
@@ -169,7 +169,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         int boxes, line, index; /* of a line; of pages, this lane's: of LINES, and which part of the line's rows */
 
         __device__ __forceinline__ Copier(const Launch &launch, SharedAddress shared) : launch(launch), ring{shared} {
-            const int number = PAGED ? lane() * COPIERS + wave() - READERS : lane();
+            const int number = lane() * COPIERS + wave() - READERS;
             boxes = PAGED && launch.box != 0 ? STAGE_KEYS / launch.box : 1;
             line = number / boxes;
             index = number - line * boxes;
@@ -196,13 +196,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
                                                       ring.full());
         }
 
-        __device__ __forceinline__ void copy_tokens(int first, int end, int head, int batch) {
+        /* begin: what token 0 is in the tensor. */
+        __device__ __forceinline__ void copy_tokens(int begin, int first, int end, int head, int batch) {
 #pragma unroll 1
-            for (; first < end; first += STAGE_KEYS) copy_stage(first, head, batch);
+            for (; first < end; first += STAGE_KEYS) copy_stage(begin + first, head, batch);
         }
         __device__ __forceinline__ void copy_by_map(const Sequence &sequence, const KeyValueRows<false> &, int first,
                                                     int end) {
-            copy_tokens(sequence.first_key + first, sequence.first_key + end, sequence.kv_head, sequence.kv_batch);
+            copy_tokens(sequence.first_key, first, end, sequence.kv_head, sequence.kv_batch);
         }
 
         /* Each lane looks up the page of one box, WAVE boxes at a time and as many ahead. */
@@ -546,8 +547,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
             if (launch.box == 0 || wave() < READERS + MAP_COPIERS) {
                 Copier copier(launch, shared);
                 if (!PAGED && launch.box > 0 && gains_by_haste(for_each_piece.schedule))
-                    for_each_piece.keys_alone(
-                        [&](int batch, int head, int first, int end) { copier.copy_tokens(first, end, head, batch); });
+                    for_each_piece.keys_alone([&](int batch, int head, int first, int end) {
+                        copier.copy_tokens(0, first, end, head, batch);
+                    });
                 else for_each_piece([&](const auto &unit, const auto &piece) { copier.copy_piece(unit, piece); });
                 wait_for_copies();
             }

@@ -472,7 +472,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         __device__ __forceinline__ void send(const Launch &launch) {
             wgmma::shared_is_written(); /* whether it is sent or the next queries come there */
             wave_sync();
-            if (elected() && filled) {
+            if (filled && lane() == 0) { /* who also waits, and gives the room back: release_queries_before() */
 #pragma unroll
                 for (int line = 0; line < VALUE_LINES; ++line)
                     tensor_map::store(launch.output, line * 64, token, head, batch, rows + line * 64 * 128);
