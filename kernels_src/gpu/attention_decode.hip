@@ -513,11 +513,9 @@ __device__ __forceinline__ bool for_each_piece_of(int range, const Arguments &ar
     int step, end;
     Schedule::Place place;
     if (schedule.cluster > 1) {
-        const int rank = schedule.own_rank();
         place = schedule.own_unit();
-        const int each = schedule.by_cluster.quotient(place.steps), longer = place.steps - each * schedule.cluster;
-        step = each * rank + lesser(rank, longer);
-        end = step + each + (rank < longer);
+        const Range own = schedule.own_steps(place.steps);
+        step = own.low, end = own.high;
     } else {
         const auto [line, index] = schedule.range_of(range);
         step = schedule.range_begin(line, index);
@@ -553,23 +551,18 @@ __device__ __forceinline__ bool for_each_piece_of(int range, const Arguments &ar
     }
 }
 
-/* A block has one range; with batch_invariant, where each step is one and has sums of its own, it may have several, and
- * copies of the next go on while the last of one is used. */
-template <class Visit>
-__device__ __forceinline__ void for_each_piece(const Arguments &arguments, const Schedule &schedule, Visit visit) {
-    bool again = false;
-#pragma unroll 1
-    for (int range = block(); range < schedule.blocks; range += schedule.at_once)
-        again = for_each_piece_of(range, arguments, schedule, again, visit);
-}
-
 /* A block's pieces: pieces(visit) calls visit(unit, piece). */
 struct Pieces {
     const Arguments &arguments;
     const Schedule &schedule;
 
+    /* A block has one range; with batch_invariant, where each step is one and has sums of its own, it may have several,
+     * and copies of the next go on while the last of one is used. */
     template <class Visit> __device__ __forceinline__ void operator()(Visit visit) const {
-        for_each_piece(arguments, schedule, visit);
+        bool again = false;
+#pragma unroll 1
+        for (int range = block(); range < schedule.blocks; range += schedule.at_once)
+            again = for_each_piece_of(range, arguments, schedule, again, visit);
     }
     /* Where units are plain: visit(batch, KV head, first key, end) for each piece. To find out all about a unit takes 250
      * instructions more, while nothing is on its way to the block. */
@@ -577,12 +570,9 @@ struct Pieces {
         const int steps = schedule.unit_steps;
         int batch, head, step, end; /* steps of the unit */
         if (schedule.cluster > 1) {
-            const int number = schedule.by_cluster.quotient(block()), rank = block() - number * schedule.cluster;
-            batch = schedule.by_line_units.quotient(number);
-            head = number - batch * schedule.line_units;
-            const int each = schedule.by_cluster.quotient(steps), longer = steps - each * schedule.cluster;
-            step = each * rank + lesser(rank, longer);
-            end = step + each + (rank < longer);
+            const Schedule::Place place = schedule.own_unit();
+            const Range own = schedule.own_steps(steps);
+            batch = place.batch, head = place.index, step = own.low, end = own.high;
         } else {
             const auto [line, index] = schedule.range_of(block());
             const int begin = schedule.range_begin(line, index);

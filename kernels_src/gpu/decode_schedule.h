@@ -275,12 +275,17 @@ struct Schedule : Cuts {
         const int index = ranges == blocks ? number : by_line_units.quotient(number);
         return {number - index * lines(), index};
     }
-    /* The part of a unit that the block of a cluster has. */
+    /* The part of a unit that the block of a cluster has: which unit, and which of all its steps. */
     __device__ __forceinline__ Place own_unit() const {
         const int number = by_cluster.quotient(block()), batch = by_line_units.quotient(number);
         return {batch, number - batch * line_units, 0, steps_in(batch)};
     }
-    __device__ __forceinline__ int own_rank() const { return block() - by_cluster.quotient(block()) * cluster; }
+    __device__ __forceinline__ Range own_steps(int all) const {
+        const int rank = block() - by_cluster.quotient(block()) * cluster;
+        const int each = by_cluster.quotient(all), longer = all - each * cluster;
+        const int begin = each * rank + lesser(rank, longer);
+        return {begin, begin + each + (rank < longer)};
+    }
     /* By a whole wave. */
     __device__ __forceinline__ Place find(int step) const { return find(step, uniform(step / length)); }
     __device__ __forceinline__ Place find(int step, int index) const { /* where it is known in which line it is */

@@ -53,7 +53,7 @@ NATIVE = [(dtype, arch) for dtype, arch in _CODE_PATHS if runs_here(arch)] or [(
 STOOD_IN = [path for path in _CODE_PATHS if STAND_IN and path not in NATIVE]
 CPUS = NATIVE + STOOD_IN
 # The ablest code for each dtype with each mask; the rest with one, as compiling for the other adds little but time.
-_BOTH = {dtype: arch for dtype, arch in NATIVE}.items()  # the last of each
+_BOTH = dict(NATIVE).items()  # the last of each
 CPUS_AND_MASKS = [(*path, causal) for path in CPUS for causal in (False, True) if causal or path in _BOTH]
 _GRADIENTS = ("grad_query", "grad_key", "grad_value")
 GOMP_PARALLEL = ctypes.cast(getattr(ctypes.CDLL(None), "GOMP_parallel", None), ctypes.c_void_p).value

@@ -20,7 +20,7 @@ CASES = {
         *(
             (dtype, head_dim, causal, False)
             for j, head_dim in enumerate((40, 64, 80, 128, 192, 256))
-            for dtype, causal in (KINDS if head_dim in (64, 128, 256) else KINDS[(i + j // 2) % 2 :][:1])
+            for dtype, causal in (KINDS if head_dim in (64, 128, 256) else (KINDS[(i + j // 2) % 2],))
         ),
     ]
     for i, arch in enumerate(EMULATED)
