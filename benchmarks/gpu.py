@@ -52,7 +52,7 @@ Call = Callable[[], object]
 
 @dataclass
 class Case:
-    """One row of the table: calls that are taken in turn, ours and each of PyTorch's operators'."""
+    """One row of the table: calls that are taken in turn, ours and those to compare with."""
 
     name: str
     unit: str
@@ -60,24 +60,39 @@ class Case:
     ours: list[Call]
     others: dict[str, list[Call]] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)  # in `unit`
+    other_work: dict[str, float] = field(default_factory=dict)  # of those calls that do something else
 
-    def rate(self, calls: list[Call]) -> float:
-        return self.work / device_seconds(calls) / 1e12 if self.work else host_seconds(calls[0]) * 1e6
+    def rate(self, name: str, seconds: float) -> float:
+        return self.other_work.get(name, self.work) / seconds / 1e12 if self.work else seconds * 1e6
 
     def row(self) -> dict:
-        result: dict[str, object] = {"case": self.name, "unit": self.unit, "aiter": self.rate(self.ours)}
-        for name, calls in self.others.items():
+        seconds = in_turn({"aiter": self.ours, **self.others}, device_seconds if self.work else host_seconds)
+        rates = {name: self.rate(name, time) if time else None for name, time in seconds.items()}
+        return {"case": self.name, "unit": self.unit, **rates, **self.bounds}
+
+
+ROUNDS = 3
+
+
+def in_turn(calls: dict[str, list[Call]], seconds: Callable[[list[Call]], float]) -> dict[str, float | None]:
+    """Seconds of one call under each name, the median of rounds in which they are measured one after the other, as a
+    card's clock goes down when it gets warm. None for those that cannot, or not in this memory."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name in list(times):
+            chosen = BACKENDS.get(name.split(",")[0])
             try:
-                chosen = BACKENDS.get(name.split(",")[0])
                 with sdpa_kernel(chosen) if chosen else nullcontext():
-                    result[name] = self.rate(calls)
-            except (RuntimeError, torch.OutOfMemoryError):  # cannot, or not in this memory
-                result[name] = None
+                    times[name].append(seconds(calls[name]))
+            except (RuntimeError, torch.OutOfMemoryError):
+                if name == "aiter":
+                    raise
+                del times[name]
                 torch.cuda.empty_cache()
-        return result | self.bounds
+    return {name: statistics.median(times[name]) if name in times else None for name in calls}
 
 
-def device_seconds(calls: list[Call], budget: float = 0.25) -> float:
+def device_seconds(calls: list[Call], budget: float = 0.25 / ROUNDS) -> float:
     """Median device time of one call; `calls` are taken in turn."""
     for call in calls[:3]:
         call()
@@ -96,14 +111,14 @@ def device_seconds(calls: list[Call], budget: float = 0.25) -> float:
     return statistics.median(times) / 1e3
 
 
-def host_seconds(call: Call) -> float:
+def host_seconds(calls: list[Call]) -> float:
     """How long the CPU is busy with one call, in a row of calls that are not waited for."""
     times = []
-    for _ in range(20):
+    for _ in range(20 // ROUNDS):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(100):
-            call()
+            calls[0]()
         times.append((time.perf_counter() - start) / 100)
     return statistics.median(times)
 
@@ -325,9 +340,9 @@ def decode() -> Iterator[Case]:
 
 def latent() -> Iterator[Case]:
     """Latent attention (MLA, 576/512): one KV head, whose first columns are the values. Bounds: the cache once at the
-    rate of a copy, and the products at that of a large product of matrices, just before: a card's clock goes down as it
-    gets warm."""
+    rate of a copy, and the products at that of a large product of matrices, in turn with ours."""
     copy = copy_bandwidth()
+    product, product_work = [partial(torch.mm, randn(8192, 8192), randn(8192, 8192))], 2.0 * 8192**3
     for batch, length, heads, rows in (
         (64, 4096, 128, 1),
         (64, 4096, 128, 2),
@@ -341,13 +356,13 @@ def latent() -> Iterator[Case]:
         apart = cache[..., :512].clone()
         products = 2.0 * batch * heads * rows * length * (576 + 512)
         moved = 2.0 * (cache.numel() + query.numel() + batch * rows * heads * 512)
-        bounds = {"copy": products / moved * copy, "product": product_rate()}
+        compared = {"product": product}, {"copy": products / moved * copy}, {"product": product_work}
         name = f"latent decode {batch} x {length}, {heads} heads" + f", {rows} tokens" * (rows > 1)
         causal = rows > 1
         ours = partial(aiter.flash_attn_func, query, cache, cache[..., :512], causal)
-        yield Case(name, "TFLOP/s", products, [ours], {}, bounds)
+        yield Case(name, "TFLOP/s", products, [ours], *compared)
         ours = partial(aiter.flash_attn_func, query, cache, apart, causal)
-        yield Case(f"{name}, values apart", "TFLOP/s", products, [ours], {}, bounds)
+        yield Case(f"{name}, values apart", "TFLOP/s", products, [ours], *compared)
         for page_size in (16, 64):
             table = torch.randperm(batch * length // page_size, device="cuda").to(torch.int32).view(batch, -1)
             pages = cache.view(-1, page_size, 1, 576)
@@ -360,13 +375,7 @@ def latent() -> Iterator[Case]:
                 block_table=table,
                 causal=causal,
             )
-            yield Case(f"{name}, pages of {page_size}", "TFLOP/s", products, [ours], {}, bounds)
-
-
-def product_rate() -> float:
-    """TFLOP/s of a product of two matrices."""
-    a, b = randn(8192, 8192), randn(8192, 8192)
-    return 2 * 8192**3 / device_seconds([partial(torch.mm, a, b)]) / 1e12
+            yield Case(f"{name}, pages of {page_size}", "TFLOP/s", products, [ours], *compared)
 
 
 def paged(cache: list[torch.Tensor], page_size: int) -> tuple[torch.Tensor, ...]:
@@ -456,6 +465,7 @@ NAMES = (
     "PyTorch's choice",
     "FA3",
     "FA3, one split",
+    "product",
 )
 COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)}
 
