@@ -113,8 +113,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     struct Launch : Arguments {
         CUtensorMap query, key, value, output;
         bool output_is_mapped;
-        int box;   /* keys that a map's copy brings; 0: there are no maps */
-        int tasks; /* in all: row tiles or what they are cut into */
+        tensor_map::Reuse reuse; /* of keys and values */
+        int box;                 /* keys that a map's copy brings; 0: there are no maps */
+        int tasks;               /* in all: row tiles or what they are cut into */
         Order order;
         Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
@@ -172,8 +173,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         launch.small_cap = SmallCap(p);
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
+        /* One row tile has all rows that see a KV head's keys: decoding, and what is near it. */
+        launch.reuse = tiles == int64_t(p.batch) * p.heads_kv ? tensor_map::Reuse::ONCE : tensor_map::Reuse::OFTEN;
         const bool mapped =
-            tensor_map::make_keys_and_values(launch.key, launch.value, tensor_map::Reuse::OFTEN, call, launch.box) &&
+            tensor_map::make_keys_and_values(launch.key, launch.value, launch.reuse, call, launch.box) &&
             tensor_map::make(launch.query, tensor_map::Reuse::OFTEN, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
@@ -338,8 +341,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
 #pragma unroll
             for (int line = 0; line < OWN_LINES; ++line)
-                tensor_map::copy(ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key, line * 64,
-                                 sequence.first_key + first, sequence.kv_head, sequence.kv_batch, ring.full());
+                tensor_map::copy(launch.reuse, ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key,
+                                 line * 64, sequence.first_key + first, sequence.kv_head, sequence.kv_batch,
+                                 ring.full());
         }
         wave_sync();
         ring.advance();
@@ -359,8 +363,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             const int page = box.page(sequence.keys), token = box.token();
 #pragma unroll
             for (int line = 0; line < OWN_LINES; ++line)
-                tensor_map::copy(ring.tile() + (line * KEYS + row) * 128, VALUES ? launch.value : launch.key, line * 64,
-                                 token, sequence.kv_head, page, ring.full());
+                tensor_map::copy(launch.reuse, ring.tile() + (line * KEYS + row) * 128,
+                                 VALUES ? launch.value : launch.key, line * 64, token, sequence.kv_head, page,
+                                 ring.full());
         }
         wave_sync();
         ring.advance();
