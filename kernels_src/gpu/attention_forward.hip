@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     const Loop::Work &work = launch.work;
     const int row_tile = block() / work.waves(), of_tile = block() % work.waves();
     const Place place = Loop::place(launch, row_tile);
-    Loop::Work::Task<RowTile> task(launch, place, row_tile * work.dealt);
+    Loop::Work::Task<RowTile> task(launch, place, row_tile);
     wait_for_previous();
     if (task.piece.count == 1 || !task.exists()) return;
     const Score score(launch.problem);

@@ -191,8 +191,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         __device__ __forceinline__ void copy_box(int line, int index, int token, int head, int batch) const {
             const bool of_values = line >= KEY_LINES;
             const int column = (of_values ? line - KEY_LINES : line) * LINE_COLUMNS;
-            tensor_map::copy(tensor_map::Reuse::ONCE, ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
-                             of_values ? launch.value : launch.key, column, token, head, batch, ring.full());
+            tensor_map::copy<tensor_map::Reuse::ONCE>(ring.tile() + line * LINE_BYTES + index * (LINE_BYTES / boxes),
+                                                      of_values ? launch.value : launch.key, column, token, head, batch,
+                                                      ring.full());
         }
 
         /* begin: what token 0 is in the tensor. */

@@ -107,20 +107,28 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int SHARED_BYTES = SUM_AT + Work::SUM_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0 && SUM_AT % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
 
+    /* Up to so many rows read a KV head's keys nearly ONCE, where keys are many besides: memory is the bound then (by
+     * trial, docs/hopper.md). */
+    static constexpr int FEW_ROWS = 512, KEYS_OF_TOKEN = 4;
+
     using Order = RowTileOrder<Packing, (LINES + VALUE_LINES) * 128>;
 
     /* The kernel's parameter. */
     struct Launch : Arguments {
         CUtensorMap query, key, value, output;
         bool output_is_mapped;
-        tensor_map::Reuse reuse; /* of keys and values */
-        int box;                 /* keys that a map's copy brings; 0: there are no maps */
-        int tasks;               /* in all: row tiles or what they are cut into */
+        int few_tokens; /* that have FEW_ROWS for a KV head */
+        int box;        /* keys that a map's copy brings; 0: there are no maps */
+        int tasks;      /* in all: row tiles or what they are cut into */
         Order order;
         Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
+
+        __host__ __device__ __forceinline__ bool few(int64_t tokens, int64_t keys) const {
+            return tokens <= few_tokens && tokens * KEYS_OF_TOKEN <= keys;
+        }
     };
 
     /* The first of this wave's rows, in the block's. It has all columns. */
@@ -173,10 +181,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         launch.small_cap = SmallCap(p);
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
-        /* One row tile has all rows that see a KV head's keys: decoding, and what is near it. */
-        launch.reuse = tiles == int64_t(p.batch) * p.heads_kv ? tensor_map::Reuse::ONCE : tensor_map::Reuse::OFTEN;
+        launch.few_tokens = FEW_ROWS / (p.heads_q / p.heads_kv);
+        const int64_t tokens =
+            p.packed_q ? p.total_q / greater(p.batch, 1) : p.seqlen_q; /* of a sequence, on average */
+        const auto reuse = launch.few(tokens, p.seqlen_k) ? tensor_map::Reuse::ONCE : tensor_map::Reuse::OFTEN;
         const bool mapped =
-            tensor_map::make_keys_and_values(launch.key, launch.value, launch.reuse, call, launch.box) &&
+            tensor_map::make_keys_and_values(launch.key, launch.value, reuse, call, launch.box) &&
             tensor_map::make(launch.query, tensor_map::Reuse::OFTEN, t.query, p.query_strides, p.packed_q ? 1 : p.batch,
                              p.packed_q ? p.total_q : p.seqlen_q, p.heads_q, HEAD_DIM, 64 >> bits, 1 << bits);
         if (!mapped) launch.box = 0;
@@ -331,7 +341,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     /* Wave 0 copies keys, wave 1 values: each passes over the other's stages. */
     template <bool VALUES> static __device__ __forceinline__ bool is_others() { return VALUES != (wave() != WAVES); }
 
-    template <bool VALUES>
+    template <bool VALUES, tensor_map::Reuse REUSE>
     static __device__ __forceinline__ void copy_by_map(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                        int first) {
         if (is_others<VALUES>()) return ring.advance();
@@ -341,16 +351,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             mbarrier::arrive_and_expect(ring.full(), OWN_LINES * KEYS * 128);
 #pragma unroll
             for (int line = 0; line < OWN_LINES; ++line)
-                tensor_map::copy(launch.reuse, ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key,
-                                 line * 64, sequence.first_key + first, sequence.kv_head, sequence.kv_batch,
-                                 ring.full());
+                tensor_map::copy<REUSE>(ring.tile() + line * KEYS * 128, VALUES ? launch.value : launch.key, line * 64,
+                                        sequence.first_key + first, sequence.kv_head, sequence.kv_batch, ring.full());
         }
         wave_sync();
         ring.advance();
     }
 
     /* A lane for each box. */
-    template <bool VALUES>
+    template <bool VALUES, tensor_map::Reuse REUSE>
     static __device__ __forceinline__ void copy_pages(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                       const tensor_map::PageBox &box) {
         constexpr int OWN_LINES = VALUES ? VALUE_LINES : LINES;
@@ -363,9 +372,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
             const int page = box.page(sequence.keys), token = box.token();
 #pragma unroll
             for (int line = 0; line < OWN_LINES; ++line)
-                tensor_map::copy(launch.reuse, ring.tile() + (line * KEYS + row) * 128,
-                                 VALUES ? launch.value : launch.key, line * 64, token, sequence.kv_head, page,
-                                 ring.full());
+                tensor_map::copy<REUSE>(ring.tile() + (line * KEYS + row) * 128, VALUES ? launch.value : launch.key,
+                                        line * 64, token, sequence.kv_head, page, ring.full());
         }
         wave_sync();
         ring.advance();
@@ -423,23 +431,30 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     template <class AlmostDone>
     static __device__ __forceinline__ void copy_tiles(const Launch &launch, const Sequence &sequence, Ring &ring,
                                                       const Range &keys, AlmostDone almost_done) {
-        const auto itself = [](int first) { return first; };
         if (launch.box == 0)
             copy_tiles(
-                keys, itself, [&](int first) { copy_rows<false>(sequence, ring, first); },
+                keys, [](int first) { return first; }, [&](int first) { copy_rows<false>(sequence, ring, first); },
                 [&](int first) { copy_rows<true>(sequence, ring, first); }, almost_done);
-        else if constexpr (PAGED)
+        else if (launch.few(sequence.rows, sequence.keys.count))
+            copy_boxes<tensor_map::Reuse::ONCE>(launch, sequence, ring, keys, almost_done);
+        else copy_boxes<tensor_map::Reuse::OFTEN>(launch, sequence, ring, keys, almost_done);
+    }
+    template <tensor_map::Reuse REUSE, class AlmostDone>
+    static __device__ __forceinline__ void copy_boxes(const Launch &launch, const Sequence &sequence, Ring &ring,
+                                                      const Range &keys, AlmostDone almost_done) {
+        if constexpr (PAGED)
             copy_tiles(
                 keys,
                 [&](int first) {
                     return tensor_map::PageBox::look_up(sequence.keys, first + lane() * launch.box, launch.box);
                 },
-                [&](const auto &box) { copy_pages<false>(launch, sequence, ring, box); },
-                [&](const auto &box) { copy_pages<true>(launch, sequence, ring, box); }, almost_done);
+                [&](const auto &box) { copy_pages<false, REUSE>(launch, sequence, ring, box); },
+                [&](const auto &box) { copy_pages<true, REUSE>(launch, sequence, ring, box); }, almost_done);
         else
             copy_tiles(
-                keys, itself, [&](int first) { copy_by_map<false>(launch, sequence, ring, first); },
-                [&](int first) { copy_by_map<true>(launch, sequence, ring, first); }, almost_done);
+                keys, [](int first) { return first; },
+                [&](int first) { copy_by_map<false, REUSE>(launch, sequence, ring, first); },
+                [&](int first) { copy_by_map<true, REUSE>(launch, sequence, ring, first); }, almost_done);
     }
 
     /* The rows of Q of one warpgroup; zeros past the last row and past HEAD_DIM. */

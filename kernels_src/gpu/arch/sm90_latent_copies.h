@@ -46,8 +46,9 @@ template <class Launch> struct LatentMappedCopier : LatentTiles {
     }
     __device__ __forceinline__ void copy_box(const Stage &stage, int line, int index, int token, int head,
                                              int batch) const {
-        tensor_map::copy(tensor_map::Reuse::ONCE, stage.tile() + line * LINE_BYTES + index * (launch.box * 128),
-                         launch.cache, line * 64, token, head, batch, stage.full(group_of(line)));
+        tensor_map::copy<tensor_map::Reuse::ONCE>(stage.tile() + line * LINE_BYTES + index * (launch.box * 128),
+                                                  launch.cache, line * 64, token, head, batch,
+                                                  stage.full(group_of(line)));
     }
     /* Which tile of a piece comes at place i. The first round's are waited for in their order. */
     __device__ __forceinline__ int tile_at(int i, int tiles) const {

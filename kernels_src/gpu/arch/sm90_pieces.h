@@ -11,6 +11,9 @@
  *              and, where a piece ends, adds what it has to       pieces that are dealt, at the price of the additions
  *              the sum so far, while the other one multiplies
  *
+ * Dealt are first all row tiles' first pieces, then their second ones: so blocks read the heads of the same tokens at one
+ * time, which lie side by side in memory.
+ *
  * With batch_invariant the cuts are at multiples of INVARIANT_KEYS, wherever rows begin and whatever else there is: so a
  * row's bits depend neither on the manner nor on the rows beside it, of which some see pieces that it does not. Those
  * leave it as it was (Weights). Else pieces are as many as give each block one.
@@ -29,6 +32,7 @@
 #define AITER_GPU_ARCH_SM90_PIECES_H
 
 #include "gpu/arch/sm90.h"
+#include "gpu/divisor.h"
 #include "gpu/runtime.h"
 #include "gpu/sequence.h"
 #include "gpu/softmax.h"
@@ -80,7 +84,9 @@ struct Weights {
     float earlier, later;
     float2 point;
 
-    __device__ __forceinline__ Weights(float2 a, float2 b) : only_earlier(b.y == 0), only_later(a.y == 0 && b.y != 0) {
+    /* seen: whether the earlier side has seen keys. */
+    __device__ __forceinline__ Weights(float2 a, float2 b, bool seen)
+        : only_earlier(b.y == 0), only_later(!seen && b.y != 0) {
         const float maximum = __builtin_fmaxf(a.x, b.x);
         earlier = exp2(a.x - maximum), later = exp2(b.x - maximum);
         point.x = only_earlier ? a.x : only_later ? b.x : maximum;
@@ -113,6 +119,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     int keys = 0;  /* of a piece; 0: nothing is cut */
     int dealt = 0; /* pieces of a row tile that are work of their own, at most; 0: a block takes all of them in turn */
     int rows = 0;  /* of a row tile's that there can be */
+    Divisor by_keys, by_row_tiles; /* of all */
     bool at_multiples = false; /* are the cuts at multiples of `keys`? Else counted from a row tile's first key on */
     char *parts = nullptr;
 
@@ -132,10 +139,12 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
             const int64_t count = lesser<int64_t>(blocks / row_tiles, seen / LEAST_KEYS);
             if (count > 1) keys = round_up(static_cast<int>((seen + count - 1) / count), KEYS);
         }
+        by_keys = Divisor(keys);
         if (keys == 0 || !few) return;
         const int64_t most = (seen + keys - 1) / keys + (WINDOW && at_multiples); /* it may begin within a piece */
         if (row_tiles * most * bytes_of(waves()) <= MOST_BYTES) dealt = static_cast<int>(most);
         else if (!at_multiples) keys = 0;
+        by_row_tiles = Divisor(row_tiles);
     }
     /* Of tasks. */
     int64_t count(int64_t row_tiles) const { return dealt > 0 ? row_tiles * dealt : row_tiles; }
@@ -154,8 +163,12 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 
     /* ---- device ---- */
 
+    /* Of a piece's keys, `key` at most. */
+    __device__ __forceinline__ int multiple_before(int key) const { return by_keys.quotient(key) * keys; }
     /* Of all, which a task belongs to. */
-    __device__ __forceinline__ int row_tile(int task) const { return dealt > 0 ? task / dealt : task; }
+    __device__ __forceinline__ int row_tile(int task) const {
+        return dealt > 0 ? task - by_row_tiles.quotient(task) * by_row_tiles.by : task;
+    }
     template <class RowTile> struct Task : RowTile {
         Piece piece;
 
@@ -173,10 +186,10 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         Piece result;
         result.keys = all;
         if (dealt == 0) return result;
-        const int origin = at_multiples ? all.low - all.low % keys : all.low;
-        result.count = all.empty() ? 1 : lesser((all.high - origin + keys - 1) / keys, dealt);
-        result.row_tile = index / dealt;
-        result.number = index - result.row_tile * dealt;
+        const int origin = at_multiples ? multiple_before(all.low) : all.low;
+        result.count = all.empty() ? 1 : lesser(by_keys.quotient(all.high - origin - 1) + 1, dealt);
+        result.row_tile = row_tile(index);
+        result.number = by_row_tiles.quotient(index);
         result.keys.low = greater(all.low, origin + result.number * keys);
         if (result.number + 1 < result.count) result.keys.high = origin + (result.number + 1) * keys;
         return result;
@@ -209,7 +222,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 
         /* low: the first key of the row tile. */
         __device__ __forceinline__ InTurn(const Pieces &work, int low)
-            : end(work.keys > 0 && work.dealt == 0 ? low - low % work.keys + work.keys : NEVER) {}
+            : end(work.keys > 0 && work.dealt == 0 ? work.multiple_before(low) + work.keys : NEVER) {}
 
         /* The softmax begins anew, while the output is still being added to. */
         template <class Softmax> __device__ __forceinline__ void set_aside(Softmax &softmax) {
@@ -242,7 +255,9 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
       private:
         /* take(chunk, slot, i, x): of the sum so far and what is set aside. */
         template <class Take> __device__ __forceinline__ void add(const Part &so_far, const Output &o, Take take) {
-            const Weights weights[2] = {{so_far.point(0), point[0]}, {so_far.point(1), point[1]}};
+            const float2 earlier[2] = {so_far.point(0), so_far.point(1)};
+            const Weights weights[2] = {{earlier[0], point[0], earlier[0].y != 0},
+                                        {earlier[1], point[1], earlier[1].y != 0}};
             if (wave_any(!weights[0].both() || !weights[1].both())) /* rare */
                 add(so_far, o, take, [&](int slot, float a, float b) { return weights[slot].add(a, b); });
             else add(so_far, o, take, [&](int slot, float a, float b) { return weights[slot].add_both(a, b); });
@@ -287,8 +302,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         __shared__ float4 sums[CHUNKS][WAVE];
         __shared__ float2 points[2][WAVE];
         const int left = rows - of_tile * 16;
-        if (dealt > FEW_PARTS) fold<8, 1, 8>(piece, of_tile, left, sums, points);
-        else fold<4, 2, 4>(piece, of_tile, left, sums, points);
+        if (dealt > FEW_PARTS) fold<8, 1, 16>(piece, of_tile, left, sums, points);
+        else fold<4, 4, 4>(piece, of_tile, left, sums, points);
         barrier();
         if (wave() > 0) return false;
         float2 point[2];
@@ -315,63 +330,58 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         if (IN_SHARED) return {static_cast<char *>(__cvta_shared_to_generic(shared)), wave()};
         return part(block(), wave());
     }
-    /* Each lane of OWN_WAVES takes AT_ONCE chunks of both slots at a time, and of these TOGETHER parts are under way. */
+    /* Each of OWN_WAVES takes AT_ONCE chunks of a slot at a time, and of these TOGETHER parts are under way. Of 8 rows or
+     * fewer the second slot has none. */
     template <int OWN_WAVES, int AT_ONCE, int TOGETHER>
     __device__ __forceinline__ void fold(const Piece &piece, int of_tile, int left, float4 (&sums)[CHUNKS][WAVE],
                                          float2 (&points)[2][WAVE]) const {
-        constexpr int SLOTS = 2, OF_SLOT = CHUNKS / SLOTS;
+        constexpr int OF_SLOT = CHUNKS / 2, BUNDLES = (OF_SLOT + AT_ONCE - 1) / AT_ONCE;
         const int first = piece.row_tile * dealt;
 #pragma unroll 1
-        for (int begin = wave() * AT_ONCE; begin < OF_SLOT; begin += OWN_WAVES * AT_ONCE) {
-            float4 sum[SLOTS][AT_ONCE], value[TOGETHER][SLOTS][AT_ONCE];
-            float2 sum_point[SLOTS], point[TOGETHER][SLOTS];
-            /* visit(slot, i, chunk): of rows that exist */
+        for (int bundle = wave(); bundle < (left > 8 ? 2 : 1) * BUNDLES; bundle += OWN_WAVES) {
+            const int slot = bundle / BUNDLES, begin = bundle % BUNDLES * AT_ONCE;
+            if (Output::row(slot) >= left) continue;
+            float4 sum[AT_ONCE];
+            float2 point;
+            bool seen = false; /* what point.y != 0 says, which would be waited for */
+            /* visit(i, chunk): of chunks that exist */
             const auto each = [&](auto visit) {
 #pragma unroll
-                for (int slot = 0; slot < SLOTS; ++slot) {
-                    if (Output::row(slot) >= left) continue;
-#pragma unroll
-                    for (int i = 0; i < AT_ONCE; ++i)
-                        if (begin + i < OF_SLOT) visit(slot, i, slot * OF_SLOT + begin + i);
-                }
+                for (int i = 0; i < AT_ONCE; ++i)
+                    if (begin + i < OF_SLOT) visit(i, slot * OF_SLOT + begin + i);
             };
 #pragma unroll 1
             for (int number = 0; number < piece.count; number += TOGETHER) {
+                float4 value[TOGETHER][AT_ONCE];
+                float2 of_part[TOGETHER];
 #pragma unroll
                 for (int n = 0; n < TOGETHER; ++n) {
                     if (number + n >= piece.count) continue;
                     const Part other = part(first + number + n, of_tile);
-                    each([&](int slot, int i, int chunk) {
-                        value[n][slot][i] = __ldcg(&other.chunk(chunk));
-                        if (i == 0) point[n][slot] = __ldcg(&other.point(slot));
-                    });
+                    each([&](int i, int chunk) { value[n][i] = __ldcg(&other.chunk(chunk)); });
+                    of_part[n] = __ldcg(&other.point(slot));
                 }
 #pragma unroll
                 for (int n = 0; n < TOGETHER; ++n) {
                     if (number + n >= piece.count) continue;
+                    if (number + n == 0) {
+                        point = of_part[n], seen = point.y != 0;
 #pragma unroll
-                    for (int slot = 0; slot < SLOTS; ++slot) {
-                        if (number + n == 0) {
-                            sum_point[slot] = point[n][slot];
+                        for (int i = 0; i < AT_ONCE; ++i) sum[i] = value[n][i];
+                        continue;
+                    }
+                    const Weights w(point, of_part[n], seen);
+                    point = w.point, seen |= of_part[n].y != 0;
 #pragma unroll
-                            for (int i = 0; i < AT_ONCE; ++i) sum[slot][i] = value[n][slot][i];
-                            continue;
-                        }
-                        const Weights w(sum_point[slot], point[n][slot]);
-                        sum_point[slot] = w.point;
-#pragma unroll
-                        for (int i = 0; i < AT_ONCE; ++i) {
-                            float4 &a = sum[slot][i];
-                            const float4 &b = value[n][slot][i];
-                            a = make_float4(w.add(a.x, b.x), w.add(a.y, b.y), w.add(a.z, b.z), w.add(a.w, b.w));
-                        }
+                    for (int i = 0; i < AT_ONCE; ++i) {
+                        float4 &a = sum[i];
+                        const float4 &b = value[n][i];
+                        a = make_float4(w.add(a.x, b.x), w.add(a.y, b.y), w.add(a.z, b.z), w.add(a.w, b.w));
                     }
                 }
             }
-            each([&](int slot, int i, int chunk) {
-                sums[chunk][lane()] = sum[slot][i];
-                if (chunk == slot * OF_SLOT) points[slot][lane()] = sum_point[slot];
-            });
+            each([&](int i, int chunk) { sums[chunk][lane()] = sum[i]; });
+            if (begin == 0) points[slot][lane()] = point;
         }
     }
     static __device__ __forceinline__ float4 chunk_of(const Output &o, int slot, int i) {

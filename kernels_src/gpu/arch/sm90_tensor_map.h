@@ -102,24 +102,24 @@ struct PageBox {
     __device__ __forceinline__ int token() const { return greater(position, 0); }
 };
 
-/* One box; its bytes count for the barrier (mbarrier::arrive_and_expect). */
+/* One box; its bytes count for the barrier (mbarrier::arrive_and_expect). ONCE: of all that the L2 cache holds, it may
+ * forget this first. */
+template <Reuse REUSE = Reuse::OFTEN>
 __device__ __forceinline__ void copy(SharedAddress to, const CUtensorMap &map, int column, int token, int head,
                                      int batch, SharedAddress barrier) {
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-                 "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier)
-                 : "memory");
-}
-/* The same. ONCE: of all that the L2 cache holds, it may forget this first. */
-__device__ __forceinline__ void copy(Reuse reuse, SharedAddress to, const CUtensorMap &map, int column, int token,
-                                     int head, int batch, SharedAddress barrier) {
-    uint64_t policy;
-    if (reuse == Reuse::ONCE) asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    else asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
-                 "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
-                 "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier), "l"(policy)
-                 : "memory");
+    if constexpr (REUSE == Reuse::ONCE) {
+        uint64_t policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+                     "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+                     "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier), "l"(policy)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                     "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+                     "l"(&map), "r"(column), "r"(head), "r"(token), "r"(batch), "r"(barrier)
+                     : "memory");
+    }
 }
 /* The other way, in the thread's bulk group (bulk::end): what is outside of the tensor is not written. */
 __device__ __forceinline__ void store(const CUtensorMap &map, int column, int token, int head, int batch,
