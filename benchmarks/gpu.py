@@ -511,9 +511,10 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
 
 
 def compile_kernels(section: Callable[[], Iterator[Case]], jobs: int) -> None:
-    """Takes each case's own call once, `jobs` at a time: the GPU need not wait for one compiler after the other."""
+    """Takes each case's own calls once, `jobs` at a time: the GPU need not wait for one compiler after the other."""
     with ThreadPoolExecutor(jobs) as pool:
-        for call in [pool.submit(case.ours[0]) for case in section()]:
+        owns = (own for case in section() for own in (case.ours, case.others.get("batch_invariant")) if own)
+        for call in [pool.submit(own[0]) for own in owns]:
             call.exception()  # is met again, and told, where the case is measured
     torch.cuda.synchronize()
 
