@@ -52,7 +52,7 @@ Call = Callable[[], object]
 
 @dataclass
 class Case:
-    """One row of the table: calls that are taken in turn, ours and those to compare with."""
+    """One row of the table: ours and the calls to compare it with."""
 
     name: str
     unit: str
@@ -66,55 +66,48 @@ class Case:
         return self.other_work.get(name, self.work) / seconds / 1e12 if self.work else seconds * 1e6
 
     def row(self) -> dict:
-        seconds = in_turn({"aiter": self.ours, **self.others}, device_seconds if self.work else host_seconds)
-        rates = {name: self.rate(name, time) if time else None for name, time in seconds.items()}
-        return {"case": self.name, "unit": self.unit, **rates, **self.bounds}
-
-
-ROUNDS = 3
-
-
-def in_turn(calls: dict[str, list[Call]], seconds: Callable[[list[Call]], float]) -> dict[str, float | None]:
-    """Seconds of one call under each name, the median of rounds in which they are measured one after the other, as a
-    card's clock goes down when it gets warm. None for those that cannot, or not in this memory."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name in list(times):
+        measure = device_seconds if self.work else host_seconds
+        seconds = {"aiter": measure(self.ours)}
+        for name, calls in self.others.items():
             chosen = BACKENDS.get(name.split(",")[0])
             try:
                 with sdpa_kernel(chosen) if chosen else nullcontext():
-                    times[name].append(seconds(calls[name]))
-            except (RuntimeError, torch.OutOfMemoryError):
-                if name == "aiter":
-                    raise
-                del times[name]
+                    seconds[name] = measure(calls)
+            except (RuntimeError, torch.OutOfMemoryError):  # cannot, or not in this memory
                 torch.cuda.empty_cache()
-    return {name: statistics.median(times[name]) if name in times else None for name in calls}
+        rates = {name: self.rate(name, seconds[name]) if name in seconds else None for name in ("aiter", *self.others)}
+        return {"case": self.name, "unit": self.unit, **rates, **self.bounds}
 
 
-def device_seconds(calls: list[Call], budget: float = 0.25 / ROUNDS) -> float:
-    """Median device time of one call; `calls` are taken in turn."""
+# A card's clock depends on what it has just been busy with: after a product of matrices it is up to a sixth lower than
+# after decoding, and takes so long to follow.
+WARM_SECONDS = 0.1
+
+
+def device_seconds(calls: list[Call], budget: float = 0.2) -> float:
+    """Median device time of one call, as the card is after a while of the same; `calls` are taken in turn."""
     for call in calls[:3]:
         call()
     torch.cuda.synchronize()
     times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 200 and (time.perf_counter() < end or len(times) < 5):
+    start = time.perf_counter()
+    while len(times) < 200 and (time.perf_counter() < start + budget or len(times) < 5):
         events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(5)]
         torch.cuda._sleep(2_000_000)  # a millisecond in which the host gets ahead: no gaps between the calls
-        for i, (start, stop) in enumerate(events):
-            start.record()
+        for i, (begin, end) in enumerate(events):
+            begin.record()
             calls[(len(times) + i) % len(calls)]()
-            stop.record()
+            end.record()
         torch.cuda.synchronize()
-        times += (start.elapsed_time(stop) for start, stop in events)
+        if time.perf_counter() > start + WARM_SECONDS:
+            times += (begin.elapsed_time(end) for begin, end in events)
     return statistics.median(times) / 1e3
 
 
 def host_seconds(calls: list[Call]) -> float:
     """How long the CPU is busy with one call, in a row of calls that are not waited for."""
     times = []
-    for _ in range(20 // ROUNDS):
+    for _ in range(20):
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(100):
@@ -340,7 +333,7 @@ def decode() -> Iterator[Case]:
 
 def latent() -> Iterator[Case]:
     """Latent attention (MLA, 576/512): one KV head, whose first columns are the values. Bounds: the cache once at the
-    rate of a copy, and the products at that of a large product of matrices, in turn with ours."""
+    rate of a copy, and the products at that of a large product of matrices, measured beside them."""
     copy = copy_bandwidth()
     product, product_work = [partial(torch.mm, randn(8192, 8192), randn(8192, 8192))], 2.0 * 8192**3
     for batch, length, heads, rows in (
