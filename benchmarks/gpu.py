@@ -458,9 +458,8 @@ NAMES = (
     "PyTorch's choice",
     "FA3",
     "FA3, one split",
-    "product",
 )
-COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)}
+COLORS = {name: f"C{i}" for i, name in enumerate(NAMES)} | {"product": "lightgray"}
 
 
 def plot(rows: list[dict], device: str, path: Path) -> None:
@@ -494,7 +493,8 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
             color = COLORS.get(name.removesuffix(", padded"))
             panel.barh(places, [r.get(name) or 0 for r in chosen], 0.8 / len(names), label=name, color=color)
         if "copy" in chosen[0]:
-            panel.axvline(chosen[0]["copy"], color="black", linestyle="--", label="copy")
+            tops, bottoms = ([y + edge for y in range(len(chosen))] for edge in (-0.5, 0.5))
+            panel.vlines([r["copy"] for r in chosen], tops, bottoms, "black", "dashed", label="copy")
         panel.set_yticks(range(len(chosen)), [r["case"] for r in chosen], fontsize=8)
         panel.invert_yaxis()
         panel.set_xlabel(kind[1])
