@@ -108,7 +108,7 @@ template <int PASS> using Loop = BackwardTileLoop<PASS>;
 constexpr bool HAS_ONE_PASS = false;
 #endif
 
-/* Whether GRAD_ALL takes the place of the passes after the first (figures: docs/hopper.md, "Backward"). Its sums make
+/* Whether GRAD_ALL takes the place of the passes after the first (figures: docs/hopper_backward.md). Its sums make
  * traffic, which counts for less the longer the sequences are: on an H100, causal attention over 1024 tokens gained 4 %
  * from it where no block waited. And blocks that see the same tiles queue up when the first of them begin, each for
  * about as long as a tile takes (see KeyBlocks): all tiles that a multiprocessor goes through must outnumber them by

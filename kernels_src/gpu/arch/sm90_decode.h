@@ -41,7 +41,7 @@
  * memory's latency: the rest lets readers finish a unit (some 3000 cycles, 40 KB) without the memory noticing. 8 bits:
  * a tile of 32 tokens has the same bytes, twice the products, and 128 conversions with 32 byte permutations: 1300
  * cycles, 50 bytes a cycle. With 64 rows each tile is used four times: 20 and 12 bytes a cycle. What was measured:
- * docs/hopper.md. */
+ * docs/hopper_decoding.md. */
 #ifndef AITER_GPU_ARCH_SM90_DECODE_H
 #define AITER_GPU_ARCH_SM90_DECODE_H
 

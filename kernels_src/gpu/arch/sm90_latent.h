@@ -59,7 +59,8 @@
  * Values in a memory of their own: they replace the tile's first eight blocks as soon as its scores are made.
  *
  * After the design of FlashMLA (github.com/deepseek-ai/FlashMLA): halves of the output, P exchanged, a tile given back
- * block by block, rounds of two tiles. What each gave, and what tensor maps and clusters did: docs/hopper.md. */
+ * block by block, rounds of two tiles. What each gave, and what tensor maps and clusters did:
+ * docs/hopper_decoding.md. */
 #ifndef AITER_GPU_ARCH_SM90_LATENT_H
 #define AITER_GPU_ARCH_SM90_LATENT_H
 

@@ -29,7 +29,8 @@ inline int box_of(int page_size, int keys) {
 extern "C" void *aiter_driver_function(const char *name); /* gpu/cuda_runtime.cpp */
 
 /* How often other blocks ask for what a box has brought. ONCE or nearly so: where a box has half of a row, the L2 cache
- * would be told to fetch the other half too, which is on its way already, and less came through it (docs/hopper.md). */
+ * would be told to fetch the other half too, which is on its way already, and less came through it
+ * (docs/hopper_decoding.md). */
 enum class Reuse { ONCE, OFTEN };
 
 /* Whether it could be made: it cannot of a tensor with strides of 0 or of 2^40 bytes, for instance. */
