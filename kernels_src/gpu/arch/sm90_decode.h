@@ -1,6 +1,6 @@
 /* Few query rows on sm_90a, up to 256 dimensions: keys and values stream through a ring in shared memory that the bulk
  * copy engine keeps full, from one unit of the schedule into the next. It takes the place of the loop of
- * attention_decode.hip, whose waves copy for themselves and begin each unit with nothing on its way.
+ * decode_loop.h, whose waves copy for themselves and begin each unit with nothing on its way.
  *
  *   block           one for each SM
  *   copiers         wave 0 of four sets off stage after stage, as soon as the readers have given one back: a box of
@@ -538,7 +538,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct RingLoop : RingDecode<HEAD_DIM, VA
         return schedule.plain && fits;
     }
 
-    /* See Loop in attention_decode.hip. */
+    /* See Loop in decode_loop.h. */
     template <class Pieces, class Write>
     static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
                                                Pieces for_each_piece, const Write &write) {

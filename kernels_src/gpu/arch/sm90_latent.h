@@ -1,5 +1,5 @@
 /* Latent attention (MLA) for few query tokens on sm_90a: one KV head of 576 columns, the first 512 of which are the
- * values too, for 64 rows at a time with wgmma. It takes the place of the loop of attention_decode.hip, whose mma.sync
+ * values too, for 64 rows at a time with wgmma. It takes the place of the loop of decode_loop.h, whose mma.sync
  * reads each tile from shared memory once for 16 rows.
  *
  *   a piece       64 rows (token, head), and keys in tiles of 64. One block to an SM, three warpgroups:
@@ -124,7 +124,7 @@ struct LatentLoop : LatentTiles {
 
     static __device__ __forceinline__ int first_column() { return thread_in_block() / WARPGROUP * COLUMNS; }
 
-    /* See Loop in attention_decode.hip. */
+    /* See Loop in decode_loop.h. */
     static constexpr int WRITERS = 2 * WARPGROUP, OWN_COLUMNS = COLUMNS;
     template <class Pieces, class Write>
     static __device__ __forceinline__ void run(const Launch &launch, char *memory, const Score &score,
