@@ -353,6 +353,22 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
     assert torch.equal(output[-1], whole[0][0, -1:]) and torch.equal(lse[-1], whole[1][0, :, -1:])
 
 
+@pytest.mark.parametrize("heads", (4, 16))
+def test_bits_of_many_pieces(heads):
+    """More pieces than are added up at one time, of a token's 8 rows or fewer and of more."""
+    rows, total = 5000, 40000
+    query, key, value = qkv(1, rows, total, heads, 1, 128)
+    options = {"causal": True, "batch_invariant": True, "return_lse": True}
+    whole = aiter.flash_attn_func(query, key, value, **options)
+    expected = aiter.flash_attn_func(query, key, value, causal=True)
+    torch.testing.assert_close(whole[0], expected, rtol=0.02, atol=0.005)
+    for begin, end in ((0, 1), (2000, 2003), (rows - 1, rows)):
+        seen = total - rows + end
+        output, lse = aiter.flash_attn_func(query[:, begin:end], key[:, :seen], value[:, :seen], **options)
+        assert torch.equal(output, whole[0][:, begin:end]), (begin, end)
+        assert torch.equal(lse, whole[1][:, :, begin:end]), (begin, end)
+
+
 PACKED = {
     "full": {},
     "causal": {"causal": True},

@@ -107,9 +107,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     static constexpr int SHARED_BYTES = SUM_AT + Work::SUM_BYTES;
     static_assert(STAGES >= 3 && KEYS % 16 == 0 && SUM_AT % 16 == 0 && SHARED_BYTES <= SHARED_LIMIT, "");
 
-    /* Up to so many rows read a KV head's keys nearly ONCE, where keys are many besides: memory is the bound then (by
-     * trial, docs/hopper.md). */
-    static constexpr int FEW_ROWS = 512, KEYS_OF_TOKEN = 4;
+    /* No more row tiles than that read a KV head's keys nearly ONCE, if keys are many besides: memory is the bound then
+     * (by trial, docs/hopper.md). */
+    static constexpr int FEW_ROW_TILES = 512 / BLOCK_ROWS, KEYS_OF_TOKEN = 4;
 
     using Order = RowTileOrder<Packing, (LINES + VALUE_LINES) * 128>;
 
@@ -117,7 +117,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
     struct Launch : Arguments {
         CUtensorMap query, key, value, output;
         bool output_is_mapped;
-        int few_tokens; /* that have FEW_ROWS for a KV head */
+        int few_tokens; /* of a sequence, that fill so many */
         int box;        /* keys that a map's copy brings; 0: there are no maps */
         int tasks;      /* in all: row tiles or what they are cut into */
         Order order;
@@ -181,7 +181,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : WarpgroupShape<HEA
         launch.small_cap = SmallCap(p);
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
         const int bits = Packing(p).bits;
-        launch.few_tokens = FEW_ROWS / (p.heads_q / p.heads_kv);
+        const int apart = greater((p.heads_q / p.heads_kv) >> bits, 1); /* heads that share no row tile */
+        launch.few_tokens = FEW_ROW_TILES / apart * BLOCK_ROWS >> bits;
         const int64_t tokens =
             p.packed_q ? p.total_q / greater(p.batch, 1) : p.seqlen_q; /* of a sequence, on average */
         const auto reuse = launch.few(tokens, p.seqlen_k) ? tensor_map::Reuse::ONCE : tensor_map::Reuse::OFTEN;
