@@ -19,23 +19,33 @@ total_tokens), natural logarithm, of the keys alone (a sink is not in it). Rows 
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from aiter import checks, kv_cache, plan, torch_state
 from aiter.cache_layout import Cache, check_padding
-from aiter.dispatch import First, Operation, attend
-from aiter.dropout import draw_rng_state, keep_mask
+from aiter.dispatch import First
 from aiter.errors import LengthError
-from aiter.layout import NO_INDICES, Indices, check_tensors, index_tensor, page_lists
-from aiter.options import OptionKeywords, check_rng_state, chunk_in_range, dropout_in_range
+from aiter.flash_attn_arguments import (
+    CACHE_NAMES,
+    CACHED,
+    NAMES,
+    OPERATION,
+    PAGED,
+    PAGED_BY_STARTS,
+    attend_any_head_dim,
+    batch_of_starts,
+    check_values,
+    copy_into,
+    options_of,
+    unpacked,
+    widened,
+    with_values,
+)
+from aiter.layout import NO_INDICES, Indices, index_tensor, page_lists
 from aiter.parts import merge_attention_states
-from aiter.reference import attend_one
 from aiter.repeated import repeats
 
 __all__ = [
@@ -48,51 +58,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
-
-# Taken and of no consequence: how fast, on how many units, in which order. None is taken for each, too.
-_HINTS: dict[str, tuple[type, ...]] = {
-    "num_splits": (int,),
-    "pack_gqa": (bool, int),
-    "sm_margin": (int,),
-    "scheduler_metadata": (torch.Tensor,),
-    "how_v3_bf16_cvt": (int,),
-    "min_seqlen_q": (int,),
-    "is_v3_atomic_fp32": (bool, int),
-}
-# Not offered; None asks for nothing.
-_NOT_OFFERED = ("q_descale", "bias", "cu_seqlens_q_padded", "cu_seqlens_k_padded", "learnable_sink")
-
-
-def _operation(names: checks.Names) -> Operation:
-    return Operation(partial(check_tensors, names=names), None, names)
-
-
-_NAMES = checks.Names(
-    *("seqused_q", "seqused_k", "max_seqlen_q", "max_seqlen_k", False, "cu_seqlens_q", "cu_seqlens_k", "block_table"),
-    query="q",
-    key="k",
-    value="v",
-)
-_OPERATION = _operation(_NAMES)
-_PAGED_NAMES = _NAMES._replace(longest_k="what block_table has room for")
-_PAGED = _operation(_PAGED_NAMES)
-_PAGED_BY_STARTS = _operation(_PAGED_NAMES._replace(seqlens_k="the length in cu_seqlens_k"))
-_CACHE_NAMES = _NAMES._replace(longest_k="what the cache has room for", key="k_cache", value="v_cache")
-
-
-def _cached(paged: bool, indexed: bool, appends: bool) -> Operation:
-    names = _CACHE_NAMES._replace(seqlens_k="cache_seqlens + new tokens" if appends else "cache_seqlens")
-    if paged:
-        names = names._replace(longest_k=_PAGED_NAMES.longest_k)
-    if paged and indexed:
-        names = names._replace(page_entry="{table}[cache_batch_idx[{row}], {column}]")
-    elif indexed:
-        names = names._replace(page_table="cache_batch_idx", page_entry="{table}[{row}]", pages="rows")
-    return _operation(names)
-
-
-# By whether there are a block_table, a cache_batch_idx, and new tokens.
-_CACHED = {case: _cached(*case) for case in itertools.product((False, True), repeat=3)}
 
 
 @repeats
@@ -131,12 +96,12 @@ def flash_attn_func(
     a head that joins the softmax. out: where the output goes.
     """
     if isinstance(q, torch.Tensor) and q.dtype in checks.FP8_NAMES:
-        q, k, v = _widened(q, k, v, others, _NAMES)
-    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
+        q, k, v = widened(q, k, v, others, NAMES)
+    options = options_of(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if qv is not None:
-        q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
-    return _attend(
-        *(_OPERATION, q, k, v, NO_INDICES, 0, 0, softmax_scale, causal, options, out, deterministic),
+        q, k, softmax_scale = with_values(q, qv, k, v, softmax_scale)
+    return attend_any_head_dim(
+        *(OPERATION, q, k, v, NO_INDICES, 0, 0, softmax_scale, causal, options, out, deterministic),
         *(return_attn_probs, return_lse),
     )
 
@@ -144,7 +109,7 @@ def flash_attn_func(
 def flash_attn_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
     """`flash_attn_func` with keys and values in one tensor (batch, seq_k, 2, heads_kv, head_dim)."""
     checks.tensor("kv", kv, 5, "(batch, seq_k, 2, heads_kv, head_dim)")
-    k, v = _unpacked("kv", kv, 2)
+    k, v = unpacked("kv", kv, 2)
     return flash_attn_func(q, k, v, *arguments, **keywords)
 
 
@@ -161,7 +126,7 @@ def flash_attn_qkvpacked_func(
             raise ValueError(f"qkv has {qkv.shape[2]} heads; they must be num_heads_q, {num_heads_q}, and 2 * heads_kv")
         return flash_attn_func(*qkv.split((num_heads_q, heads_kv, heads_kv), 2), *arguments, **keywords)
     checks.tensor("qkv", qkv, 5, "(batch, seq, 3, heads, head_dim)")
-    q, k, v = _unpacked("qkv", qkv, 3)
+    q, k, v = unpacked("qkv", qkv, 3)
     return flash_attn_func(q, k, v, *arguments, **keywords)
 
 
@@ -211,15 +176,15 @@ def flash_attn_varlen_func(
     starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
     if starts_q is None:
         raise TypeError("cu_seqlens_q must be a torch.Tensor int32 (batch + 1,), not NoneType")
-    batch = _batch(starts_q)
+    batch = batch_of_starts(starts_q)
     batch_of = "cu_seqlens_q", starts_q, batch
     starts_k = index_tensor("cu_seqlens_k", cu_seqlens_k, (batch + 1,), "int32 (batch + 1,)", q, batch_of)
     used_q = index_tensor("seqused_q", seqused_q, (batch,), "int32 (batch,)", q, batch_of)
     used_k = index_tensor("seqused_k", seqused_k, (batch,), "int32 (batch,)", q, batch_of)
     if q.dtype in checks.FP8_NAMES:
-        q, k, v = _widened(q, k, v, others, _NAMES, starts_q)
-    options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
-    operation = _OPERATION
+        q, k, v = widened(q, k, v, others, NAMES, starts_q)
+    options = options_of(dropout_p, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
+    operation = OPERATION
     pages: dict[str, torch.Tensor | None] = {}
     if not (page_indptr is page_indices is last_page_len is None):
         pages = page_lists(page_indptr, page_indices, last_page_len, batch_of, q, block_table, "block_table")
@@ -229,16 +194,16 @@ def flash_attn_varlen_func(
     if pages:
         for name, cache in (("k", k), ("v", v)):
             checks.tensor(name, cache, 4, "(num_blocks, block_size, heads_kv, head_dim), as there are pages")
-        operation = _PAGED
+        operation = PAGED
         if used_k is None and starts_k is not None:
-            used_k, operation = starts_k.diff(), _PAGED_BY_STARTS
+            used_k, operation = starts_k.diff(), PAGED_BY_STARTS
         k, v, starts_k = k.transpose(1, 2), v.transpose(1, 2), None
     elif starts_k is None:
         raise TypeError("cu_seqlens_k must be a torch.Tensor int32 (batch + 1,), as there is no block_table")
     indices = Indices(used_q, used_k, starts_q=starts_q, starts_k=starts_k, **pages)
     if qv is not None:
-        q, k, softmax_scale = _with_values(q, qv, k, v, softmax_scale)
-    return _attend(
+        q, k, softmax_scale = with_values(q, qv, k, v, softmax_scale)
+    return attend_any_head_dim(
         *(operation, q, k, v, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options, out, deterministic),
         *(return_attn_probs, return_lse),
     )
@@ -256,7 +221,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` with keys and values in one tensor (total_k, 2, heads_kv, head_dim)."""
     checks.tensor("kv", kv, 4, "(total_k, 2, heads_kv, head_dim)")
-    k, v = _unpacked("kv", kv, 2)
+    k, v = unpacked("kv", kv, 2)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *arguments, **keywords
     )
@@ -267,7 +232,7 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Any:
     """`flash_attn_varlen_func` with all three in one tensor (total, 3, heads, head_dim)."""
     checks.tensor("qkv", qkv, 4, "(total, 3, heads, head_dim)")
-    q, k, v = _unpacked("qkv", qkv, 3)
+    q, k, v = unpacked("qkv", qkv, 3)
     return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *arguments, **keywords)
 
 
@@ -341,8 +306,8 @@ def flash_attn_with_kvcache(
     starts_q = index_tensor("cu_seqlens_q", cu_seqlens_q, (None,), "int32 (batch + 1,)", q)
     others = {"num_splits": num_splits, **others}
     if q.dtype in checks.FP8_NAMES:
-        q, k_cache, v_cache = _widened(q, k_cache, v_cache, others, _CACHE_NAMES, starts_q)
-    options = _options(0.0, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
+        q, k_cache, v_cache = widened(q, k_cache, v_cache, others, CACHE_NAMES, starts_q)
+    options = options_of(0.0, causal, window_size, softcap, alibi_slopes, sinks, others, qv)
     if page_table is not None:
         if block_table is not None:
             raise ValueError("block_table and page_table are one argument; give one of them")
@@ -354,8 +319,8 @@ def flash_attn_with_kvcache(
     checks.equal_size("k_cache", k_cache.shape[-1], "head_dim", "q", q.shape[-1])
     checks.heads(q.shape[-2], k_cache.shape[2], "k_cache", "q")
     if qv is not None:
-        _check_values(q, qv, k_cache, v_cache)
-    batch = q.shape[0] if starts_q is None else _batch(starts_q)
+        check_values(q, qv, k_cache, v_cache)
+    batch = q.shape[0] if starts_q is None else batch_of_starts(starts_q)
     batch_of = ("q", q, batch) if starts_q is None else ("cu_seqlens_q", starts_q, batch)
     if max_seqlen_q is None:
         if starts_q is not None:
@@ -399,7 +364,7 @@ def flash_attn_with_kvcache(
         )
         rotary = kv_cache.Rotary(rotary_cos, rotary_sin, positions, rotary_interleaved, moves)
     appends = k is not None or v is not None
-    operation = _CACHED[block_table is not None, cache_batch_idx is not None, appends]
+    operation = CACHED[block_table is not None, cache_batch_idx is not None, appends]
     append = misfit = None
     if appends:
         if k is None or v is None or lengths is None:
@@ -442,15 +407,15 @@ def flash_attn_with_kvcache(
         assert append is not None
         rotated = append()
         own = q if rotated is None else rotated
-        return (own, key, value) if qv is None else (*_with_values(own, qv, key, value, scale)[:2], value)
+        return (own, key, value) if qv is None else (*with_values(own, qv, key, value, scale)[:2], value)
 
     query, seen_key, scale = q, key, softmax_scale
     if qv is not None:
-        query, seen_key, softmax_scale = _with_values(q, qv, key, value, scale, copies=append is None)
+        query, seen_key, softmax_scale = with_values(q, qv, key, value, scale, copies=append is None)
     indices = NO_INDICES
     if lengths is not None or seen.table is not None or starts_q is not None:
         indices = Indices(None, lengths, starts_q=starts_q, **(lists or {"page_table": seen.table}))
-    return _attend(
+    return attend_any_head_dim(
         *(operation, query, seen_key, value, indices, max_seqlen_q, 0),
         *(softmax_scale, causal, options, out, False, False, return_softmax_lse),
         None if misfit is None else First(appended, misfit),
@@ -498,308 +463,5 @@ def flash_attn_combine(
         if torch.is_grad_enabled() and (out.requires_grad or out_partial.requires_grad or lse_partial.requires_grad):
             raise ValueError("out= takes no gradient: leave it out where one is needed, or use torch.no_grad()")
     output, lse = merge_attention_states(out_partial.float().unbind(), lse_partial.transpose(-1, -2).unbind())
-    output = output.to(dtype) if out is None else _copy(out, output)
+    output = output.to(dtype) if out is None else copy_into(out, output)
     return output, lse.transpose(-1, -2)
-
-
-def _attend(
-    operation: Operation,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    indices: Indices,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float | None,
-    causal: bool,
-    options: OptionKeywords,
-    out: torch.Tensor | None,
-    deterministic: bool,
-    return_attn_probs: bool,
-    return_lse: bool,
-    first: First | None = None,
-) -> Any:
-    """`attend`, of head_dims that need not be multiples of 8."""
-    names = operation.names
-    for name, flag in (
-        ("deterministic", deterministic),
-        ("return_attn_probs", return_attn_probs),
-        ("return_lse", return_lse),
-    ):
-        if flag is not True and flag is not False:
-            checks.flag(name, flag)
-    for name, tensor in ((names.query, q), (names.key, k), (names.value, v)):
-        checks.tensor(name, tensor, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
-    head_dim, value_dim = q.shape[-1], v.shape[-1]
-    checks.equal_size(names.key, k.shape[-1], "head_dim", names.query, head_dim)
-    for name, size in ((names.query, head_dim), (names.value, value_dim)):
-        if not 0 < size <= checks.HEAD_DIM_MAX and size != checks.LATENT_HEAD_DIM:
-            raise ValueError(f"{name} has head_dim {size}; it must be from 1 to {checks.HEAD_DIM_MAX}")
-    for name, bound in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if type(bound) is not int or not 0 <= bound <= checks.INT32_MAX:
-            checks.bound(name, bound)
-    if indices is not NO_INDICES:  # a bound of 0 is one that nothing but empty sequences keeps
-        max_seqlen_q = max(max_seqlen_q, 1)
-        if indices.page_indptr is None:
-            max_seqlen_k = max(max_seqlen_k, 1)
-    if softmax_scale is None:
-        softmax_scale = checks.softmax_scale(None, head_dim)
-    padded = head_dim % checks.HEAD_DIM_STEP or value_dim % checks.HEAD_DIM_STEP
-    target = out
-    if padded:
-        if out is not None:
-            target = _pad(checks.output(out, q, v, names))
-        if first is None:
-            q, k, v = _padded(q, k, v)
-        else:
-            unpadded, step = first.do, checks.HEAD_DIM_STEP
-            q, k, v = (_shape_of(tensor, -(-tensor.shape[-1] // step) * step) for tensor in (q, k, v))
-            first = First(lambda: _padded(*unpadded()), first.explain)
-    wants_lse = return_attn_probs or return_lse
-    if return_attn_probs and options.get("dropout_p"):
-        options.setdefault("rng_state", draw_rng_state(q.device))
-    result: Any = attend(
-        *(operation, (), q, k, v, causal, softmax_scale, wants_lse, options, indices, max_seqlen_q, max_seqlen_k),
-        *(target, first),
-    )
-    output, lse = result if wants_lse else (result, None)
-    if padded:
-        output = output[..., :value_dim]
-        output = output.contiguous() if out is None else _copy(out, output)
-    if return_attn_probs:
-        weights = _signed_weights(q, k, indices, max_seqlen_q, max_seqlen_k, softmax_scale, causal, options)
-        return output, lse, weights
-    return (output, lse) if return_lse else output
-
-
-def _widened(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    others: dict[str, Any],
-    names: checks.Names,
-    starts_q: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """8-bit queries as bfloat16, times the q_descale among the other keywords: float32 of one element, (heads_kv,) or
-    (batch, heads_kv), each for the query heads of a KV head. The product is rounded once. Keys and values as they are,
-    without a gradient."""
-    checks.tensor(names.query, q, *((4, checks.BSHD) if starts_q is None else (3, checks.PACKED)))
-    for name, tensor in ((names.key, k), (names.value, v)):
-        checks.tensor(name, tensor, (3, 4), f"{checks.BSHD}, or packed {checks.PACKED}")
-    k, v, heads_kv = k.detach(), v.detach(), k.shape[-2]
-    checks.heads(q.shape[-2], heads_kv, names.key, names.query)
-    descale = others.pop("q_descale", None)
-    if descale is not None:
-        batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
-        checks.per_kv_head("q_descale", descale, q, batch, heads_kv, names.query)
-    q = q.detach().to(torch.bfloat16)
-    if descale is None:
-        return q, k, v
-    if descale.numel() != 1:
-        descale = descale.repeat_interleave(q.shape[-2] // heads_kv, -1)
-        if descale.dim() == 2 and starts_q is not None:  # a row of scales for each row of q
-            rows = torch.arange(q.shape[0], device=q.device)
-            sequence = torch.searchsorted(starts_q, rows, right=True).sub(1).clamp(0, descale.shape[0] - 1)
-            descale = descale[sequence]
-        elif descale.dim() == 2:
-            descale = descale.unsqueeze(1)
-        descale = descale.unsqueeze(-1)
-    return (q.float() * descale.detach()).to(torch.bfloat16), k, v
-
-
-def _with_values(
-    q: torch.Tensor,
-    qv: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    softmax_scale: float | None,
-    copies: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Query, key and scale such that scores are those of q and k and those of qv and v together. Where k and v lie side
-    by side in one memory the key is that memory, else a copy of both, or only of that shape."""
-    _check_values(q, qv, k, v)
-    both = q.shape[-1] + qv.shape[-1]
-    scale = checks.softmax_scale(None, both) if softmax_scale is None else softmax_scale
-    if _is_behind(v, k):
-        return torch.cat((qv, q), -1), v.as_strided((*v.shape[:-1], both), v.stride()), scale
-    if _is_behind(k, v):
-        return torch.cat((q, qv), -1), k.as_strided((*k.shape[:-1], both), k.stride()), scale
-    return torch.cat((q, qv), -1), torch.cat((k, v), -1) if copies else _shape_of(k, both), scale
-
-
-def _check_values(q: torch.Tensor, qv: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raises for a qv that does not go with the others."""
-    checks.tensor("qv", qv, q.dim(), "of the shape of q, with v's head_dim")
-    if qv.shape != (*q.shape[:-1], v.shape[-1]) or qv.dtype != q.dtype:
-        expected = (*q.shape[:-1], v.shape[-1])
-        raise ValueError(f"qv is {qv.dtype} {tuple(qv.shape)}; it must be {q.dtype} {expected}: q's, with v's head_dim")
-    checks.same_device("qv", qv, "q", q)
-    checks.same_shape("v", v, "k", k, but_last=True)
-    checks.equal_size("k", k.shape[-1], "head_dim", "q", q.shape[-1])
-    both = q.shape[-1] + qv.shape[-1]
-    if both > checks.HEAD_DIM_MAX and (both, v.shape[-1]) != (checks.LATENT_HEAD_DIM, checks.HEAD_DIM_MAX):
-        raise NotImplementedError(
-            f"qv is not offered for head_dims of q and v that add up to {both}; up to {checks.HEAD_DIM_MAX}, and "
-            f"{checks.LATENT_HEAD_DIM - checks.HEAD_DIM_MAX} with {checks.HEAD_DIM_MAX}, they are"
-        )
-
-
-def _is_behind(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether each row of the second lies right behind one of the first, in one memory."""
-    return (
-        not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and (first.requires_grad or second.requires_grad))
-        and first.stride() == second.stride()
-        and first.stride(-1) == 1
-        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-        and first.storage_offset() + first.shape[-1] == second.storage_offset()
-    )
-
-
-@torch.no_grad()
-def _signed_weights(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    indices: Indices,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-    options: OptionKeywords,
-) -> torch.Tensor | None:
-    """S_dmask: see flash_attn_func."""
-    dropout_p, rng_state = options.get("dropout_p", 0.0), options.get("rng_state")
-    if not dropout_p or rng_state is None:
-        return None
-    if indices.page_table is not None:
-        raise NotImplementedError("return_attn_probs is not offered for pages with dropout_p; leave out one of them")
-    used_q, used_k, _, starts_q, starts_k, *_ = indices
-    batch = q.shape[0] if starts_q is None else starts_q.shape[0] - 1
-    seq_q = q.shape[1] if starts_q is None else max_seqlen_q
-    seq_k = k.shape[1] if starts_k is None else max_seqlen_k
-    heads = q.shape[-2]
-    weights = q.new_zeros((batch, heads, seq_q, seq_k))
-    kept = keep_mask(rng_state, dropout_p, batch, heads, seq_q, seq_k)
-    slopes = options.get("alibi_slopes")
-    for b in range(batch):
-        rows, keys = (
-            tensor[b] if starts is None else tensor[int(starts[b]) : int(starts[b + 1])]
-            for tensor, starts in ((q, starts_q), (k, starts_k))
-        )
-        rows, keys = (part if used is None else part[: int(used[b])] for part, used in ((rows, used_q), (keys, used_k)))
-        if not (len(rows) and len(keys)):
-            continue
-        values = torch.eye(len(keys), device=q.device).unsqueeze(1).expand(-1, keys.shape[1], -1)
-        own, _ = attend_one(
-            *(rows, keys, values, causal, softmax_scale),
-            window=options.get("window_size"),
-            softcap=options.get("softcap", 0.0),
-            alibi_slopes=None if slopes is None else slopes if slopes.dim() == 1 else slopes[b],
-            chunk=options.get("attention_chunk", 0),
-        )
-        relative = (own / own.amax(-1, keepdim=True)).nan_to_num(0.0).transpose(0, 1)  # rows that see nothing: 0 / 0
-        place = b, slice(None), slice(len(rows)), slice(len(keys))
-        weights[place] = torch.where(kept[place], relative, -relative).to(q.dtype)
-    return weights
-
-
-def _copy(out: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling() or not out.is_inference():
-        return out.copy_(output)
-    with torch.inference_mode():  # elsewhere PyTorch lets nobody write into such a tensor
-        return out.copy_(output)
-
-
-def _pad(tensor: torch.Tensor) -> torch.Tensor:
-    return F.pad(tensor, (0, -tensor.shape[-1] % checks.HEAD_DIM_STEP))
-
-
-def _padded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _pad(q), _pad(k), _pad(v)
-
-
-def _shape_of(tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """What checks can be asked about, in place of a copy with that head_dim that is yet to be made."""
-    return tensor.new_empty(()).expand(*tensor.shape[:-1], head_dim)
-
-
-def _options(
-    dropout_p: float,
-    causal: bool,
-    window_size: tuple[int, ...],
-    softcap: float,
-    alibi_slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    others: dict[str, Any],
-    qv: torch.Tensor | None,
-) -> OptionKeywords:
-    """What is asked for beyond tensors, in this package's words. Raises for what is not offered or not known."""
-    checks.flag("causal", causal)
-    if isinstance(window_size, torch.Tensor) and window_size.is_cpu:
-        checks.tensor("window_size", window_size, 1, "(left, right)")
-        window_size = tuple(window_size.tolist())
-    if window_size is None:
-        window_size = (-1, -1)
-    if not isinstance(window_size, (tuple, list)):
-        raise TypeError(f"window_size must be a pair (left, right) of ints, -1 for no limit, not {window_size!r}")
-    for side in window_size:
-        if not checks.is_int(side):
-            raise TypeError(f"window_size must be a pair (left, right) of ints, -1 for no limit, not {window_size!r}")
-    if len(window_size) == 3:  # ROCm's third is a number of sink tokens
-        if window_size[2]:
-            raise NotImplementedError(f"window_size {tuple(window_size)} keeps sink tokens, which is not offered")
-        window_size = window_size[:2]
-    options: OptionKeywords = {}
-    if type(dropout_p) is not float or dropout_p != 0.0:
-        dropout_p = dropout_in_range(dropout_p)
-        if dropout_p:
-            options["dropout_p"] = dropout_p
-    for name, value in others.items():
-        if name in ("sink_ptr", "s_aux") and name in others:
-            if sinks is not None and value is not None:
-                raise ValueError(f"sinks and {name} are one argument; give one of them")
-            sinks = value if value is not None else sinks
-        elif name in ("k_descale", "v_descale"):
-            if value is not None and qv is not None:
-                raise NotImplementedError(f"{name} is not offered with qv, whose keys are k and v of one scale")
-            if value is not None:
-                options[name] = value  # type: ignore[literal-required]
-        elif name in _NOT_OFFERED:
-            if value is not None:
-                given = "a tensor" if isinstance(value, torch.Tensor) else repr(value)
-                raise NotImplementedError(f"{name} is not offered (it was {given}); leave it out, or give None")
-        elif name in _HINTS:
-            if value is not None and not isinstance(value, _HINTS[name]):
-                kinds = " or ".join(kind.__name__ for kind in _HINTS[name])
-                raise TypeError(f"{name} must be {kinds} or None, not {type(value).__name__}")
-        elif name not in ("rng_state", "attention_chunk"):
-            raise TypeError(f"there is no argument {name!r}")
-    if others.get("rng_state") is not None:
-        check_rng_state(others["rng_state"])
-        options["rng_state"] = others["rng_state"]
-    if others.get("attention_chunk") is not None:
-        options["attention_chunk"] = chunk_in_range(others["attention_chunk"])
-    if tuple(window_size) != (-1, -1):
-        options["window_size"] = tuple(window_size)  # type: ignore[typeddict-item]
-    if isinstance(softcap, bool) or not isinstance(softcap, Real) or softcap != softcap:
-        raise TypeError(f"softcap must be a number, 0.0 for none, not {softcap!r}")
-    if softcap > 0:  # FlashAttention takes any other number for none
-        options["softcap"] = softcap
-    if alibi_slopes is not None:
-        options["alibi_slopes"] = alibi_slopes
-    if sinks is not None:
-        options["sinks"] = sinks
-    return options
-
-
-def _batch(starts: torch.Tensor) -> int:
-    if starts.shape[0] == 0:
-        raise ValueError("cu_seqlens_q has shape (0,); it must be int32 (batch + 1,), from 0 on")
-    return starts.shape[0] - 1
-
-
-def _unpacked(name: str, tensor: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    checks.memory(**{name: tensor})
-    if tensor.shape[-3] != count:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; its third dimension from the end must be {count}")
-    return tensor.unbind(-3)

@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate, assert_gradient_as_accurate, pytorch_at
 from problems import DEVICE, DTYPES, randn
 
 import aiter
-from aiter import flash_attn, reference
+from aiter import flash_attn, flash_attn_arguments, reference
 
 
 def ints(*values):
@@ -75,7 +75,7 @@ def latent(batch, seq_q, seq_k, dtype, dims, order):
 def test_second_query(order):
     dtype, dims = DTYPES[1], (64, 512)
     q, qv, k, v = latent(2, 9, 70, dtype, dims, order)
-    joined = flash_attn._with_values(q, qv, k, v, None)
+    joined = flash_attn_arguments.with_values(q, qv, k, v, None)
     assert (joined[1].data_ptr() in (k.data_ptr(), v.data_ptr())) == (order != "apart")
     assert joined[2] == sum(dims) ** -0.5
     parts = torch.cat((q, qv), -1), torch.cat((k, v), -1), v

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aiter import flash_attn, kv_cache
+from aiter import flash_attn, flash_attn_arguments, kv_cache
 from aiter.errors import AiterError, LengthError, OverlapError
 from aiter.flash_attn import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
@@ -737,11 +737,11 @@ def test_an_interleaved_cache_is_no_overlap():
     assert both[1, :, 1].eq(1).all() and both.sum() == 64
 
 
-@pytest.mark.parametrize("name", sorted(flash_attn._HINTS))
+@pytest.mark.parametrize("name", sorted(flash_attn_arguments.HINTS))
 def test_hints_change_nothing(name):
     torch.manual_seed(0)
     function, keywords = dense()
     expected = function(**keywords)
-    kind = flash_attn._HINTS[name][0]
+    kind = flash_attn_arguments.HINTS[name][0]
     for value in (None, kind(2) if kind in (int, bool) else torch.zeros(2)):
         assert torch.equal(function(**keywords, **{name: value}), expected)
