@@ -23,6 +23,27 @@
 
 namespace aiter {
 
+/* Whether heads that read one KV head share row tiles (Packing): not with slopes nor dropout, which are a head's. Without
+ * wgmma NVIDIA's loop could, too: it has not run so. */
+#if defined(AITER_GFX9)
+constexpr bool HEADS_SHARE_ROW_TILES = !ALIBI && !DROPOUT;
+#else
+constexpr bool HEADS_SHARE_ROW_TILES = false;
+#endif
+
+/* The kernel's parameter: the call, and what these loops add to it. */
+struct LaunchOfWaves : Arguments {
+    Packing<HEADS_SHARE_ROW_TILES> packing;
+    bool four_waves = false; /* see AlternatingLoop */
+
+    LaunchOfWaves() = default;
+    /* As many heads share a row tile as it has room for all rows of. */
+    LaunchOfWaves(const Arguments &call, int block_rows) : Arguments(call), packing(call.problem) {
+        if constexpr (HEADS_SHARE_ROW_TILES)
+            while (packing.bits > 0 && int64_t(call.problem.seqlen_q) << packing.bits > block_rows) --packing.bits;
+    }
+};
+
 /* What loops have in common whose waves, or teams of waves, have rows of their own. `Loop` is the one that is made of
  * this: it has SHARED_BYTES, TILE_BYTES of them for keys and values, and attend(), which leaves in `o` the sums of P V and
  * in `softmax` what they must be divided by. */
@@ -34,32 +55,37 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     static constexpr int THREADS = Tile::WAVES * WAVE;
     static constexpr int TEAM = Tile::TEAM, TEAMS = Tile::WAVES / TEAM; /* without teams, of one wave each */
     static constexpr int WAVE_ROWS = Tile::ROW_TILES * ROW_TILE, BLOCK_ROWS = TEAMS * WAVE_ROWS;
-    static constexpr bool SEVERAL_HEADS = false; /* in a row tile */
+    static constexpr bool SEVERAL_HEADS = HEADS_SHARE_ROW_TILES;
     using Packing = aiter::Packing<SEVERAL_HEADS>;
     /* Of a team's queries and, later, its output. */
     static constexpr int TEAM_BYTES = greater(Queries::SHARED_BYTES, Query<VALUE_DIM, Tile::ROW_TILES>::SHARED_BYTES);
 
-    using Launch = Arguments; /* the kernel's parameter: the call, and what a loop adds to it */
+    using Launch = LaunchOfWaves;
 
     static int64_t workspace_bytes(const aiter_attention_problem &, int64_t) { return 0; }
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, call);
+    static Launch launch_of(const aiter_attention_call &call) { return {call, BLOCK_ROWS}; }
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t, void *stream) {
+        const Launch launch = launch_of(call);
+        return launch_with_shared(kernel, blocks(launch), THREADS, Loop::SHARED_BYTES, stream, launch);
     }
-    static __device__ __forceinline__ int row_tiles(const aiter_attention_problem &p) {
-        return static_cast<int>((int64_t(p.seqlen_q) + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    /* Of the heads that share them. */
+    static __host__ __device__ __forceinline__ int row_tiles(const Launch &launch) {
+        const int64_t rows = int64_t(launch.problem.seqlen_q) << launch.packing.bits;
+        return static_cast<int>((rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
     }
 
-    static __device__ __forceinline__ Packing packing(const Launch &launch) { return Packing(launch.problem); }
+    static __device__ __forceinline__ Packing packing(const Launch &launch) { return launch.packing; }
     /* A window's first tile begins at a multiple of this. */
     static __device__ __forceinline__ int alignment(const Launch &) { return 1; }
     /* Units one after the other; of one unit's tiles those that see most keys come first, so that short ones fill the
      * gaps at the end. */
     static __device__ __forceinline__ Place place(const Launch &launch, int index) {
         const aiter_attention_problem &p = launch.problem;
-        const int group = p.heads_q / p.heads_kv, row_tiles = LoopOfWaves::row_tiles(p);
+        const int bits = launch.packing.bits;
+        const int group = (p.heads_q / p.heads_kv) >> bits, row_tiles = LoopOfWaves::row_tiles(launch);
         const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
         const int kv_head = work.unit % p.heads_kv;
-        return {work.unit / p.heads_kv, kv_head * group + work.part % group, kv_head,
+        return {work.unit / p.heads_kv, (kv_head * group + work.part % group) << bits, kv_head,
                 row_tiles - 1 - work.part / group};
     }
 
@@ -72,15 +98,27 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
         return shared + Loop::TILE_BYTES + team() * TEAM_BYTES;
     }
-    static __device__ __forceinline__ void load_queries(Queries &queries, const Sequence &sequence,
+    template <class RowTile>
+    static __device__ __forceinline__ void load_queries(Queries &queries, const Launch &launch, const RowTile &tile,
                                                         SharedAddress shared, int wave_row, QueryBits bits) {
+        const Sequence &sequence = tile.sequence;
         queries.load(
             query_memory(shared),
             [&](int row) {
                 row += wave_row;
-                return row < sequence.rows ? sequence.query + row * sequence.query_stride : nullptr;
+                const int token = tile.token(row);
+                const Element *from = sequence.query + token * sequence.query_stride;
+                if (SEVERAL_HEADS) from += tile.member(row) * launch.problem.query_strides[2];
+                return token < sequence.rows ? from : nullptr;
             },
             bits);
+    }
+    /* The keys that any of a wave's rows sees, and those that all of them see. */
+    template <class RowTile> static __device__ __forceinline__ Range keys_of_any(const RowTile &tile, int wave_row) {
+        return tile.sequence.mask.keys_of_any(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
+    }
+    template <class RowTile> static __device__ __forceinline__ Range keys_of_all(const RowTile &tile, int wave_row) {
+        return tile.sequence.mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
     }
     template <class RowPointer>
     static __device__ __forceinline__ void store_output(const Output &o, SharedAddress shared, RowPointer row) {
@@ -105,24 +143,27 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
             const auto &scored = tile.sequence.scaled(score);
             Softmax softmax(scored.unit);
             Output o;
-            Loop::attend(tile.sequence, shared, tile.first_row, tile.keys, scored,
-                         Dropout(launch.problem, launch.tensors), softmax, o);
+            Loop::attend(launch, tile, shared, scored, Dropout(launch.problem, launch.tensors), softmax, o);
             finish(tile, softmax, o);
         }
-        clear_rest(launch, row_tiles(launch.problem) * launch.problem.heads_q * launch.problem.batch, THREADS);
+        clear_rest(launch, static_cast<int>(blocks(launch)), THREADS);
+    }
+    static __host__ __device__ __forceinline__ int64_t blocks(const Launch &launch) {
+        return int64_t(row_tiles(launch)) * (launch.problem.heads_q >> launch.packing.bits) * launch.problem.batch;
     }
 
     /* Caps, slopes and masks the scores of the tile of keys from `first` on; whether it has changed any. */
+    template <class RowTile>
     static __device__ __forceinline__ bool finish_scores(Scores &s, int first, int wave_row, const Range &keys_of_all,
-                                                         const Sequence &sequence, const Score &score) {
-        const Mask &mask = sequence.mask;
+                                                         const RowTile &tile, const Score &score) {
+        const Mask &mask = tile.sequence.mask;
         score.finish(
-            s, first, [&](int) { return sequence.slope; },
+            s, first, [&](int) { return tile.sequence.slope; },
             [&](int slot) { return wave_row + Scores::row(slot) + mask.diagonal; });
         const bool cut = !keys_of_all.covers<WINDOW>(first, first + Tile::KEYS);
         if (__builtin_expect(cut, false))
             hide<WINDOW>(s, -INFINITE, first,
-                         [&](int slot) { return mask.keys_of(opaque(wave_row) + Scores::row(slot)); });
+                         [&](int slot) { return mask.keys_of(tile.token(opaque(wave_row) + Scores::row(slot))); });
         return SOFTCAP || ALIBI || cut;
     }
     static __device__ __forceinline__ void drop(Scores &s, int first, int wave_row, const Sequence &sequence,
@@ -139,26 +180,29 @@ template <int HEAD_DIM, int VALUE_DIM>
 struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>> {
     using Base = LoopOfWaves<TileLoop, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>>;
     using Base::KEYS, Base::WAVE_ROWS;
-    using typename Base::Output, typename Base::Queries, typename Base::Scores, typename Base::Softmax;
+    using typename Base::Launch, typename Base::Output, typename Base::Queries, typename Base::Scores;
+    using typename Base::Softmax;
     using KeysAndValues = KeyValueTile<HEAD_DIM, VALUE_DIM, KEYS, Base::THREADS>;
     static constexpr int TILE_BYTES = KeysAndValues::SHARED_BYTES;
     static constexpr int SHARED_BYTES = TILE_BYTES + Base::TEAMS * Base::TEAM_BYTES;
     static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
-    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
-                                                  const Range &block_keys, const Score &score, const Dropout &dropout,
-                                                  Softmax &softmax, Output &o) {
-        const int wave_row = first_row + Base::wave_row();
-        const Range wave_keys = sequence.mask.keys_of_any(wave_row, wave_row + WAVE_ROWS);
-        const Range keys_of_all = sequence.mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
-        const KeyValueRows<PAGED> &keys = sequence.keys;
+    template <class RowTile>
+    static __device__ __forceinline__ void attend(const Launch &launch, const RowTile &row_tile, SharedAddress shared,
+                                                  const Score &score, const Dropout &dropout, Softmax &softmax,
+                                                  Output &o) {
+        const int wave_row = row_tile.first_row + Base::wave_row();
+        const Range wave_keys = Base::keys_of_any(row_tile, wave_row);
+        const Range keys_of_all = Base::keys_of_all(row_tile, wave_row);
+        const Range &block_keys = row_tile.keys;
+        const KeyValueRows<PAGED> &keys = row_tile.sequence.keys;
 
         o.clear();
         if (block_keys.empty()) return;
         KeysAndValues tile(shared, thread_in_block());
         tile.issue(keys, block_keys.low);
         Queries queries;
-        Base::load_queries(queries, sequence, shared, wave_row, score.query_bits);
+        Base::load_queries(queries, launch, row_tile, shared, wave_row, score.query_bits);
 
         for (int first = block_keys.low; first < block_keys.high; first += KEYS) {
             const int end = first + KEYS;
@@ -170,9 +214,9 @@ struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM
             if constexpr (KeysAndValues::ISSUES_WITH_SCORES)
                 tile.scores(queries, s, keys, end < block_keys.high ? end : first); /* the last one for nothing */
             else tile.scores(queries, s);
-            Base::finish_scores(s, first, wave_row, keys_of_all, sequence, score);
+            Base::finish_scores(s, first, wave_row, keys_of_all, row_tile, score);
             softmax.update(s, o);
-            Base::drop(s, first, wave_row, sequence, dropout);
+            Base::drop(s, first, wave_row, row_tile.sequence, dropout);
             tile.accumulate(s, o, Base::first_column());
         }
         if (Base::TEAM > 1) barrier(); /* nobody reads the team's queries any more */

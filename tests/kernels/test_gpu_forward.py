@@ -62,11 +62,23 @@ def test_dense(target, dtype, head_dim, causal, paged):
         (1, 1, 1, 1, 3),
         (1, ROWS, 1, 1, 1),
         (1, 70, tile - 1, 1, 1),
+        # Heads that share a row tile: all four, two of six, four of eight, two of four.
+        (1, 5, tile + 1, 2, 4),
+        (1, 3, tile, 1, 6),
+        (1, 40, 2 * tile + 1, 1, 8),
+        (2, 70, tile + 1, 1, 4),
     ]
     for batch, seq_q, seq_k, heads_kv, group in shapes:
         query = strided((batch, seq_q, heads_kv * group, head_dim), dtype, "contiguous")
         key, value = (strided((batch, seq_k, heads_kv, head_dim), dtype, "contiguous") for _ in "kv")
         dense(target, query, key, value, causal)
+
+
+@on_targets(CAUSAL)
+def test_many_short_sequences(target, dtype, head_dim, causal, paged):
+    """More blocks than an AMD GPU has compute units, each of few rows: there are other loops for these."""
+    query, key, value = (strided((80, n, 4, head_dim), dtype, "contiguous") for n in (9, 12, 12))
+    dense(target, query, key, value, causal)
 
 
 @on_targets(CONTIGUOUS)

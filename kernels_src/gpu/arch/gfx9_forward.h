@@ -196,7 +196,7 @@ struct AlternatingLoop
     : LoopOfWaves<AlternatingLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, AlternatingShape<HEAD_DIM, VALUE_DIM>> {
     using Base = LoopOfWaves<AlternatingLoop, HEAD_DIM, VALUE_DIM, AlternatingShape<HEAD_DIM, VALUE_DIM>>;
     using Base::KEYS, Base::WAVE_ROWS, Base::WAVES;
-    using typename Base::Output, typename Base::Queries, typename Base::Softmax;
+    using typename Base::Launch, typename Base::Output, typename Base::Queries, typename Base::Softmax;
     using Layout = AlternatingLayout<HEAD_DIM, VALUE_DIM, KEYS>;
     using Products = TileProducts<HEAD_DIM, VALUE_DIM, KEYS, Layout>;
     using Scores = AlternatingScores<KEYS>;
@@ -207,21 +207,29 @@ struct AlternatingLoop
     static constexpr int OUTPUTS_BYTES = WAVES * OUTPUT_BYTES, SHARED_BYTES = greater(TILE_BYTES, OUTPUTS_BYTES);
     static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
-    /* Where rows are too few for both groups, so that the second would only copy: four waves as in TileLoop, of which two
-     * blocks fit into a CU. Not where the same bits are asked for whatever else is in the call. */
+    /* Where rows are too few for both groups, so that the second would only copy, there may be four waves as in TileLoop,
+     * of which two blocks fit into a CU. Predicted: where there are more blocks than CUs and few keys that is up to 1.6 times
+     * as fast; else eight waves are, up to 1.4 times. Not where the same bits are asked for whatever else is in the call. */
     using Four = TileLoop<HEAD_DIM, VALUE_DIM>;
-    static constexpr int FOUR_BYTES = greater(Four::SHARED_BYTES, OUTPUTS_BYTES / 2);
-    static __host__ __device__ __forceinline__ bool four(const aiter_attention_problem &p) {
-        return p.seqlen_q <= Four::BLOCK_ROWS && !p.batch_invariant;
+    static constexpr int FOUR_BYTES = greater(Four::SHARED_BYTES, OUTPUTS_BYTES / 2), FOUR_MOST_KEYS = 1024;
+    static bool is_for_four(const Launch &launch) {
+        const aiter_attention_problem &p = launch.problem;
+        const int64_t rows = int64_t(p.seqlen_q) << launch.packing.bits;
+        if (rows > Four::BLOCK_ROWS || p.seqlen_k > FOUR_MOST_KEYS || p.batch_invariant) return false;
+        int device = 0;
+        return hipGetDevice(&device) == hipSuccess && Base::blocks(launch) > compute_units(device);
     }
-    static int start(void (*kernel)(Arguments), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return four(call.problem) ? launch_with_shared(kernel, row_tiles, Four::THREADS, FOUR_BYTES, stream, call)
-                                  : launch_with_shared(kernel, row_tiles, Base::THREADS, SHARED_BYTES, stream, call);
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t, void *stream) {
+        Launch launch = Base::launch_of(call);
+        launch.four_waves = is_for_four(launch);
+        const int64_t blocks = Base::blocks(launch);
+        return launch.four_waves ? launch_with_shared(kernel, blocks, Four::THREADS, FOUR_BYTES, stream, launch)
+                                 : launch_with_shared(kernel, blocks, Base::THREADS, SHARED_BYTES, stream, launch);
     }
     template <class RowTile, class Finish>
-    static __device__ __forceinline__ void run(const Arguments &launch, SharedAddress shared, const Score &score,
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
-        if (four(launch.problem))
+        if (launch.four_waves)
             Four::template run<RowTile>(launch, shared, score, [&](const RowTile &tile, auto &softmax, auto &o) {
                 barrier(); /* for store_output */
                 finish(tile, softmax, o);
@@ -248,27 +256,29 @@ struct AlternatingLoop
         __builtin_amdgcn_sched_barrier(0);
     }
 
-    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
-                                                  const Range &block_keys, const Score &score, const Dropout &dropout,
-                                                  Softmax &softmax, Output &o) {
+    template <class RowTile>
+    static __device__ __forceinline__ void attend(const Launch &launch, const RowTile &tile, SharedAddress shared,
+                                                  const Score &score, const Dropout &dropout, Softmax &softmax,
+                                                  Output &o) {
         o.clear();
-        if (block_keys.empty()) return;
-        if (wave() < WAVES / 2) attend<0>(sequence, shared, first_row, block_keys, score, dropout, softmax, o);
-        else attend<1>(sequence, shared, first_row, block_keys, score, dropout, softmax, o);
+        if (tile.keys.empty()) return;
+        if (wave() < WAVES / 2) attend<0>(launch, tile, shared, score, dropout, softmax, o);
+        else attend<1>(launch, tile, shared, score, dropout, softmax, o);
     }
 
-    template <int NUMBER>
-    static __device__ __forceinline__ void attend(const Sequence &sequence, SharedAddress shared, int first_row,
-                                                  const Range &block_keys, const Score &score, const Dropout &dropout,
-                                                  Softmax &softmax, Output &o) {
+    template <int NUMBER, class RowTile>
+    static __device__ __forceinline__ void attend(const Launch &launch, const RowTile &tile, SharedAddress shared,
+                                                  const Score &score, const Dropout &dropout, Softmax &softmax,
+                                                  Output &o) {
         constexpr bool FIRST = NUMBER == 0; /* group 0: copies keys, and is ahead */
-        const int wave_row = first_row + Base::wave_row();
-        const Range wave_keys = sequence.mask.keys_of_any(wave_row, wave_row + WAVE_ROWS);
-        const Range keys_of_all = sequence.mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
-        const KeyValueRows<PAGED> &keys = sequence.keys;
+        const int wave_row = tile.first_row + Base::wave_row();
+        const Range wave_keys = Base::keys_of_any(tile, wave_row);
+        const Range keys_of_all = Base::keys_of_all(tile, wave_row);
+        const Range &block_keys = tile.keys;
+        const KeyValueRows<PAGED> &keys = tile.sequence.keys;
 
         Queries queries;
-        Base::load_queries(queries, sequence, shared, wave_row, score.query_bits);
+        Base::load_queries(queries, launch, tile, shared, wave_row, score.query_bits);
 
         using Copy = TileCopy<!FIRST, Layout, FIRST ? HEAD_DIM : VALUE_DIM, KEYS, GROUP>;
         Copy copy(keys, thread_in_block() % GROUP);
@@ -293,9 +303,9 @@ struct AlternatingLoop
         for (int first = block_keys.low - KEYS; first < block_keys.high; first += KEYS) {
             auto scores = Products::scores(next_buffer);
             if (__builtin_expect(seen, true)) {
-                Base::finish_scores(s, first, wave_row, keys_of_all, sequence, score);
+                Base::finish_scores(s, first, wave_row, keys_of_all, tile, score);
                 softmax.update(s, o);
-                Base::drop(s, first, wave_row, sequence, dropout);
+                Base::drop(s, first, wave_row, tile.sequence, dropout);
 #pragma unroll
                 for (int j = 0; j < KEYS / 16; ++j) {
                     if (!FIRST && j < scores.AHEAD) scores.begin(j);

@@ -36,7 +36,7 @@ struct PairedForwardLoop
     : LoopOfWaves<PairedForwardLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, PairedShape<HEAD_DIM, VALUE_DIM>> {
     using Base = LoopOfWaves<PairedForwardLoop, HEAD_DIM, VALUE_DIM, PairedShape<HEAD_DIM, VALUE_DIM>>;
     using Base::KEYS, Base::WAVE_ROWS;
-    using typename Base::Output, typename Base::Queries, typename Base::Softmax;
+    using typename Base::Launch, typename Base::Output, typename Base::Queries, typename Base::Softmax;
     using Scores = AlternatingScores<KEYS>;
     using Layout = AlternatingLayout<HEAD_DIM, VALUE_DIM, KEYS>;
     using Products = TileProducts<HEAD_DIM, VALUE_DIM, KEYS, Layout, 4>;
@@ -51,14 +51,15 @@ struct PairedForwardLoop
     static constexpr int SHARED_BYTES = ONE_BYTES + TWO * Layout::KEY_BYTES;
     static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
-    static int start(void (*kernel)(Arguments), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch_with_shared(kernel, row_tiles, THREADS, SHARED_BYTES, stream, call);
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t, void *stream) {
+        const Launch launch = Base::launch_of(call);
+        return launch_with_shared(kernel, Base::blocks(launch), THREADS, SHARED_BYTES, stream, launch);
     }
     static __device__ __forceinline__ int pair() { return wave() % PAIRS; }
     static __device__ __forceinline__ int wave_row() { return pair() * WAVE_ROWS; }
 
     template <class RowTile, class Finish>
-    static __device__ __forceinline__ void run(const Arguments &launch, SharedAddress shared, const Score &score,
+    static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
         const RowTile tile(launch, block());
         if (tile.exists()) {
@@ -66,8 +67,7 @@ struct PairedForwardLoop
             Softmax softmax(scored.unit);
             if (wave() < PAIRS) {
                 if (!tile.keys.empty())
-                    probabilities(tile.sequence, shared, tile.first_row + wave_row(), tile.keys, scored,
-                                  Dropout(launch.problem, launch.tensors), softmax);
+                    probabilities(launch, tile, shared, scored, Dropout(launch.problem, launch.tensors), softmax);
             } else {
                 Output o;
                 o.clear();
@@ -75,7 +75,7 @@ struct PairedForwardLoop
                 finish(tile, softmax, o);
             }
         }
-        clear_rest(launch, Base::row_tiles(launch.problem) * launch.problem.heads_q * launch.problem.batch, THREADS);
+        clear_rest(launch, static_cast<int>(Base::blocks(launch)), THREADS);
     }
 
     static __device__ __forceinline__ SharedAddress exchange(SharedAddress shared) {
@@ -95,12 +95,16 @@ struct PairedForwardLoop
         __builtin_amdgcn_s_setprio(3);
     }
 
-    static __device__ __forceinline__ void probabilities(const Sequence &sequence, SharedAddress shared, int wave_row,
-                                                         const Range &block_keys, const Score &score,
+    template <class RowTile>
+    static __device__ __forceinline__ void probabilities(const Launch &launch, const RowTile &tile,
+                                                         SharedAddress shared, const Score &score,
                                                          const Dropout &dropout, Softmax &softmax) {
-        const Range keys_of_all = sequence.mask.keys_of_all(wave_row, wave_row + WAVE_ROWS);
+        const Sequence &sequence = tile.sequence;
+        const Range &block_keys = tile.keys;
+        const int wave_row = tile.first_row + PairedForwardLoop::wave_row();
+        const Range keys_of_all = Base::keys_of_all(tile, wave_row);
         Queries queries;
-        Base::load_queries(queries, sequence, shared, wave_row, score.query_bits);
+        Base::load_queries(queries, launch, tile, shared, wave_row, score.query_bits);
         Copy<false> copy(sequence.keys, thread_in_block() % GROUP);
         const SharedAddress to = copy.part.place(shared), p_to = exchange(shared), factor_to = factor(shared);
         /* To the tile from `first` on. Past the last one something is copied for nothing. */
@@ -129,7 +133,7 @@ struct PairedForwardLoop
                 });
             });
             __builtin_amdgcn_s_setprio(0);
-            Base::finish_scores(s, first, wave_row, keys_of_all, sequence, score);
+            Base::finish_scores(s, first, wave_row, keys_of_all, tile, score);
             float shrink[Output::SLOTS];
             softmax.advance(s, shrink);
             Base::drop(s, first, wave_row, sequence, dropout);
