@@ -2,9 +2,9 @@
  *
  *                 keys ->   tile 0   tile 1   tile 2  ...
  *                         +--------+--------+--------+
- *   query rows   wave 0   |        |        |        |     A block has a tile of query rows of one head; each of its
- *     of one     wave 1   |  S, P  |        |        |     waves has some of the rows, with all their keys.
- *     block      wave 2   |        |        |        |
+ *   query rows   wave 0   |        |        |        |     A block has a tile of query rows of one head, or of several
+ *     of one     wave 1   |  S, P  |        |        |     that read one KV head; each of its waves has some of the
+ *     block      wave 2   |        |        |        |     rows, with all their keys.
  *                wave 3   +--------+--------+--------+
  *
  *   where it lives   registers: Q (or shared memory, see the arch), S/P of one tile, O, maximum and sum of each row
@@ -54,12 +54,12 @@ struct RowTile : Loop::Packing {
     Range
         keys; /* that any of its rows sees; batch_invariant, dropout: from the beginning of a tile on, wherever rows begin */
 
-    static __host__ __device__ __forceinline__ int64_t of_heads(const aiter_attention_problem &p) {
-        const int bits = Packing(p).bits;
+    static int64_t of_heads(const aiter_attention_problem &p) {
+        const int bits = Loop::packing_of(p).bits;
         return ((int64_t(p.seqlen_q) << bits) + BLOCK_ROWS - 1) / BLOCK_ROWS;
     }
     static int64_t of_all(const aiter_attention_problem &p) {
-        return of_heads(p) * (p.heads_q >> Packing(p).bits) * p.batch;
+        return of_heads(p) * (p.heads_q >> Loop::packing_of(p).bits) * p.batch;
     }
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, int index)
         : RowTile(launch, Loop::place(launch, index)) {}
@@ -244,7 +244,8 @@ AITER_EXPORT void aiter_describe(aiter_description *description) {
 }
 
 AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
-    return aiter::Loop::workspace_bytes(call->problem, aiter::RowTile::of_all(call->problem));
+    const aiter_attention_problem &p = call->problem;
+    return aiter::check_problem(p) ? 0 : aiter::Loop::workspace_bytes(p, aiter::RowTile::of_all(p));
 }
 
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {

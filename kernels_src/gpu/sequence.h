@@ -341,7 +341,7 @@ __device__ __forceinline__ Work work_of_block(int block, int units, int parts) {
 template <bool SEVERAL_HEADS> struct Packing {
     static constexpr int bits = 0;
     Packing() = default;
-    __host__ __device__ explicit Packing(const aiter_attention_problem &) {}
+    __host__ __device__ explicit Packing(const aiter_attention_problem &, int = 0) {}
     __device__ __forceinline__ int token(int row) const { return row; }
     __device__ __forceinline__ int member(int) const { return 0; }
 };
@@ -349,9 +349,10 @@ template <> struct Packing<true> {
     static constexpr int MOST_BITS = 6, MOST_ROWS = 1 << 30;
     int bits;
     Packing() = default;
-    __host__ __device__ explicit Packing(const aiter_attention_problem &p) : bits(0) {
+    /* So many heads that they have no more than most_rows. */
+    __host__ __device__ explicit Packing(const aiter_attention_problem &p, int most_rows = MOST_ROWS) : bits(0) {
         const int group = p.heads_q / p.heads_kv;
-        while (bits < MOST_BITS && (group >> bits & 1) == 0 && p.seqlen_q <= MOST_ROWS >> (bits + 1)) ++bits;
+        while (bits < MOST_BITS && (group >> bits & 1) == 0 && p.seqlen_q <= most_rows >> (bits + 1)) ++bits;
     }
     __device__ __forceinline__ int token(int row) const { return row >> bits; }
     __device__ __forceinline__ int member(int row) const { return row & ((1 << bits) - 1); }
@@ -363,6 +364,7 @@ inline int check_problem(const aiter_attention_problem &p) {
     if (p.key_strides[1] >= limit || p.value_strides[1] >= limit) return LAUNCH_STRIDE_TOO_LARGE;
     if (PAGED ? p.page_size <= 0 : p.page_size != 0) return LAUNCH_BAD_PROBLEM;
     if (p.heads_kv <= 0 || p.heads_q % p.heads_kv != 0) return LAUNCH_BAD_PROBLEM;
+    if (int64_t(p.batch) * p.heads_q > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE; /* they are counted in 32 bits */
     if (SOFTCAP && !(p.softcap > 0)) return LAUNCH_BAD_PROBLEM;
     if (CHUNK && p.attention_chunk <= 0) return LAUNCH_BAD_PROBLEM;
     if (DROPOUT && (p.dropout_threshold < 0 || p.dropout_threshold > 65535)) return LAUNCH_BAD_PROBLEM;

@@ -37,11 +37,8 @@ struct LaunchOfWaves : Arguments {
     bool four_waves = false; /* see AlternatingLoop */
 
     LaunchOfWaves() = default;
-    /* As many heads share a row tile as it has room for all rows of. */
-    LaunchOfWaves(const Arguments &call, int block_rows) : Arguments(call), packing(call.problem) {
-        if constexpr (HEADS_SHARE_ROW_TILES)
-            while (packing.bits > 0 && int64_t(call.problem.seqlen_q) << packing.bits > block_rows) --packing.bits;
-    }
+    LaunchOfWaves(const Arguments &call, const Packing<HEADS_SHARE_ROW_TILES> &packing)
+        : Arguments(call), packing(packing) {}
 };
 
 /* What loops have in common whose waves, or teams of waves, have rows of their own. `Loop` is the one that is made of
@@ -63,13 +60,14 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     using Launch = LaunchOfWaves;
 
     static int64_t workspace_bytes(const aiter_attention_problem &, int64_t) { return 0; }
-    static Launch launch_of(const aiter_attention_call &call) { return {call, BLOCK_ROWS}; }
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t, void *stream) {
-        const Launch launch = launch_of(call);
-        return launch_with_shared(kernel, blocks(launch), THREADS, Loop::SHARED_BYTES, stream, launch);
+    /* As many heads share a row tile as it has room for all rows of. */
+    static Packing packing_of(const aiter_attention_problem &p) { return Packing(p, BLOCK_ROWS); }
+    static Launch launch_of(const aiter_attention_call &call) { return {call, packing_of(call.problem)}; }
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
+        return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, launch_of(call));
     }
     /* Of the heads that share them. */
-    static __host__ __device__ __forceinline__ int row_tiles(const Launch &launch) {
+    static __device__ __forceinline__ int row_tiles(const Launch &launch) {
         const int64_t rows = int64_t(launch.problem.seqlen_q) << launch.packing.bits;
         return static_cast<int>((rows + BLOCK_ROWS - 1) / BLOCK_ROWS);
     }
@@ -146,10 +144,10 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
             Loop::attend(launch, tile, shared, scored, Dropout(launch.problem, launch.tensors), softmax, o);
             finish(tile, softmax, o);
         }
-        clear_rest(launch, static_cast<int>(blocks(launch)), THREADS);
+        clear_rest(launch, blocks(launch), THREADS);
     }
-    static __host__ __device__ __forceinline__ int64_t blocks(const Launch &launch) {
-        return int64_t(row_tiles(launch)) * (launch.problem.heads_q >> launch.packing.bits) * launch.problem.batch;
+    static __device__ __forceinline__ int blocks(const Launch &launch) {
+        return row_tiles(launch) * (launch.problem.heads_q >> launch.packing.bits) * launch.problem.batch;
     }
 
     /* Caps, slopes and masks the scores of the tile of keys from `first` on; whether it has changed any. */

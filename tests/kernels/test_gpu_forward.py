@@ -77,8 +77,9 @@ def test_dense(target, dtype, head_dim, causal, paged):
 @on_targets(CAUSAL)
 def test_many_short_sequences(target, dtype, head_dim, causal, paged):
     """More blocks than an AMD GPU has compute units, each of few rows: there are other loops for these."""
-    query, key, value = (strided((80, n, 4, head_dim), dtype, "contiguous") for n in (9, 12, 12))
-    dense(target, query, key, value, causal)
+    for batch, heads in ((80, (4, 4)), (170, (8, 2))):
+        shapes = ((batch, 9, heads[0]), *((batch, 12, heads[1]),) * 2)
+        dense(target, *(strided((*shape, head_dim), dtype, "contiguous") for shape in shapes), causal)
 
 
 @on_targets(CONTIGUOUS)
@@ -206,6 +207,13 @@ def test_not_finite(target, dtype, head_dim, causal, paged):
     assert output[0, 7].isnan().all() and lse[0, :, 7].isnan().all()
     others = [i for i in range(150) if i != 7]
     assert output[0, others].isfinite().all() and lse[0, :, others].isfinite().all()
+    # Of heads that share a row tile: keys that not all of its tokens see.
+    query, key, value = (
+        strided((1, n, heads, head_dim), dtype, "contiguous") for n, heads in ((20, 4), (90, 1), (90, 1))
+    )
+    value[0, 80] = math.inf
+    output, lse = dense(target, query, key, value, causal)
+    assert output[0, :10].isfinite().all() and (output[0, 10:] == math.inf).all() and lse.isfinite().all()
 
 
 @on_targets([(target, "bf16", head_dim) for target in GPUS if target != "gfx90a" for head_dim in (8, 128)])
@@ -227,10 +235,12 @@ def test_cost(target, dtype, head_dim, causal, paged):
     assert kernel["scratch_bytes"] == 0
     if target != "gfx90a" and head_dim <= 128:  # two groups of waves that alternate, unless there are rows for one only
         assert kernel["block"] == 512
-        stats.clear()
-        attend(target, query[:, :ROWS], key, value, causal, stats=stats)
-        (few,) = stats.values()
-        assert few["block"] == 256 and few["waves_per_simd"] == kernel["waves_per_simd"] == 2
+        for batch, waves in ((1, 8), (320, 4)):  # fewer blocks than compute units, and more
+            query, key, value = (strided((batch, n, 1, head_dim), dtype, "contiguous") for n in (9, 12, 12))
+            stats.clear()
+            attend(target, query, key, value, causal, stats=stats)
+            (few,) = stats.values()
+            assert few["block"] == waves * 64 and few["waves_per_simd"] == kernel["waves_per_simd"] == 2
     assert kernel["waves_per_simd"] >= (2 if head_dim <= 128 else 1)
     assert loop["lds_conflicts"] < 0.05
     assert loop["narrowest_load"] >= 8

@@ -305,7 +305,7 @@ def test_batch_invariant_by_blocks_with_several_pieces(target, kernel):
 
 def same(target, kernel, lengths, index, rows, how):
     """The result of sequence `index`, whose values are the same whatever the others are: of its last rows."""
-    dtype, heads_q, heads_kv = DTYPES[kernel.dtype], 2, 1
+    dtype, heads_q, heads_kv = DTYPES[kernel.dtype], 4, 1
     generator = torch.Generator("cpu").manual_seed(4)
 
     def values(*shape):
@@ -316,7 +316,7 @@ def same(target, kernel, lengths, index, rows, how):
     query = values(rows, heads_q, kernel.head_dim)[rows - asked :]
     key, value = (values(keys, heads_kv, dim) for dim in (kernel.head_dim, kernel.value_dim))
     options = options_of(kernel, how["window"], heads_q, False)
-    slopes = torch.tensor([0.3, 0.01]) if kernel.alibi else None
+    slopes = torch.tensor([0.3, 0.01, 0.1, 0.03]) if kernel.alibi else None
     most = [max(n[side] for n in lengths) for side in (0, 1)]
     tensors = [torch.zeros(len(lengths), n, *t.shape[1:], dtype=dtype) for n, t in zip(
         (most[0], most[1], most[1]), (query, key, value), strict=True)]  # fmt: skip

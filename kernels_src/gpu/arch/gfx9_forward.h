@@ -212,19 +212,18 @@ struct AlternatingLoop
      * as fast; else eight waves are, up to 1.4 times. Not where the same bits are asked for whatever else is in the call. */
     using Four = TileLoop<HEAD_DIM, VALUE_DIM>;
     static constexpr int FOUR_BYTES = greater(Four::SHARED_BYTES, OUTPUTS_BYTES / 2), FOUR_MOST_KEYS = 1024;
-    static bool is_for_four(const Launch &launch) {
+    static bool is_for_four(const Launch &launch, int64_t row_tiles) {
         const aiter_attention_problem &p = launch.problem;
         const int64_t rows = int64_t(p.seqlen_q) << launch.packing.bits;
         if (rows > Four::BLOCK_ROWS || p.seqlen_k > FOUR_MOST_KEYS || p.batch_invariant) return false;
         int device = 0;
-        return hipGetDevice(&device) == hipSuccess && Base::blocks(launch) > compute_units(device);
+        return hipGetDevice(&device) == hipSuccess && row_tiles > compute_units(device);
     }
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t, void *stream) {
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
         Launch launch = Base::launch_of(call);
-        launch.four_waves = is_for_four(launch);
-        const int64_t blocks = Base::blocks(launch);
-        return launch.four_waves ? launch_with_shared(kernel, blocks, Four::THREADS, FOUR_BYTES, stream, launch)
-                                 : launch_with_shared(kernel, blocks, Base::THREADS, SHARED_BYTES, stream, launch);
+        launch.four_waves = is_for_four(launch, row_tiles);
+        return launch.four_waves ? launch_with_shared(kernel, row_tiles, Four::THREADS, FOUR_BYTES, stream, launch)
+                                 : launch_with_shared(kernel, row_tiles, Base::THREADS, SHARED_BYTES, stream, launch);
     }
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,

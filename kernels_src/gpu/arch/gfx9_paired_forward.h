@@ -51,9 +51,8 @@ struct PairedForwardLoop
     static constexpr int SHARED_BYTES = ONE_BYTES + TWO * Layout::KEY_BYTES;
     static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t, void *stream) {
-        const Launch launch = Base::launch_of(call);
-        return launch_with_shared(kernel, Base::blocks(launch), THREADS, SHARED_BYTES, stream, launch);
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
+        return launch_with_shared(kernel, row_tiles, THREADS, SHARED_BYTES, stream, Base::launch_of(call));
     }
     static __device__ __forceinline__ int pair() { return wave() % PAIRS; }
     static __device__ __forceinline__ int wave_row() { return pair() * WAVE_ROWS; }
@@ -75,7 +74,7 @@ struct PairedForwardLoop
                 finish(tile, softmax, o);
             }
         }
-        clear_rest(launch, static_cast<int>(Base::blocks(launch)), THREADS);
+        clear_rest(launch, Base::blocks(launch), THREADS);
     }
 
     static __device__ __forceinline__ SharedAddress exchange(SharedAddress shared) {

@@ -64,6 +64,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
     static __device__ __forceinline__ int first_column() { return 0; }
 
     static __device__ __forceinline__ Place place(const Launch &launch, int index) { return launch.order.place(index); }
+    static Packing packing_of(const aiter_attention_problem &p) { return Packing(p); }
     static __device__ __forceinline__ Packing packing(const Launch &launch) { return launch.packing; }
 
     /* ---- host ---- */
