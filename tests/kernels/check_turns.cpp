@@ -27,7 +27,7 @@ constexpr int CACHED_BYTES = 2;
 
 namespace aiter {
 constexpr int HEAD_DIM = 64, VALUE_DIM = 64, WAVE = 1, XCDS = 1;
-constexpr int LAUNCH_STRIDE_TOO_LARGE = -1, LAUNCH_BAD_PROBLEM = -2;
+constexpr int LAUNCH_STRIDE_TOO_LARGE = -1, LAUNCH_BAD_PROBLEM = -2, LAUNCH_GRID_TOO_LARGE = -3;
 using Element = uint16_t;
 struct Chunk {};
 constexpr float INFINITE = __builtin_inff();
