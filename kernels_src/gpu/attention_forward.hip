@@ -66,12 +66,20 @@ struct RowTile : Loop::Packing {
     __device__ __forceinline__ RowTile(const Loop::Launch &launch, const Place &place)
         : Loop::Packing(Loop::packing(launch)), head(place.head), sequence(launch, place),
           first_row(place.row_tile * BLOCK_ROWS) {
+        /* Not by keys_of_any(), of what is being made: for gfx942 that costs 226 instructions. */
         keys = sequence.mask.keys_of_any(token(first_row), token(first_row + BLOCK_ROWS - 1) + 1);
         if (WINDOW) keys.low -= keys.low % Loop::alignment(launch);
         sequence.keys.begin = lesser(keys.low, greater(sequence.keys.count - 1, 0)); /* a key that there is */
         if (WINDOW && (DROPOUT || launch.problem.batch_invariant)) keys.low -= keys.low % Loop::KEYS;
     }
 
+    /* The keys that any of so many rows from `row` on sees, and those that all of them see. */
+    __device__ __forceinline__ Range keys_of_any(int row, int rows) const {
+        return sequence.mask.keys_of_any(token(row), token(row + rows - 1) + 1);
+    }
+    __device__ __forceinline__ Range keys_of_all(int row, int rows) const {
+        return sequence.mask.keys_of_all(token(row), token(row + rows - 1) + 1);
+    }
     /* Whether any of its rows is to be written. */
     __device__ __forceinline__ bool exists() const { return token(first_row) < sequence.padded_rows; }
     /* The same sequence in the head of a row. */
@@ -87,7 +95,7 @@ struct RowTile : Loop::Packing {
 __device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wave_row) {
     const Sequence &sequence = tile.sequence;
     const Range keys = tile.keys;
-    const Range all_see = sequence.mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
+    const Range all_see = tile.keys_of_all(wave_row, WAVE_ROWS);
     const int end = lesser(keys.low + round_up(keys.high - keys.low, Loop::KEYS), sequence.keys.count);
     return values_not_finite(sequence, all_see.high, end) ||
            WINDOW && values_not_finite(sequence, keys.low, lesser(all_see.low, end));

@@ -36,7 +36,6 @@ struct LaunchOfWaves : Arguments {
     Packing<HEADS_SHARE_ROW_TILES> packing;
     bool four_waves = false; /* see AlternatingLoop */
 
-    LaunchOfWaves() = default;
     LaunchOfWaves(const Arguments &call, const Packing<HEADS_SHARE_ROW_TILES> &packing)
         : Arguments(call), packing(packing) {}
 };
@@ -64,7 +63,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     static Packing packing_of(const aiter_attention_problem &p) { return Packing(p, BLOCK_ROWS); }
     static Launch launch_of(const aiter_attention_call &call) { return {call, packing_of(call.problem)}; }
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch_with_shared(kernel, row_tiles, THREADS, Loop::SHARED_BYTES, stream, launch_of(call));
+        return launch_with_shared(kernel, row_tiles, Loop::THREADS, Loop::SHARED_BYTES, stream, launch_of(call));
     }
     /* Of the heads that share them. */
     static __device__ __forceinline__ int row_tiles(const Launch &launch) {
@@ -110,13 +109,6 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
                 return token < sequence.rows ? from : nullptr;
             },
             bits);
-    }
-    /* The keys that any of a wave's rows sees, and those that all of them see. */
-    template <class RowTile> static __device__ __forceinline__ Range keys_of_any(const RowTile &tile, int wave_row) {
-        return tile.sequence.mask.keys_of_any(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
-    }
-    template <class RowTile> static __device__ __forceinline__ Range keys_of_all(const RowTile &tile, int wave_row) {
-        return tile.sequence.mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
     }
     template <class RowPointer>
     static __device__ __forceinline__ void store_output(const Output &o, SharedAddress shared, RowPointer row) {
@@ -190,8 +182,8 @@ struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM
                                                   const Score &score, const Dropout &dropout, Softmax &softmax,
                                                   Output &o) {
         const int wave_row = row_tile.first_row + Base::wave_row();
-        const Range wave_keys = Base::keys_of_any(row_tile, wave_row);
-        const Range keys_of_all = Base::keys_of_all(row_tile, wave_row);
+        const Range wave_keys = row_tile.keys_of_any(wave_row, WAVE_ROWS);
+        const Range keys_of_all = row_tile.keys_of_all(wave_row, WAVE_ROWS);
         const Range &block_keys = row_tile.keys;
         const KeyValueRows<PAGED> &keys = row_tile.sequence.keys;
 

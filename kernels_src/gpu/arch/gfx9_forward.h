@@ -271,8 +271,8 @@ struct AlternatingLoop
                                                   Output &o) {
         constexpr bool FIRST = NUMBER == 0; /* group 0: copies keys, and is ahead */
         const int wave_row = tile.first_row + Base::wave_row();
-        const Range wave_keys = Base::keys_of_any(tile, wave_row);
-        const Range keys_of_all = Base::keys_of_all(tile, wave_row);
+        const Range wave_keys = tile.keys_of_any(wave_row, WAVE_ROWS);
+        const Range keys_of_all = tile.keys_of_all(wave_row, WAVE_ROWS);
         const Range &block_keys = tile.keys;
         const KeyValueRows<PAGED> &keys = tile.sequence.keys;
 

@@ -51,9 +51,6 @@ struct PairedForwardLoop
     static constexpr int SHARED_BYTES = ONE_BYTES + TWO * Layout::KEY_BYTES;
     static_assert(SHARED_BYTES <= SHARED_LIMIT, "more shared memory than a block of this arch can have");
 
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch_with_shared(kernel, row_tiles, THREADS, SHARED_BYTES, stream, Base::launch_of(call));
-    }
     static __device__ __forceinline__ int pair() { return wave() % PAIRS; }
     static __device__ __forceinline__ int wave_row() { return pair() * WAVE_ROWS; }
 
@@ -101,7 +98,7 @@ struct PairedForwardLoop
         const Sequence &sequence = tile.sequence;
         const Range &block_keys = tile.keys;
         const int wave_row = tile.first_row + PairedForwardLoop::wave_row();
-        const Range keys_of_all = Base::keys_of_all(tile, wave_row);
+        const Range keys_of_all = tile.keys_of_all(wave_row, WAVE_ROWS);
         Queries queries;
         Base::load_queries(queries, launch, tile, shared, wave_row, score.query_bits);
         Copy<false> copy(sequence.keys, thread_in_block() % GROUP);

@@ -71,7 +71,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
 
     /* How a call's row tiles are cut, on a GPU with so many multiprocessors. */
     static Work work_of(const aiter_attention_problem &p, int64_t tiles, int blocks) {
-        return Work(p, tiles, lesser<int64_t>(int64_t(p.seqlen_q) << Packing(p).bits, BLOCK_ROWS), blocks);
+        return Work(p, tiles, lesser<int64_t>(int64_t(p.seqlen_q) << packing_of(p).bits, BLOCK_ROWS), blocks);
     }
     /* For the counter, and for what pieces leave. Where it is the lengths of padded sequences alone that make row tiles
      * differ, nothing here tells: then there is no counter, and each row tile gets a block of its own. Nor where there are
@@ -111,7 +111,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
         launch.tasks = static_cast<int>(tasks);
         launch.small_cap = SmallCap(p);
         launch.box = PAGED ? tensor_map::box_of(p.page_size, KEYS) : KEYS;
-        const int bits = Packing(p).bits;
+        const int bits = packing_of(p).bits;
         const int apart = greater((p.heads_q / p.heads_kv) >> bits, 1); /* heads that share no row tile */
         launch.few_tokens = FEW_ROW_TILES / apart * BLOCK_ROWS >> bits;
         const int64_t tokens =
@@ -127,7 +127,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
                                             p.packed_q ? 1 : p.batch, p.packed_q ? p.total_q : p.seqlen_q, p.heads_q,
                                             VALUE_DIM, greater(WAVE_ROWS >> bits, 1), lesser(1 << bits, WAVE_ROWS));
         launch.order = {p, tiles, blocks, p.packed_q && tasks == tiles};
-        launch.packing = Packing(p);
+        launch.packing = packing_of(p);
         const bool given = t.seqlens_q != nullptr || t.seqlens_k != nullptr || t.starts_q != nullptr ||
                            t.starts_k != nullptr || t.page_indptr != nullptr;
         const bool equal = !MASKED && !given;

@@ -141,10 +141,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardProducts : ForwardTiles<HEA
             const int keys_count = same(sequence.keys.count), first_row = tile.first_row + number * 64;
             /* What any of the warpgroup's rows sees ends here; what all of them see, or all of the wave's, needs no
              * mask. */
-            const int first_token = tile.token(first_row), end_token = tile.token(first_row + 63) + 1;
-            const Range any = tile.own(mask.keys_of_any(first_token, end_token));
-            const Range all = mask.keys_of_all(first_token, end_token);
-            const Range of_wave = mask.keys_of_all(tile.token(wave_row), tile.token(wave_row + WAVE_ROWS - 1) + 1);
+            const Range any = tile.own(tile.keys_of_any(first_row, 64)), all = tile.keys_of_all(first_row, 64);
+            const Range of_wave = tile.keys_of_all(wave_row, WAVE_ROWS);
             const int own_end = same(any.empty() ? keys.low + 1 : any.high);
             const Range whole = {same(all.low), lesser(own_end, same(all.high))};
             const Range wave_whole = {same(of_wave.low), same(of_wave.high)};
