@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from aiter.errors import UnsupportedDtypeError, UnsupportedError
-from aiter.jit.arch import is_gpu
+from aiter.jit.arch import is_amd, is_gpu
 from aiter.jit.spec import Spec
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ CUT_DECODE_ROWS = 32
 # Two kernels have a second form on this arch, which a call takes by its sizes.
 FORMS_ARCH = "sm_90a"
 # "cut": the forward kernel can cut the keys that a tile of rows sees and deal the pieces to several blocks:
-# kernels_src/gpu/arch/sm90_pieces.h, which says how. It pays where tiles of so many rows leave half of the
+# kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows leave half of the
 # multiprocessors idle, from so many keys on; elsewhere the other form is faster.
 CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = 256, 128, 2048
 # "rounds": latent attention goes through the keys two tiles at a time, which is faster with more rows of a KV head than
@@ -105,6 +105,9 @@ def form_of(kernel: str, sizes: Sizes, head_dim: int, options: Options, multipro
 
 def has_form(form: str, kernel: str, arch: str, head_dim: int, value_dim: int, options: Collection[str]) -> bool:
     """options: names of the spec's."""
+    if form == "cut" and is_amd(arch):
+        fits = max(head_dim, value_dim) <= CUT_HEAD_DIM_MAX and "dropout" not in options
+        return kernel == "attention_forward" and fits
     if arch != FORMS_ARCH or {"dropout", *CACHE_DTYPES} & set(options):
         return False
     if form == "cut":

@@ -74,8 +74,13 @@ def test_where_there_is_such_a_form():
     assert options_of("cut", head_dim=192, value_dim=128) == (CUT, ("value_dim", 128))
     assert options_of() == ()
     for asked in ("cut", "batch_invariant"):
-        for arch in ("gfx942", "sm_80", "sm_100", "sm_120"):
+        for arch in ("sm_80", "sm_100", "sm_120"):
             assert options_of(asked, arch=arch) == ()
+        for arch in ("gfx90a", "gfx942", "gfx950"):
+            assert options_of(asked, arch=arch) == (CUT,)
+            assert options_of(asked, "e4m3fn", arch=arch) == (CUT, ("e4m3fn", 1))
+            assert options_of(asked, "dropout", arch=arch) == (("dropout", 1),)
+            assert options_of(asked, arch=arch, head_dim=264) == ()
         for kernel in ("attention_decode", "attention_backward"):
             assert options_of(asked, kernel=kernel) == ()
         assert options_of(asked, head_dim=264) == ()
@@ -95,8 +100,8 @@ def test_prewarm_builds_both_forms_and_one_where_bits_must_not_vary():
     assert forms("sm_90a") == {"forward", "forward-paged", "forward-cut", "forward-cut-paged"} | decode
     assert forms("sm_90a", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
     assert forms("sm_90a", "dropout") == {"forward-dropout", "forward-dropout-paged"}
-    for arch in ("gfx942", "sm_80"):
-        assert forms(arch) == forms(arch, "batch_invariant") == {"forward", "forward-paged"} | decode
+    assert forms("sm_80") == forms("sm_80", "batch_invariant") == {"forward", "forward-paged"} | decode
+    assert forms("gfx942", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
 
 
 LATENT = {"kernel": "attention_decode", "head_dim": 576, "value_dim": 512}

@@ -18,7 +18,8 @@
  *   opaque_scalar(x)           the same for a value that all lanes share
  *   reread(parameter)          the kernel's first parameter, but what is read from it is not what was read before
  *   global_load<T>(pointer), global_store(pointer, x)   for pointers that the compiler cannot see to be global
- *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer)
+ *   l2_load(pointer), l2_store(pointer, x)   of what other blocks have written or will read: only the L2 cache keeps it
+ *   SharedAddress              32-bit address in shared memory (LDS); shared_address(pointer), shared_pointer<T>(address)
  *
  * Elements: fp16 or bf16, held as 16 raw bits
  *   to_float(bits), to_element(x)          one value, rounded to nearest

@@ -34,10 +34,10 @@ namespace aiter {
  * 8-bit keys and values. */
 #if defined(AITER_WGMMA) && AITER_HEAD_DIM <= 256 && AITER_VALUE_DIM <= 256 && !AITER_DROPOUT && !AITER_FP8_CACHE
 using Loop = WarpgroupLoop<HEAD_DIM, VALUE_DIM>;
-#elif AITER_CUT
-#error "only sm_90a's own loop cuts keys"
 #elif defined(AITER_GFX9)
 using Loop = LoopOf<HEAD_DIM, VALUE_DIM>;
+#elif AITER_CUT
+#error "this loop cuts no keys"
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
 #endif
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
 }
 
 #if AITER_CUT
-/* Where keys are dealt to several blocks: a block for each 16 rows of a row tile, which adds up what those have left. What
+/* Where keys are dealt to several blocks: a block for each wave's rows of a row tile, which adds up what those have left. What
  * the row tile is it finds out before these have ended: lengths are older than both kernels. */
 __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     add_up_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
@@ -238,9 +238,10 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     const Score score(launch.problem);
     Loop::Softmax softmax(score.unit);
     Output o;
-    if (!work.add_up(task.piece, of_tile, softmax, o)) return;
+    __shared__ Loop::Work::Sums sums;
+    if (!work.add_up(task.piece, of_tile, sums, softmax, o)) return;
     task.first_row += of_tile * WAVE_ROWS; /* these are the first wave's */
-    Finish{launch, {}, score}(task, softmax, o);
+    Finish{launch, Loop::OutputPlace{shared_address(&sums)}, score}(task, softmax, o);
 }
 #endif
 

@@ -46,6 +46,18 @@ inline int compute_units(int device) {
     return hipDeviceGetAttribute(&count, hipDeviceAttributeMultiprocessorCount, device) == hipSuccess ? count : 0;
 }
 
+/* The most of what of(compute units) is for any of the machine's GPUs, as nobody knows which one a launch will be on. */
+template <class Of> int64_t most_of_devices(Of of) {
+    int devices = 0;
+    if (hipGetDeviceCount(&devices) != hipSuccess) return 0;
+    int64_t most = 0;
+    for (int device = 0; device < devices; ++device) {
+        const int64_t own = of(compute_units(device));
+        if (own > most) most = own;
+    }
+    return most;
+}
+
 /* Codes of aiter_launch: a HIP/CUDA error as it is, or one of these. */
 enum LaunchError : int {
     LAUNCH_GRID_TOO_LARGE = 100001,

@@ -87,7 +87,7 @@ constexpr int HEAD_DIM = AITER_HEAD_DIM;   /* of queries and keys */
 constexpr int VALUE_DIM = AITER_VALUE_DIM; /* of values and the output */
 constexpr bool CAUSAL = AITER_CAUSAL, WINDOW = AITER_WINDOW, SOFTCAP = AITER_SOFTCAP, ALIBI = AITER_ALIBI;
 constexpr bool CHUNK = AITER_CHUNK, DROPOUT = AITER_DROPOUT, PAGED = AITER_PAGED;
-constexpr bool CUT = AITER_CUT;           /* the keys of a row tile, where that is worth it: arch/sm90_pieces.h */
+constexpr bool CUT = AITER_CUT;           /* the keys of a row tile, where that is worth it: pieces.h */
 constexpr bool ROUNDS = AITER_ROUNDS;     /* of two tiles, in latent attention: arch/sm90_latent.h */
 constexpr bool MASKED = CAUSAL || WINDOW; /* a row may see fewer keys than there are */
 

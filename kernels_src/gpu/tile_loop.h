@@ -17,6 +17,11 @@
 #include "gpu/arch.h"
 #include "gpu/dropout.h"
 #include "gpu/mask.h"
+#if AITER_CUT && defined(AITER_GFX9)
+#include "gpu/arch/gfx9_pieces.h"
+#else
+#include "gpu/pieces.h"
+#endif
 #include "gpu/score.h"
 #include "gpu/sequence.h"
 #include "gpu/softmax.h"
@@ -32,9 +37,10 @@ constexpr bool HEADS_SHARE_ROW_TILES = false;
 #endif
 
 /* The kernel's parameter: the call, and what these loops add to it. */
-struct LaunchOfWaves : Arguments {
+template <class Work> struct LaunchOfWaves : Arguments {
     Packing<HEADS_SHARE_ROW_TILES> packing;
     bool four_waves = false; /* see AlternatingLoop */
+    Work work;
 
     LaunchOfWaves(const Arguments &call, const Packing<HEADS_SHARE_ROW_TILES> &packing)
         : Arguments(call), packing(packing) {}
@@ -42,8 +48,8 @@ struct LaunchOfWaves : Arguments {
 
 /* What loops have in common whose waves, or teams of waves, have rows of their own. `Loop` is the one that is made of
  * this: it has SHARED_BYTES, TILE_BYTES of them for keys and values, and attend(), which leaves in `o` the sums of P V and
- * in `softmax` what they must be divided by. */
-template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWaves : Tile {
+ * in `softmax` what they must be divided by. PART_WAVES: that the part of a piece has room for. */
+template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile, int PART_WAVES = Tile::WAVES> struct LoopOfWaves : Tile {
     using Queries = Query<HEAD_DIM, Tile::ROW_TILES, Tile::TEAM>;
     using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
     using Output = Accumulator<Tile::ROW_TILES, columns_of_wave(VALUE_DIM, Tile::TEAM)>;
@@ -56,15 +62,54 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     /* Of a team's queries and, later, its output. */
     static constexpr int TEAM_BYTES = greater(Queries::SHARED_BYTES, Query<VALUE_DIM, Tile::ROW_TILES>::SHARED_BYTES);
 
-    using Launch = LaunchOfWaves;
+    /* What a block has to do: a row tile or, in kernels that cut keys, pieces of one. */
+#if AITER_CUT && defined(AITER_GFX9)
+    using Work = PiecesOfBlocks<Tile::KEYS, PART_WAVES, Output>;
+#else
+    using Work = WholeRowTiles;
+#endif
+    using Launch = LaunchOfWaves<Work>;
 
-    static int64_t workspace_bytes(const aiter_attention_problem &, int64_t) { return 0; }
     /* As many heads share a row tile as it has room for all rows of. */
     static Packing packing_of(const aiter_attention_problem &p) { return Packing(p, BLOCK_ROWS); }
     static Launch launch_of(const aiter_attention_call &call) { return {call, packing_of(call.problem)}; }
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        return launch_with_shared(kernel, row_tiles, Loop::THREADS, Loop::SHARED_BYTES, stream, launch_of(call));
+    static int start_blocks(void (*kernel)(Launch), const Launch &launch, int64_t count, void *stream) {
+        return launch_with_shared(kernel, count, Loop::THREADS, Loop::SHARED_BYTES, stream, launch);
     }
+#if AITER_CUT && defined(AITER_GFX9)
+    static Work work_of(const aiter_attention_problem &p, int64_t row_tiles, int compute_units) {
+        const int64_t rows = int64_t(p.seqlen_q) << packing_of(p).bits;
+        return Work(p, row_tiles, lesser<int64_t>(rows, BLOCK_ROWS), compute_units);
+    }
+    /* Blocks that have a place for their sum of pieces: as many as are at work at one time. */
+    static int places(int compute_units) { return compute_units * Tile::BLOCKS; }
+    static int64_t workspace_bytes(const aiter_attention_problem &p, int64_t row_tiles) {
+        return most_of_devices([&](int compute_units) {
+            return work_of(p, row_tiles, compute_units).workspace_bytes(row_tiles, places(compute_units));
+        });
+    }
+    /* add_up: the second kernel, where pieces are dealt. */
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream,
+                     void (*add_up)(Launch)) {
+        int device = 0;
+        if (const hipError_t error = hipGetDevice(&device)) return error;
+        const int compute_units = aiter::compute_units(device);
+        if (compute_units == 0) return LAUNCH_NO_COMPUTE_UNITS;
+        Launch launch = launch_of(call);
+        Work &work = launch.work;
+        work = work_of(call.problem, row_tiles, compute_units);
+        if (!work.place_in(call.tensors.workspace)) return LAUNCH_NO_COMPUTE_UNITS;
+        if (const int failed = work.prepare(row_tiles, places(compute_units), stream)) return failed;
+        const int64_t blocks = work.blocks(places(compute_units));
+        if (const int failed = Loop::start_blocks(kernel, launch, blocks, stream)) return failed;
+        return aiter::launch(add_up, work.additions(row_tiles), work.adding_threads(), 0, stream, launch);
+    }
+#else
+    static int64_t workspace_bytes(const aiter_attention_problem &, int64_t) { return 0; }
+    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
+        return Loop::start_blocks(kernel, launch_of(call), row_tiles, stream);
+    }
+#endif
     /* Of the heads that share them. */
     static __device__ __forceinline__ int row_tiles(const Launch &launch) {
         const int64_t rows = int64_t(launch.problem.seqlen_q) << launch.packing.bits;
@@ -80,7 +125,7 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
         const aiter_attention_problem &p = launch.problem;
         const int bits = launch.packing.bits;
         const int group = (p.heads_q / p.heads_kv) >> bits, row_tiles = LoopOfWaves::row_tiles(launch);
-        const Work work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
+        const auto work = work_of_block(index, p.batch * p.heads_kv, group * row_tiles);
         const int kv_head = work.unit % p.heads_kv;
         return {work.unit / p.heads_kv, (kv_head * group + work.part % group) << bits, kv_head,
                 row_tiles - 1 - work.part / group};
@@ -128,6 +173,16 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
+#if AITER_CUT && defined(AITER_GFX9)
+        each_task<RowTile>(launch, shared, [&](const Launch &launch, const auto &task, const RowTile &piece) {
+            const auto &scored = task.sequence.scaled(score);
+            Softmax softmax(scored.unit);
+            Output o;
+            Loop::attend(launch, piece, shared, scored, Dropout(launch.problem, launch.tensors), softmax, o);
+            if (launch.work.is_whole(task, softmax, o)) finish(task, softmax, o);
+        });
+        clear_rest(launch, aiter::blocks(), THREADS);
+#else
         const RowTile tile(launch, block());
         if (tile.exists()) {
             const auto &scored = tile.sequence.scaled(score);
@@ -137,7 +192,23 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
             finish(tile, softmax, o);
         }
         clear_rest(launch, blocks(launch), THREADS);
+#endif
     }
+#if AITER_CUT && defined(AITER_GFX9)
+    /* visit(parameter, task, piece): what the block has to do, and the row tile with those of its keys that belong to it.
+     * The kernel's parameter is read again for each, or registers would hold what of it is the same for all. */
+    template <class RowTile, class Visit>
+    static __device__ __forceinline__ void each_task(const Launch &parameter, SharedAddress shared, Visit visit) {
+#pragma unroll 1
+        for (int index = block(); index < parameter.work.tasks; index = parameter.work.next_task(shared)) {
+            const Launch &launch = reread(parameter);
+            const typename Work::template Task<RowTile> task(launch, place(launch, launch.work.row_tile(index)), index);
+            RowTile piece = task;
+            piece.keys = task.piece.keys;
+            if (task.exists()) visit(launch, task, piece);
+        }
+    }
+#endif
     static __device__ __forceinline__ int blocks(const Launch &launch) {
         return row_tiles(launch) * (launch.problem.heads_q >> launch.packing.bits) * launch.problem.batch;
     }
@@ -166,9 +237,10 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile> struct LoopOfWave
     }
 };
 
-template <int HEAD_DIM, int VALUE_DIM>
-struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>> {
-    using Base = LoopOfWaves<TileLoop, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>>;
+template <int HEAD_DIM, int VALUE_DIM, int PART_WAVES = Shape<HEAD_DIM, VALUE_DIM>::WAVES>
+struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM, PART_WAVES>, HEAD_DIM, VALUE_DIM,
+                              Shape<HEAD_DIM, VALUE_DIM>, PART_WAVES> {
+    using Base = LoopOfWaves<TileLoop, HEAD_DIM, VALUE_DIM, Shape<HEAD_DIM, VALUE_DIM>, PART_WAVES>;
     using Base::KEYS, Base::WAVE_ROWS;
     using typename Base::Launch, typename Base::Output, typename Base::Queries, typename Base::Scores;
     using typename Base::Softmax;
@@ -194,10 +266,12 @@ struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM
         Queries queries;
         Base::load_queries(queries, launch, row_tile, shared, wave_row, score.query_bits);
 
+        typename Base::Work::InTurn pieces(launch.work, block_keys.low);
         for (int first = block_keys.low; first < block_keys.high; first += KEYS) {
             const int end = first + KEYS;
             tile.publish(barrier);
             const bool seen = wave_keys.overlaps<WINDOW>(first, end);
+            if constexpr (CUT) pieces.pass(launch.work, first, seen, softmax, o);
             if (end < block_keys.high && !(KeysAndValues::ISSUES_WITH_SCORES && seen)) tile.issue(keys, end);
             if (!seen) continue; /* the tile is the other waves' */
             Scores s;
@@ -209,6 +283,7 @@ struct TileLoop : LoopOfWaves<TileLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM
             Base::drop(s, first, wave_row, row_tile.sequence, dropout);
             tile.accumulate(s, o, Base::first_column());
         }
+        if constexpr (CUT) pieces.collect(launch.work, shared, softmax, o);
         if (Base::TEAM > 1) barrier(); /* nobody reads the team's queries any more */
     }
 };

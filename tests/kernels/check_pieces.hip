@@ -1,5 +1,5 @@
 /* A program for the host: where the blocks and waves of sm_90a's forward kernel keep what pieces of keys leave behind
- * (arch/sm90_pieces.h), for many numbers of rows. Exit status 1 and a line for each call in which one would write where
+ * (gpu/pieces.h), for many numbers of rows. Exit status 1 and a line for each call in which one would write where
  * another does, or past the workspace. */
 #include <stdio.h>
 

@@ -119,6 +119,9 @@ template <class T> using LdsPointer = __attribute__((address_space(3))) T *;
 __device__ __forceinline__ SharedAddress shared_address(void *pointer) {
     return static_cast<SharedAddress>(reinterpret_cast<uintptr_t>((LdsPointer<char>)pointer));
 }
+template <class T> __device__ __forceinline__ T *shared_pointer(SharedAddress address) {
+    return (T *)reinterpret_cast<LdsPointer<T>>(static_cast<uintptr_t>(address));
+}
 template <class T> __device__ __forceinline__ T shared_load(SharedAddress address) {
     return *reinterpret_cast<LdsPointer<T>>(static_cast<uintptr_t>(address));
 }
@@ -134,6 +137,8 @@ template <class T> __device__ __forceinline__ T global_load(const void *pointer)
 template <class T> __device__ __forceinline__ void global_store(void *pointer, T value) {
     *(__attribute__((address_space(1))) T *)pointer = value;
 }
+template <class T> __device__ __forceinline__ T l2_load(const T *pointer) { return global_load<T>(pointer); }
+template <class T> __device__ __forceinline__ void l2_store(T *pointer, T value) { global_store(pointer, value); }
 
 /* Tiles in shared memory permute their 16-byte chunks by exclusive or, within lines that hold all banks once: 128 bytes
  * of 32 banks, on gfx950 256 bytes of 64. A read of 16 bytes a lane is served to 8 (16) lanes at a time, of which

@@ -210,7 +210,7 @@ struct AlternatingLoop
     /* Where rows are too few for both groups, so that the second would only copy, there may be four waves as in TileLoop,
      * of which two blocks fit into a CU. Predicted: where there are more blocks than CUs and few keys that is up to 1.6 times
      * as fast; else eight waves are, up to 1.4 times. Not where the same bits are asked for whatever else is in the call. */
-    using Four = TileLoop<HEAD_DIM, VALUE_DIM>;
+    using Four = TileLoop<HEAD_DIM, VALUE_DIM, WAVES>;
     static constexpr int FOUR_BYTES = greater(Four::SHARED_BYTES, OUTPUTS_BYTES / 2), FOUR_MOST_KEYS = 1024;
     static bool is_for_four(const Launch &launch, int64_t row_tiles) {
         const aiter_attention_problem &p = launch.problem;
@@ -219,11 +219,10 @@ struct AlternatingLoop
         int device = 0;
         return hipGetDevice(&device) == hipSuccess && row_tiles > compute_units(device);
     }
-    static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream) {
-        Launch launch = Base::launch_of(call);
-        launch.four_waves = is_for_four(launch, row_tiles);
-        return launch.four_waves ? launch_with_shared(kernel, row_tiles, Four::THREADS, FOUR_BYTES, stream, launch)
-                                 : launch_with_shared(kernel, row_tiles, Base::THREADS, SHARED_BYTES, stream, launch);
+    static int start_blocks(void (*kernel)(Launch), Launch launch, int64_t count, void *stream) {
+        launch.four_waves = is_for_four(launch, count);
+        return launch.four_waves ? launch_with_shared(kernel, count, Four::THREADS, FOUR_BYTES, stream, launch)
+                                 : launch_with_shared(kernel, count, Base::THREADS, SHARED_BYTES, stream, launch);
     }
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
@@ -298,9 +297,11 @@ struct AlternatingLoop
         s.clear();
         u32x4 p[KEYS / 16];
         bool seen = false; /* is the tile from `first` on */
+        typename Base::Work::InTurn pieces(launch.work, block_keys.low);
         if (!FIRST) meet();
         for (int first = block_keys.low - KEYS; first < block_keys.high; first += KEYS) {
             auto scores = Products::scores(next_buffer);
+            if constexpr (CUT) pieces.pass(launch.work, first, seen, softmax, o);
             if (__builtin_expect(seen, true)) {
                 Base::finish_scores(s, first, wave_row, keys_of_all, tile, score);
                 softmax.update(s, o);
@@ -366,6 +367,7 @@ struct AlternatingLoop
         }
         if (FIRST) meet();
         meet(); /* the buffers are free */
+        if constexpr (CUT) pieces.collect(launch.work, shared, softmax, o);
     }
 
     /* Through shared memory, so that the wave stores whole rows: a lane has 8 bytes here and there of its own. */

@@ -36,7 +36,8 @@ struct PairedForwardLoop
     : LoopOfWaves<PairedForwardLoop<HEAD_DIM, VALUE_DIM>, HEAD_DIM, VALUE_DIM, PairedShape<HEAD_DIM, VALUE_DIM>> {
     using Base = LoopOfWaves<PairedForwardLoop, HEAD_DIM, VALUE_DIM, PairedShape<HEAD_DIM, VALUE_DIM>>;
     using Base::KEYS, Base::WAVE_ROWS;
-    using typename Base::Launch, typename Base::Output, typename Base::Queries, typename Base::Softmax;
+    using typename Base::Launch, typename Base::Output, typename Base::Queries, typename Base::Softmax,
+        typename Base::Work;
     using Scores = AlternatingScores<KEYS>;
     using Layout = AlternatingLayout<HEAD_DIM, VALUE_DIM, KEYS>;
     using Products = TileProducts<HEAD_DIM, VALUE_DIM, KEYS, Layout, 4>;
@@ -57,6 +58,23 @@ struct PairedForwardLoop
     template <class RowTile, class Finish>
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
+#if AITER_CUT
+        Base::template each_task<RowTile>(
+            launch, shared, [&](const Launch &launch, const auto &task, const RowTile &piece) {
+                const auto &scored = task.sequence.scaled(score);
+                Softmax softmax(scored.unit);
+                if (wave() < PAIRS) {
+                    if (!piece.keys.empty())
+                        probabilities(launch, piece, shared, scored, Dropout(launch.problem, launch.tensors), softmax);
+                } else {
+                    Output o;
+                    o.clear();
+                    if (!piece.keys.empty()) output(launch, piece.sequence, shared, piece.keys, softmax, o);
+                    if (launch.work.is_whole(task, softmax, o, pair())) finish(task, softmax, o);
+                }
+            });
+        clear_rest(launch, aiter::blocks(), THREADS);
+#else
         const RowTile tile(launch, block());
         if (tile.exists()) {
             const auto &scored = tile.sequence.scaled(score);
@@ -67,11 +85,12 @@ struct PairedForwardLoop
             } else {
                 Output o;
                 o.clear();
-                if (!tile.keys.empty()) output(tile.sequence, shared, tile.keys, softmax, o);
+                if (!tile.keys.empty()) output(launch, tile.sequence, shared, tile.keys, softmax, o);
                 finish(tile, softmax, o);
             }
         }
         clear_rest(launch, Base::blocks(launch), THREADS);
+#endif
     }
 
     static __device__ __forceinline__ SharedAddress exchange(SharedAddress shared) {
@@ -114,6 +133,7 @@ struct PairedForwardLoop
             copy.clear_rest();
             go_to(block_keys.low + 2 * KEYS);
         }
+        typename Work::InTurn pieces(launch.work, block_keys.low);
         int buffer = 0;
         for (int first = block_keys.low; first < block_keys.high; first += KEYS) {
             auto products = Products::scores(shared + buffer);
@@ -131,11 +151,15 @@ struct PairedForwardLoop
             __builtin_amdgcn_s_setprio(0);
             Base::finish_scores(s, first, wave_row, keys_of_all, tile, score);
             float shrink[Output::SLOTS];
+            Softmax before = softmax; /* of the piece before */
+            const bool cut = pieces.pass(launch.work, first);
+            if (cut) softmax = Softmax(softmax.scale);
             softmax.advance(s, shrink);
             Base::drop(s, first, wave_row, sequence, dropout);
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) shared_store(p_to + j * STEP_BYTES, round_operand(s, 0, j));
-            shared_store(factor_to, shrink[0]);
+            shared_store(factor_to, cut ? before.maximum[0] : shrink[0]);
+            if (cut) shared_store(factor_to + WAVE * 4, before.sum[0]);
             if (!TWO) copy.store(to);
             go_to(first + (TWO ? 3 : 2) * KEYS);
         }
@@ -146,8 +170,10 @@ struct PairedForwardLoop
         meet();
     }
 
-    static __device__ __forceinline__ void output(const Sequence &sequence, SharedAddress shared,
+    static __device__ __forceinline__ void output(const Launch &launch, const Sequence &sequence, SharedAddress shared,
                                                   const Range &block_keys, Softmax &softmax, Output &o) {
+        const Work &work = launch.work;
+        typename Work::InTurn pieces(work, block_keys.low);
         Copy<true> copy(sequence.keys, thread_in_block() % GROUP);
         const SharedAddress to = copy.part.place(shared), p_from = exchange(shared), factor_from = factor(shared);
         const auto go_to = [&](int first) { copy.go_to(sequence.keys, lesser(first, block_keys.high - 1)); };
@@ -157,7 +183,15 @@ struct PairedForwardLoop
         meet();
         meet();
         for (int first = block_keys.low; first < block_keys.high; first += KEYS) {
-            const float shrink = shared_load<float>(factor_from);
+            float shrink = shared_load<float>(factor_from);
+            if constexpr (CUT) {
+                if (__builtin_expect(pieces.is_cut(first), false)) {
+                    softmax.maximum[0] = shrink;
+                    softmax.sum[0] = shared_load<float>(factor_from + WAVE * 4);
+                    pieces.pass(work, first, work.has_rows(pair()), softmax, o, pair());
+                    shrink = 1.0f;
+                }
+            }
             u32x4 p[KEYS / 16];
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) p[j] = shared_load<u32x4>(p_from + j * STEP_BYTES);
@@ -175,6 +209,7 @@ struct PairedForwardLoop
         }
         softmax.maximum[0] = shared_load<float>(factor_from);
         softmax.sum[0] = shared_load<float>(factor_from + WAVE * 4);
+        if constexpr (CUT) pieces.collect(work, shared, softmax, o, pair());
     }
 };
 

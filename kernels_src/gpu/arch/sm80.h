@@ -111,6 +111,9 @@ typedef uint32_t SharedAddress;
 __device__ __forceinline__ SharedAddress shared_address(void *pointer) {
     return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
+template <class T> __device__ __forceinline__ T *shared_pointer(SharedAddress address) {
+    return static_cast<T *>(__cvta_shared_to_generic(address));
+}
 template <class T> __device__ __forceinline__ T shared_load(SharedAddress address) {
     return *static_cast<const T *>(__cvta_shared_to_generic(address));
 }
@@ -169,6 +172,8 @@ template <class T> __device__ __forceinline__ T global_load(const void *pointer)
 template <class T> __device__ __forceinline__ void global_store(void *pointer, T value) {
     *static_cast<T *>(pointer) = value;
 }
+template <class T> __device__ __forceinline__ T l2_load(const T *pointer) { return __ldcg(pointer); }
+template <class T> __device__ __forceinline__ void l2_store(T *pointer, T value) { __stcg(pointer, value); }
 
 /* A counter in global memory by which blocks order what they write. */
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t *from) {

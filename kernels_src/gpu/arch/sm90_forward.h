@@ -80,15 +80,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
     static int64_t workspace_bytes(const aiter_attention_problem &p, int64_t tiles) {
         const bool differ = MASKED || p.packed_q || p.packed_k;
         if (!CUT && !differ) return 0;
-        int devices = 0;
-        if (hipGetDeviceCount(&devices) != hipSuccess) return 0;
-        int64_t most = 0;
-        for (int device = 0; device < devices; ++device) {
-            const int blocks = compute_units(device);
+        return most_of_devices([&](int blocks) {
             const Work work = work_of(p, tiles, blocks);
-            most = greater(most, work.workspace_bytes(tiles, blocks, differ && work.count(tiles) > blocks));
-        }
-        return most;
+            return work.workspace_bytes(tiles, blocks, differ && work.count(tiles) > blocks);
+        });
     }
 
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }

@@ -8,7 +8,7 @@
 #ifndef AITER_GPU_ARCH_SM90_FORWARD_TILES_H
 #define AITER_GPU_ARCH_SM90_FORWARD_TILES_H
 
-#include "gpu/arch/sm90_pieces.h"
+#include "gpu/pieces.h"
 #include "gpu/arch/sm90_row_tiles.h"
 #include "gpu/arch/sm90_tensor_map.h"
 #include "gpu/score.h"

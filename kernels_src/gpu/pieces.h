@@ -1,4 +1,4 @@
-/* What a block of sm_90a's forward loop (arch/sm90_forward.h) takes at one time: a row tile with all of its keys
+/* What a block of a forward loop (arch/sm90_forward.h; AMD's: arch/gfx9_pieces.h) takes at one time: a row tile with all of its keys
  * (WholeRowTiles) or, in kernels built with AITER_CUT, a piece of them (Pieces). Each piece is attended to on its own, from
  * a softmax that has seen nothing; what comes out, its part, is added up in the order of the pieces.
  *
@@ -28,10 +28,10 @@
  * sizes in the call, which a captured launch repeats, and is the most that any of the machine's GPUs needs, as how many
  * pieces are dealt depends on its multiprocessors. In turn, each block has a part's place: there are no more blocks than
  * multiprocessors. */
-#ifndef AITER_GPU_ARCH_SM90_PIECES_H
-#define AITER_GPU_ARCH_SM90_PIECES_H
+#ifndef AITER_GPU_PIECES_H
+#define AITER_GPU_PIECES_H
 
-#include "gpu/arch/sm90.h"
+#include "gpu/arch.h"
 #include "gpu/divisor.h"
 #include "gpu/runtime.h"
 #include "gpu/sequence.h"
@@ -59,6 +59,7 @@ struct WholeRowTiles {
     };
     struct InTurn {
         __device__ __forceinline__ InTurn(const WholeRowTiles &, int) {}
+        __device__ __forceinline__ bool pass(const WholeRowTiles &, int) { return false; }
         template <class Softmax> __device__ __forceinline__ void set_aside(Softmax &) {}
         template <class Output> __device__ __forceinline__ void leave(const WholeRowTiles &, SharedAddress, Output &) {}
         template <class Softmax, class Output>
@@ -84,6 +85,7 @@ struct Weights {
     float earlier, later;
     float2 point;
 
+    Weights() = default;
     /* seen: whether the earlier side has seen keys. */
     __device__ __forceinline__ Weights(float2 a, float2 b, bool seen)
         : only_earlier(b.y == 0), only_later(!seen && b.y != 0) {
@@ -94,7 +96,11 @@ struct Weights {
     }
     __device__ __forceinline__ bool both() const { return !only_earlier && !only_later; }
     __device__ __forceinline__ float add_both(float a, float b) const {
+#if defined(__CUDACC__)
         return __fmaf_rn(b, later, __fmul_rn(a, earlier));
+#else
+        return __builtin_fmaf(b, later, a * earlier);
+#endif
     }
     __device__ __forceinline__ float add(float a, float b) const {
         return only_earlier ? a : only_later ? b : add_both(a, b);
@@ -104,17 +110,26 @@ struct Weights {
 /* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of 16 rows each. SHARED_ROOM: bytes that
  * shared memory has for the sum so far. */
 template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
-    static constexpr int CHUNKS = Output::SLOTS * Output::VALUES / 4;  /* of 16 bytes, of a lane's values */
-    static constexpr int POINT_BYTES = WAVES * 16 * sizeof(float2);    /* where a part's values begin */
-    static constexpr int VALUE_BYTES = CHUNKS * WAVE * sizeof(float4); /* of a wave */
+    static constexpr int CHUNKS = Output::SLOTS * Output::VALUES / 4; /* of 16 bytes, of a lane's values */
+    static constexpr int SLOTS = Output::SLOTS, WAVE_ROWS = WAVE / LANES_PER_ROW * SLOTS, SLOT_CHUNKS = CHUNKS / SLOTS;
+    static constexpr int POINT_BYTES = WAVES * WAVE_ROWS * sizeof(float2); /* where a part's values begin */
+    static constexpr int VALUE_BYTES = CHUNKS * WAVE * sizeof(float4);     /* of a wave */
     static constexpr bool IN_SHARED = POINT_BYTES + WAVES * VALUE_BYTES <= SHARED_ROOM;
     static constexpr int SUM_BYTES = IN_SHARED ? POINT_BYTES + WAVES * VALUE_BYTES : 0;
-    static constexpr int INVARIANT_KEYS = (IN_SHARED ? 1024 : 2048) / KEYS * KEYS;
+    /* As short as prefill bears: its additions are to take a tenth of its time at most, as measured or predicted. */
+#if defined(AITER_GFX950)
+    static constexpr bool LONG = true;
+#elif defined(AITER_GFX942)
+    static constexpr bool LONG = Output::VALUES > 64;
+#else
+    static constexpr bool LONG = false;
+#endif
+    static constexpr int INVARIANT_KEYS = (IN_SHARED ? 1024 : LONG ? 4096 : 2048) / KEYS * KEYS;
     static constexpr int LEAST_KEYS = 1024 / KEYS * KEYS; /* to be dealt: with fewer, beginning and end take longer */
     static constexpr int64_t MOST_BYTES = int64_t(512) << 20;
     static constexpr int PARTS_AT = 256; /* in the workspace, after the counter of tasks */
     static constexpr int NEVER = 0x7fffffff;
-    static_assert(Output::SLOTS == 2 && Output::VALUES % 4 == 0, "");
+    static_assert(Output::VALUES % 4 == 0, "");
 
     int keys = 0;  /* of a piece; 0: nothing is cut */
     int dealt = 0; /* pieces of a row tile that are work of their own, at most; 0: a block takes all of them in turn */
@@ -203,65 +218,94 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         /* wave: of those that the row tile's rows belong to; not wave(), which all lanes must ask together. */
         __device__ __forceinline__ Part(char *part, int wave)
             : values(reinterpret_cast<float4 *>(part + POINT_BYTES) + wave * CHUNKS * WAVE + lane()),
-              points(reinterpret_cast<float2 *>(part) + wave * 16) {}
+              points(reinterpret_cast<float2 *>(part) + wave * WAVE_ROWS) {}
         __device__ __forceinline__ float4 &chunk(int i) const { return values[i * WAVE]; }
         __device__ __forceinline__ float2 &point(int slot) const { return points[Output::row(slot)]; }
         /* visit(chunk, slot, i): of the values i ... i + 3 of a slot. */
         template <class Visit> static __device__ __forceinline__ void each_chunk(Visit visit) {
 #pragma unroll
-            for (int i = 0; i < CHUNKS; ++i) visit(i, slot_of(i), i % (CHUNKS / 2) * 4);
+            for (int i = 0; i < CHUNKS; ++i) visit(i, slot_of(i), i % SLOT_CHUNKS * 4);
         }
-        static __device__ __forceinline__ constexpr int slot_of(int chunk) { return chunk / (CHUNKS / 2); }
+        static __device__ __forceinline__ constexpr int slot_of(int chunk) { return chunk / SLOT_CHUNKS; }
     };
 
-    /* By a warpgroup that goes through the pieces of a row tile itself: the sum of those that it has left behind. */
+    /* By who goes through the pieces of a row tile itself: the sum of those that it has left behind. of_tile: the wave's
+     * number among those of the row tile. */
     struct InTurn {
         int end; /* of this piece: the first key that is not in it */
         bool begun = false;
-        float2 point[2]; /* of the piece that is set aside */
+        float2 point[SLOTS]; /* of the piece that is set aside */
 
         /* low: the first key of the row tile. */
         __device__ __forceinline__ InTurn(const Pieces &work, int low)
             : end(work.keys > 0 && work.dealt == 0 ? work.multiple_before(low) + work.keys : NEVER) {}
 
+        /* Whether the tile from `first` on begins another piece. */
+        __device__ __forceinline__ bool is_cut(int first) const { return first >= end; }
+        __device__ __forceinline__ bool pass(const Pieces &work, int first) {
+            const bool cut = is_cut(first);
+            if (cut) end += work.keys;
+            return cut;
+        }
+        /* Both at once, where the tile from `first` on begins a piece. Not where the wave does not see it: then it has no
+         * piece behind it, or this is its last one. */
+        template <class Softmax>
+        __device__ __forceinline__ void pass(const Pieces &work, int first, bool seen, Softmax &softmax, Output &o,
+                                             int of_tile = wave()) {
+            if (__builtin_expect(!is_cut(first), true)) return;
+            if (seen) {
+                set_aside(softmax);
+                leave(work, 0, o, of_tile);
+            } else {
+                end += work.keys;
+            }
+        }
         /* The softmax begins anew, while the output is still being added to. */
         template <class Softmax> __device__ __forceinline__ void set_aside(Softmax &softmax) {
             give_points(softmax, point);
             softmax = Softmax(softmax.scale);
         }
         /* The output of what was set aside joins the sum. */
-        __device__ __forceinline__ void leave(const Pieces &work, SharedAddress shared, Output &o) {
-            const Part so_far = work.sum(shared);
+        __device__ __forceinline__ void leave(const Pieces &work, SharedAddress shared, Output &o,
+                                              int of_tile = wave()) {
+            const Part so_far = work.sum(shared, of_tile);
             if (begun) {
                 add(so_far, o, [&](int chunk, int, int, const float4 &x) { so_far.chunk(chunk) = x; });
             } else {
                 Part::each_chunk([&](int chunk, int slot, int i) { so_far.chunk(chunk) = chunk_of(o, slot, i); });
             }
 #pragma unroll
-            for (int slot = 0; slot < 2; ++slot) so_far.point(slot) = point[slot]; /* the same by four lanes */
+            for (int slot = 0; slot < SLOTS; ++slot) so_far.point(slot) = point[slot]; /* the same by four lanes */
             wave_sync();
             begun = true, end += work.keys;
             o.clear();
         }
         /* At the end: softmax and output of all pieces. */
         template <class Softmax>
-        __device__ __forceinline__ void collect(const Pieces &work, SharedAddress shared, Softmax &softmax, Output &o) {
+        __device__ __forceinline__ void collect(const Pieces &work, SharedAddress shared, Softmax &softmax, Output &o,
+                                                int of_tile = wave()) {
             if (!begun) return;
             set_aside(softmax);
-            add(work.sum(shared), o, [&](int, int slot, int i, const float4 &x) { set_chunk(o, slot, i, x); });
+            add(work.sum(shared, of_tile), o, [&](int, int slot, int i, const float4 &x) { set_chunk(o, slot, i, x); });
             take_points(softmax, point);
         }
 
       private:
         /* take(chunk, slot, i, x): of the sum so far and what is set aside. */
         template <class Take> __device__ __forceinline__ void add(const Part &so_far, const Output &o, Take take) {
-            const float2 earlier[2] = {so_far.point(0), so_far.point(1)};
-            const Weights weights[2] = {{earlier[0], point[0], earlier[0].y != 0},
-                                        {earlier[1], point[1], earlier[1].y != 0}};
-            if (wave_any(!weights[0].both() || !weights[1].both())) /* rare */
+            Weights weights[SLOTS];
+            bool both = true;
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                const float2 earlier = so_far.point(slot);
+                weights[slot] = Weights(earlier, point[slot], earlier.y != 0);
+                both &= weights[slot].both();
+            }
+            if (wave_any(!both)) /* rare */
                 add(so_far, o, take, [&](int slot, float a, float b) { return weights[slot].add(a, b); });
             else add(so_far, o, take, [&](int slot, float a, float b) { return weights[slot].add_both(a, b); });
-            point[0] = weights[0].point, point[1] = weights[1].point;
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) point[slot] = weights[slot].point;
             wave_sync();
         }
         template <class Take, class Add>
@@ -276,18 +320,19 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 
     /* By each wave, with what it has of a task. Are these its rows' results, of all pieces? Else they are in memory now. */
     template <class Task, class Softmax>
-    __device__ __forceinline__ bool is_whole(const Task &task, const Softmax &softmax, const Output &o) const {
+    __device__ __forceinline__ bool is_whole(const Task &task, const Softmax &softmax, const Output &o,
+                                             int of_tile = wave()) const {
         const Piece &piece = task.piece;
         if (piece.count == 1) return true;
-        const int of_tile = wave(), left = rows - of_tile * 16; /* rows from this wave's first on */
+        const int left = rows - of_tile * WAVE_ROWS; /* rows from this wave's first on */
         const Part own = part(piece.row_tile * dealt + piece.number, of_tile);
-        float2 point[2];
+        float2 point[SLOTS];
         give_points(softmax, point);
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot)
-            if (lane_leads_row() && Output::row(slot) < left) __stcg(&own.point(slot), point[slot]);
+        for (int slot = 0; slot < SLOTS; ++slot)
+            if (lane_leads_row() && Output::row(slot) < left) l2_store(&own.point(slot), point[slot]);
         Part::each_chunk([&](int chunk, int slot, int i) {
-            if (Output::row(slot) < left) __stcg(&own.chunk(chunk), chunk_of(o, slot, i));
+            if (Output::row(slot) < left) l2_store(&own.chunk(chunk), chunk_of(o, slot, i));
         });
         return false;
     }
@@ -297,48 +342,55 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     static constexpr int FEW_PARTS = 4, MOST_ADDING_THREADS = 8 * WAVE;
     int adding_threads() const { return dealt > FEW_PARTS ? MOST_ADDING_THREADS : MOST_ADDING_THREADS / 2; }
 
+    struct Sums { /* in shared memory */
+        float4 values[CHUNKS][WAVE];
+        float2 points[SLOTS][WAVE];
+    };
     template <class Softmax>
-    __device__ __forceinline__ bool add_up(const Piece &piece, int of_tile, Softmax &softmax, Output &o) const {
-        __shared__ float4 sums[CHUNKS][WAVE];
-        __shared__ float2 points[2][WAVE];
-        const int left = rows - of_tile * 16;
-        if (dealt > FEW_PARTS) fold<8, 1, 16>(piece, of_tile, left, sums, points);
-        else fold<4, 4, 4>(piece, of_tile, left, sums, points);
+    __device__ __forceinline__ bool add_up(const Piece &piece, int of_tile, Sums &sums, Softmax &softmax,
+                                           Output &o) const {
+        const int left = rows - of_tile * WAVE_ROWS;
+        if (dealt > FEW_PARTS) fold<8, 1, 16>(piece, of_tile, left, sums);
+        else fold<4, 4, 4>(piece, of_tile, left, sums);
         barrier();
         if (wave() > 0) return false;
-        float2 point[2];
+        float2 point[SLOTS];
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot)
-            point[slot] = Output::row(slot) < left ? points[slot][lane()] : make_float2(0, 0);
+        for (int slot = 0; slot < SLOTS; ++slot)
+            point[slot] = Output::row(slot) < left ? sums.points[slot][lane()] : make_float2(0, 0);
         Part::each_chunk([&](int chunk, int slot, int i) {
-            set_chunk(o, slot, i, Output::row(slot) < left ? sums[chunk][lane()] : make_float4(0, 0, 0, 0));
+            set_chunk(o, slot, i, Output::row(slot) < left ? sums.values[chunk][lane()] : make_float4(0, 0, 0, 0));
         });
         take_points(softmax, point);
         return true;
     }
+    __device__ __forceinline__ bool has_rows(int wave) const { return wave * WAVE_ROWS < rows; }
     /* Of a row tile: those that have rows. */
-    __host__ __device__ __forceinline__ int waves() const { return (rows + 15) / 16; }
+    __host__ __device__ __forceinline__ int waves() const { return (rows + WAVE_ROWS - 1) / WAVE_ROWS; }
+
+    bool needs_parts() const { return keys > 0 && (dealt > 0 || !IN_SHARED); }
 
   private:
-    bool needs_parts() const { return keys > 0 && (dealt > 0 || !IN_SHARED); }
     static __host__ __device__ __forceinline__ int64_t bytes_of(int waves) { return POINT_BYTES + waves * VALUE_BYTES; }
     /* In turn every wave keeps a sum, whether or not it has rows. */
     __host__ __device__ __forceinline__ int64_t part_bytes() const { return bytes_of(dealt > 0 ? waves() : WAVES); }
     __device__ __forceinline__ Part part(int number, int wave) const { return {parts + number * part_bytes(), wave}; }
     /* Of a block's row tile so far. */
-    __device__ __forceinline__ Part sum(SharedAddress shared) const {
-        if (IN_SHARED) return {static_cast<char *>(__cvta_shared_to_generic(shared)), wave()};
-        return part(block(), wave());
+    __device__ __forceinline__ Part sum(SharedAddress shared, int of_tile) const {
+        if (IN_SHARED) return {shared_pointer<char>(shared), of_tile};
+        return part(block(), of_tile);
     }
-    /* Each of OWN_WAVES takes AT_ONCE chunks of a slot at a time, and of these TOGETHER parts are under way. Of 8 rows or
-     * fewer the second slot has none. */
+    /* Rows of a wave that exist are `left`: of half of them or fewer a second slot has none. */
+    static __device__ __forceinline__ constexpr int slots_in_use(int left) {
+        return left > WAVE_ROWS / SLOTS ? SLOTS : 1;
+    }
+    /* Each of OWN_WAVES takes AT_ONCE chunks of a slot at a time, and of these TOGETHER parts are under way. */
     template <int OWN_WAVES, int AT_ONCE, int TOGETHER>
-    __device__ __forceinline__ void fold(const Piece &piece, int of_tile, int left, float4 (&sums)[CHUNKS][WAVE],
-                                         float2 (&points)[2][WAVE]) const {
-        constexpr int OF_SLOT = CHUNKS / 2, BUNDLES = (OF_SLOT + AT_ONCE - 1) / AT_ONCE;
+    __device__ __forceinline__ void fold(const Piece &piece, int of_tile, int left, Sums &sums) const {
+        constexpr int BUNDLES = (SLOT_CHUNKS + AT_ONCE - 1) / AT_ONCE;
         const int first = piece.row_tile * dealt;
 #pragma unroll 1
-        for (int bundle = wave(); bundle < (left > 8 ? 2 : 1) * BUNDLES; bundle += OWN_WAVES) {
+        for (int bundle = wave(); bundle < slots_in_use(left) * BUNDLES; bundle += OWN_WAVES) {
             const int slot = bundle / BUNDLES, begin = bundle % BUNDLES * AT_ONCE;
             if (Output::row(slot) >= left) continue;
             float4 sum[AT_ONCE];
@@ -348,7 +400,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
             const auto each = [&](auto visit) {
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i)
-                    if (begin + i < OF_SLOT) visit(i, slot * OF_SLOT + begin + i);
+                    if (begin + i < SLOT_CHUNKS) visit(i, slot * SLOT_CHUNKS + begin + i);
             };
 #pragma unroll 1
             for (int number = 0; number < piece.count; number += TOGETHER) {
@@ -358,8 +410,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
                 for (int n = 0; n < TOGETHER; ++n) {
                     if (number + n >= piece.count) continue;
                     const Part other = part(first + number + n, of_tile);
-                    each([&](int i, int chunk) { value[n][i] = __ldcg(&other.chunk(chunk)); });
-                    of_part[n] = __ldcg(&other.point(slot));
+                    each([&](int i, int chunk) { value[n][i] = l2_load(&other.chunk(chunk)); });
+                    of_part[n] = l2_load(&other.point(slot));
                 }
 #pragma unroll
                 for (int n = 0; n < TOGETHER; ++n) {
@@ -380,8 +432,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
                     }
                 }
             }
-            each([&](int i, int chunk) { sums[chunk][lane()] = sum[i]; });
-            if (begin == 0) points[slot][lane()] = point;
+            each([&](int i, int chunk) { sums.values[chunk][lane()] = sum[i]; });
+            if (begin == 0) sums.points[slot][lane()] = point;
         }
     }
     static __device__ __forceinline__ float4 chunk_of(const Output &o, int slot, int i) {
@@ -391,15 +443,15 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
     }
     template <class Softmax>
-    static __device__ __forceinline__ void give_points(const Softmax &softmax, float2 (&point)[2]) {
+    static __device__ __forceinline__ void give_points(const Softmax &softmax, float2 (&point)[SLOTS]) {
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot)
+        for (int slot = 0; slot < SLOTS; ++slot)
             point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
     }
     template <class Softmax>
-    static __device__ __forceinline__ void take_points(Softmax &softmax, const float2 (&point)[2]) {
+    static __device__ __forceinline__ void take_points(Softmax &softmax, const float2 (&point)[SLOTS]) {
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) {
+        for (int slot = 0; slot < SLOTS; ++slot) {
             softmax.maximum[slot] = point[slot].x;
             softmax.sum[slot] = lane_leads_row() ? point[slot].y : 0.0f;
         }

@@ -1,0 +1,57 @@
+/* How blocks of AMD's forward loops take pieces of keys (gpu/pieces.h): each has one task, or, where sums of pieces that
+ * are taken in turn need a place in memory, no more blocks than can be at work at one time take row tiles one after the
+ * other.
+ *
+ *     dealt, or few row tiles   block = task
+ *     in turn, many             block b:  b, then what the counter of its chiplet says next    | sum in place b of memory
+ *
+ * A counter for each chiplet, because consecutive tasks are to be dealt to chiplets in turn, as the hardware deals blocks:
+ * so what reads the same keys finds them in one L2 cache. A place is one block's until it ends: L2 caches of different
+ * chiplets do not see what the others hold. */
+#ifndef AITER_GPU_ARCH_GFX9_PIECES_H
+#define AITER_GPU_ARCH_GFX9_PIECES_H
+
+#include "gpu/pieces.h"
+
+namespace aiter {
+
+__global__ void clear_counters(uint32_t *counters) { counters[thread_in_block()] = 0; }
+
+template <int KEYS, int WAVES, class Output> struct PiecesOfBlocks : Pieces<KEYS, WAVES, Output, 0> {
+    using Base = Pieces<KEYS, WAVES, Output, 0>;
+    using Base::Base;
+    int tasks = 0;
+    uint32_t *next = nullptr; /* counters of tasks after each block's first; null: there are none */
+
+    /* places: for sums in turn. */
+    int64_t workspace_bytes(int64_t row_tiles, int places) const {
+        return Base::workspace_bytes(row_tiles, places, false);
+    }
+    int64_t blocks(int places) const { return next == nullptr ? tasks : places; }
+    /* What a launch needs beside place_in(). */
+    int prepare(int64_t row_tiles, int places, void *stream) {
+        const int64_t count = this->count(row_tiles);
+        if (count > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
+        tasks = static_cast<int>(count);
+        if (!this->needs_parts() || this->dealt > 0 || tasks <= places) return 0;
+        next = reinterpret_cast<uint32_t *>(this->parts - Base::PARTS_AT);
+        return launch(clear_counters, 1, XCDS, 0, stream, next);
+    }
+
+    /* This block's task after the one that it has had; none from `tasks` on. */
+    __device__ __forceinline__ int next_task(SharedAddress shared) const {
+        if (next == nullptr) return tasks;
+        const int chiplet = block() % XCDS;
+        barrier(); /* nobody uses shared memory any more */
+        if (thread_in_block() == 0)
+            shared_store<uint32_t>(shared, aiter::blocks() + chiplet + XCDS * atomicAdd(next + chiplet, 1u));
+        barrier();
+        const int index = uniform(shared_load<int>(shared));
+        barrier();
+        return index;
+    }
+};
+
+} // namespace aiter
+
+#endif
