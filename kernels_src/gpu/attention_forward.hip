@@ -240,30 +240,22 @@ __global__ void __launch_bounds__(Loop::Shared::THREADS, 1)
 #else
 constexpr void (*share_pieces)(Loop::Launch) = nullptr;
 #endif
-/* Where keys are dealt to several blocks: adds up what these have left. What the row tile is it finds out before these have
- * ended: lengths are older than both kernels. */
-struct AddedColumns : ColumnsOfWave<AddedColumns> {
-    static constexpr bool SEVERAL_HEADS = Loop::SEVERAL_HEADS;
-    static __device__ __forceinline__ int first_column() {
-        return (block() % Loop::Work::COLUMN_BLOCKS * Loop::Work::ADDING_WAVES + wave()) * OWN_COLUMNS;
-    }
-};
-__global__ void __launch_bounds__(Loop::Work::ADDING_THREADS)
+/* Where keys are dealt to several blocks: a block for each 16 rows of a row tile, which adds up what those have left. What
+ * the row tile is it finds out before these have ended: lengths are older than both kernels. */
+__global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     add_up_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
     const Loop::Work &work = launch.work;
-    const int rows = block() / Loop::Work::COLUMN_BLOCKS; /* sixteen of all */
-    const int row_tile = rows / work.waves(), of_tile = rows % work.waves();
+    const int row_tile = block() / work.waves(), of_tile = block() % work.waves();
     const Place place = Loop::place(launch, row_tile);
     Loop::Work::Task<RowTile> task(launch, place, row_tile);
     wait_for_previous();
-    const int column = AddedColumns::first_column() / AddedColumns::OWN_COLUMNS;
-    if (task.piece.count == 1 || !task.exists() || column >= Loop::Work::CHUNKS / 2) return;
+    if (task.piece.count == 1 || !task.exists()) return;
     const Score score(launch.problem);
     Loop::Softmax softmax(score.unit);
-    AddedColumns::Output o;
-    work.add_up(task.piece, of_tile, column, softmax, o);
-    task.first_row += of_tile * WAVE_ROWS;
-    Finish<AddedColumns>{launch, {}, score}(task, softmax, o);
+    Loop::Output o;
+    if (!work.add_up(task.piece, of_tile, softmax, o)) return;
+    task.first_row += of_tile * WAVE_ROWS; /* these are the first wave's */
+    Finish<Loop>{launch, {}, score}(task, softmax, o);
 }
 #endif
 

@@ -145,7 +145,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
         else failed = aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         const int64_t additions = launch.work.additions(tiles);
         if (failed || additions == 0) return failed;
-        return launch_next(add_up, additions, Work::ADDING_THREADS, 0, stream, launch);
+        return launch_next(add_up, additions, launch.work.adding_threads(), 0, stream, launch);
     }
 
     /* ---- the block ---- */

@@ -46,8 +46,8 @@ struct WholeRowTiles {
     WholeRowTiles() = default;
     WholeRowTiles(const aiter_attention_problem &, int64_t, int64_t, int) {}
     static int64_t count(int64_t row_tiles) { return row_tiles; }
-    static constexpr int ADDING_THREADS = 0;
     static int64_t additions(int64_t) { return 0; }
+    static int adding_threads() { return 0; }
     static int64_t workspace_bytes(int64_t, int, bool counted) { return counted ? sizeof(uint32_t) : 0; }
     static bool place_in(void *) { return true; }
 
@@ -101,34 +101,6 @@ struct Weights {
     }
 };
 
-/* Sixteen columns of the rows of one wave, in which it is as Finish asks for it (attention_forward.hip). Holder: says
- * which, first_column(). */
-template <class Holder> struct ColumnsOfWave {
-    static constexpr int OWN_COLUMNS = 16;
-    using Output = Accumulator<1, OWN_COLUMNS>;
-    struct OutputPlace {};
-
-    static __device__ __forceinline__ int wave_row() { return 0; }
-    template <class Launch, class RowTile>
-    static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
-        return false;
-    }
-    static __device__ __forceinline__ bool round_output(const Output &, OutputPlace) { return MASKED; }
-    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, OutputPlace) {}
-    template <class RowPointer>
-    static __device__ __forceinline__ void store_output(const Output &o, OutputPlace, RowPointer row) {
-        const int first = Holder::first_column() + Output::lane_column(); /* by all lanes */
-#pragma unroll
-        for (int slot = 0; slot < Output::SLOTS; ++slot) {
-            Element *to = row(Output::row(slot));
-#pragma unroll
-            for (int i = 0; i < Output::VALUES; i += 2)
-                if (to != nullptr && first + Output::column(i) < VALUE_DIM)
-                    global_store(to + first + Output::column(i), to_elements(o.get(slot, i), o.get(slot, i + 1)));
-        }
-    }
-};
-
 /* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of 16 rows each. SHARED_ROOM: bytes that
  * shared memory has for the sum so far. */
 template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
@@ -177,7 +149,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     /* Of tasks. */
     int64_t count(int64_t row_tiles) const { return dealt > 0 ? row_tiles * dealt : row_tiles; }
     /* Blocks of the second kernel. */
-    int64_t additions(int64_t row_tiles) const { return dealt > 0 ? row_tiles * waves() * COLUMN_BLOCKS : 0; }
+    int64_t additions(int64_t row_tiles) const { return dealt > 0 ? row_tiles * waves() : 0; }
 
     int64_t workspace_bytes(int64_t row_tiles, int blocks, bool counted) const {
         if (!needs_parts()) return counted * int64_t(sizeof(uint32_t));
@@ -330,25 +302,29 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         }
     };
 
-    /* The second kernel: a block adds up the parts of one wave's rows, or of some of their columns, sixteen for each wave. */
-    static constexpr int ADDING_WAVES = lesser(CHUNKS / 2, 8), ADDING_THREADS = ADDING_WAVES * WAVE;
-    static constexpr int COLUMN_BLOCKS = (CHUNKS / 2 + ADDING_WAVES - 1) / ADDING_WAVES;
+    /* The second kernel: a block adds up the parts of one wave's rows, each of its waves some of the columns. The first
+     * wave then has the rows, as that wave had them. Many parts have more waves, few are added up by more blocks. */
+    static constexpr int FEW_PARTS = 4, MOST_ADDING_THREADS = 8 * WAVE;
+    int adding_threads() const { return dealt > FEW_PARTS ? MOST_ADDING_THREADS : MOST_ADDING_THREADS / 2; }
 
-    /* of_tile: whose rows; column: in sixteens. */
-    template <class Softmax, class Columns>
-    __device__ __forceinline__ void add_up(const Piece &piece, int of_tile, int column, Softmax &softmax,
-                                           Columns &o) const {
-        static_assert(Columns::VALUES == 4, "");
+    template <class Softmax>
+    __device__ __forceinline__ bool add_up(const Piece &piece, int of_tile, Softmax &softmax, Output &o) const {
+        __shared__ float4 sums[CHUNKS][WAVE];
+        __shared__ float2 points[2][WAVE];
+        const int left = rows - of_tile * 16;
+        if (dealt > FEW_PARTS) fold<8, 1, 16>(piece, of_tile, left, sums, points);
+        else fold<4, 4, 4>(piece, of_tile, left, sums, points);
+        barrier();
+        if (wave() > 0) return false;
         float2 point[2];
 #pragma unroll
-        for (int slot = 0; slot < 2; ++slot) {
-            float4 sum = make_float4(0, 0, 0, 0);
-            point[slot] = make_float2(0, 0);
-            if (Output::row(slot) < rows - of_tile * 16)
-                fold(piece, of_tile, slot, slot * (CHUNKS / 2) + column, sum, point[slot]);
-            o.set(slot, 0, sum.x), o.set(slot, 1, sum.y), o.set(slot, 2, sum.z), o.set(slot, 3, sum.w);
-        }
+        for (int slot = 0; slot < 2; ++slot)
+            point[slot] = Output::row(slot) < left ? points[slot][lane()] : make_float2(0, 0);
+        Part::each_chunk([&](int chunk, int slot, int i) {
+            set_chunk(o, slot, i, Output::row(slot) < left ? sums[chunk][lane()] : make_float4(0, 0, 0, 0));
+        });
         take_points(softmax, point);
+        return true;
     }
     /* Of a row tile: those that have rows. */
     __host__ __device__ __forceinline__ int waves() const { return (rows + 15) / 16; }
@@ -364,34 +340,58 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         if (IN_SHARED) return {static_cast<char *>(__cvta_shared_to_generic(shared)), wave()};
         return part(block(), wave());
     }
-    /* Many parts are under way at one time. */
-    __device__ __forceinline__ void fold(const Piece &piece, int of_tile, int slot, int chunk, float4 &sum,
-                                         float2 &point) const {
-        constexpr int TOGETHER = 16;
+    /* Each of OWN_WAVES takes AT_ONCE chunks of a slot at a time, and of these TOGETHER parts are under way. Of 8 rows or
+     * fewer the second slot has none. */
+    template <int OWN_WAVES, int AT_ONCE, int TOGETHER>
+    __device__ __forceinline__ void fold(const Piece &piece, int of_tile, int left, float4 (&sums)[CHUNKS][WAVE],
+                                         float2 (&points)[2][WAVE]) const {
+        constexpr int OF_SLOT = CHUNKS / 2, BUNDLES = (OF_SLOT + AT_ONCE - 1) / AT_ONCE;
         const int first = piece.row_tile * dealt;
-        bool seen = false; /* what point.y != 0 says, which would be waited for */
 #pragma unroll 1
-        for (int number = 0; number < piece.count; number += TOGETHER) {
-            float4 value[TOGETHER];
-            float2 of_part[TOGETHER];
+        for (int bundle = wave(); bundle < (left > 8 ? 2 : 1) * BUNDLES; bundle += OWN_WAVES) {
+            const int slot = bundle / BUNDLES, begin = bundle % BUNDLES * AT_ONCE;
+            if (Output::row(slot) >= left) continue;
+            float4 sum[AT_ONCE];
+            float2 point;
+            bool seen = false; /* what point.y != 0 says, which would be waited for */
+            /* visit(i, chunk): of chunks that exist */
+            const auto each = [&](auto visit) {
 #pragma unroll
-            for (int n = 0; n < TOGETHER; ++n) {
-                if (number + n >= piece.count) continue;
-                const Part other = part(first + number + n, of_tile);
-                value[n] = __ldcg(&other.chunk(chunk)), of_part[n] = __ldcg(&other.point(slot));
-            }
+                for (int i = 0; i < AT_ONCE; ++i)
+                    if (begin + i < OF_SLOT) visit(i, slot * OF_SLOT + begin + i);
+            };
+#pragma unroll 1
+            for (int number = 0; number < piece.count; number += TOGETHER) {
+                float4 value[TOGETHER][AT_ONCE];
+                float2 of_part[TOGETHER];
 #pragma unroll
-            for (int n = 0; n < TOGETHER; ++n) {
-                if (number + n >= piece.count) continue;
-                if (number + n == 0) {
-                    sum = value[n], point = of_part[n], seen = point.y != 0;
-                    continue;
+                for (int n = 0; n < TOGETHER; ++n) {
+                    if (number + n >= piece.count) continue;
+                    const Part other = part(first + number + n, of_tile);
+                    each([&](int i, int chunk) { value[n][i] = __ldcg(&other.chunk(chunk)); });
+                    of_part[n] = __ldcg(&other.point(slot));
                 }
-                const Weights w(point, of_part[n], seen);
-                const float4 &a = sum, &b = value[n];
-                point = w.point, seen |= of_part[n].y != 0;
-                sum = make_float4(w.add(a.x, b.x), w.add(a.y, b.y), w.add(a.z, b.z), w.add(a.w, b.w));
+#pragma unroll
+                for (int n = 0; n < TOGETHER; ++n) {
+                    if (number + n >= piece.count) continue;
+                    if (number + n == 0) {
+                        point = of_part[n], seen = point.y != 0;
+#pragma unroll
+                        for (int i = 0; i < AT_ONCE; ++i) sum[i] = value[n][i];
+                        continue;
+                    }
+                    const Weights w(point, of_part[n], seen);
+                    point = w.point, seen |= of_part[n].y != 0;
+#pragma unroll
+                    for (int i = 0; i < AT_ONCE; ++i) {
+                        float4 &a = sum[i];
+                        const float4 &b = value[n][i];
+                        a = make_float4(w.add(a.x, b.x), w.add(a.y, b.y), w.add(a.z, b.z), w.add(a.w, b.w));
+                    }
+                }
             }
+            each([&](int i, int chunk) { sums[chunk][lane()] = sum[i]; });
+            if (begin == 0) points[slot][lane()] = point;
         }
     }
     static __device__ __forceinline__ float4 chunk_of(const Output &o, int slot, int i) {

@@ -29,16 +29,15 @@
 
 namespace aiter {
 
-template <int HEAD_DIM, int VALUE_DIM>
-struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiece<HEAD_DIM, VALUE_DIM>> {
+template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM> {
     using Tiles = ForwardTiles<HEAD_DIM, VALUE_DIM>;
     using Tiles::KEYS, Tiles::STEPS, Tiles::LINES, Tiles::VALUE_LINES, Tiles::SEVERAL_HEADS, Tiles::at_least_one;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
     static constexpr int ROWS = 16, TILES = Work::INVARIANT_KEYS / KEYS, SLOTS = 2;
-    static constexpr int CLUSTER = VALUE_LINES; /* blocks */
+    static constexpr int CLUSTER = VALUE_LINES; /* blocks that share a piece */
     static constexpr int OUTPUT_WAVES = 4, SCORE_WAVES = 4, THREADS = (OUTPUT_WAVES + SCORE_WAVES) * WAVE;
-    using typename ColumnsOfWave<SharedPiece>::Output;
-    using ColumnsOfWave<SharedPiece>::OWN_COLUMNS;
+    static constexpr int OWN_COLUMNS = 16; /* of a wave of output: a chunk of a part's values in each slot */
+    using Output = Accumulator<1, OWN_COLUMNS>;
     static_assert(OUTPUT_WAVES * OWN_COLUMNS == 64, "a line of values");
 
     static constexpr int UNIT_BYTES = KEYS * 128, WEIGHT_BYTES = KEYS / 16 * WAVE * sizeof(uint4); /* of a tile */
@@ -62,7 +61,10 @@ struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiec
 
     static int start(void (*kernel)(Launch), Launch &launch, int64_t tasks, void *stream) {
         launch.order.together.by = 0; /* as each task has blocks of its own, there need be no other order */
-        return launch_next_in_clusters(CLUSTER, kernel, tasks * CLUSTER, THREADS, SHARED_BYTES, stream, launch);
+        /* In twos even where each has a piece of its own: stores to a cluster of one are an error to compute-sanitizer. */
+        constexpr int TOGETHER = greater(CLUSTER, 2);
+        const int64_t blocks = (tasks * CLUSTER + TOGETHER - 1) / TOGETHER * TOGETHER;
+        return launch_next_in_clusters(TOGETHER, kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
     }
 
     /* ---- shared memory ---- */
@@ -137,6 +139,10 @@ struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiec
             : launch(launch), task(task), shared(shared), keys(at_least_one(task.own(task.keys))) {
             const Range any = task.own(task.keys_of_any(task.first_row, ROWS));
             tiles = any.empty() ? 1 : (any.high - keys.low + KEYS - 1) / KEYS;
+        }
+        /* Of block `to` of those that share the piece. */
+        __device__ __forceinline__ SharedAddress shared_of(int to) const {
+            return cluster::of(shared, CLUSTER == 1 ? cluster::rank() : to);
         }
         __device__ __forceinline__ int first(int tile) const { return keys.low + tile * KEYS; }
         /* Units: lines of the block's own tiles of keys, then its line of the values of all tiles. */
@@ -268,7 +274,7 @@ struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiec
                 for (int slot = 0; slot < SLOTS; ++slot) top[slot] = row_max(s.largest(slot) * score.unit);
 #pragma unroll
                 for (int to = 0; to < CLUSTER; ++to) {
-                    const Handed handed = {cluster::of(way.shared, to), tile};
+                    const Handed handed = {way.shared_of(to), tile};
 #pragma unroll
                     for (int slot = 0; slot < SLOTS; ++slot)
                         if (lane_leads_row())
@@ -296,7 +302,7 @@ struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiec
             for (int j = 0; j < KEYS / 16; ++j) round_operand(s, 0, j, p[j]);
 #pragma unroll
             for (int to = 0; to < CLUSTER; ++to) {
-                const Handed handed = {cluster::of(way.shared, to), tile};
+                const Handed handed = {way.shared_of(to), tile};
 #pragma unroll
                 for (int j = 0; j < KEYS / 16; ++j) cluster::store(handed.weights(j), p[j], handed.have_weights());
 #pragma unroll
@@ -384,9 +390,30 @@ struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiec
         for (int tile = 0; step(tile, even, odd) && step(tile + 1, odd, even); tile += 2) continue;
     }
 
+    /* As Finish asks for it (attention_forward.hip). */
     static __device__ __forceinline__ int first_column() {
         return ((CLUSTER == 1 ? 0 : cluster::rank()) * OUTPUT_WAVES + wave()) * OWN_COLUMNS;
     }
+    static __device__ __forceinline__ int wave_row() { return 0; }
+    struct OutputPlace {};
+    template <class RowTile> static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
+        return false;
+    }
+    static __device__ __forceinline__ bool round_output(const Output &, OutputPlace) { return MASKED; }
+    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, OutputPlace) {}
+    template <class RowPointer>
+    static __device__ __forceinline__ void store_output(const Output &o, OutputPlace, RowPointer row) {
+        const int first = first_column() + Output::lane_column(); /* by all lanes */
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            Element *to = row(Output::row(slot));
+#pragma unroll
+            for (int i = 0; i < Output::VALUES; i += 2)
+                if (to != nullptr && first + Output::column(i) < VALUE_DIM)
+                    global_store(to + first + Output::column(i), to_elements(o.get(slot, i), o.get(slot, i + 1)));
+        }
+    }
+
     /* As a part, where the row tile has other pieces. */
     template <class Task>
     static __device__ __forceinline__ void leave_part(const Way<Task> &way, const Softmax &softmax, const Output &o) {
@@ -410,12 +437,12 @@ struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, ColumnsOfWave<SharedPiec
         wait_for_previous();
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS);
         if (thread_in_block() == WAVE) make_barriers(shared);
-        const int index = block() / CLUSTER;
+        const int index = lesser(block() / CLUSTER, launch.tasks - 1);
         const Task task(launch, launch.order.place(launch.work.row_tile(index)), index);
         const Way<Task> way(launch, task, shared);
         barrier();
         if (CLUSTER > 1) cluster::appear();
-        if (!task.exists()) return;
+        if (block() / CLUSTER != index || !task.exists()) return; /* CLUSTER 1: there may be one block more */
         if (wave() >= OUTPUT_WAVES) return weigh(way, score);
         if (wave() == 0) way.copy_all();
         if (thread_in_block() == WAVE) expect(shared, way.tiles);
