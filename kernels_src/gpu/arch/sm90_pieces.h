@@ -22,6 +22,8 @@
  * parts that are dealt only rows that exist are written and read. The sum so far has the same form, in shared memory where
  * that leaves the ring three stages. There, pieces are short: what an addition costs is little. Elsewhere it is in memory.
  *
+ * Dealt pieces that few rows see are shared by blocks of a cluster, with the same bits: arch/sm90_shared_piece.h.
+ *
  * The second kernel adds up many pieces with many threads, which the loop's registers leave no room for, and comes up while
  * the last blocks of the first are at work. A row tile has the same number of pieces in both, from the same lengths; no
  * block waits for another of its kernel, so it does not matter how many are resident. The space for parts follows from
