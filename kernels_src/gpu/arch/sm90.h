@@ -244,10 +244,6 @@ __device__ __forceinline__ void arrive_as_wave(SharedAddress at) {
     asm volatile("{\n.reg .pred one;\nelect.sync _|one, -1;\n@one mbarrier.arrive.shared.b64 _, [%0];\n}" ::"r"(at)
                  : "memory");
 }
-/* As so many threads. */
-__device__ __forceinline__ void arrive_times(SharedAddress at, int count) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
 /* As soon as all copies that this thread has begun (cp.async) are there. */
 __device__ __forceinline__ void arrive_after_copies(SharedAddress at) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(at) : "memory");
@@ -310,11 +306,6 @@ __device__ __forceinline__ void store(SharedAddress to, float x, SharedAddress b
 __device__ __forceinline__ void store(SharedAddress to, float2 x, SharedAddress barrier) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
                  "f"(x.x), "f"(x.y), "r"(barrier)
-                 : "memory");
-}
-__device__ __forceinline__ void store(SharedAddress to, float4 x, SharedAddress barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-                 "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
                  : "memory");
 }
 __device__ __forceinline__ void store(SharedAddress to, const uint32_t (&x)[4], SharedAddress barrier) {

@@ -5,7 +5,7 @@
  *
  *                       tile 0  |  tile 1  |  tile 2  |  tile 3  | ...          of keys
  *      scores         block 0,  | block 1, | block 0, | block 1, |              a wave for each tile:
- *                     wave 0    | wave 0   | wave 1   | wave 1   |              S = Q K^T, the greatest of each row
+ *                     wave 4    | wave 4   | wave 5   | wave 5   |              S = Q K^T, the greatest of each row
  *          |  greatest scores, to all blocks: where the reference point is
  *      weights        the same waves: P = exp2(S - reference)
  *          |  P, to all blocks
