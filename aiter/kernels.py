@@ -24,7 +24,8 @@ DECODE_ROWS = 64
 # Measured on an H200: docs/hopper.md.
 CUT_DECODE_ROWS = 32
 
-# Two kernels have a second form on this arch, which a call takes by its sizes.
+# Two kernels have a second form on this arch, which a call takes by its sizes. AMD GPUs have the one that cuts keys, too,
+# for `batch_invariant`, which always takes it.
 FORMS_ARCH = "sm_90a"
 # "cut": the forward kernel can cut the keys that a tile of rows sees and deal the pieces to several blocks:
 # kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows leave half of the
@@ -105,14 +106,13 @@ def form_of(kernel: str, sizes: Sizes, head_dim: int, options: Options, multipro
 
 def has_form(form: str, kernel: str, arch: str, head_dim: int, value_dim: int, options: Collection[str]) -> bool:
     """options: names of the spec's."""
-    if form == "cut" and is_amd(arch):
-        fits = max(head_dim, value_dim) <= CUT_HEAD_DIM_MAX and "dropout" not in options
-        return kernel == "attention_forward" and fits
-    if arch != FORMS_ARCH or {"dropout", *CACHE_DTYPES} & set(options):
+    has_both = arch == FORMS_ARCH
+    if "dropout" in options or (has_both and {*CACHE_DTYPES} & {*options}):
         return False
     if form == "cut":
-        return kernel == "attention_forward" and max(head_dim, value_dim) <= CUT_HEAD_DIM_MAX
-    return kernel == "attention_decode" and head_dim > HEAD_DIM_MAX
+        fits = max(head_dim, value_dim) <= CUT_HEAD_DIM_MAX
+        return kernel == "attention_forward" and fits and (has_both or is_amd(arch))
+    return kernel == "attention_decode" and head_dim > HEAD_DIM_MAX and has_both
 
 
 def kernel_spec(
@@ -163,7 +163,7 @@ def forms(
 ) -> list[Spec]:
     """The specs that calls of one kernel can need, whatever their sizes."""
     rest = kernel, dtype, head_dim, causal, arch, paged, value_dim
-    wanted = [(), *((form,) for form in FORMS)]
+    wanted = [(), *((form,) for form in FORMS if arch == FORMS_ARCH)]  # elsewhere no call asks for one by its sizes
     return list(dict.fromkeys(kernel_spec(*rest, (*options, *form)) for form in wanted))
 
 

@@ -333,11 +333,22 @@ def test_keys_that_are_cut(rows, keys, head_dim, options, only_cut_keys):
     assert_sequences(output, lse, sequences, causal)
 
 
-@pytest.mark.parametrize("head_dim", (64, 96, 128, 192, 256))
-@pytest.mark.parametrize("options", ({"causal": True}, {"window_size": (2500, 0)}), ids=("causal", "window"))
+BITS = {
+    "causal": {"causal": True},
+    "window": {"window_size": (2500, 0)},
+    "cap": {"causal": True, "softcap": 20.0},
+    "great cap": {"causal": True, "softcap": 60.0},
+    "slopes": {"causal": True, "alibi_slopes": (0.5, 0.0, 0.02, 0.001) * 4},
+}
+
+
+@pytest.mark.parametrize("head_dim", (40, 64, 96, 128, 192, 256))
+@pytest.mark.parametrize("options", BITS.values(), ids=BITS)
 def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
     """A prompt of one call, whose blocks take their pieces in turn, and the same in chunks and single tokens, whose
-    pieces are dealt; beside other sequences, too."""
+    pieces are dealt, those of few rows by mma.sync; beside other sequences and in pages, too."""
+    if "alibi_slopes" in options:
+        options = {**options, "alibi_slopes": torch.tensor(options["alibi_slopes"], device="cuda")}
     heads, total = 16, 10000
     query, key, value = qkv(1, total, total, heads, 4, head_dim)
     whole = aiter.flash_attn_func(query, key, value, batch_invariant=True, return_lse=True, **options)
@@ -351,6 +362,26 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
     many = [torch.cat((torch.randn_like(t).repeat(9, 1, 1, 1), t)) for t in (query[:, -1:], key, value)]
     output, lse = aiter.flash_attn_func(*many, batch_invariant=True, return_lse=True, **options)
     assert torch.equal(output[-1], whole[0][0, -1:]) and torch.equal(lse[-1], whole[1][0, :, -1:])
+    for page_size in (16, 80, 7):
+        pages = -(-total // page_size)
+        table = torch.randperm(2 * pages, device="cuda")[:pages]
+        cache = [t.new_full((2 * pages, page_size, *t.shape[2:]), float("nan")) for t in (key, value)]
+        for paged, t in zip(cache, (key[0], value[0]), strict=True):
+            paged[table] = torch.nn.functional.pad(t, (0, 0, 0, 0, 0, pages * page_size - total)).view(
+                pages, page_size, *t.shape[1:]
+            )
+        for end in (800, 6000, total):
+            output, lse = aiter.variable_length_attention(
+                *(query[0, end - 1 : end], *(t.transpose(1, 2) for t in cache)),
+                *(torch.ones(1, dtype=torch.int32, device="cuda"), 1),
+                **{
+                    "seqlens_k": torch.full((1,), end, dtype=torch.int32, device="cuda"),
+                    "page_table": table[None].int(),
+                },
+                **{"block_size": page_size, "batch_invariant": True, "return_lse": True, **options},
+            )
+            assert torch.equal(output, whole[0][0, end - 1 : end]), (page_size, end)
+            assert torch.equal(lse, whole[1][0, :, end - 1 : end]), (page_size, end)
 
 
 @pytest.mark.parametrize("heads", (4, 16))

@@ -101,6 +101,7 @@ def test_prewarm_builds_both_forms_and_one_where_bits_must_not_vary():
     assert forms("sm_90a", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
     assert forms("sm_90a", "dropout") == {"forward-dropout", "forward-dropout-paged"}
     assert forms("sm_80") == forms("sm_80", "batch_invariant") == {"forward", "forward-paged"} | decode
+    assert forms("gfx942") == {"forward", "forward-paged"} | decode
     assert forms("gfx942", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
 
 

@@ -41,8 +41,6 @@ using Loop = LoopOf<HEAD_DIM, VALUE_DIM>;
 #else
 using Loop = TileLoop<HEAD_DIM, VALUE_DIM>;
 #endif
-using Output = Loop::Output;
-constexpr int SLOTS = Output::SLOTS;
 constexpr int WAVE_ROWS = Loop::WAVE_ROWS, BLOCK_ROWS = Loop::BLOCK_ROWS;
 
 /* Rows of one sequence, which a block works on at one time: of one head or of several (Packing). Loop::place says in
@@ -101,8 +99,11 @@ __device__ __forceinline__ bool met_hidden_infinity(const RowTile &tile, int wav
            WINDOW && values_not_finite(sequence, keys.low, lesser(all_see.low, end));
 }
 
-/* What a wave's rows end with, as far as that does not depend on their output. */
-struct RowEnds {
+/* What a wave's rows end with, as far as that does not depend on their output. Holder: the loop, or another that has a
+ * wave's results as a loop has them. */
+template <class Holder> struct RowEnds {
+    using Output = typename Holder::Output;
+    static constexpr int SLOTS = Output::SLOTS;
     float log_sum[SLOTS], share[SLOTS], weight[SLOTS]; /* weight: what the output is to be multiplied by */
     bool sees_keys[SLOTS], all_see;                    /* all_see: all rows of the wave */
     bool whole;                                        /* all_see, and the loop may send all of the rows at one time */
@@ -111,7 +112,7 @@ struct RowEnds {
     RowEnds() = default;
     __device__ __forceinline__ RowEnds(const Loop::Launch &launch, const RowTile &tile, const Dropout &dropout,
                                        OnlineSoftmax<SLOTS> &softmax)
-        : wave_row(tile.first_row + Loop::wave_row()) {
+        : wave_row(tile.first_row + Holder::wave_row()) {
         const Sequence &sequence = tile.sequence;
         bool see = true;
         softmax.finish(log_sum);
@@ -127,7 +128,7 @@ struct RowEnds {
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) weight[slot] = weight_of_keys(softmax.sum[slot], share[slot]);
         all_see = !wave_any(!see);
-        whole = all_see && Loop::can_send(launch, tile, wave_row);
+        whole = all_see && Holder::can_send(launch, tile, wave_row);
         if (!all_see) /* in few waves */
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) log_sum[slot] = sees_keys[slot] ? log_sum[slot] : -INFINITE;
@@ -135,34 +136,37 @@ struct RowEnds {
 };
 
 /* Where a RowTile goes when all of its keys have been seen. */
-struct Finish {
+template <class Holder> struct Finish {
+    using Ends = RowEnds<Holder>;
+    using Output = typename Holder::Output;
+    using OutputPlace = typename Holder::OutputPlace;
+    static constexpr int SLOTS = Output::SLOTS;
     const Loop::Launch &launch;
-    Loop::OutputPlace place;
+    OutputPlace place;
     const Score &score;
 
-    __device__ __forceinline__ RowEnds ends(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax) const {
-        const RowEnds ends(launch, tile, dropout(), softmax);
+    __device__ __forceinline__ Ends ends(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax) const {
+        const Ends ends(launch, tile, dropout(), softmax);
         const Sequence &sequence = tile.sequence;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             const int row = ends.wave_row + Output::row(slot), token = tile.token(row);
             float *to = sequence.lse + token;
-            if (Loop::SEVERAL_HEADS) to += tile.member(row) * launch.problem.lse_strides[1];
+            if (Holder::SEVERAL_HEADS) to += tile.member(row) * launch.problem.lse_strides[1];
             if (sequence.lse != nullptr && token < sequence.padded_rows && lane_leads_row())
                 global_store(to, ends.log_sum[slot] * LN_2);
         }
         return ends;
     }
     /* place: in shared memory, which a loop's output goes by. */
-    __device__ __forceinline__ void store(const RowTile &tile, const RowEnds &ends, Output &o,
-                                          Loop::OutputPlace &place) const {
+    __device__ __forceinline__ void store(const RowTile &tile, const Ends &ends, Output &o, OutputPlace &place) const {
         const aiter_attention_problem &p = launch.problem;
         const Sequence &sequence = tile.sequence;
         const int wave_row = ends.wave_row;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) o.multiply(slot, ends.weight[slot]);
-        const bool may_be_nan = Loop::round_output(o, place);
-        if (ends.whole && !may_be_nan) return Loop::leave(tile, wave_row, place);
+        const bool may_be_nan = Holder::round_output(o, place);
+        if (ends.whole && !may_be_nan) return Holder::leave(tile, wave_row, place);
         if (!ends.all_see)
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot)
@@ -184,10 +188,10 @@ struct Finish {
             if (!met_hidden_infinity(tile, wave_row))
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; ++slot) spoiled[slot] = false;
-        Loop::store_output(o, place, [&](int row) {
+        Holder::store_output(o, place, [&](int row) {
             row += wave_row;
             Element *to = sequence.output + tile.token(row) * sequence.output_stride;
-            if (Loop::SEVERAL_HEADS) to += tile.member(row) * p.output_strides[2];
+            if (Holder::SEVERAL_HEADS) to += tile.member(row) * p.output_strides[2];
             return tile.token(row) < sequence.padded_rows ? to : nullptr;
         });
         if (MASKED && wave_any(any_spoiled)) {
@@ -199,16 +203,16 @@ struct Finish {
                     const int leader = first_lane(lanes), row = from_lane(wave_row + Output::row(slot), leader);
                     const float log_sum = from_lane(ends.log_sum[slot], leader),
                                 share = from_lane(ends.share[slot], leader);
-                    const int first = Loop::first_column();
-                    if (Loop::SEVERAL_HEADS)
+                    const int first = Holder::first_column();
+                    if (Holder::SEVERAL_HEADS)
                         exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout(), log_sum, share, first,
-                                  Loop::OWN_COLUMNS);
-                    else exact_row(sequence, row, score, dropout(), log_sum, share, first, Loop::OWN_COLUMNS);
+                                  Holder::OWN_COLUMNS);
+                    else exact_row(sequence, row, score, dropout(), log_sum, share, first, Holder::OWN_COLUMNS);
                 }
         }
     }
     __device__ __forceinline__ void operator()(const RowTile &tile, OnlineSoftmax<SLOTS> &softmax, Output &o) const {
-        Loop::OutputPlace place = this->place;
+        OutputPlace place = this->place;
         store(tile, ends(tile, softmax), o, place);
     }
 
@@ -221,12 +225,21 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
     AITER_SHARED_OF_LAUNCH(shared);
     const Score score(launch.problem);
     Loop::run<RowTile>(launch, shared_address(shared), score,
-                       Finish{launch, Loop::OutputPlace{shared_address(shared)}, score});
+                       Finish<Loop>{launch, Loop::OutputPlace{shared_address(shared)}, score});
 }
 
 #if AITER_CUT
-/* Where keys are dealt to several blocks: a block for each wave's rows of a row tile, which adds up what those have left. What
- * the row tile is it finds out before these have ended: lengths are older than both kernels. */
+#if AITER_SHARES_PIECES
+/* A piece of keys that few rows see. */
+__global__ void __launch_bounds__(Loop::Shared::THREADS, 1)
+    share_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
+    AITER_SHARED_OF_LAUNCH(shared);
+    const Score score(launch.problem);
+    Loop::Shared::run<RowTile>(launch, shared_address(shared), score, Finish<Loop::Shared>{launch, {}, score});
+}
+#endif
+/* Where keys are dealt to several blocks: a block for each wave's rows of a row tile, which adds up what those have
+ * left. What the row tile is it finds out before these have ended: lengths are older than both kernels. */
 __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     add_up_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
     const Loop::Work &work = launch.work;
@@ -237,11 +250,11 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     if (task.piece.count == 1 || !task.exists()) return;
     const Score score(launch.problem);
     Loop::Softmax softmax(score.unit);
-    Output o;
+    Loop::Output o;
     __shared__ Loop::Work::Sums sums;
     if (!work.add_up(task.piece, of_tile, sums, softmax, o)) return;
     task.first_row += of_tile * WAVE_ROWS; /* these are the first wave's */
-    Finish{launch, Loop::OutputPlace{shared_address(&sums)}, score}(task, softmax, o);
+    Finish<Loop>{launch, Loop::OutputPlace{shared_address(&sums)}, score}(task, softmax, o);
 }
 #endif
 
@@ -260,11 +273,14 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter_attention_problem &p = call->problem;
     if (const int error = aiter::check_problem(p)) return error;
+    return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream
 #if AITER_CUT
-    return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream, aiter::add_up_pieces);
-#else
-    return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream);
+                              , aiter::add_up_pieces
 #endif
+#if AITER_SHARES_PIECES
+                              , aiter::share_pieces
+#endif
+    );
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -22,6 +22,8 @@
  * parts that are dealt only rows that exist are written and read. The sum so far has the same form, in shared memory where
  * that leaves the ring three stages. There, pieces are short: what an addition costs is little. Elsewhere it is in memory.
  *
+ * Dealt pieces that few rows see are shared by blocks of a cluster, with the same bits: arch/sm90_shared_piece.h.
+ *
  * The second kernel adds up many pieces with many threads, which the loop's registers leave no room for, and comes up while
  * the last blocks of the first are at work. A row tile has the same number of pieces in both, from the same lengths; no
  * block waits for another of its kernel, so it does not matter how many are resident. The space for parts follows from
@@ -324,18 +326,28 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
                                              int of_tile = wave()) const {
         const Piece &piece = task.piece;
         if (piece.count == 1) return true;
-        const int left = rows - of_tile * WAVE_ROWS; /* rows from this wave's first on */
-        const Part own = part(piece.row_tile * dealt + piece.number, of_tile);
-        float2 point[SLOTS];
-        give_points(softmax, point);
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot)
-            if (lane_leads_row() && Output::row(slot) < left) l2_store(&own.point(slot), point[slot]);
-        Part::each_chunk([&](int chunk, int slot, int i) {
-            if (Output::row(slot) < left) l2_store(&own.chunk(chunk), chunk_of(o, slot, i));
-        });
+        const DealtPart own(*this, piece, of_tile);
+        own.leave(softmax);
+        Part::each_chunk([&](int chunk, int slot, int i) { own.leave(chunk, chunk_of(o, slot, i)); });
         return false;
     }
+    /* What of a part goes to memory: the rows that wave `of_tile` of a row tile has. */
+    struct DealtPart : Part {
+        int left; /* rows from the wave's first on */
+
+        __device__ __forceinline__ DealtPart(const Pieces &work, const Piece &piece, int of_tile)
+            : Part(work.part(piece.row_tile * work.dealt + piece.number, of_tile)), left(work.rows - of_tile * WAVE_ROWS) {}
+        template <class Softmax> __device__ __forceinline__ void leave(const Softmax &softmax) const {
+            float2 point[SLOTS];
+            give_points(softmax, point);
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot)
+                if (lane_leads_row() && Output::row(slot) < left) l2_store(&this->point(slot), point[slot]);
+        }
+        __device__ __forceinline__ void leave(int chunk, const float4 &values) const {
+            if (Output::row(Part::slot_of(chunk)) < left) l2_store(&this->chunk(chunk), values);
+        }
+    };
 
     /* The second kernel: a block adds up the parts of one wave's rows, each of its waves some of the columns. The first
      * wave then has the rows, as that wave had them. Many parts have more waves, few are added up by more blocks. */

@@ -158,6 +158,7 @@ inline cudaLaunchAttribute early_start() {
 template <class... Parameters, class... Arguments>
 int launch_next_in_clusters(int cluster, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared,
                             void *stream, const Arguments &...arguments) {
+    if (blocks == 0) return 0;
     if (blocks > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
     cudaLaunchAttribute attributes[] = {early_start(), {}};
     attributes[1].id = cudaLaunchAttributeClusterDimension;

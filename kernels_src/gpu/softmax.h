@@ -35,6 +35,12 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
         for (int slot = 0; slot < SLOTS; ++slot) maximum[slot] = LOWEST, sum[slot] = 0.0f;
     }
 
+    /* Where a row's reference point is after a tile whose greatest score, times scale, is `top`. Only a row that must moves
+     * it: its bits do not depend on which rows share its wave. */
+    __device__ __forceinline__ float reference(int slot, float top) const {
+        return top > maximum[slot] + THRESHOLD ? top - BELOW : maximum[slot];
+    }
+
     /* Scores, -inf where masked, become probabilities relative to `maximum`. Returns whether that has moved in any row
      * of the wave; then the output so far must be multiplied by `shrink`. All maxima first, so that between the branch
      * and the end all exponentials, sums and roundings can be mixed: an exponential takes the place of eight other
@@ -57,8 +63,7 @@ template <int SLOTS, int LANES = LANES_PER_ROW> struct OnlineSoftmax {
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
                 top[slot] = row_max<LANES>(top[slot]);
-                /* Only a row that must: its bits do not depend on which rows share its wave. */
-                const float next = top[slot] > maximum[slot] + THRESHOLD ? top[slot] - BELOW : maximum[slot];
+                const float next = reference(slot, top[slot]);
                 shrink[slot] = exp2(maximum[slot] - next);
                 maximum[slot] = next;
                 sum[slot] *= shrink[slot];

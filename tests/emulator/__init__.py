@@ -35,7 +35,7 @@ def load_runtime() -> ctypes.CDLL:
     global _runtime
     if _runtime is None:
         library = ctypes.CDLL(str(build.build()), mode=ctypes.RTLD_GLOBAL)
-        library.emulator_begin.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64]
+        library.emulator_begin.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_int]
         library.emulator_allow.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int]
         text, pointer = ctypes.c_char_p, ctypes.c_void_p
         library.emulator_disassemble.argtypes = [text, pointer, ctypes.c_int, pointer, pointer]
@@ -105,13 +105,16 @@ class Gpu:
 
 
 @contextlib.contextmanager
-def session(arch: str, threads: int = 1, instruction_limit: int = 2_000_000_000) -> Iterator[Gpu]:
+def session(
+    arch: str, threads: int = 1, instruction_limit: int = 2_000_000_000, compute_units: int = 0
+) -> Iterator[Gpu]:
     """An emulated GPU of that arch. One at a time in a process. instruction_limit: for one workgroup, against endless
-    loops. With threads > 1 workgroups run side by side, and float atomics between them in any order."""
+    loops. compute_units: that it says it has, 0 for as many as the largest GPU of the arch. With threads > 1 workgroups
+    run side by side, and float atomics between them in any order."""
     if arch not in ARCHS:
         raise ValueError(f"arch is {arch!r}, must be one of {ARCHS}")
     runtime = load_runtime()
-    if runtime.emulator_begin(arch.encode(), threads, instruction_limit):
+    if runtime.emulator_begin(arch.encode(), threads, instruction_limit, compute_units):
         raise ValueError(f"the emulator does not know {arch}")
     gpu = Gpu(arch, runtime)
     try:

@@ -44,6 +44,7 @@ struct State {
     std::mutex mutex;
     Arch arch = Arch::gfx942;
     int threads = 1, last_error = success;
+    int compute_units = 0;                                    // 0: as many as the arch has
     bool check_ranges = true, strict = true;
     uint64_t instruction_limit = 2000000000;
     std::string report = "no error";
@@ -180,7 +181,9 @@ const char *error_name(int code) {
 int attribute(int which) {
     const Arch arch = state().arch;
     switch (which) {
-        case 63: return arch == Arch::gfx90a ? 104 : arch == Arch::gfx942 ? 304 : 256;   // multiprocessor count
+        case 63:                                                                           // multiprocessor count
+            if (state().compute_units) return state().compute_units;
+            return arch == Arch::gfx90a ? 104 : arch == Arch::gfx942 ? 304 : 256;
         case 87: return 64;                                                                // warp size
         case 74: return arch == Arch::gfx950 ? 160 * 1024 : 64 * 1024;                     // shared memory per block
         case 56: return 1024;                                                              // threads per block
@@ -273,11 +276,12 @@ int hipStreamIsCapturing(void *, int *status) { *status = 0; return success; }
 
 // --- for Python ------------------------------------------------------------------------------------------------------
 
-int emulator_begin(const char *arch, int threads, uint64_t instruction_limit) {
+int emulator_begin(const char *arch, int threads, uint64_t instruction_limit, int compute_units) {
     State &s = state();
     std::lock_guard<std::mutex> lock(s.mutex);
     if (!parse_arch(arch, s.arch)) return 1;
     s.threads = threads;
+    s.compute_units = compute_units;
     s.instruction_limit = instruction_limit;
     s.ranges.clear();
     s.records.clear();

@@ -224,6 +224,7 @@ def attend(
     threads: int = 2,
     parallel: int | None = GOMP_PARALLEL,
     stats: dict | None = None,
+    compute_units: int = 0,
     **more: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp. Tensors are (batch, seq, heads, head_dim), or packed (total, heads, head_dim) with
@@ -237,7 +238,7 @@ def attend(
     reads = {"query": query, "key": key, "value": value, **call.reads(*_LAYOUT, *_FORWARD_ALONE)}
     built = _kernel(target, call.spec(target, name, query, value))
     problem = call.problem(query, key, value, output, lse)
-    _run(target, built, problem, reads, {"output": output, "lse": lse}, threads, parallel, stats)
+    _run(target, built, problem, reads, {"output": output, "lse": lse}, threads, parallel, stats, compute_units)
     return output, lse
 
 
@@ -314,29 +315,36 @@ def _run(
     threads: int,
     parallel: int | None,
     stats: dict | None,
+    compute_units: int = 0,
 ) -> None:
     """Launches on a workspace that holds garbage. `reads` and `writes` are fields of the call's tensors. `threads` and
-    `parallel` make a CPU's executor; `stats` receives what the emulator has counted."""
+    `parallel` make a CPU's executor; `stats` receives what the emulator has counted; `compute_units`: see
+    `emulator.session`."""
     call = abi.call_struct(built.spec.kernel)(problem=problem)
     device = next(iter(writes.values())).device
-    writes["workspace"] = torch.full((built.workspace_raw(bytes(call)),), 0x7F, dtype=torch.uint8, device=device)
     tensors = {name: tensor for name, tensor in (reads | writes).items() if tensor is not None}
-    for name, tensor in tensors.items():
-        setattr(call.tensors, name, tensor.data_ptr())
 
     def launch(queue: int) -> None:
         built.check(built.launch_raw(bytes(call), queue))
 
-    if target == "cuda":
-        launch(torch.cuda.current_stream().cuda_stream)
-    elif target in EMULATED:
-        with emulator.session(target, threads=2) as gpu:
+    def place() -> None:
+        tensors["workspace"] = torch.full((built.workspace_raw(bytes(call)),), 0x7F, dtype=torch.uint8, device=device)
+        for name, tensor in tensors.items():
+            setattr(call.tensors, name, tensor.data_ptr())
+
+    if target in EMULATED:
+        with emulator.session(target, threads=2, compute_units=compute_units) as gpu:
+            place()  # in the session: how much workspace it takes depends on the GPU
             for name, tensor in tensors.items():
-                gpu.allow(tensor, writable=name in writes)
+                gpu.allow(tensor, writable=name not in reads)
             launch(0)
             gpu.check()
             if stats is not None:
                 stats.update(gpu.stats())
+        return
+    place()
+    if target == "cuda":
+        launch(torch.cuda.current_stream().cuda_stream)
     else:
         executor = abi.CpuExecutor(parallel, threads, 0)  # must outlive the launch
         launch(ctypes.addressof(executor))

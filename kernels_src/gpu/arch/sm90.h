@@ -267,6 +267,14 @@ __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
         : "memory");
 }
 
+/* For two at one time. */
+__device__ __forceinline__ void wait_for_both(SharedAddress a, uint32_t a_parity, SharedAddress b, uint32_t b_parity) {
+    asm volatile("{\n.reg .pred a, b;\nagain:\nmbarrier.try_wait.parity.shared.b64 a, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared.b64 b, [%2], %3;\nand.pred a, a, b;\n@!a bra again;\n}" ::"r"(a),
+                 "r"(a_parity), "r"(b), "r"(b_parity)
+                 : "memory");
+}
+
 } // namespace mbarrier
 
 /* Blocks that run at one time, side by side, and can read each other's shared memory. */
@@ -282,6 +290,28 @@ __device__ __forceinline__ float *of(float *own, int rank) {
     float *theirs;
     asm volatile("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(own), "r"(rank));
     return theirs;
+}
+__device__ __forceinline__ SharedAddress of(SharedAddress own, int rank) {
+    SharedAddress theirs;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(own), "r"(rank));
+    return theirs;
+}
+/* To the memory of a block, where the bytes count for a barrier that expects them: no fence is needed, which would wait for
+ * all that is being copied. */
+__device__ __forceinline__ void store(SharedAddress to, float x, SharedAddress barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(x),
+                 "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void store(SharedAddress to, float2 x, SharedAddress barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "f"(x.x), "f"(x.y), "r"(barrier)
+                 : "memory");
+}
+__device__ __forceinline__ void store(SharedAddress to, const uint32_t (&x)[4], SharedAddress barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(barrier)
+                 : "memory");
 }
 /* This block is there: for others, who do so before they wait(). */
 __device__ __forceinline__ void appear() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }

@@ -36,6 +36,7 @@
 
 #include "gpu/arch/sm90_forward_copies.h"
 #include "gpu/arch/sm90_forward_products.h"
+#include "gpu/arch/sm90_shared_piece.h"
 
 namespace aiter {
 
@@ -57,6 +58,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
     using typename Tiles::Output, typename Tiles::Softmax;
     using typename Tiles::Ring, typename Tiles::QueryRing, typename Tiles::Turn;
     using OutputPlace = typename Products::OutputPlace;
+    using Shared = SharedPieceOf<HEAD_DIM, VALUE_DIM>;
 
     /* The first of this wave's rows, in the block's. It has all columns. */
     static __device__ __forceinline__ int wave_row() { return wave() * WAVE_ROWS; }
@@ -88,9 +90,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
 
     static __device__ __forceinline__ int alignment(const Launch &launch) { return PAGED ? greater(launch.box, 1) : 1; }
 
-    /* add_up: the second kernel, where keys are cut and dealt. */
+    /* add_up: the second kernel, where keys are cut and dealt. share: the one that deals with a SharedPiece, if any. */
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t tiles, void *stream,
-                     void (*add_up)(Launch) = nullptr) {
+                     void (*add_up)(Launch) = nullptr, void (*share)(Launch) = nullptr) {
         const aiter_attention_problem &p = call.problem;
         const aiter_attention_tensors &t = call.tensors;
         int device = 0;
@@ -131,8 +133,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
         const int64_t grid = equal || counted ? lesser<int64_t>(tasks, blocks) : tasks;
         if (counted)
             if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
-        const int failed = counted ? launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch)
-                                   : aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        int failed;
+        if (share != nullptr && Shared::takes(launch, tiles, blocks))
+            failed = Shared::start(share, launch, tasks, stream);
+        else if (counted) failed = launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        else failed = aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         const int64_t additions = launch.work.additions(tiles);
         if (failed || additions == 0) return failed;
         return launch_next(add_up, additions, launch.work.adding_threads(), 0, stream, launch);

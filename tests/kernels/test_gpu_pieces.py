@@ -1,0 +1,121 @@
+"""Keys that are cut, with batch_invariant (kernels_src/gpu/pieces.h): each piece dealt to a block of its own, or all of
+a row tile's taken in turn, on emulated AMD GPUs. What a GPU of few compute units takes in turn, one of many deals. (For
+sm_90a: tests/test_cuda.py.)
+
+Pieces are 2048 or 4096 keys, so these sequences are long; lengths lie around their ends.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from driver import DTYPES, attend, ints
+from test_gpu_options import FORWARD, Kernel, check
+
+WINDOW = (2500, 0)  # begins within a piece and ends in the next
+FEW, MANY = 8, 304  # compute units; as few as there are chiplets
+
+
+@dataclass(frozen=True)
+class Cut(Kernel):
+    """A kernel, by how many keys it cuts, and its cache's dtype."""
+
+    keys: int = 2048
+    cache: torch.dtype | None = None
+
+    def __str__(self):
+        return super().__str__() + (f"-{str(self.cache).removeprefix('torch.')}" if self.cache else "")
+
+
+# Each loop of each arch: by waves, alternating and in pairs.
+KERNELS = (
+    ("gfx90a", Cut(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True)),
+    ("gfx90a", Cut(FORWARD, "bf16", 128, 128, "causal", paged=True)),
+    ("gfx942", Cut(FORWARD, "bf16", 128, 128, "window", paged=True)),
+    ("gfx942", Cut(FORWARD, "fp16", 40, 88, "causal", softcap=True)),
+    ("gfx942", Cut(FORWARD, "bf16", 192, 128, "causal", keys=2048)),
+    ("gfx942", Cut(FORWARD, "bf16", 128, 128, "causal", cache=torch.float8_e4m3fnuz)),
+    ("gfx950", Cut(FORWARD, "fp16", 128, 128, "window", chunk=True, keys=4096)),
+    ("gfx950", Cut(FORWARD, "bf16", 256, 256, "", alibi=True, keys=4096)),
+)
+
+
+def on_kernels(only=lambda kernel: True):
+    cases = [case for case in KERNELS if only(case[1])]
+    return pytest.mark.parametrize("target, kernel", cases, ids=[f"{t}-{k}" for t, k in cases], scope="module")
+
+
+def around(keys):
+    """(rows, keys) of sequences that end at, before and after the end of a piece, some without rows or keys."""
+    return [(9, 2 * keys + 1), (1, keys), (3, keys + 1), (0, 70), (5, 0), (1, 2 * keys), (40, keys + 300)]
+
+
+@on_kernels(only=lambda kernel: kernel.cache is None)
+@pytest.mark.parametrize("compute_units", (MANY, FEW))
+def test_accuracy(target, kernel, compute_units):
+    offsets = [-3, 0, 1, 2, 3, -kernel.keys, 4]
+    offsets = [n - rows + o for (rows, n), o in zip(around(kernel.keys), offsets, strict=True)]
+    for layout, sinks, where in (("starts", True, None), ("padded", False, offsets)):
+        check(
+            target, kernel, around(kernel.keys), (4, 2), layout, WINDOW, sinks, where, batch_invariant=True,
+            compute_units=compute_units,
+        )  # fmt: skip
+
+
+@on_kernels()
+def test_bits(target, kernel):
+    """A prompt, its chunks and its tokens, on a GPU of any size, alone and in a batch, in pages of any size."""
+    torch.manual_seed(40)
+    rows, keys, heads, heads_kv, dtype = 150, 2 * kernel.keys + 130, 4, 2, DTYPES[kernel.dtype]
+    query = torch.randn(rows, heads, kernel.head_dim).to(dtype)
+    pair = [torch.randn(keys, heads_kv, dim).to(dtype) for dim in (kernel.head_dim, kernel.value_dim)]
+    options = {"window": WINDOW} if kernel.mask == "window" else {"causal": kernel.mask == "causal"}
+    options |= {"softcap": 3.0} if kernel.softcap else {}
+    options |= {"alibi_slopes": torch.tensor([0.3, 0.01, 0.1, 0.03])} if kernel.alibi else {}
+    options |= {"chunk": 2900} if kernel.chunk else {}
+    options |= {"sinks": torch.randn(heads), "batch_invariant": True}
+    if kernel.cache:
+        pair = [tensor.to(kernel.cache) for tensor in pair]
+        options |= {"key_descale": torch.tensor([0.5]), "value_descale": torch.tensor([1.5])}
+
+    ways = set()  # the kernels of each call
+
+    def call(first, last, others=(), page_size=16, compute_units=MANY):
+        """Of these rows, whose sequence stands after `others`: (rows, keys) of each."""
+        lengths = [*others, (last - first, keys)]
+        most = [max(n[side] for n in lengths) for side in (0, 1)]
+        tensors = [torch.zeros(len(lengths), n, *t.shape[1:]).to(t.dtype) for n, t in zip(
+            (most[0], most[1], most[1]), (query, *pair), strict=True)]  # fmt: skip
+        for tensor, own in zip(tensors, (query[first:last], *pair), strict=True):
+            tensor[-1, : len(own)] = own
+        offsets = ints([0] * len(others) + [keys - rows + first])
+        given = {"seqlens_q": ints([n[0] for n in lengths]), "seqlens_k": ints([n[1] for n in lengths])}
+        if kernel.paged:
+            pages = -(-most[1] // page_size)
+            order = torch.randperm(len(lengths) * pages)
+            for i in (1, 2):
+                padded = tensors[i].new_zeros(len(lengths), pages * page_size, *tensors[i].shape[2:])
+                padded[:, : most[1]] = tensors[i]
+                tensors[i] = torch.empty_like(padded).view(len(order), page_size, *padded.shape[2:])
+                tensors[i][order] = padded.view_as(tensors[i])
+            given["page_table"] = order.view(len(lengths), pages).int()
+        stats = {}
+        output, lse = attend(
+            target, *tensors, query_offsets=offsets, compute_units=compute_units, stats=stats, **given, **options
+        )  # fmt: skip
+        known = "add_up_pieces", "clear_counters"
+        ways.add((compute_units, *(word for word in known if any(word in name for name in stats))))
+        return output[-1, : last - first], lse[-1, :, : last - first]
+
+    whole = call(0, rows)
+    assert whole[0].isfinite().all()
+    few = {"compute_units": FEW}
+    same = [(0, 64, {}), (64, 65, {}), (65, 69, {}), (rows - 1, rows, {}), (90, rows, {"others": [(3, 700), (60, 1)]})]
+    same += [(0, rows, few | {"others": [(1, 900)]}), (rows - 1, rows, few | {"others": [(1, 9)] * 20})]
+    same += [(140, rows, {"page_size": size}) for size in (1, 80, 7)] if kernel.paged else []
+    for first, last, how in same:
+        output, lse = call(first, last, **how)
+        assert torch.equal(output, whole[0][first:last]), (first, last, how)
+        assert torch.equal(lse, whole[1][:, first:last]), (first, last, how)
+    # Dealt, and in turn: by the blocks that there are, or, where row tiles are no more than these, by one block each.
+    assert ways - {(FEW,)} == {(MANY, "add_up_pieces"), (FEW, "clear_counters")}
