@@ -62,35 +62,39 @@ def test_accuracy(target, kernel, compute_units):
         )  # fmt: skip
 
 
-@on_kernels()
-def test_bits(target, kernel):
-    """A prompt, its chunks and its tokens, on a GPU of any size, alone and in a batch, in pages of any size."""
-    torch.manual_seed(40)
-    rows, keys, heads, heads_kv, dtype = 150, 2 * kernel.keys + 130, 4, 2, DTYPES[kernel.dtype]
-    query = torch.randn(rows, heads, kernel.head_dim).to(dtype)
-    pair = [torch.randn(keys, heads_kv, dim).to(dtype) for dim in (kernel.head_dim, kernel.value_dim)]
-    options = {"window": WINDOW} if kernel.mask == "window" else {"causal": kernel.mask == "causal"}
-    options |= {"softcap": 3.0} if kernel.softcap else {}
-    options |= {"alibi_slopes": torch.tensor([0.3, 0.01, 0.1, 0.03])} if kernel.alibi else {}
-    options |= {"chunk": 2900} if kernel.chunk else {}
-    options |= {"sinks": torch.randn(heads), "batch_invariant": True}
-    if kernel.cache:
-        pair = [tensor.to(kernel.cache) for tensor in pair]
-        options |= {"key_descale": torch.tensor([0.5]), "value_descale": torch.tensor([1.5])}
+class Rows:
+    """The last rows of a sequence of so many keys, and what a kernel makes of some of them at a time."""
 
-    ways = set()  # the kernels of each call
+    def __init__(self, target, kernel, rows, keys):
+        torch.manual_seed(40)
+        self.target, self.kernel, self.rows, self.keys = target, kernel, rows, keys
+        heads, heads_kv, dtype = 4, 2, DTYPES[kernel.dtype]
+        self.query = torch.randn(rows, heads, kernel.head_dim).to(dtype)
+        self.pair = [torch.randn(keys, heads_kv, dim).to(dtype) for dim in (kernel.head_dim, kernel.value_dim)]
+        options = {"window": WINDOW} if kernel.mask == "window" else {"causal": kernel.mask == "causal"}
+        options |= {"softcap": 3.0} if kernel.softcap else {}
+        options |= {"alibi_slopes": torch.tensor([0.3, 0.01, 0.1, 0.03])} if kernel.alibi else {}
+        options |= {"chunk": 2900} if kernel.chunk else {}
+        options |= {"sinks": torch.randn(heads), "batch_invariant": True}
+        if kernel.cache:
+            self.pair = [tensor.to(kernel.cache) for tensor in self.pair]
+            options |= {"key_descale": torch.tensor([0.5]), "value_descale": torch.tensor([1.5])}
+        self.options = options
+        self.launched = []  # statistics of the kernels of each call
+        self.whole = self.attend(0, rows)
+        assert self.whole[0].isfinite().all()
 
-    def call(first, last, others=(), page_size=16, compute_units=MANY):
+    def attend(self, first, last, others=(), page_size=16, compute_units=MANY):
         """Of these rows, whose sequence stands after `others`: (rows, keys) of each."""
-        lengths = [*others, (last - first, keys)]
+        lengths = [*others, (last - first, self.keys)]
         most = [max(n[side] for n in lengths) for side in (0, 1)]
         tensors = [torch.zeros(len(lengths), n, *t.shape[1:]).to(t.dtype) for n, t in zip(
-            (most[0], most[1], most[1]), (query, *pair), strict=True)]  # fmt: skip
-        for tensor, own in zip(tensors, (query[first:last], *pair), strict=True):
+            (most[0], most[1], most[1]), (self.query, *self.pair), strict=True)]  # fmt: skip
+        for tensor, own in zip(tensors, (self.query[first:last], *self.pair), strict=True):
             tensor[-1, : len(own)] = own
-        offsets = ints([0] * len(others) + [keys - rows + first])
+        offsets = ints([0] * len(others) + [self.keys - self.rows + first])
         given = {"seqlens_q": ints([n[0] for n in lengths]), "seqlens_k": ints([n[1] for n in lengths])}
-        if kernel.paged:
+        if self.kernel.paged:
             pages = -(-most[1] // page_size)
             order = torch.randperm(len(lengths) * pages)
             for i in (1, 2):
@@ -99,23 +103,35 @@ def test_bits(target, kernel):
                 tensors[i] = torch.empty_like(padded).view(len(order), page_size, *padded.shape[2:])
                 tensors[i][order] = padded.view_as(tensors[i])
             given["page_table"] = order.view(len(lengths), pages).int()
-        stats = {}
+        self.launched.append({})
         output, lse = attend(
-            target, *tensors, query_offsets=offsets, compute_units=compute_units, stats=stats, **given, **options
+            self.target, *tensors, query_offsets=offsets, compute_units=compute_units, stats=self.launched[-1],
+            **given, **self.options,
         )  # fmt: skip
-        known = "add_up_pieces", "clear_counters"
-        ways.add((compute_units, *(word for word in known if any(word in name for name in stats))))
         return output[-1, : last - first], lse[-1, :, : last - first]
 
-    whole = call(0, rows)
-    assert whole[0].isfinite().all()
-    few = {"compute_units": FEW}
-    same = [(0, 64, {}), (64, 65, {}), (65, 69, {}), (rows - 1, rows, {}), (90, rows, {"others": [(3, 700), (60, 1)]})]
-    same += [(0, rows, few | {"others": [(1, 900)]}), (rows - 1, rows, few | {"others": [(1, 9)] * 20})]
-    same += [(140, rows, {"page_size": size}) for size in (1, 80, 7)] if kernel.paged else []
-    for first, last, how in same:
-        output, lse = call(first, last, **how)
-        assert torch.equal(output, whole[0][first:last]), (first, last, how)
-        assert torch.equal(lse, whole[1][:, first:last]), (first, last, how)
-    # Dealt, and in turn: by the blocks that there are, or, where row tiles are no more than these, by one block each.
-    assert ways - {(FEW,)} == {(MANY, "add_up_pieces"), (FEW, "clear_counters")}
+    def assert_same(self, first, last, **how):
+        output, lse = self.attend(first, last, **how)
+        assert torch.equal(output, self.whole[0][first:last]), (first, last, how)
+        assert torch.equal(lse, self.whole[1][:, first:last]), (first, last, how)
+
+    def kernels(self):
+        """Of the last call: those beside attention_forward."""
+        known = "add_up_pieces", "clear_counters"
+        return [word for word in known if any(word in name for name in self.launched[-1])]
+
+
+@on_kernels()
+def test_bits(target, kernel):
+    """A prompt, its chunks and its tokens, on a GPU of any size, alone and in a batch, in pages of any size."""
+    rows = Rows(target, kernel, 150, 2 * kernel.keys + 130)
+    for first, last in ((0, 64), (64, 65), (65, 69), (149, 150)):
+        rows.assert_same(first, last)
+        assert rows.kernels() == ["add_up_pieces"]  # dealt
+    rows.assert_same(90, 150, others=[(3, 700), (60, 1)])
+    rows.assert_same(0, 150, compute_units=FEW, others=[(1, 900)])
+    assert "add_up_pieces" not in rows.kernels()  # in turn
+    rows.assert_same(149, 150, compute_units=FEW, others=[(1, 9)] * 20)
+    assert rows.kernels() == ["clear_counters"]  # by blocks that have several row tiles each
+    for page_size in (1, 80, 7) if kernel.paged else ():
+        rows.assert_same(140, 150, page_size=page_size)
