@@ -24,8 +24,8 @@ DECODE_ROWS = 64
 # Measured on an H200: docs/hopper.md.
 CUT_DECODE_ROWS = 32
 
-# Two kernels have a second form on this arch, which a call takes by its sizes. AMD GPUs have the one that cuts keys, too,
-# for `batch_invariant`, which always takes it.
+# Two kernels have a second form on this arch, which a call takes by its sizes. AMD GPUs have the one that cuts keys,
+# too, for `batch_invariant`, which always takes it.
 FORMS_ARCH = "sm_90a"
 # "cut": the forward kernel can cut the keys that a tile of rows sees and deal the pieces to several blocks:
 # kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows leave half of the

@@ -273,14 +273,15 @@ AITER_EXPORT int64_t aiter_workspace_bytes(const aiter_call *call) {
 AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter_attention_problem &p = call->problem;
     if (const int error = aiter::check_problem(p)) return error;
-    return aiter::Loop::start(aiter::attention_forward, *call, aiter::RowTile::of_all(p), stream
-#if AITER_CUT
-                              , aiter::add_up_pieces
-#endif
+    const int64_t row_tiles = aiter::RowTile::of_all(p);
 #if AITER_SHARES_PIECES
-                              , aiter::share_pieces
+    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream, aiter::add_up_pieces,
+                              aiter::share_pieces);
+#elif AITER_CUT
+    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream, aiter::add_up_pieces);
+#else
+    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream);
 #endif
-    );
 }
 
 AITER_EXPORT const char *aiter_error_text(int code) { return aiter::error_text(code); }

@@ -118,9 +118,11 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     static constexpr int VALUE_BYTES = CHUNKS * WAVE * sizeof(float4);     /* of a wave */
     static constexpr bool IN_SHARED = POINT_BYTES + WAVES * VALUE_BYTES <= SHARED_ROOM;
     static constexpr int SUM_BYTES = IN_SHARED ? POINT_BYTES + WAVES * VALUE_BYTES : 0;
-    /* As short as prefill bears: its additions are to take a tenth of its time at most, as measured or predicted. */
+    /* As short as prefill bears: its additions are to take a tenth of its time, as measured or predicted. */
 #if defined(AITER_GFX950)
     static constexpr bool LONG = true;
+#elif defined(AITER_GFX90A)
+    static constexpr bool LONG = Output::VALUES <= 32;
 #elif defined(AITER_GFX942)
     static constexpr bool LONG = Output::VALUES > 64;
 #else
@@ -336,7 +338,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         int left; /* rows from the wave's first on */
 
         __device__ __forceinline__ DealtPart(const Pieces &work, const Piece &piece, int of_tile)
-            : Part(work.part(piece.row_tile * work.dealt + piece.number, of_tile)), left(work.rows - of_tile * WAVE_ROWS) {}
+            : Part(work.part(piece.row_tile * work.dealt + piece.number, of_tile)),
+              left(work.rows - of_tile * WAVE_ROWS) {}
         template <class Softmax> __device__ __forceinline__ void leave(const Softmax &softmax) const {
             float2 point[SLOTS];
             give_points(softmax, point);

@@ -29,7 +29,7 @@ class Cut(Kernel):
 
 # Each loop of each arch: by waves, alternating and in pairs.
 KERNELS = (
-    ("gfx90a", Cut(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True)),
+    ("gfx90a", Cut(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True, keys=4096)),
     ("gfx90a", Cut(FORWARD, "bf16", 128, 128, "causal", paged=True)),
     ("gfx942", Cut(FORWARD, "bf16", 128, 128, "window", paged=True)),
     ("gfx942", Cut(FORWARD, "fp16", 40, 88, "causal", softcap=True)),
