@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiter.errors import UnsupportedDtypeError, UnsupportedError
 from aiter.jit.arch import is_amd, is_gpu
@@ -24,12 +24,11 @@ DECODE_ROWS = 64
 # Measured on an H200: docs/hopper.md.
 CUT_DECODE_ROWS = 32
 
-# Two kernels have a second form on this arch, which a call takes by its sizes. AMD GPUs have the one that cuts keys,
-# too, for `batch_invariant`, which always takes it.
+# Two kernels have a second form on this arch, which a call takes by its sizes; AMD GPUs have the forward kernel's.
 FORMS_ARCH = "sm_90a"
 # "cut": the forward kernel can cut the keys that a tile of rows sees and deal the pieces to several blocks:
-# kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows leave half of the
-# multiprocessors idle, from so many keys on; elsewhere the other form is faster.
+# kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows (AMD: up to twice as many) leave half of
+# the multiprocessors idle, from so many keys on; elsewhere the other form is faster.
 CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = 256, 128, 2048
 # "rounds": latent attention goes through the keys two tiles at a time, which is faster with more rows of a KV head than
 # this, a block's; with fewer memory is the bound, and one after the other is: kernels_src/gpu/arch/sm90_latent.h. Both
@@ -44,13 +43,31 @@ CACHE_DTYPES = ("e4m3fn", "e4m3fnuz", "e5m2")
 ANY_HEAD_DIM = 0
 
 
+class Gpu(NamedTuple):
+    """What decides between kernels and their forms on a GPU."""
+
+    multiprocessors: int = 0  # 0: no kernel can cut keys
+    decode_rows: int = DECODE_ROWS  # up to so many the decoding kernel is faster than one that cuts keys
+    has_rounds: bool = False
+
+    @classmethod
+    def of(cls, arch: str, multiprocessors: int) -> Gpu:
+        if not has_form("cut", "attention_forward", arch, HEAD_DIM_STEP, HEAD_DIM_STEP, ()):
+            return cls()
+        has_both = arch == FORMS_ARCH
+        return cls(multiprocessors, CUT_DECODE_ROWS if has_both else DECODE_ROWS, has_both)
+
+
+CUTS_NO_KEYS = Gpu()
+
+
 def forward_kernel(
-    sizes: Sizes, head_dim: int, options: Options, multiprocessors: int = 0, equal_lengths: bool = False
+    sizes: Sizes, head_dim: int, options: Options, gpu: Gpu = CUTS_NO_KEYS, equal_lengths: bool = False
 ) -> str:
     """A GPU's, by the number of rows of one KV head in a sequence; the CPU has one kernel for all.
 
-    multiprocessors: of a GPU with a kernel that can cut the keys of such a call, else 0. equal_lengths: whether the
-    sizes are those of each sequence; if not, the decoding kernel shares out the longest better.
+    gpu: CUTS_NO_KEYS where its kernel cannot cut those of such a call. equal_lengths: whether the sizes
+    are those of each sequence; if not, the decoding kernel shares out the longest better.
 
     Latent attention has room for its tiles in the decoding kernel alone. Where bits may not depend on how a prompt was
     cut into calls, all of it takes one kernel. Dropout is of training: decoding knows none.
@@ -65,11 +82,11 @@ def forward_kernel(
     rows = sizes.seqlen_q * group
     if rows > DECODE_ROWS:
         return "attention_forward"
-    if rows <= CUT_DECODE_ROWS or not multiprocessors or _heads_together(group, options) < group:
+    if rows <= gpu.decode_rows or not gpu.multiprocessors or _heads_together(group, options) < group:
         return "attention_decode"
-    if cuts_keys(sizes, options, multiprocessors):
+    if cuts_keys(sizes, options, gpu.multiprocessors):
         return "attention_forward"
-    many = 2 * sizes.batch * sizes.heads_kv > multiprocessors
+    many = 2 * sizes.batch * sizes.heads_kv > gpu.multiprocessors
     return "attention_forward" if many and equal_lengths else "attention_decode"
 
 
@@ -92,11 +109,11 @@ def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:
     return 2 * tiles <= multiprocessors and seen >= CUT_KEYS
 
 
-def form_of(kernel: str, sizes: Sizes, head_dim: int, options: Options, multiprocessors: int) -> str | None:
-    """Which of FORMS a call takes on a GPU of FORMS_ARCH with so many multiprocessors, or 0: one that has none."""
+def form_of(kernel: str, sizes: Sizes, head_dim: int, options: Options, gpu: Gpu) -> str | None:
+    """Which of FORMS a call takes on a GPU."""
     if kernel == "attention_forward":
-        return "cut" if cuts_keys(sizes, options, multiprocessors) else None
-    if head_dim <= HEAD_DIM_MAX or not multiprocessors:
+        return "cut" if cuts_keys(sizes, options, gpu.multiprocessors) else None
+    if head_dim <= HEAD_DIM_MAX or not gpu.has_rounds:
         return None
     rows = sizes.heads_q // sizes.heads_kv
     if not options.batch_invariant:  # or a token's bits would depend on how many are in its call
@@ -163,7 +180,7 @@ def forms(
 ) -> list[Spec]:
     """The specs that calls of one kernel can need, whatever their sizes."""
     rest = kernel, dtype, head_dim, causal, arch, paged, value_dim
-    wanted = [(), *((form,) for form in FORMS if arch == FORMS_ARCH)]  # elsewhere no call asks for one by its sizes
+    wanted = [(), *((form,) for form in FORMS)]
     return list(dict.fromkeys(kernel_spec(*rest, (*options, *form)) for form in wanted))
 
 

@@ -235,10 +235,11 @@ def _plan_of(call: Call, query: torch.Tensor, key: torch.Tensor, head_dim: int, 
     code = _CODE_OF_NONE if options is NO_OPTIONS and key.dtype is query.dtype else _code_options(options, query, key)
     kernel = "attention_forward"
     if gpu:
-        multiprocessors = _with_forms(query.device)
+        device = _gpu(query.device)
         fits = key.dtype is query.dtype and head_dim <= kernels.CUT_HEAD_DIM_MAX >= value_dim
-        kernel = kernels.forward_kernel(sizes, head_dim, options, multiprocessors if fits else 0, indices is NO_INDICES)
-        if form := kernels.form_of(kernel, sizes, head_dim, options, multiprocessors):
+        cutting = device if fits else kernels.CUTS_NO_KEYS
+        kernel = kernels.forward_kernel(sizes, head_dim, options, cutting, indices is NO_INDICES)
+        if form := kernels.form_of(kernel, sizes, head_dim, options, device):
             code = tuple(sorted((*code, form)))
     plan_key = (
         kernel,
@@ -344,11 +345,8 @@ def backward(
 
 
 @functools.cache
-def _with_forms(device: torch.device) -> int:
-    """Multiprocessors of a GPU that has kernels of two forms; 0 of another."""
-    if arch_of(device) != kernels.FORMS_ARCH:
-        return 0
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _gpu(device: torch.device) -> kernels.Gpu:
+    return kernels.Gpu.of(arch_of(device), torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _code_options(options: Options, query: torch.Tensor, key: torch.Tensor) -> tuple[str, ...]:

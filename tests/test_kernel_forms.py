@@ -1,16 +1,18 @@
-"""Which calls get the second form of one of sm_90a's kernels: that cuts keys, or that of latent attention which goes
-through tiles in rounds. What they compute: test_cuda.py, on a card."""
+"""Which calls get the second form of a kernel: that cuts keys, on sm_90a and AMD GPUs, or that of latent attention
+which goes through tiles in rounds, on sm_90a. What they compute: test_cuda.py, on a card, and
+kernels/test_gpu_pieces.py."""
 
 import pytest
 import torch
 
 import aiter
-from aiter import kernels, plan
-from aiter.kernels import cuts_keys, form_of, forward_kernel, kernel_spec, specs_for
+from aiter import plan
+from aiter.kernels import CUTS_NO_KEYS, Gpu, cuts_keys, form_of, forward_kernel, kernel_spec, specs_for
 from aiter.layout import Sizes
 from aiter.options import Options
 
 CUT, MULTIPROCESSORS = ("cut", 1), 132
+HOPPER, AMD, OTHER = Gpu.of("sm_90a", MULTIPROCESSORS), Gpu.of("gfx942", 304), Gpu.of("sm_80", 108)
 SLOPES = torch.ones(32)
 
 
@@ -57,10 +59,11 @@ def test_few_rows_on_many_keys(call, options, cut):
     ],
 )
 def test_more_rows_than_decoding_is_good_for(call, equal_lengths, decodes):
-    chosen = forward_kernel(call, 128, Options(), MULTIPROCESSORS, equal_lengths)
+    chosen = forward_kernel(call, 128, Options(), HOPPER, equal_lengths)
     assert chosen == ("attention_decode" if decodes else "attention_forward")
-    slopes = forward_kernel(call, 128, Options(alibi_slopes=SLOPES), MULTIPROCESSORS, equal_lengths)
-    for other in (slopes, forward_kernel(call, 128, Options())):
+    slopes = forward_kernel(call, 128, Options(alibi_slopes=SLOPES), HOPPER, equal_lengths)
+    others = (forward_kernel(call, 128, Options(), gpu, equal_lengths) for gpu in (OTHER, AMD))
+    for other in (slopes, *others):
         assert (other == "attention_decode") == (call.seqlen_q <= 16)
 
 
@@ -101,7 +104,7 @@ def test_prewarm_builds_both_forms_and_one_where_bits_must_not_vary():
     assert forms("sm_90a", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
     assert forms("sm_90a", "dropout") == {"forward-dropout", "forward-dropout-paged"}
     assert forms("sm_80") == forms("sm_80", "batch_invariant") == {"forward", "forward-paged"} | decode
-    assert forms("gfx942") == {"forward", "forward-paged"} | decode
+    assert forms("gfx942") == forms("sm_90a")
     assert forms("gfx942", "batch_invariant") == {"forward-cut", "forward-cut-paged"} | decode
 
 
@@ -134,9 +137,9 @@ def test_latent_attention_has_two_forms():
 def test_which_one_by_rows_or_where_bits_must_not_vary_by_heads(heads, tokens, form, invariant):
     call = sizes(8, tokens, 4096, heads, 1)
     for options, expected in ((Options(), form), (Options(batch_invariant=True), invariant)):
-        assert form_of("attention_decode", call, 576, options, MULTIPROCESSORS) == expected
-        assert form_of("attention_decode", call, 512, options, MULTIPROCESSORS) is None
-        assert form_of("attention_decode", call, 576, options, 0) is None
+        assert form_of("attention_decode", call, 576, options, HOPPER) == expected
+        assert form_of("attention_decode", call, 512, options, HOPPER) is None
+        assert form_of("attention_decode", call, 576, options, AMD) is None
 
 
 class Asked(Exception):
@@ -144,25 +147,37 @@ class Asked(Exception):
 
 
 @pytest.mark.parametrize(
-    "shape, keys, options, kernel, code",
+    "gpu, shape, keys, options, kernel, code",
     [
-        ((1, 128), 8192, {}, "attention_forward", ("cut",)),
-        ((1, 128), 8192, {"softcap": 5.0, "window_size": (4000, 0)}, "attention_forward", ("cut", "softcap", "window")),
-        ((1, 512), 8192, {}, "attention_forward", ()),
-        ((1, 16), 8192, {}, "attention_forward", ("cut",)),
-        ((1, 8), 8192, {}, "attention_decode", ()),
-        ((32, 16), 1024, {}, "attention_forward", ()),
-        ((1, 512), 8192, {"batch_invariant": True}, "attention_forward", ("batch_invariant",)),
+        (HOPPER, (1, 128), 8192, {}, "attention_forward", ("cut",)),
+        (
+            HOPPER,
+            (1, 128),
+            8192,
+            {"softcap": 5.0, "window_size": (4000, 0)},
+            "attention_forward",
+            ("cut", "softcap", "window"),
+        ),
+        (HOPPER, (1, 512), 8192, {}, "attention_forward", ()),
+        (HOPPER, (1, 16), 8192, {}, "attention_forward", ("cut",)),
+        (HOPPER, (1, 8), 8192, {}, "attention_decode", ()),
+        (HOPPER, (32, 16), 1024, {}, "attention_forward", ()),
+        (HOPPER, (1, 512), 8192, {"batch_invariant": True}, "attention_forward", ("batch_invariant",)),
+        (AMD, (1, 128), 8192, {}, "attention_forward", ("cut",)),
+        (AMD, (4, 32), 4096, {}, "attention_forward", ("cut",)),
+        (AMD, (1, 16), 8192, {}, "attention_decode", ()),
+        (AMD, (1, 1024), 8192, {}, "attention_forward", ()),
+        (OTHER, (1, 128), 8192, {}, "attention_forward", ()),
     ],
 )
-def test_operations_ask_for_it(monkeypatch, shape, keys, options, kernel, code):
-    """CPU tensors stand for those of an H100."""
+def test_operations_ask_for_it(monkeypatch, gpu, shape, keys, options, kernel, code):
+    """CPU tensors stand for those of a GPU."""
 
     def ask(key, call, query):
         raise Asked(key)
 
     monkeypatch.setattr(plan, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(plan, "_with_forms", lambda device: MULTIPROCESSORS)
+    monkeypatch.setattr(plan, "_gpu", lambda device: gpu)
     monkeypatch.setattr(plan, "_make_plan", ask)
     monkeypatch.setattr(plan, "plans", {})
     query = torch.empty(*shape, 32, 8, dtype=torch.bfloat16)
@@ -173,7 +188,6 @@ def test_operations_ask_for_it(monkeypatch, shape, keys, options, kernel, code):
     assert (key[0], key[-1]) == (kernel, code)
 
 
-def test_other_gpus_share_no_keys(monkeypatch):
-    monkeypatch.setattr(plan, "arch_of", lambda device: "gfx942")
-    assert plan._with_forms.__wrapped__(torch.device("cpu")) == 0
-    assert kernels.FORMS_ARCH == "sm_90a"
+def test_other_gpus_share_no_keys():
+    assert CUTS_NO_KEYS == OTHER
+    assert (AMD.multiprocessors, AMD.has_rounds) == (304, False)

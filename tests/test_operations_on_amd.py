@@ -24,7 +24,7 @@ from problems import (
 
 import aiter
 from aiter import abi, plan_cache, reference
-from aiter.kernels import CACHE_DTYPES
+from aiter.kernels import CACHE_DTYPES, Gpu
 
 
 def extent(outer, strides, heads, head_dim, tokens):
@@ -77,13 +77,16 @@ def gpu(request, monkeypatch):
                 emulated.check()
                 kernel.check(code)
                 launched.add(kernel.spec.kernel)
+                emulated.options |= dict(kernel.spec.options)
                 return 0
 
             return launch
 
-        launched = emulated.launched = set()
+        launched, emulated.options = set(), {}
+        emulated.launched = launched
         monkeypatch.setattr("aiter.plan.on_gpu", lambda tensor: True)
         monkeypatch.setattr("aiter.plan.arch_of", lambda device: request.param)
+        monkeypatch.setattr("aiter.plan._gpu", lambda device: Gpu.of(request.param, 104))
         monkeypatch.setattr("aiter.plan.launcher", launcher)
         monkeypatch.setattr("problems.DEVICE", "cpu")
         with mock.patch.dict(plan_cache.plans, clear=True):
@@ -95,6 +98,12 @@ def test_flash_attn_func(gpu, dtype):
     check_dense(dtype, 64, 100, 130, (4, 2), causal=True, layout=("heads_first", "sliced", "last"))
     check_dense(dtype, 64, 2, 300, (4, 2), causal=False, batch=1)
     assert gpu.launched == {"attention_forward", "attention_decode"}
+
+
+def test_few_rows_on_many_keys(gpu):
+    """Whose keys are dealt to several blocks."""
+    check_dense(torch.bfloat16, 64, 40, 2100, (8, 2), causal=True, batch=1)
+    assert gpu.launched == {"attention_forward"} and "cut" in gpu.options
 
 
 def test_grouped_and_multi_query(gpu):

@@ -242,15 +242,15 @@ def test_prewarm_takes_the_options_that_select_code(arguments, names, capsys):
     "flags, variable, names", ((("yes",), "", [True]), (("both",), "1", [False, True]), ((), "1", [True]))
 )
 def test_prewarm_for_results_that_do_not_depend_on_the_batch(flags, variable, names, capsys, monkeypatch):
-    """A CPU's forward kernels are built for it, and on sm_90a there is one for it: that which cuts keys."""
+    """A CPU's forward kernels are built for it; on sm_90a and AMD GPUs there is one for it: that which cuts keys."""
     monkeypatch.setenv("AITER_BATCH_INVARIANT", variable)
     archs = "x86-64-v3,gfx942,sm_90a"
     choice = ("--arch", archs, "--dtypes", "bf16", "--head-dims", "64", "--causal", "yes", "--backward")
     choice = (*choice, "--ops", "flash_attn_func", "--dry-run", *(f"--batch-invariant={flag}" for flag in flags))
     _, report = run_json(capsys, "prewarm", *choice)
-    expected = {f"attention_{kernel}-bf16-d64-causal-gfx942" for kernel in ("forward", "decode", "backward")}
-    expected |= {f"attention_{kernel}-bf16-d64-causal-sm_90a" for kernel in ("decode", "backward")}
-    expected |= {f"attention_forward-bf16-d64-causal{'-cut' * name}-sm_90a" for name in {True, *names}}
+    gpus = "gfx942", "sm_90a"
+    expected = {f"attention_{kernel}-bf16-d64-causal-{gpu}" for kernel in ("decode", "backward") for gpu in gpus}
+    expected |= {f"attention_forward-bf16-d64-causal{'-cut' * name}-{gpu}" for name in {True, *names} for gpu in gpus}
     expected |= {"attention_backward-bf16-d64-causal-x86-64-v3"}
     expected |= {f"attention_forward-bf16-d64-causal{'-batch_invariant' * name}-x86-64-v3" for name in names}
     assert {Spec.from_json(kernel["spec"]).name for kernel in report["kernels"]} == expected
@@ -263,6 +263,7 @@ def test_prewarm_for_8_bit_caches(capsys):
     _, report = run_json(capsys, "prewarm", *choice, "same,e4m3fnuz")
     expected = {f"attention_{kernel}-bf16-d64-causal" for kernel in ("forward", "decode", "backward")}
     expected |= {f"attention_{kernel}-bf16-d64-causal-e4m3fnuz" for kernel in ("forward", "decode")}
+    expected |= {f"attention_forward-bf16-d64-causal-cut{kept}" for kept in ("", "-e4m3fnuz")}
     expected |= {"cache_write-bf16", "cache_write-bf16-e4m3fnuz"}
     assert {Spec.from_json(kernel["spec"]).name.removesuffix("-gfx942") for kernel in report["kernels"]} == expected
 

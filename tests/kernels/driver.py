@@ -126,6 +126,7 @@ class Options:
     dropout_p: float = 0.0
     rng_state: torch.Tensor | None = None
     batch_invariant: bool = False
+    cut: bool = False  # the form of the kernel that may cut keys; batch_invariant: in any case
     clear_rest: bool = True
     key_descale: torch.Tensor | None = None  # as `aiter.options` takes them
     value_descale: torch.Tensor | None = None
@@ -198,7 +199,7 @@ class Options:
             options.append(("value_dim", value.shape[-1]))
         tokens = 1 if self.batch_invariant else query.shape[1] if query.dim() == 4 else self.max_seqlen[0]
         many_rows = tokens * query.shape[-2] > IN_TURN_ROWS  # in latent attention, which has one KV head
-        for form, wanted in (("cut", self.batch_invariant), ("rounds", many_rows)):
+        for form, wanted in (("cut", self.cut or self.batch_invariant), ("rounds", many_rows)):
             if wanted and has_form(form, name, arch, query.shape[-1], value.shape[-1], dict(options)):
                 options.append((form, 1))
         dtype = next(word for word, known in DTYPES.items() if known == query.dtype)

@@ -1,8 +1,8 @@
-"""Keys that are cut, with batch_invariant (kernels_src/gpu/pieces.h): each piece dealt to a block of its own, or all of
+"""Keys that are cut (kernels_src/gpu/pieces.h): each piece dealt to a block of its own or, with batch_invariant, all of
 a row tile's taken in turn, on emulated AMD GPUs. What a GPU of few compute units takes in turn, one of many deals. (For
 sm_90a: tests/test_cuda.py.)
 
-Pieces are 2048 or 4096 keys, so these sequences are long; lengths lie around their ends.
+With batch_invariant pieces are 2048 or 4096 keys, so these sequences are long; lengths lie around their ends.
 """
 
 from dataclasses import dataclass
@@ -51,15 +51,17 @@ def around(keys):
 
 
 @on_kernels(only=lambda kernel: kernel.cache is None)
-@pytest.mark.parametrize("compute_units", (MANY, FEW))
-def test_accuracy(target, kernel, compute_units):
+@pytest.mark.parametrize("how", ("dealt", "in turn", "no invariance"))
+def test_accuracy(target, kernel, how):
     offsets = [-3, 0, 1, 2, 3, -kernel.keys, 4]
     offsets = [n - rows + o for (rows, n), o in zip(around(kernel.keys), offsets, strict=True)]
+    options = {
+        "cut": True,
+        "batch_invariant": how != "no invariance",
+        "compute_units": FEW if how == "in turn" else MANY,
+    }
     for layout, sinks, where in (("starts", True, None), ("padded", False, offsets)):
-        check(
-            target, kernel, around(kernel.keys), (4, 2), layout, WINDOW, sinks, where, batch_invariant=True,
-            compute_units=compute_units,
-        )  # fmt: skip
+        check(target, kernel, around(kernel.keys), (4, 2), layout, WINDOW, sinks, where, **options)
 
 
 class Rows:
