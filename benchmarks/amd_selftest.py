@@ -28,6 +28,8 @@ def kernel_of(family: Family) -> str | None:
     """The model's name for it; None where the model has none."""
     if family.options or family.value_dim or family.form != "dense" or family.head_dim > 256 or family.latent:
         return None
+    if family.large.rows not in (1, family.large.keys):
+        return None
     if family.backward:
         return "backward"
     if family.large.rows == 1:

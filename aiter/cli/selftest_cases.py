@@ -55,9 +55,10 @@ class Family:
 
     def specs(self, dtype: str, arch: str) -> list[Spec]:
         operation = "flash_attn_with_kvcache" if self.form == "paged" else "flash_attn_func"
-        keywords = {"window_size": "window", "softcap": "softcap", "alibi_slopes": "alibi"}
+        keywords = {"window_size": "window", "alibi_slopes": "alibi"}
+        keywords |= {name: name for name in ("softcap", "batch_invariant")}
         always = ["batch_invariant"] if BATCH_INVARIANT else []
-        options = tuple(sorted([*always, *(keywords[name] for name in self.options if name in keywords)]))
+        options = tuple(sorted({*always, *(keywords[name] for name in self.options if name in keywords)}))
         return specs_for(operation, dtype, self.head_dim, self.causal, arch, self.backward, self.dims[1], options)
 
     def products(self, size: Size) -> float:
@@ -94,6 +95,7 @@ def families(on_gpu: bool) -> list[Family]:
     grouped = Size(1, 8192, 8192, 4, 4) if on_gpu else Size(1, 1024, 1024, 1, 4)
     many = Size(4, 2048, 2048, 16, 1) if on_gpu else Size(4, 256, 256, 2, 1)
     token = Size(32, 1, 4096, 8, 4) if on_gpu else Size(2, 1, 4096, 2, 4)
+    chunk = Size(1, 128, 16384, 8, 4) if on_gpu else Size(1, 16, 4096, 2, 4)
     latent = Size(32, 1, 4096, 1, 128) if on_gpu else Size(1, 1, 4096, 1, 16)
 
     def prefill(name: str, large: Size = long, **more) -> Family:
@@ -112,6 +114,8 @@ def families(on_gpu: bool) -> list[Family]:
         prefill("forward, grouped heads", grouped),
         prefill("forward, packed", many, form="packed"),
         prefill("forward over pages", form="paged"),
+        Family("forward, few rows on many keys", Size(1, 40, 2100, 2, 4), chunk),
+        Family("batch_invariant", Size(2, 3, 4200, 2, 4), token, options={"batch_invariant": True}),
         prefill("window of 1024", options={"window_size": (1023, 0)})
         if on_gpu
         else prefill("window of 64", options={"window_size": (63, 0)}),
@@ -155,7 +159,7 @@ class Problem:
             "sinks": torch.linspace(-1, 2, heads, device=device),
         }
         self.keywords: dict[str, Any] = {
-            name: per_head[name] if value is True else value for name, value in family.options.items()
+            name: per_head.get(name, value) if value is True else value for name, value in family.options.items()
         }
         self.lengths_q, self.lengths_k = (
             torch.full((size.batch,), count, dtype=torch.int32, device=device) for count in (size.rows, size.keys)
@@ -197,6 +201,7 @@ class Problem:
         family, results = self.family, []
         keywords = {name: value.cpu() if torch.is_tensor(value) else value for name, value in self.keywords.items()}
         keywords["window"] = keywords.pop("window_size", None)
+        keywords.pop("batch_invariant", None)
         for b in range(self.size.batch):
             tensors = [self.query[b], *self._keys_of(b)]
             tensors = [tensor.detach().cpu().to(dtype).requires_grad_(family.backward) for tensor in tensors]
