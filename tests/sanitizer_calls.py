@@ -86,10 +86,13 @@ def overlapping(head_dim: int) -> None:
 
 def cut_keys() -> None:
     """Few rows on many keys, whose pieces are dealt, and many, or many sequences of few, which take them in turn and
-    keep their sums in shared memory or, beyond 128 dimensions, in the workspace: on sm_90a."""
+    keep their sums in shared memory or, beyond 128 dimensions, in the workspace; or pieces of few rows, which clusters
+    of blocks add up themselves or not: on sm_90a."""
     for batch, rows, keys, head_dim, invariant in (
         (1, 100, 5000, 128, False),
         (1, 1, 9000, 128, True),
+        (1, 1, 3000, 128, True),
+        (1, 3, 6000, 64, True),
         (1, 9000, 5000, 128, True),
         (80, 1, 4200, 256, True),
     ):

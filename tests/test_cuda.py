@@ -346,7 +346,8 @@ BITS = {
 @pytest.mark.parametrize("options", BITS.values(), ids=BITS)
 def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
     """A prompt of one call, whose blocks take their pieces in turn, and the same in chunks and single tokens, whose
-    pieces are dealt, those of few rows by mma.sync; beside other sequences and in pages, too."""
+    pieces are dealt, those of few rows by mma.sync, and of few pieces added up by a cluster of blocks; beside other
+    sequences and in pages, too."""
     if "alibi_slopes" in options:
         options = {**options, "alibi_slopes": torch.tensor(options["alibi_slopes"], device="cuda")}
     heads, total = 16, 10000
@@ -354,7 +355,8 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
     whole = aiter.flash_attn_func(query, key, value, batch_invariant=True, return_lse=True, **options)
     expected = aiter.flash_attn_func(query, key, value, return_lse=True, **options)
     torch.testing.assert_close(whole[0], expected[0], rtol=0.02, atol=0.005)
-    for begin, end in ((0, 1), (0, 100), (4030, 4060), (4090, 4100), (5000, 5001), (8100, 8500), (9999, 10000)):
+    few = (0, 1), (1500, 1501), (3000, 3003), (4092, 4096), (5000, 5001), (8190, 8192), (9999, 10000)
+    for begin, end in (*few, (0, 100), (4030, 4060), (4090, 4100), (8100, 8500)):
         part = (query[:, begin:end], key[:, :end], value[:, :end])
         output, lse = aiter.flash_attn_func(*part, batch_invariant=True, return_lse=True, **options)
         assert torch.equal(output, whole[0][:, begin:end]), (begin, end)
@@ -370,18 +372,17 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, options):
             paged[table] = torch.nn.functional.pad(t, (0, 0, 0, 0, 0, pages * page_size - total)).view(
                 pages, page_size, *t.shape[1:]
             )
-        for end in (800, 6000, total):
+        for ends in ((800,), (2500,), (700, 4000, 1025), (6000,), (total,)):
+            last = [end - 1 for end in ends]
+            used = torch.tensor(ends, dtype=torch.int32, device="cuda")
+            own_table = table[: -(-max(ends) // page_size)].int().repeat(len(ends), 1)
             output, lse = aiter.variable_length_attention(
-                *(query[0, end - 1 : end], *(t.transpose(1, 2) for t in cache)),
-                *(torch.ones(1, dtype=torch.int32, device="cuda"), 1),
-                **{
-                    "seqlens_k": torch.full((1,), end, dtype=torch.int32, device="cuda"),
-                    "page_table": table[None].int(),
-                },
+                *(query[0, last], *(t.transpose(1, 2) for t in cache), torch.ones_like(used), 1),
+                **{"seqlens_k": used, "page_table": own_table},
                 **{"block_size": page_size, "batch_invariant": True, "return_lse": True, **options},
             )
-            assert torch.equal(output, whole[0][0, end - 1 : end]), (page_size, end)
-            assert torch.equal(lse, whole[1][0, :, end - 1 : end]), (page_size, end)
+            assert torch.equal(output, whole[0][0, last]), (page_size, ends)
+            assert torch.equal(lse, whole[1][0][:, last]), (page_size, ends)
 
 
 @pytest.mark.parametrize("heads", (4, 16))

@@ -383,6 +383,22 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     /* Of a row tile: those that have rows. */
     __host__ __device__ __forceinline__ int waves() const { return (rows + WAVE_ROWS - 1) / WAVE_ROWS; }
 
+    /* Of a softmax's rows, or to it. */
+    template <class Softmax>
+    static __device__ __forceinline__ void give_points(const Softmax &softmax, float2 (&point)[SLOTS]) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
+            point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
+    }
+    template <class Softmax>
+    static __device__ __forceinline__ void take_points(Softmax &softmax, const float2 (&point)[SLOTS]) {
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            softmax.maximum[slot] = point[slot].x;
+            softmax.sum[slot] = lane_leads_row() ? point[slot].y : 0.0f;
+        }
+    }
+
     bool needs_parts() const { return keys > 0 && (dealt > 0 || !IN_SHARED); }
 
   private:
@@ -456,20 +472,6 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     }
     static __device__ __forceinline__ void set_chunk(Output &o, int slot, int i, const float4 &x) {
         o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
-    }
-    template <class Softmax>
-    static __device__ __forceinline__ void give_points(const Softmax &softmax, float2 (&point)[SLOTS]) {
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot)
-            point[slot] = make_float2(softmax.maximum[slot], row_sum(softmax.sum[slot]));
-    }
-    template <class Softmax>
-    static __device__ __forceinline__ void take_points(Softmax &softmax, const float2 (&point)[SLOTS]) {
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) {
-            softmax.maximum[slot] = point[slot].x;
-            softmax.sum[slot] = lane_leads_row() ? point[slot].y : 0.0f;
-        }
     }
 };
 

@@ -87,9 +87,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardTiles : WarpgroupShape<HEAD
     struct Launch : Arguments {
         CUtensorMap query, key, value, output;
         bool output_is_mapped;
-        int few_tokens; /* of a sequence, that fill so many */
-        int box;        /* keys that a map's copy brings; 0: there are no maps */
-        int tasks;      /* in all: row tiles or what they are cut into */
+        int few_tokens;          /* of a sequence, that fill so many */
+        int box;                 /* keys that a map's copy brings; 0: there are no maps */
+        int tasks;               /* in all: row tiles or what they are cut into */
+        int pieces_together = 0; /* of a SharedPiece's cluster, which adds them up; 0: the second kernel does */
         Order order;
         Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */

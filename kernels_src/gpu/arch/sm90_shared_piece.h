@@ -17,7 +17,9 @@
  *                     anything to add up: the keys of the block's tiles, then its columns of all values, the last of them to
  *                     where keys have been. P as lanes hold it, of all tiles; the greatest scores; each lane's sums of
  *                     weights. Blocks write into each other's, where a barrier counts the bytes
- *   at the end        a part, as Pieces knows it, to memory; or, where the row tile has this piece alone, the rows
+ *   at the end        where the row tile has this piece alone, the rows. Else a part: to the blocks of the row tile's first piece,
+ *                     where a cluster has room for those of all pieces, which add them up; or to memory, for the second
+ *                     kernel
  *
  * mma.sync adds up as wgmma does: on an H200, of 10^8 sums of 128 products, fp16 and bf16, of like and unlike magnitudes, none
  * had other bits, and tests/test_cuda.py compares the loops' on whatever GPU it runs. So few rows do with its 16. */
@@ -42,17 +44,24 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
     static constexpr int OWN_COLUMNS = 16; /* of a wave of output: a chunk of a part's values in each slot */
     using Output = Accumulator<1, OWN_COLUMNS>;
     static_assert(OUTPUT_WAVES * OWN_COLUMNS == 64, "a line of values");
+    /* Blocks that any GPU has room for in a cluster, and pieces that it adds up. */
+    static constexpr int MOST_TOGETHER = 8, MOST_PIECES = MOST_TOGETHER / CLUSTER;
 
     static constexpr int UNIT_BYTES = KEYS * 128, WEIGHT_BYTES = KEYS / 16 * WAVE * sizeof(uint4); /* of a tile */
+    /* Of a piece: the values of all waves, and the rows' reference points and sums. */
+    static constexpr int PART_VALUE_BYTES = OUTPUT_WAVES * SLOTS * WAVE * sizeof(float4),
+                         PART_BYTES = PART_VALUE_BYTES + ROWS * sizeof(float2),
+                         PARTS_BYTES = (MOST_PIECES - 1) * PART_BYTES;
     static constexpr int REST_BYTES =
-        TILES * (WEIGHT_BYTES + ROWS * (sizeof(float) + sizeof(float2)) + WAVE * sizeof(float2)) + 1024;
+        TILES * (WEIGHT_BYTES + ROWS * (sizeof(float) + sizeof(float2)) + WAVE * sizeof(float2)) + PARTS_BYTES + 1024;
     static constexpr int STAGES = (SHARED_LIMIT - 1024 - REST_BYTES) / UNIT_BYTES; /* units there is room for */
     static constexpr int WEIGHTS_AT = STAGES * UNIT_BYTES, SUMS_AT = WEIGHTS_AT + TILES * WEIGHT_BYTES,
                          MOVES_AT = SUMS_AT + TILES * WAVE * sizeof(float2),
                          TOPS_AT = MOVES_AT + TILES * ROWS * sizeof(float2),
-                         BARRIERS_AT = TOPS_AT + TILES * ROWS * sizeof(float),
-                         TILE_BARRIERS_AT = BARRIERS_AT + STAGES * 2 * mbarrier::BYTES;
-    static constexpr int SHARED_BYTES = TILE_BARRIERS_AT + TILES * 2 * mbarrier::BYTES;
+                         PARTS_AT = TOPS_AT + TILES * ROWS * sizeof(float), BARRIERS_AT = PARTS_AT + PARTS_BYTES,
+                         TILE_BARRIERS_AT = BARRIERS_AT + STAGES * 2 * mbarrier::BYTES,
+                         HAVE_PARTS_AT = TILE_BARRIERS_AT + TILES * 2 * mbarrier::BYTES;
+    static constexpr int SHARED_BYTES = HAVE_PARTS_AT + mbarrier::BYTES;
     static_assert(STAGES >= TILES && SHARED_BYTES <= SHARED_LIMIT, "values need room that keys have had");
 
     /* Whether a launch's pieces are for clusters, if its tensors have maps. */
@@ -62,12 +71,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
                work.count(row_tiles) * CLUSTER <= blocks;
     }
 
-    static int start(void (*kernel)(Launch), Launch &launch, int64_t tasks, void *stream) {
+    /* multiprocessors: a cluster finds room within a part of the GPU alone, so there may not be as many as there are
+     * blocks for. (An H200 has room for 30 of 4 blocks, 17 of 6, 15 of 8: half of its multiprocessors always do.) */
+    static int start(void (*kernel)(Launch), Launch &launch, int64_t tasks, int multiprocessors, void *stream) {
         launch.order.together.by = 0; /* as each task has blocks of its own, there need be no other order */
+        const int pieces = launch.work.dealt;
+        if (pieces > 1 && pieces <= MOST_PIECES && tasks * CLUSTER * 2 <= multiprocessors)
+            launch.pieces_together = pieces;
         /* In twos even where each has a piece of its own: stores to a cluster of one are an error to compute-sanitizer. */
-        constexpr int TOGETHER = greater(CLUSTER, 2);
-        const int64_t blocks = (tasks * CLUSTER + TOGETHER - 1) / TOGETHER * TOGETHER;
-        return launch_next_in_clusters(TOGETHER, kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
+        const int together = greater(greater(launch.pieces_together, 1) * CLUSTER, 2);
+        const int64_t blocks = (tasks * CLUSTER + together - 1) / together * together;
+        return launch_next_in_clusters(together, kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
     }
 
     /* ---- shared memory ---- */
@@ -79,6 +93,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         uint32_t turn;
         __device__ __forceinline__ Unit(SharedAddress shared, int u)
             : shared(shared), stage(u % STAGES), turn(u / STAGES & 1) {}
+        __device__ __forceinline__ void advance() {
+            if (++stage == STAGES) stage = 0, turn ^= 1;
+        }
         __device__ __forceinline__ SharedAddress place() const { return shared + stage * UNIT_BYTES; }
         __device__ __forceinline__ SharedAddress full() const {
             return shared + BARRIERS_AT + stage * 2 * mbarrier::BYTES;
@@ -116,6 +133,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
             mbarrier::make(Handed{shared, tile}.have_tops(), 1);
             mbarrier::make(Handed{shared, tile}.have_weights(), 1);
         }
+        mbarrier::make(shared + HAVE_PARTS_AT, 1);
         mbarrier::made();
     }
     /* What other threads' stores are to bring: by one thread, before or after them. */
@@ -134,7 +152,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         const Launch &launch;
         const Task &task;
         SharedAddress shared;
-        int rank = CLUSTER == 1 ? 0 : cluster::rank();
+        int rank = CLUSTER == 1 ? 0 : cluster::rank() % CLUSTER; /* of those that share the piece */
         Range keys;
         int tiles;
 
@@ -145,7 +163,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         }
         /* Of block `to` of those that share the piece. */
         __device__ __forceinline__ SharedAddress shared_of(int to) const {
-            return cluster::of(shared, CLUSTER == 1 ? cluster::rank() : to);
+            return cluster::of(shared, cluster::rank() - rank + to);
         }
         __device__ __forceinline__ int first(int tile) const { return keys.low + tile * KEYS; }
         /* Units: lines of the block's own tiles of keys, then its line of the values of all tiles. */
@@ -241,7 +259,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         const Mask &mask = sequence.mask;
         const Queries queries(launch, task, score.query_bits);
         const Range whole = task.keys_of_all(task.first_row, ROWS);
-        if (CLUSTER > 1) cluster::wait(); /* the others' barriers are there */
+        if (CLUSTER > 1 || launch.pieces_together > 0) cluster::wait(); /* the others' barriers are there */
 #pragma unroll 1
         for (int i = wave() - OUTPUT_WAVES; i * CLUSTER + way.rank < way.tiles; i += SCORE_WAVES) {
             const int tile = i * CLUSTER + way.rank, first = way.first(tile);
@@ -337,16 +355,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         uint4 weight[STEPS];
         float2 move[SLOTS], sum;
 
-        template <class Task> __device__ __forceinline__ SharedAddress await(const Way<Task> &way, int tile) const {
-            const Unit unit(way.shared, way.value_unit(tile));
+        /* unit: of the tile's values. */
+        template <class Task>
+        __device__ __forceinline__ SharedAddress await(const Way<Task> &way, int tile, const Unit &unit) const {
             mbarrier::wait_for_both(unit.full(), unit.turn, Handed{way.shared, tile}.have_weights(), 0);
             clear_past_end(unit.place(), way.task.sequence.keys.count - way.first(tile));
             return unit.place();
         }
+        /* values: as this lane reads the first of them. */
         __device__ __forceinline__ void read_values(SharedAddress values) {
-            const SharedAddress lane_row = values + rows_first<64>();
 #pragma unroll
-            for (int j = 0; j < STEPS; ++j) load_matrices_transposed(value[j], at<64>(lane_row, j * 16, wave()));
+            for (int j = 0; j < STEPS; ++j) load_matrices_transposed(value[j], at<64>(values, j * 16, 0));
         }
         __device__ __forceinline__ void read_weights(const Handed &handed) {
 #pragma unroll
@@ -378,12 +397,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
     static __device__ __forceinline__ void add_up(const Way<Task> &way, Softmax &softmax, Output &o) {
         Operands even, odd;
         o.clear();
-        even.read_values(even.await(way, 0));
+        const SharedAddress own = at<64>(rows_first<64>(), 0, wave()); /* in a unit */
+        Unit unit(way.shared, way.value_unit(0));
+        even.read_values(even.await(way, 0, unit) + own);
         even.read_weights({way.shared, 0});
         const auto step = [&](int tile, const Operands &here, Operands &next) __attribute__((always_inline)) {
             const bool more = tile + 1 < way.tiles;
-            if (more) next.read_values(next.await(way, tile + 1));
             here.rescale(tile == 0, softmax, o);
+            unit.advance();
+            if (more) next.read_values(next.await(way, tile + 1, unit) + own);
             here.template add<0, Operands::HALF>(o);
             if (more) next.read_weights({way.shared, tile + 1});
             here.template add<Operands::HALF, Operands::STEPS>(o);
@@ -395,7 +417,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
 
     /* As Finish asks for it (attention_forward.hip). */
     static __device__ __forceinline__ int first_column() {
-        return ((CLUSTER == 1 ? 0 : cluster::rank()) * OUTPUT_WAVES + wave()) * OWN_COLUMNS;
+        return ((CLUSTER == 1 ? 0 : cluster::rank() % CLUSTER) * OUTPUT_WAVES + wave()) * OWN_COLUMNS;
     }
     static __device__ __forceinline__ int wave_row() { return 0; }
     struct OutputPlace {};
@@ -430,6 +452,73 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         if (column == 0) part.leave(softmax);
     }
 
+    /* Parts of a cluster's other pieces, in the memory of the block that has the same columns of the first. Who sends one
+     * may end: none of its memory is asked for any more. */
+    struct PartsOfOthers {
+        SharedAddress shared;
+        int number = wave(); /* which all lanes must ask together */
+        __device__ __forceinline__ SharedAddress part(int piece) const {
+            return shared + PARTS_AT + (piece - 1) * PART_BYTES;
+        }
+        __device__ __forceinline__ SharedAddress values(int piece, int slot) const {
+            return part(piece) + ((number * SLOTS + slot) * WAVE + lane()) * sizeof(float4);
+        }
+        __device__ __forceinline__ SharedAddress point(int piece, int slot) const {
+            return part(piece) + PART_VALUE_BYTES + Output::row(slot) * sizeof(float2);
+        }
+        __device__ __forceinline__ SharedAddress are_there() const { return shared + HAVE_PARTS_AT; }
+    };
+    static __device__ __forceinline__ void expect_parts(SharedAddress shared, const Work &work, const Piece &piece) {
+        const int bytes = work.rows * (OUTPUT_WAVES * OWN_COLUMNS * sizeof(float) + sizeof(float2));
+        mbarrier::arrive_and_expect(shared + HAVE_PARTS_AT, (piece.count - 1) * bytes);
+    }
+    template <class Task>
+    static __device__ __forceinline__ void send_part(const Way<Task> &way, const Softmax &softmax, const Output &o) {
+        const PartsOfOthers to = {cluster::of(way.shared, way.rank)};
+        const int piece = way.task.piece.number;
+        float2 point[SLOTS];
+        Work::give_points(softmax, point);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) {
+            if (Output::row(slot) >= way.launch.work.rows) continue;
+            uint32_t values[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) values[i] = __float_as_uint(o.get(slot, i));
+            cluster::store(to.values(piece, slot), values, to.are_there());
+        }
+        if (to.number == 0 && lane_leads_row())
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot)
+                if (Output::row(slot) < way.launch.work.rows)
+                    cluster::store(to.point(piece, slot), point[slot], to.are_there());
+    }
+    /* In the order of the pieces, as the second kernel. */
+    template <class Task>
+    static __device__ __forceinline__ void add_parts(const Way<Task> &way, Softmax &softmax, Output &o) {
+        const PartsOfOthers from = {way.shared};
+        float2 point[SLOTS];
+        Work::give_points(softmax, point);
+        bool seen[SLOTS];
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) seen[slot] = point[slot].y != 0;
+        mbarrier::wait(from.are_there(), 0);
+#pragma unroll 1
+        for (int piece = 1; piece < way.task.piece.count; ++piece) {
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                if (Output::row(slot) >= way.launch.work.rows) continue;
+                const float2 other = shared_load<float2>(from.point(piece, slot));
+                const float4 x = shared_load<float4>(from.values(piece, slot));
+                const Weights w(point[slot], other, seen[slot]);
+                point[slot] = w.point, seen[slot] |= other.y != 0;
+                const float values[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+                for (int i = 0; i < 4; ++i) o.set(slot, i, w.add(o.get(slot, i), values[i]));
+            }
+        }
+        Work::take_points(softmax, point);
+    }
+
     /* ---- the block ---- */
 
     template <class RowTile, class Finish>
@@ -440,28 +529,40 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         wait_for_previous();
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS);
         if (thread_in_block() == WAVE) make_barriers(shared);
-        const int index = lesser(block() / CLUSTER, launch.tasks - 1);
+        const bool together = launch.pieces_together > 0, meets_others = CLUSTER > 1 || together;
+        int index = lesser(block() / CLUSTER, launch.tasks - 1); /* CLUSTER 1: there may be one block more */
+        const bool exists = block() / CLUSTER == index;
+        if (together) { /* one piece after the other, and not one row tile */
+            const int pieces = launch.pieces_together;
+            index = index / pieces + index % pieces * launch.work.by_row_tiles.by;
+        }
         const Task task(launch, launch.order.place(launch.work.row_tile(index)), index);
         const Way<Task> way(launch, task, shared);
         barrier();
-        if (CLUSTER > 1) cluster::appear();
-        if (block() / CLUSTER != index || !task.exists()) return; /* CLUSTER 1: there may be one block more */
+        if (meets_others) cluster::appear();
+        if (!exists || !task.exists()) return;
         if (wave() >= OUTPUT_WAVES) return weigh(way, score);
         if (wave() == 0) way.copy_all();
-        if (thread_in_block() == WAVE) expect(shared, way.tiles);
-        if (CLUSTER > 1) cluster::wait();
+        const bool others = together && task.piece.count > 1, first = task.piece.number == 0;
+        if (thread_in_block() == WAVE) {
+            expect(shared, way.tiles);
+            if (others && first) expect_parts(shared, launch.work, task.piece);
+        }
+        if (meets_others) cluster::wait();
         Softmax softmax(score.unit);
         Output o;
         add_up(way, softmax, o);
-        if (task.piece.count > 1) leave_part(way, softmax, o);
-        else finish(task, softmax, o);
+        if (others && !first) return send_part(way, softmax, o);
+        if (task.piece.count > 1 && !together) return leave_part(way, softmax, o);
+        if (others) add_parts(way, softmax, o);
+        finish(task, softmax, o);
     }
 };
 
 /* Where there is none. */
 struct NoSharedPiece {
     template <class Launch> static bool takes(const Launch &, int64_t, int) { return false; }
-    template <class Kernel, class Launch> static int start(Kernel, Launch &, int64_t, void *) { return 0; }
+    template <class Kernel, class Launch> static int start(Kernel, Launch &, int64_t, int, void *) { return 0; }
 };
 template <int HEAD_DIM, int VALUE_DIM>
 using SharedPieceOf = std::conditional_t<AITER_SHARES_PIECES, SharedPiece<HEAD_DIM, VALUE_DIM>, NoSharedPiece>;
