@@ -301,7 +301,7 @@ struct AlternatingLoop
         if (!FIRST) meet();
         for (int first = block_keys.low - KEYS; first < block_keys.high; first += KEYS) {
             auto scores = Products::scores(next_buffer);
-            if constexpr (CUT) pieces.pass(launch.work, first, seen, softmax, o);
+            if constexpr (CUT && FIRST) pieces.pass(launch.work, first, seen, softmax, o);
             if (__builtin_expect(seen, true)) {
                 Base::finish_scores(s, first, wave_row, keys_of_all, tile, score);
                 softmax.update(s, o);
@@ -321,6 +321,10 @@ struct AlternatingLoop
             const int next = first + KEYS, after = next + KEYS;
             const SharedAddress buffer = both - next_buffer;
             const bool sees_next = wave_keys.overlaps<WINDOW>(next, lesser(after, block_keys.high));
+            /* Whether group 1 has done with a piece after these products: then it adds it up before the barrier, while
+             * group 0 does. */
+            bool cut = false;
+            if constexpr (CUT && !FIRST) cut = next < block_keys.high && pieces.is_cut(next);
             copy.clear_rest();
             const SharedAddress to = copy.part.place(FIRST ? buffer : next_buffer);
             auto outputs = Products::template outputs<Output>(buffer + Layout::KEY_BYTES);
@@ -354,13 +358,18 @@ struct AlternatingLoop
                         constexpr int STRIDE = lesser(outputs.PRODUCTS / Copy::ROWS, 2);
                         static_assert(STRIDE > 0, "a product before each load");
                         if (i % STRIDE == 0 && i / STRIDE < Copy::ROWS) copy.load(i / STRIDE);
-                        if (!FIRST && i == outputs.PRODUCTS - LATER) meet();
+                        if (!FIRST && i == outputs.PRODUCTS - LATER && !cut) meet();
                     });
-                if (!FIRST && LATER == 0) meet();
+                if (!FIRST && LATER == 0 && !cut) meet();
             } else {
                 copy.load();
-                if (!FIRST) meet();
+                if (!FIRST && !cut) meet();
             }
+            if constexpr (CUT && !FIRST)
+                if (__builtin_expect(cut, false)) {
+                    pieces.pass(launch.work, next, sees_next, softmax, o);
+                    meet();
+                }
             __builtin_amdgcn_s_setprio(NUMBER);
             seen = sees_next;
             next_buffer = buffer;
