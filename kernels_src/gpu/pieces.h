@@ -236,6 +236,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     /* By who goes through the pieces of a row tile itself: the sum of those that it has left behind. of_tile: the wave's
      * number among those of the row tile. */
     struct InTurn {
+        static constexpr int TOGETHER = 4; /* chunks that are added at one time */
         int end; /* of this piece: the first key that is not in it */
         bool begun = false;
         float2 point[SLOTS]; /* of the piece that is set aside */
@@ -312,13 +313,25 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
             for (int slot = 0; slot < SLOTS; ++slot) point[slot] = weights[slot].point;
             wave_sync();
         }
+        /* Several chunks are on their way at one time: left to itself the compiler waits for each. */
         template <class Take, class Add>
         static __device__ __forceinline__ void add(const Part &so_far, const Output &o, Take take, Add add) {
-            Part::each_chunk([&](int chunk, int slot, int i) {
-                const float4 a = so_far.chunk(chunk), b = chunk_of(o, slot, i);
-                take(chunk, slot, i,
-                     make_float4(add(slot, a.x, b.x), add(slot, a.y, b.y), add(slot, a.z, b.z), add(slot, a.w, b.w)));
-            });
+#pragma unroll
+            for (int begin = 0; begin < CHUNKS; begin += TOGETHER) {
+                float4 earlier[TOGETHER];
+#pragma unroll
+                for (int n = 0; n < TOGETHER; ++n)
+                    if (begin + n < CHUNKS) earlier[n] = so_far.chunk(begin + n);
+                keep_order();
+#pragma unroll
+                for (int n = 0; n < TOGETHER; ++n) {
+                    const int chunk = begin + n, slot = Part::slot_of(chunk), i = chunk % SLOT_CHUNKS * 4;
+                    if (chunk >= CHUNKS) continue;
+                    const float4 a = earlier[n], b = chunk_of(o, slot, i);
+                    take(chunk, slot, i,
+                         make_float4(add(slot, a.x, b.x), add(slot, a.y, b.y), add(slot, a.z, b.z), add(slot, a.w, b.w)));
+                }
+            }
         }
     };
 
