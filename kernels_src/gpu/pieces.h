@@ -118,17 +118,14 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     static constexpr int VALUE_BYTES = CHUNKS * WAVE * sizeof(float4);     /* of a wave */
     static constexpr bool IN_SHARED = POINT_BYTES + WAVES * VALUE_BYTES <= SHARED_ROOM;
     static constexpr int SUM_BYTES = IN_SHARED ? POINT_BYTES + WAVES * VALUE_BYTES : 0;
-    /* As short as prefill bears: its additions are to take a tenth of its time, as measured or predicted. */
-#if defined(AITER_GFX950)
-    static constexpr bool LONG = true;
-#elif defined(AITER_GFX90A)
-    static constexpr bool LONG = Output::VALUES <= 32;
-#elif defined(AITER_GFX942)
-    static constexpr bool LONG = Output::VALUES > 64;
+    /* As short as prefill bears: its additions are to take a tenth of its time, as measured or predicted. (Shorter ones
+     * help single sequences, and cost batches their beginnings and ends.) */
+#if defined(AITER_GFX942) || defined(AITER_GFX950)
+    static constexpr int PIECE_KEYS = Output::VALUES > 64 ? 4096 : 2048;
 #else
-    static constexpr bool LONG = false;
+    static constexpr int PIECE_KEYS = IN_SHARED ? 1024 : 2048;
 #endif
-    static constexpr int INVARIANT_KEYS = (IN_SHARED ? 1024 : LONG ? 4096 : 2048) / KEYS * KEYS;
+    static constexpr int INVARIANT_KEYS = PIECE_KEYS / KEYS * KEYS;
     static constexpr int LEAST_KEYS = 1024 / KEYS * KEYS; /* to be dealt: with fewer, beginning and end take longer */
     static constexpr int64_t MOST_BYTES = int64_t(512) << 20;
     static constexpr int PARTS_AT = 256; /* in the workspace, after the counter of tasks */
@@ -236,7 +233,11 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     /* By who goes through the pieces of a row tile itself: the sum of those that it has left behind. of_tile: the wave's
      * number among those of the row tile. */
     struct InTurn {
-        static constexpr int TOGETHER = 4; /* chunks that are added at one time */
+#if defined(AITER_GFX9)
+        static constexpr int TOGETHER = 4; /* chunks that are on their way at one time */
+#else
+        static constexpr int TOGETHER = 1; /* from shared memory */
+#endif
         int end; /* of this piece: the first key that is not in it */
         bool begun = false;
         float2 point[SLOTS]; /* of the piece that is set aside */
@@ -313,7 +314,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
             for (int slot = 0; slot < SLOTS; ++slot) point[slot] = weights[slot].point;
             wave_sync();
         }
-        /* Several chunks are on their way at one time: left to itself the compiler waits for each. */
+        /* Left to itself the compiler waits for each chunk before the next sets off. */
         template <class Take, class Add>
         static __device__ __forceinline__ void add(const Part &so_far, const Output &o, Take take, Add add) {
 #pragma unroll
@@ -329,7 +330,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
                     if (chunk >= CHUNKS) continue;
                     const float4 a = earlier[n], b = chunk_of(o, slot, i);
                     take(chunk, slot, i,
-                         make_float4(add(slot, a.x, b.x), add(slot, a.y, b.y), add(slot, a.z, b.z), add(slot, a.w, b.w)));
+                         make_float4(add(slot, a.x, b.x), add(slot, a.y, b.y), add(slot, a.z, b.z),
+                                     add(slot, a.w, b.w)));
                 }
             }
         }

@@ -29,13 +29,13 @@ class Cut(Kernel):
 
 # Each loop of each arch: by waves, alternating and in pairs.
 KERNELS = (
-    ("gfx90a", Cut(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True, keys=4096)),
+    ("gfx90a", Cut(FORWARD, "fp16", 64, 64, "window", softcap=True, alibi=True)),
     ("gfx90a", Cut(FORWARD, "bf16", 128, 128, "causal", paged=True)),
     ("gfx942", Cut(FORWARD, "bf16", 128, 128, "window", paged=True)),
     ("gfx942", Cut(FORWARD, "fp16", 40, 88, "causal", softcap=True)),
-    ("gfx942", Cut(FORWARD, "bf16", 192, 128, "causal", keys=2048)),
-    ("gfx942", Cut(FORWARD, "bf16", 128, 128, "causal", cache=torch.float8_e4m3fnuz)),
-    ("gfx950", Cut(FORWARD, "fp16", 128, 128, "window", chunk=True, keys=4096)),
+    ("gfx942", Cut(FORWARD, "bf16", 192, 128, "causal")),
+    ("gfx942", Cut(FORWARD, "bf16", 64, 64, "causal", cache=torch.float8_e4m3fnuz)),
+    ("gfx950", Cut(FORWARD, "fp16", 128, 128, "window", chunk=True)),
     ("gfx950", Cut(FORWARD, "bf16", 256, 256, "", alibi=True, keys=4096)),
 )
 
