@@ -1,6 +1,6 @@
-/* What a block of a forward loop (arch/sm90_forward.h; AMD's: arch/gfx9_pieces.h) takes at one time: a row tile with all of its keys
- * (WholeRowTiles) or, in kernels built with AITER_CUT, a piece of them (Pieces). Each piece is attended to on its own, from
- * a softmax that has seen nothing; what comes out, its part, is added up in the order of the pieces.
+/* What a block of a forward loop (arch/sm90_forward.h; AMD's: arch/gfx9_pieces.h) takes at one time: a row tile with all of
+ * its keys (WholeRowTiles) or, in kernels built with AITER_CUT, a piece of them (Pieces). Each piece is attended to on its
+ * own, from a softmax that has seen nothing; what comes out, its part, is added up in the order of the pieces.
  *
  *     keys of a row tile   |  piece 0   |  piece 1   |  piece 2   |  3  |      Pieces are whole tiles of keys.
  *
@@ -10,6 +10,7 @@
  *     in turn  a warpgroup goes through all of its rows' keys     batch_invariant, many row tiles: bits are those of
  *              and, where a piece ends, adds what it has to       pieces that are dealt, at the price of the additions
  *              the sum so far, while the other one multiplies
+ *              (on AMD all waves of a block at one time)
  *
  * Dealt are first all row tiles' first pieces, then their second ones: so blocks read the heads of the same tokens at one
  * time, which lie side by side in memory.
@@ -29,7 +30,7 @@
  * block waits for another of its kernel, so it does not matter how many are resident. The space for parts follows from
  * sizes in the call, which a captured launch repeats, and is the most that any of the machine's GPUs needs, as how many
  * pieces are dealt depends on its multiprocessors. In turn, each block has a part's place: there are no more blocks than
- * multiprocessors. */
+ * are at work at one time. */
 #ifndef AITER_GPU_PIECES_H
 #define AITER_GPU_PIECES_H
 

@@ -6,8 +6,8 @@
  *     in turn, many             block b:  b, then what the counter of its chiplet says next    | sum in place b of memory
  *
  * A counter for each chiplet, because consecutive tasks are to be dealt to chiplets in turn, as the hardware deals blocks:
- * so what reads the same keys finds them in one L2 cache. A place is one block's until it ends: L2 caches of different
- * chiplets do not see what the others hold. */
+ * so what reads the same keys finds them in one L2 cache. Places are more than chiplets, so each counter has blocks that ask
+ * it. A place is one block's until it ends: L2 caches of different chiplets do not see what the others hold. */
 #ifndef AITER_GPU_ARCH_GFX9_PIECES_H
 #define AITER_GPU_ARCH_GFX9_PIECES_H
 
