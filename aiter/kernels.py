@@ -27,9 +27,10 @@ CUT_DECODE_ROWS = 32
 # Two kernels have a second form on this arch, which a call takes by its sizes; AMD GPUs have the forward kernel's.
 FORMS_ARCH = "sm_90a"
 # "cut": the forward kernel can cut the keys that a tile of rows sees and deal the pieces to several blocks:
-# kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows (AMD: up to twice as many) leave half of
-# the multiprocessors idle, from so many keys on; elsewhere the other form is faster.
-CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS = 256, 128, 2048
+# kernels_src/gpu/pieces.h, which says how. It pays where tiles of so many rows leave half of the multiprocessors idle,
+# from so many keys on; elsewhere the other form is faster. gfx942's and gfx950's loops up to so many dimensions have
+# tiles of twice as many rows: kernels_src/gpu/arch/gfx9_forward.h.
+CUT_HEAD_DIM_MAX, CUT_TILE_ROWS, CUT_KEYS, ALTERNATING_HEAD_DIM_MAX = 256, 128, 2048, 128
 # "rounds": latent attention goes through the keys two tiles at a time, which is faster with more rows of a KV head than
 # this, a block's; with fewer memory is the bound, and one after the other is: kernels_src/gpu/arch/sm90_latent.h. Both
 # in one kernel took half again as long to compile.
@@ -49,13 +50,18 @@ class Gpu(NamedTuple):
     multiprocessors: int = 0  # 0: no kernel can cut keys
     decode_rows: int = DECODE_ROWS  # up to so many the decoding kernel is faster than one that cuts keys
     has_rounds: bool = False
+    alternates: bool = False
+
+    def tile_rows(self, head_dim: int) -> int:
+        return CUT_TILE_ROWS * (2 if self.alternates and head_dim <= ALTERNATING_HEAD_DIM_MAX else 1)
 
     @classmethod
     def of(cls, arch: str, multiprocessors: int) -> Gpu:
         if not has_form("cut", "attention_forward", arch, HEAD_DIM_STEP, HEAD_DIM_STEP, ()):
             return cls()
         has_both = arch == FORMS_ARCH
-        return cls(multiprocessors, CUT_DECODE_ROWS if has_both else DECODE_ROWS, has_both)
+        decode_rows = CUT_DECODE_ROWS if has_both else DECODE_ROWS
+        return cls(multiprocessors, decode_rows, has_both, is_amd(arch) and arch != "gfx90a")
 
 
 CUTS_NO_KEYS = Gpu()
@@ -84,7 +90,7 @@ def forward_kernel(
         return "attention_forward"
     if rows <= gpu.decode_rows or not gpu.multiprocessors or _heads_together(group, options) < group:
         return "attention_decode"
-    if cuts_keys(sizes, options, gpu.multiprocessors):
+    if cuts_keys(sizes, head_dim, options, gpu):
         return "attention_forward"
     many = 2 * sizes.batch * sizes.heads_kv > gpu.multiprocessors
     return "attention_forward" if many and equal_lengths else "attention_decode"
@@ -96,23 +102,24 @@ def _heads_together(group: int, options: Options) -> int:
     return group & -group if options.alibi_slopes is None else 1
 
 
-def cuts_keys(sizes: Sizes, options: Options, multiprocessors: int) -> bool:
-    """Whether a call of the forward kernel has few rows and many keys, on a GPU with so many multiprocessors, or 0
-    where no kernel can cut keys. `batch_invariant` does not come into it: its keys are always cut (kernel_spec)."""
-    if sizes.batch * sizes.heads_q * sizes.seqlen_q > multiprocessors * (CUT_TILE_ROWS // 2):
+def cuts_keys(sizes: Sizes, head_dim: int, options: Options, gpu: Gpu) -> bool:
+    """Whether a call of the forward kernel has few rows and many keys, on a GPU whose kernel can cut these.
+    `batch_invariant` does not come into it: its keys are always cut (kernel_spec)."""
+    tile_rows = gpu.tile_rows(head_dim)
+    if sizes.batch * sizes.heads_q * sizes.seqlen_q > gpu.multiprocessors * (tile_rows // 2):
         return False  # most calls: no time is lost with them
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, *_ = sizes
     together = _heads_together(heads_q // heads_kv, options)
-    tiles = -(-seqlen_q * together // CUT_TILE_ROWS) * (heads_q // together) * batch
+    tiles = -(-seqlen_q * together // tile_rows) * (heads_q // together) * batch
     left, right = options.window_left, options.window_right
     seen = seqlen_k if min(left, right) < 0 else min(seqlen_k, left + right + seqlen_q)
-    return 2 * tiles <= multiprocessors and seen >= CUT_KEYS
+    return 2 * tiles <= gpu.multiprocessors and seen >= CUT_KEYS
 
 
 def form_of(kernel: str, sizes: Sizes, head_dim: int, options: Options, gpu: Gpu) -> str | None:
     """Which of FORMS a call takes on a GPU."""
     if kernel == "attention_forward":
-        return "cut" if cuts_keys(sizes, options, gpu.multiprocessors) else None
+        return "cut" if cuts_keys(sizes, head_dim, options, gpu) else None
     if head_dim <= HEAD_DIM_MAX or not gpu.has_rounds:
         return None
     rows = sizes.heads_q // sizes.heads_kv

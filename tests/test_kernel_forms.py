@@ -12,7 +12,8 @@ from aiter.layout import Sizes
 from aiter.options import Options
 
 CUT, MULTIPROCESSORS = ("cut", 1), 132
-HOPPER, AMD, OTHER = Gpu.of("sm_90a", MULTIPROCESSORS), Gpu.of("gfx942", 304), Gpu.of("sm_80", 108)
+HOPPER, OTHER = Gpu.of("sm_90a", MULTIPROCESSORS), Gpu.of("sm_80", 108)
+AMD, MI200 = Gpu.of("gfx942", 304), Gpu.of("gfx90a", 104)
 SLOPES = torch.ones(32)
 
 
@@ -41,8 +42,8 @@ def sizes(batch, rows, keys, heads_q=32, heads_kv=8):
     ],
 )
 def test_few_rows_on_many_keys(call, options, cut):
-    assert cuts_keys(call, Options(**options), MULTIPROCESSORS) == cut
-    assert not cuts_keys(call, Options(**options), 0), "of a GPU without such a kernel"
+    assert cuts_keys(call, 128, Options(**options), HOPPER) == cut
+    assert not cuts_keys(call, 128, Options(**options), OTHER), "of a GPU without such a kernel"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,10 @@ class Asked(Exception):
         (AMD, (1, 128), 8192, {}, "attention_forward", ("cut",)),
         (AMD, (4, 32), 4096, {}, "attention_forward", ("cut",)),
         (AMD, (1, 16), 8192, {}, "attention_decode", ()),
-        (AMD, (1, 1024), 8192, {}, "attention_forward", ()),
+        (AMD, (1, 1216), 8192, {}, "attention_forward", ("cut",)),  # 152 tiles of 256 rows, half of the compute units
+        (AMD, (1, 1217), 8192, {}, "attention_forward", ()),
+        (MI200, (1, 192), 8192, {}, "attention_forward", ("cut",)),  # of 128
+        (MI200, (1, 193), 8192, {}, "attention_forward", ()),
         (OTHER, (1, 128), 8192, {}, "attention_forward", ()),
     ],
 )
@@ -191,3 +195,4 @@ def test_operations_ask_for_it(monkeypatch, gpu, shape, keys, options, kernel, c
 def test_other_gpus_share_no_keys():
     assert CUTS_NO_KEYS == OTHER
     assert (AMD.multiprocessors, AMD.has_rounds) == (304, False)
+    assert (AMD.tile_rows(128), AMD.tile_rows(136), MI200.tile_rows(128), HOPPER.tile_rows(64)) == (256, 128, 128, 128)
