@@ -7,6 +7,7 @@
  *   lane(), wave()             this lane in its wave; this wave in its block, as a scalar: all lanes ask together
  *   block(), blocks()          this block in the grid; of how many
  *   barrier()                  wait for all waves of the block, shared memory ordered
+ *   keep_order()               the compiler leaves before it what stands before it, where that is for it to say
  *   exp2(x), log2(x)           hardware approximations, fp32; exp2(-inf) = 0
  *   reciprocal(x), approximate_reciprocal(x)   the latter for what is rounded to 16 bit later, in one instruction
  *   wave_any(c), ballot(c)     is c true in any lane; one bit for each lane where it is

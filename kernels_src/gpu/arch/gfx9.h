@@ -54,7 +54,6 @@ __device__ __forceinline__ void meet() {
     __builtin_amdgcn_sched_barrier(0);
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
 }
-/* What stands before comes first. */
 __device__ __forceinline__ void keep_order() { __builtin_amdgcn_sched_barrier(0); }
 /* Within one wave the LDS executes in order; only the compiler must keep it. */
 __device__ __forceinline__ void wave_sync() {

@@ -42,7 +42,7 @@ __device__ __forceinline__ int blocks() { return static_cast<int>(gridDim.x); }
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void wave_sync() { __syncwarp(); }
-__device__ __forceinline__ void keep_order() {} /* see gfx9.h: the assembler mixes as it likes */
+__device__ __forceinline__ void keep_order() {} /* the assembler mixes as it likes */
 
 __device__ __forceinline__ float exp2(float x) {
     float y;
