@@ -55,8 +55,12 @@ class Family:
 
     def specs(self, dtype: str, arch: str) -> list[Spec]:
         operation = "flash_attn_with_kvcache" if self.form == "paged" else "flash_attn_func"
-        keywords = {"window_size": "window", "alibi_slopes": "alibi"}
-        keywords |= {name: name for name in ("softcap", "batch_invariant")}
+        keywords = {
+            "window_size": "window",
+            "softcap": "softcap",
+            "alibi_slopes": "alibi",
+            "batch_invariant": "batch_invariant",
+        }
         always = ["batch_invariant"] if BATCH_INVARIANT else []
         options = tuple(sorted({*always, *(keywords[name] for name in self.options if name in keywords)}))
         return specs_for(operation, dtype, self.head_dim, self.causal, arch, self.backward, self.dims[1], options)

@@ -108,9 +108,12 @@ struct Weights {
     __device__ __forceinline__ float add(float a, float b) const {
         return only_earlier ? a : only_later ? b : add_both(a, b);
     }
+    __device__ __forceinline__ float4 add(const float4 &a, const float4 &b) const {
+        return make_float4(add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w));
+    }
 };
 
-/* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of 16 rows each. SHARED_ROOM: bytes that
+/* How row tiles are cut; a part of the kernel's parameter. WAVES: of a row tile, of WAVE_ROWS each. SHARED_ROOM: bytes that
  * shared memory has for the sum so far. */
 template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     static constexpr int CHUNKS = Output::SLOTS * Output::VALUES / 4; /* of 16 bytes, of a lane's values */
@@ -282,7 +285,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
                 Part::each_chunk([&](int chunk, int slot, int i) { so_far.chunk(chunk) = chunk_of(o, slot, i); });
             }
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) so_far.point(slot) = point[slot]; /* the same by four lanes */
+            for (int slot = 0; slot < SLOTS; ++slot)
+                so_far.point(slot) = point[slot]; /* the same by all lanes of a row */
             wave_sync();
             begun = true, end += work.keys;
             o.clear();
@@ -399,6 +403,14 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     /* Of a row tile: those that have rows. */
     __host__ __device__ __forceinline__ int waves() const { return (rows + WAVE_ROWS - 1) / WAVE_ROWS; }
 
+    /* Of an output, of these columns or fewer: four values from the i-th of a slot on. */
+    template <class Holder> static __device__ __forceinline__ float4 chunk_of(const Holder &o, int slot, int i) {
+        return make_float4(o.get(slot, i), o.get(slot, i + 1), o.get(slot, i + 2), o.get(slot, i + 3));
+    }
+    template <class Holder>
+    static __device__ __forceinline__ void set_chunk(Holder &o, int slot, int i, const float4 &x) {
+        o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
+    }
     /* Of a softmax's rows, or to it. */
     template <class Softmax>
     static __device__ __forceinline__ void give_points(const Softmax &softmax, float2 (&point)[SLOTS]) {
@@ -472,22 +484,12 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
                     const Weights w(point, of_part[n], seen);
                     point = w.point, seen |= of_part[n].y != 0;
 #pragma unroll
-                    for (int i = 0; i < AT_ONCE; ++i) {
-                        float4 &a = sum[i];
-                        const float4 &b = value[n][i];
-                        a = make_float4(w.add(a.x, b.x), w.add(a.y, b.y), w.add(a.z, b.z), w.add(a.w, b.w));
-                    }
+                    for (int i = 0; i < AT_ONCE; ++i) sum[i] = w.add(sum[i], value[n][i]);
                 }
             }
             each([&](int i, int chunk) { sums.values[chunk][lane()] = sum[i]; });
             if (begin == 0) sums.points[slot][lane()] = point;
         }
-    }
-    static __device__ __forceinline__ float4 chunk_of(const Output &o, int slot, int i) {
-        return make_float4(o.get(slot, i), o.get(slot, i + 1), o.get(slot, i + 2), o.get(slot, i + 3));
-    }
-    static __device__ __forceinline__ void set_chunk(Output &o, int slot, int i, const float4 &x) {
-        o.set(slot, i, x.x), o.set(slot, i + 1, x.y), o.set(slot, i + 2, x.z), o.set(slot, i + 3, x.w);
     }
 };
 

@@ -46,10 +46,25 @@ template <class Work> struct LaunchOfWaves : Arguments {
         : Arguments(call), packing(packing) {}
 };
 
+/* What attention_forward.hip asks of who has output in registers, and no other way to memory than from there. */
+struct StoresFromRegisters {
+    using OutputPlace = SharedAddress;
+    /* See WarpgroupLoop. */
+    template <class Launch, class RowTile>
+    static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
+        return false;
+    }
+    template <class Output> static __device__ __forceinline__ bool round_output(const Output &, OutputPlace) {
+        return MASKED;
+    }
+    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, OutputPlace) {}
+};
+
 /* What loops have in common whose waves, or teams of waves, have rows of their own. `Loop` is the one that is made of
  * this: it has SHARED_BYTES, TILE_BYTES of them for keys and values, and attend(), which leaves in `o` the sums of P V and
  * in `softmax` what they must be divided by. PART_WAVES: that the part of a piece has room for. */
-template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile, int PART_WAVES = Tile::WAVES> struct LoopOfWaves : Tile {
+template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile, int PART_WAVES = Tile::WAVES>
+struct LoopOfWaves : Tile, StoresFromRegisters {
     using Queries = Query<HEAD_DIM, Tile::ROW_TILES, Tile::TEAM>;
     using Scores = Accumulator<Tile::ROW_TILES, Tile::KEYS>;
     using Output = Accumulator<Tile::ROW_TILES, columns_of_wave(VALUE_DIM, Tile::TEAM)>;
@@ -159,13 +174,6 @@ template <class Loop, int HEAD_DIM, int VALUE_DIM, class Tile, int PART_WAVES = 
     static __device__ __forceinline__ void store_output(const Output &o, SharedAddress shared, RowPointer row) {
         aiter::store_output<VALUE_DIM>(o, query_memory(shared), row, first_column());
     }
-    /* See WarpgroupLoop. */
-    template <class RowTile> static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
-        return false;
-    }
-    using OutputPlace = SharedAddress;
-    static __device__ __forceinline__ bool round_output(const Output &, SharedAddress) { return MASKED; }
-    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, SharedAddress) {}
 
     /* Goes through the block's row tiles, here one. Leaves in `o` the sums of P V, and in `softmax` what they must be
      * divided by, and calls finish(tile, softmax, o) in every wave that has rows: a loop may use more threads than its

@@ -28,13 +28,14 @@
 
 #include "gpu/arch/sm90_forward_tiles.h"
 #include "gpu/mask.h"
+#include "gpu/tile_loop.h"
 
 /* Beyond, a block has no room for all of a piece. */
 #define AITER_SHARES_PIECES (AITER_CUT && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128)
 
 namespace aiter {
 
-template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM> {
+template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DIM, VALUE_DIM>, StoresFromRegisters {
     using Tiles = ForwardTiles<HEAD_DIM, VALUE_DIM>;
     using Tiles::KEYS, Tiles::STEPS, Tiles::LINES, Tiles::VALUE_LINES, Tiles::SEVERAL_HEADS, Tiles::at_least_one;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
@@ -148,11 +149,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
 
     /* ---- what all waves know ---- */
 
+    /* This block's among those that share its piece. */
+    static __device__ __forceinline__ int rank() { return CLUSTER == 1 ? 0 : cluster::rank() % CLUSTER; }
+    /* Whether other blocks write into this one's memory. */
+    static __device__ __forceinline__ bool meets_others(const Launch &launch) {
+        return CLUSTER > 1 || launch.pieces_together > 0;
+    }
+
     template <class Task> struct Way {
         const Launch &launch;
         const Task &task;
         SharedAddress shared;
-        int rank = CLUSTER == 1 ? 0 : cluster::rank() % CLUSTER; /* of those that share the piece */
+        int rank = SharedPiece::rank();
         Range keys;
         int tiles;
 
@@ -259,7 +267,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         const Mask &mask = sequence.mask;
         const Queries queries(launch, task, score.query_bits);
         const Range whole = task.keys_of_all(task.first_row, ROWS);
-        if (CLUSTER > 1 || launch.pieces_together > 0) cluster::wait(); /* the others' barriers are there */
+        if (meets_others(launch)) cluster::wait(); /* the others' barriers are there */
 #pragma unroll 1
         for (int i = wave() - OUTPUT_WAVES; i * CLUSTER + way.rank < way.tiles; i += SCORE_WAVES) {
             const int tile = i * CLUSTER + way.rank, first = way.first(tile);
@@ -416,16 +424,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
     }
 
     /* As Finish asks for it (attention_forward.hip). */
-    static __device__ __forceinline__ int first_column() {
-        return ((CLUSTER == 1 ? 0 : cluster::rank() % CLUSTER) * OUTPUT_WAVES + wave()) * OWN_COLUMNS;
-    }
+    static __device__ __forceinline__ int first_column() { return (rank() * OUTPUT_WAVES + wave()) * OWN_COLUMNS; }
     static __device__ __forceinline__ int wave_row() { return 0; }
-    struct OutputPlace {};
-    template <class RowTile> static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
-        return false;
-    }
-    static __device__ __forceinline__ bool round_output(const Output &, OutputPlace) { return MASKED; }
-    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, OutputPlace) {}
     template <class RowPointer>
     static __device__ __forceinline__ void store_output(const Output &o, OutputPlace, RowPointer row) {
         const int first = first_column() + Output::lane_column(); /* by all lanes */
@@ -444,11 +444,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
     static __device__ __forceinline__ void leave_part(const Way<Task> &way, const Softmax &softmax, const Output &o) {
         const typename Work::DealtPart part(way.launch.work, way.task.piece, 0);
         const int column = first_column() / OWN_COLUMNS;
-        if (column < Work::CHUNKS / 2)
+        if (column < Work::SLOT_CHUNKS)
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot)
-                part.leave(slot * (Work::CHUNKS / 2) + column,
-                           make_float4(o.get(slot, 0), o.get(slot, 1), o.get(slot, 2), o.get(slot, 3)));
+                part.leave(slot * Work::SLOT_CHUNKS + column, Work::chunk_of(o, slot, 0));
         if (column == 0) part.leave(softmax);
     }
 
@@ -508,12 +507,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
             for (int slot = 0; slot < SLOTS; ++slot) {
                 if (Output::row(slot) >= way.launch.work.rows) continue;
                 const float2 other = shared_load<float2>(from.point(piece, slot));
-                const float4 x = shared_load<float4>(from.values(piece, slot));
+                const float4 values = shared_load<float4>(from.values(piece, slot));
                 const Weights w(point[slot], other, seen[slot]);
                 point[slot] = w.point, seen[slot] |= other.y != 0;
-                const float values[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-                for (int i = 0; i < 4; ++i) o.set(slot, i, w.add(o.get(slot, i), values[i]));
+                Work::set_chunk(o, slot, 0, w.add(Work::chunk_of(o, slot, 0), values));
             }
         }
         Work::take_points(softmax, point);
@@ -529,7 +526,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         wait_for_previous();
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS);
         if (thread_in_block() == WAVE) make_barriers(shared);
-        const bool together = launch.pieces_together > 0, meets_others = CLUSTER > 1 || together;
+        const bool together = launch.pieces_together > 0;
         int index = lesser(block() / CLUSTER, launch.tasks - 1); /* CLUSTER 1: there may be one block more */
         const bool exists = block() / CLUSTER == index;
         if (together) { /* one piece after the other, and not one row tile */
@@ -539,7 +536,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
         const Task task(launch, launch.order.place(launch.work.row_tile(index)), index);
         const Way<Task> way(launch, task, shared);
         barrier();
-        if (meets_others) cluster::appear();
+        if (meets_others(launch)) cluster::appear();
         if (!exists || !task.exists()) return;
         if (wave() >= OUTPUT_WAVES) return weigh(way, score);
         if (wave() == 0) way.copy_all();
@@ -548,7 +545,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : ForwardTiles<HEAD_DI
             expect(shared, way.tiles);
             if (others && first) expect_parts(shared, launch.work, task.piece);
         }
-        if (meets_others) cluster::wait();
+        if (meets_others(launch)) cluster::wait();
         Softmax softmax(score.unit);
         Output o;
         add_up(way, softmax, o);
