@@ -203,7 +203,7 @@ template <class Holder> struct Finish {
                     const int leader = first_lane(lanes), row = from_lane(wave_row + Output::row(slot), leader);
                     const float log_sum = from_lane(ends.log_sum[slot], leader),
                                 share = from_lane(ends.share[slot], leader);
-                    const int first = Holder::first_column();
+                    const int first = Holder::first_column(place);
                     if (Holder::SEVERAL_HEADS)
                         exact_row(tile.sequence_of(row, p), tile.token(row), score, dropout(), log_sum, share, first,
                                   Holder::OWN_COLUMNS);
@@ -235,7 +235,12 @@ __global__ void __launch_bounds__(Loop::Shared::THREADS, 1)
     share_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
     AITER_SHARED_OF_LAUNCH(shared);
     const Score score(launch.problem);
-    Loop::Shared::run<RowTile>(launch, shared_address(shared), score, Finish<Loop::Shared>{launch, {}, score});
+    using Columns = Loop::Shared::Columns;
+    Loop::Shared::run<RowTile>(
+        launch, shared_address(shared), score,
+        [&](const RowTile &tile, Loop::Softmax &softmax, Columns::Output &o, Columns::OutputPlace place) {
+            Finish<Columns>{launch, place, score}(tile, softmax, o);
+        });
 }
 #endif
 /* Where keys are dealt to several blocks: a block for each wave's rows of a row tile, which adds up what those have

@@ -54,10 +54,12 @@ struct StoresFromRegisters {
     static __device__ __forceinline__ bool can_send(const Launch &, const RowTile &, int) {
         return false;
     }
-    template <class Output> static __device__ __forceinline__ bool round_output(const Output &, OutputPlace) {
+    template <class Output, class Place>
+    static __device__ __forceinline__ bool round_output(const Output &, const Place &) {
         return MASKED;
     }
-    template <class RowTile> static __device__ __forceinline__ void leave(const RowTile &, int, OutputPlace) {}
+    template <class RowTile, class Place>
+    static __device__ __forceinline__ void leave(const RowTile &, int, const Place &) {}
 };
 
 /* What loops have in common whose waves, or teams of waves, have rows of their own. `Loop` is the one that is made of
@@ -150,7 +152,9 @@ struct LoopOfWaves : Tile, StoresFromRegisters {
     /* The first of this wave's rows, in the block's. */
     static __device__ __forceinline__ int wave_row() { return team() * WAVE_ROWS; }
     static constexpr int OWN_COLUMNS = columns_of_wave(VALUE_DIM, Tile::TEAM); /* of a wave */
-    static __device__ __forceinline__ int first_column() { return TEAM == 1 ? 0 : wave() % TEAM * OWN_COLUMNS; }
+    static __device__ __forceinline__ int first_column(OutputPlace = {}) {
+        return TEAM == 1 ? 0 : wave() % TEAM * OWN_COLUMNS;
+    }
     /* This team's, for its query rows and later for store_output. */
     static __device__ __forceinline__ SharedAddress query_memory(SharedAddress shared) {
         return shared + Loop::TILE_BYTES + team() * TEAM_BYTES;

@@ -163,6 +163,19 @@ __device__ __forceinline__ void order() { asm volatile("fence.proxy.async.global
 
 } // namespace bulk
 
+/* From shared memory, setting off here and not where it is needed. */
+__device__ __forceinline__ void load_now(uint4 &x, SharedAddress at) {
+    asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(at));
+}
+__device__ __forceinline__ void load_now(float2 &x, SharedAddress at) {
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at));
+}
+__device__ __forceinline__ void load_now(float &x, SharedAddress at) {
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(x) : "r"(at));
+}
+
 /* Four 8 x 8 matrices to shared memory: the reverse of load_matrices. */
 __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(r[0]), "r"(r[1]),
@@ -236,6 +249,10 @@ __device__ __forceinline__ void made() {
 }
 __device__ __forceinline__ void arrive(SharedAddress at) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(at) : "memory");
+}
+/* So many times. */
+__device__ __forceinline__ void arrive(SharedAddress at, int count) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(at), "r"(count) : "memory");
 }
 /* By all lanes of a wave, each when it has read and written what it had to: one arrives for all, as each arrival is an
  * atomic operation on shared memory. Elected anew, or whether a lane is the one would take a register. */

@@ -63,7 +63,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
     /* The first of this wave's rows, in the block's. It has all columns. */
     static __device__ __forceinline__ int wave_row() { return wave() * WAVE_ROWS; }
     static constexpr int OWN_COLUMNS = VALUE_DIM;
-    static __device__ __forceinline__ int first_column() { return 0; }
+    static __device__ __forceinline__ int first_column(OutputPlace) { return 0; }
 
     static __device__ __forceinline__ Place place(const Launch &launch, int index) { return launch.order.place(index); }
     static Packing packing_of(const aiter_attention_problem &p) { return Packing(p); }

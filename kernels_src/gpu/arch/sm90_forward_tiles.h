@@ -96,6 +96,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardTiles : WarpgroupShape<HEAD
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
+        Divisor sharing; /* blocks that share a piece, in clusters */
 
         /* Is a sequence of so many tokens and keys one that reads its keys nearly ONCE? */
         __host__ __device__ __forceinline__ bool few(int64_t tokens, int64_t keys) const {
