@@ -358,8 +358,8 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, value_dim, options):
     value = torch.randn(1, total, 4, value_dim, device="cuda", dtype=torch.bfloat16)
     whole = aiter.flash_attn_func(query, key, value, batch_invariant=True, return_lse=True, **options)
     expected = aiter.flash_attn_func(query, key, value, return_lse=True, **options)
-    # In each, weights are bfloat16, off by 2^-9 of themselves at most, as the output is.
-    bound = 2**-8 * value.abs().max().item()
+    # In each of the two weights are bfloat16, off by 2^-8 of themselves at most, and so is the output.
+    bound = 2**-7 * value.abs().max().item()
     torch.testing.assert_close(whole[0], expected[0], rtol=2**-7, atol=bound)
     few = (0, 1), (1500, 1501), (2046, 2048), (3000, 3003), (4092, 4096), (5000, 5001), (8190, 8192), (9999, 10000)
     for begin, end in (*few, (0, 100), (4030, 4060), (4090, 4100), (8100, 8500)):
