@@ -216,8 +216,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
     static __device__ __forceinline__ void run(const Launch &launch, SharedAddress shared, const Score &score,
                                                Finish finish) {
         using Task = typename Work::template Task<RowTile>;
-        let_next_start();
         wait_for_previous();
+        let_next_start(); /* the second kernel, for which lengths then are there */
         clear_rest(launch, static_cast<int>(gridDim.x), THREADS);
         const bool makes_barriers = wave() == BARRIER_WAVE; /* while others find out what there is to do */
         if (makes_barriers) {
@@ -238,10 +238,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         const auto begin = [&] {
             if (!makes_barriers) meet(1, THREADS);
             if (meets_others(launch)) cluster::appear();
-            return number < launch.tasks && task.exists();
+            const bool exists = number < launch.tasks && task.exists();
+            if (!exists && meets_others(launch)) cluster::wait();
+            return exists;
         };
         if (wave() < OUTPUT_WAVES) {
             if (!begin()) return;
+            if (meets_others(launch)) cluster::wait();
             if (VALUE_LINES == 2 && way.lines == 2) SharedPieceOutput<HEAD_DIM, VALUE_DIM, 2>::run(way, score, finish);
             else SharedPieceOutput<HEAD_DIM, VALUE_DIM, 1>::run(way, score, finish);
         } else if (wave() < COPY_WAVE) {
@@ -258,6 +261,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             }
             wave_sync();
             if (meets_others(launch)) cluster::wait();
+            if (makes_barriers) way.await_tops();
         }
     }
 };

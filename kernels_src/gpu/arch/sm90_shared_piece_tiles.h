@@ -160,6 +160,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             }
         }
 
+        /* Nobody else waits for those of the last tiles, and the block must not end before they are there. */
+        __device__ __forceinline__ void await_tops() const {
+            if (SmallCap::POSSIBLE && launch.small_cap.holds) return;
+#pragma unroll 1
+            for (int tile = 0; tile < tiles; ++tile) mbarrier::wait(Handed{shared, tile}.have_tops(), 0);
+        }
+
         /* ---- copies, by one wave ---- */
 
         /* Where the piece's boxes are, if they are parts of pages: page and token, all looked up at one time. */
