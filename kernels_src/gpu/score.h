@@ -184,6 +184,8 @@ struct SmallCap {
         float power = p.softcap * LOG2_E * scale;
         for (int i = 0; i < 3; ++i) odd[i] = NEAR_TANH[i] * power, power *= scale * scale;
     }
+    /* The same as a constant, where it is known. */
+    __device__ __forceinline__ bool applies() const { return POSSIBLE && holds; }
     __device__ __forceinline__ float finish(float exponent) const {
         const float u = exp2(-__builtin_fabsf(exponent));
         float sum = c[DEGREE];

@@ -284,14 +284,6 @@ __device__ __forceinline__ void wait(SharedAddress at, uint32_t parity) {
         : "memory");
 }
 
-/* For two at one time. */
-__device__ __forceinline__ void wait_for_both(SharedAddress a, uint32_t a_parity, SharedAddress b, uint32_t b_parity) {
-    asm volatile("{\n.reg .pred a, b;\nagain:\nmbarrier.try_wait.parity.shared.b64 a, [%0], %1;\n"
-                 "mbarrier.try_wait.parity.shared.b64 b, [%2], %3;\nand.pred a, a, b;\n@!a bra again;\n}" ::"r"(a),
-                 "r"(a_parity), "r"(b), "r"(b_parity)
-                 : "memory");
-}
-
 } // namespace mbarrier
 
 /* Blocks that run at one time, side by side, and can read each other's shared memory. */

@@ -135,7 +135,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
             if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
         int failed;
         if (share != nullptr && Shared::takes(launch, tiles, blocks))
-            failed = Shared::start(share, launch, tasks, blocks, stream);
+            failed = Shared::start(share, launch, tasks, stream);
         else if (counted) failed = launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         else failed = aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         const int64_t additions = launch.work.additions(tiles);

@@ -163,7 +163,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardProducts : ForwardTiles<HEA
 
             /* Scores become weights. Is the output to be multiplied by `shrink`? */
             const auto weigh = [&](int first, bool masked) __attribute__((always_inline)) {
-                if (SmallCap::POSSIBLE && launch.small_cap.holds) {
+                if (launch.small_cap.applies()) {
                     launch.small_cap.finish(score, s);
                     if (masked) hide(first);
                     softmax.add(s);

@@ -13,8 +13,8 @@
  *                     block 0 has the first line of 64 columns, block 1 the next one
  *
  *   a block           waves 0 to 3: output (sm90_shared_piece_output.h); 4 to 7: scores; 8: copies, by tensor maps, in the
- *                     order of their use: the keys of the block's tiles, then its lines of all values. Wave 9 tells the
- *                     barriers what to expect
+ *                     order of their use: the keys of the block's tiles, then its lines of all values. Wave 9 makes
+ *                     the barriers and tells them what to expect
  *   shared memory     sm90_shared_piece_tiles.h. Blocks write into each other's, where a barrier counts the bytes
  *   at the end        where the row tile has this piece alone, the rows. Else a part: to the blocks of the row tile's first piece,
  *                     where a cluster has room for those of all pieces, which add them up; or to memory, for the second
@@ -29,6 +29,7 @@
 #define AITER_GPU_ARCH_SM90_SHARED_PIECE_H
 
 #include "gpu/arch/sm90_shared_piece_output.h"
+#include "gpu/mask.h"
 
 #define AITER_SHARES_PIECES (AITER_CUT && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128)
 
@@ -38,7 +39,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
     using Tiles = SharedPieceTiles<HEAD_DIM, VALUE_DIM>;
     using Columns = SharedPieceColumns<HEAD_DIM, VALUE_DIM>;
     using Tiles::KEYS, Tiles::LINES, Tiles::VALUE_LINES, Tiles::STEPS, Tiles::ROWS, Tiles::SLOTS, Tiles::SEVERAL_HEADS;
-    using Tiles::MOST_TOGETHER, Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::meets_others;
+    using Tiles::MOST_TOGETHER, Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::await_others;
     using Tiles::OUTPUT_WAVES, Tiles::SCORE_WAVES, Tiles::COPY_WAVE, Tiles::BARRIER_WAVE;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
     using typename Tiles::Unit, typename Tiles::Handed;
@@ -68,7 +69,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             }
         return false;
     }
-    static int start(void (*kernel)(Launch), Launch &launch, int64_t tasks, int multiprocessors, void *stream) {
+    static int start(void (*kernel)(Launch), Launch &launch, int64_t tasks, void *stream) {
         launch.order.together.by = 0; /* as each task has blocks of its own, there need be no other order */
         const int sharing = launch.sharing.by;
         /* In twos even where each has a piece of its own: stores to a cluster of one are an error to compute-sanitizer. */
@@ -114,6 +115,26 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             }
     }
 
+    /* Takes the reference point past tiles `from` to `to` - 1, four at a time; past the last one perhaps several times,
+     * which changes nothing. */
+    static __device__ __forceinline__ void pass_tiles(SharedAddress shared, int from, int to, Softmax &softmax) {
+        for (; from < to; from += 4) {
+            const auto handed = [&](int i) { return Handed{shared, lesser(from + i, to - 1)}; };
+#pragma unroll
+            for (int i = 0; i < 4; ++i) mbarrier::wait(handed(i).have_tops(), 0);
+            float tops[4][SLOTS];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot)
+                    tops[i][slot] = shared_load<float>(handed(i).top(Scores::row(slot)));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int slot = 0; slot < SLOTS; ++slot) softmax.maximum[slot] = softmax.reference(slot, tops[i][slot]);
+        }
+    }
+
     /* Of all tiles of the block, each fourth. */
     template <class Task>
     static __device__ __forceinline__ void weigh(const Way<Task> &way, const Queries &queries, const Score &score) {
@@ -122,7 +143,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         const Sequence &sequence = task.sequence;
         const Mask &mask = sequence.mask;
         const Range whole = task.keys_of_all(task.first_row, ROWS);
-        if (meets_others(launch)) cluster::wait(); /* the others' barriers are there */
+        await_others(launch);
         Softmax softmax(score.unit);
         int passed = 0; /* tiles that its reference point has passed */
 #pragma unroll 1
@@ -139,7 +160,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 if (lane() == 0) mbarrier::arrive(unit.empty(), OUTPUT_WAVES); /* for all that it waits for */
             }
             float shrink[SLOTS] = {1.0f, 1.0f};
-            const bool small = SmallCap::POSSIBLE && launch.small_cap.holds;
+            const bool small = launch.small_cap.applies();
             if (small) {
                 launch.small_cap.finish(score, s);
             } else {
@@ -166,22 +187,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                         if (lane_leads_row())
                             cluster::store(handed.top(Scores::row(slot)), top[slot], handed.have_tops());
                 }
-                for (; passed < tile; passed += 4) { /* of the last perhaps several times, which changes nothing */
-                    const auto handed = [&](int i) { return Handed{way.shared, lesser(passed + i, tile - 1)}; };
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) mbarrier::wait(handed(i).have_tops(), 0);
-                    float tops[4][SLOTS];
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-#pragma unroll
-                        for (int slot = 0; slot < SLOTS; ++slot)
-                            tops[i][slot] = shared_load<float>(handed(i).top(Scores::row(slot)));
-#pragma unroll
-                    for (int i = 0; i < 4; ++i)
-#pragma unroll
-                        for (int slot = 0; slot < SLOTS; ++slot)
-                            softmax.maximum[slot] = softmax.reference(slot, tops[i][slot]);
-                }
+                pass_tiles(way.shared, passed, tile, softmax);
                 passed = tile + 1;
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; ++slot) {
@@ -237,14 +243,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         /* Barriers are there. Is there anything to do? */
         const auto begin = [&] {
             if (!makes_barriers) meet(1, THREADS);
-            if (meets_others(launch)) cluster::appear();
+            if (Tiles::meets_others(launch)) cluster::appear();
             const bool exists = number < launch.tasks && task.exists();
-            if (!exists && meets_others(launch)) cluster::wait();
+            if (!exists) await_others(launch);
             return exists;
         };
         if (wave() < OUTPUT_WAVES) {
             if (!begin()) return;
-            if (meets_others(launch)) cluster::wait();
+            await_others(launch);
             if (VALUE_LINES == 2 && way.lines == 2) SharedPieceOutput<HEAD_DIM, VALUE_DIM, 2>::run(way, score, finish);
             else SharedPieceOutput<HEAD_DIM, VALUE_DIM, 1>::run(way, score, finish);
         } else if (wave() < COPY_WAVE) {
@@ -260,7 +266,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                                                 (task.piece.count - 1) * Tiles::bytes_of_part(launch, way.lines));
             }
             wave_sync();
-            if (meets_others(launch)) cluster::wait();
+            await_others(launch);
             if (makes_barriers) way.await_tops();
         }
     }
@@ -269,7 +275,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
 /* Where there is none. */
 struct NoSharedPiece {
     template <class Launch> static bool takes(const Launch &, int64_t, int) { return false; }
-    template <class Kernel, class Launch> static int start(Kernel, Launch &, int64_t, int, void *) { return 0; }
+    template <class Kernel, class Launch> static int start(Kernel, Launch &, int64_t, void *) { return 0; }
 };
 template <int HEAD_DIM, int VALUE_DIM>
 using SharedPieceOf = std::conditional_t<AITER_SHARES_PIECES, SharedPiece<HEAD_DIM, VALUE_DIM>, NoSharedPiece>;

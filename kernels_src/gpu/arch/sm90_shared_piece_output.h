@@ -48,7 +48,6 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
     using Handed = typename Tiles::Handed;
     using Softmax = typename Tiles::Softmax;
     using Work = typename Tiles::Work;
-    using Launch = typename Tiles::Launch;
     static constexpr int SLOTS = Tiles::SLOTS, KEYS = Tiles::KEYS, WAVES = Tiles::OUTPUT_WAVES;
 
     /* ---- tile after tile ---- */

@@ -11,7 +11,6 @@
 #define AITER_GPU_ARCH_SM90_SHARED_PIECE_TILES_H
 
 #include "gpu/arch/sm90_forward_tiles.h"
-#include "gpu/mask.h"
 
 namespace aiter {
 
@@ -112,6 +111,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static __device__ __forceinline__ bool meets_others(const Launch &launch) {
         return launch.sharing.by > 1 || launch.pieces_together > 0;
     }
+    /* Until their barriers are there. */
+    static __device__ __forceinline__ void await_others(const Launch &launch) {
+        if (meets_others(launch)) cluster::wait();
+    }
 
     template <class Task> struct Way {
         const Launch &launch;
@@ -160,9 +163,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             }
         }
 
-        /* Nobody else waits for those of the last tiles, and the block must not end before they are there. */
+        /* Nobody else waits for the greatest scores of the last tiles, and the block must not end before they are there. */
         __device__ __forceinline__ void await_tops() const {
-            if (SmallCap::POSSIBLE && launch.small_cap.holds) return;
+            if (launch.small_cap.applies()) return; /* nobody sends any */
 #pragma unroll 1
             for (int tile = 0; tile < tiles; ++tile) mbarrier::wait(Handed{shared, tile}.have_tops(), 0);
         }
