@@ -181,7 +181,7 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
     /* ---- the end ---- */
 
     template <class Way> static __device__ __forceinline__ int first_column(const Way &way, int line) {
-        return (way.first_line + line) * 64 + wave() * Columns::OWN_COLUMNS;
+        return (way.rank + line) * 64 + wave() * Columns::OWN_COLUMNS;
     }
     /* As a part, where the row tile has other pieces. */
     template <class Way>

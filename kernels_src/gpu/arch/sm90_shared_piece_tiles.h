@@ -38,22 +38,19 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static constexpr int PARTS_BYTES = (MOST_TOGETHER - 1) * (VALUE_LINES * LINE_BYTES + POINT_BYTES);
     static constexpr int BOXES = PAGED ? TILES * KEYS / 8 : 0, BOX_BYTES = sizeof(int2); /* of a piece, of pages of 8 */
     static constexpr int REST_BYTES = TILES * (HANDED_BYTES + ROWS * sizeof(float)) + PARTS_BYTES + BOXES * BOX_BYTES;
-    static constexpr int OTHER_BARRIERS = TILES * (LINES + 2) + 1; /* than those of units */
-    static constexpr int STAGES =                                  /* units there is room for */
-        (SHARED_LIMIT - 1024 - REST_BYTES - OTHER_BARRIERS * mbarrier::BYTES) / (UNIT_BYTES + mbarrier::BYTES);
+    /* Barriers, by their numbers; the last ones are those of units. */
+    static constexpr int FIRST_TILE = TILES * LINES, FIRST_TOPS = FIRST_TILE + TILES, HAVE_PARTS = FIRST_TOPS + TILES,
+                         FIRST_UNIT = HAVE_PARTS + 1;
+    static constexpr int STAGES = /* units there is room for */
+        (SHARED_LIMIT - 1024 - REST_BYTES - FIRST_UNIT * mbarrier::BYTES) / (UNIT_BYTES + mbarrier::BYTES);
     static constexpr int WEIGHTS_AT = STAGES * UNIT_BYTES, SUMS_AT = WEIGHTS_AT + TILES * WEIGHT_BYTES,
                          MOVES_AT = SUMS_AT + TILES * WAVE * sizeof(float2),
                          TOPS_AT = MOVES_AT + TILES * ROWS * sizeof(float2),
                          PARTS_AT = TOPS_AT + TILES * ROWS * sizeof(float), BOXES_AT = PARTS_AT + PARTS_BYTES,
                          BARRIERS_AT = BOXES_AT + BOXES * BOX_BYTES;
-    /* Barriers, by their numbers. */
-    static constexpr int FIRST_KEYS = STAGES, FIRST_TILE = FIRST_KEYS + TILES * LINES, FIRST_TOPS = FIRST_TILE + TILES,
-                         HAVE_PARTS = FIRST_TOPS + TILES, BARRIERS = HAVE_PARTS + 1;
-    static constexpr int SHARED_BYTES = BARRIERS_AT + BARRIERS * mbarrier::BYTES;
+    static constexpr int BARRIERS = FIRST_UNIT + STAGES, SHARED_BYTES = BARRIERS_AT + BARRIERS * mbarrier::BYTES;
     /* Output waits for a tile before it has released the places of the one that it is at. */
-    static_assert(STAGES >= 2 * VALUE_LINES && BARRIERS == STAGES + OTHER_BARRIERS &&
-                      SHARED_BYTES <= SHARED_LIMIT - 1024,
-                  "");
+    static_assert(STAGES >= 2 * VALUE_LINES && SHARED_BYTES <= SHARED_LIMIT - 1024, "");
 
     /* What a piece's part takes in the memory of the block that adds it up. */
     static __device__ __forceinline__ int bytes_of_part(const Launch &launch, int lines) {
@@ -65,7 +62,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     /* By one thread: with as many as there are barriers it takes 2000 cycles more. */
     static __device__ __forceinline__ void make_barriers(SharedAddress shared) {
 #pragma unroll
-        for (int i = 0; i < BARRIERS; ++i) mbarrier::make(barrier_at(shared, i), i < STAGES ? OUTPUT_WAVES : 1);
+        for (int i = 0; i < BARRIERS; ++i) mbarrier::make(barrier_at(shared, i), i < FIRST_UNIT ? 1 : OUTPUT_WAVES);
         mbarrier::made();
     }
 
@@ -81,7 +78,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         }
         __device__ __forceinline__ SharedAddress place() const { return shared + stage * UNIT_BYTES; }
         /* What was there has been read: by all waves of output, or by one of scores. */
-        __device__ __forceinline__ SharedAddress empty() const { return barrier_at(shared, stage); }
+        __device__ __forceinline__ SharedAddress empty() const { return barrier_at(shared, FIRST_UNIT + stage); }
     };
     /* What blocks hand to each other of a tile, in the memory of any of them. */
     struct Handed {
@@ -123,15 +120,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         int rank, sharing; /* this block's number among those that share the piece; those */
         Range keys;
         int tiles;
-        int first_line, lines; /* of values, the block's */
+        int lines; /* of values, the block's, from the one on that is its rank */
 
         __device__ __forceinline__ Way(const Launch &launch, const Task &task, SharedAddress shared, int rank)
             : launch(launch), task(task), shared(shared), rank(rank), sharing(launch.sharing.by),
               keys(at_least_one(task.own(task.keys))) {
             const Range any = task.own(task.keys_of_any(task.first_row, ROWS));
             tiles = any.empty() ? 1 : (any.high - keys.low + KEYS - 1) / KEYS;
-            const int most = sharing == VALUE_LINES ? 1 : VALUE_LINES;
-            first_line = rank * most, lines = lesser(most, VALUE_LINES - first_line);
+            lines = sharing == VALUE_LINES ? 1 : VALUE_LINES;
         }
         /* Of block `to` of those that share the piece. */
         __device__ __forceinline__ SharedAddress shared_of(int to) const {
@@ -146,7 +142,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         __device__ __forceinline__ Unit value_unit() const { return {shared, own_tiles() * LINES}; }
         /* A line of keys has arrived. */
         __device__ __forceinline__ SharedAddress have_keys(int own_tile, int line) const {
-            return barrier_at(shared, FIRST_KEYS + own_tile * LINES + line);
+            return barrier_at(shared, own_tile * LINES + line);
         }
 
         /* What copies and other threads' stores are to bring: by one thread, before or after them. */
@@ -214,7 +210,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll 1
                 for (int line = 0; line < lines; ++line)
-                    copy(unit, launch.value, tile, first_line + line, boxes, Handed{shared, tile}.have_all());
+                    copy(unit, launch.value, tile, rank + line, boxes, Handed{shared, tile}.have_all());
         }
     };
 };
