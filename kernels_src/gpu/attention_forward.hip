@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
 }
 
 #if AITER_CUT
-#if AITER_SHARES_PIECES
+#if defined(AITER_WGMMA)
 /* A piece of keys that few rows see. */
 __global__ void __launch_bounds__(Loop::Shared::THREADS, 1)
     share_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
@@ -279,7 +279,7 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     const aiter_attention_problem &p = call->problem;
     if (const int error = aiter::check_problem(p)) return error;
     const int64_t row_tiles = aiter::RowTile::of_all(p);
-#if AITER_SHARES_PIECES
+#if AITER_CUT && defined(AITER_WGMMA)
     return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream, aiter::add_up_pieces,
                               aiter::share_pieces);
 #elif AITER_CUT

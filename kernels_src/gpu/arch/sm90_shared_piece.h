@@ -20,8 +20,8 @@
  *                     where a cluster has room for those of all pieces, which add them up; or to memory, for the second
  *                     kernel
  *
- * How many blocks? As many as values have lines, or one: the most with which a cluster can add up, or else the most that
- * there are. Where pieces are more than blocks, the loop takes them.
+ * How many blocks? As many as values have lines, or half, with two lines each: the most with which a cluster can add up,
+ * or else the most that there are. Where even half is more than there are, the loop takes the pieces.
  *
  * mma.sync adds up as wgmma does: on an H200, of 10^8 sums of 128 products, fp16 and bf16, of like and unlike magnitudes, none
  * had other bits, and tests/test_cuda.py compares the loops' on whatever GPU it runs. So few rows do with its 16. */
@@ -31,16 +31,15 @@
 #include "gpu/arch/sm90_shared_piece_output.h"
 #include "gpu/mask.h"
 
-#define AITER_SHARES_PIECES (AITER_CUT && AITER_HEAD_DIM <= 128 && AITER_VALUE_DIM <= 128)
-
 namespace aiter {
 
 template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEAD_DIM, VALUE_DIM> {
     using Tiles = SharedPieceTiles<HEAD_DIM, VALUE_DIM>;
     using Columns = SharedPieceColumns<HEAD_DIM, VALUE_DIM>;
-    using Tiles::KEYS, Tiles::LINES, Tiles::VALUE_LINES, Tiles::STEPS, Tiles::ROWS, Tiles::SLOTS, Tiles::SEVERAL_HEADS;
-    using Tiles::MOST_TOGETHER, Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::await_others;
+    using Tiles::KEYS, Tiles::LINES, Tiles::STEPS, Tiles::ROWS, Tiles::SLOTS, Tiles::SEVERAL_HEADS;
+    using Tiles::MOST_SHARING, Tiles::LEAST_SHARING, Tiles::MOST_LINES, Tiles::MOST_TOGETHER;
     using Tiles::OUTPUT_WAVES, Tiles::SCORE_WAVES, Tiles::COPY_WAVE, Tiles::BARRIER_WAVE;
+    using Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::await_others;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
     using typename Tiles::Unit, typename Tiles::Handed;
     template <class Task> using Way = typename Tiles::template Way<Task>;
@@ -49,21 +48,21 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
 
     /* Decides how a launch's pieces are shared, if they are and its tensors have maps. A cluster finds room within a part
      * of the GPU alone, so there may not be as many as there are blocks for: of up to 8 blocks there are on half of the
-     * multiprocessors, of 2 on all. (An H200 has room for 15 of 8, 17 of 6, 30 of 4.) */
+     * multiprocessors, of 4 on nine tenths, of 2 on all. (An H200 has room for 15 of 8, 17 of 6, 30 of 4.) */
     static bool takes(Launch &launch, int64_t row_tiles, int multiprocessors) {
         const Work &work = launch.work;
         if (!work.at_multiples || launch.box == 0 || work.rows > ROWS || work.keys > 0 && work.dealt == 0) return false;
         const int64_t tasks = work.count(row_tiles);
         const int pieces = greater(work.dealt, 1);
-        for (int sharing : {VALUE_LINES, 1})
+        for (int sharing : {MOST_SHARING, LEAST_SHARING})
             if (pieces * sharing * Work::slots_in_use(work.rows) <= MOST_TOGETHER &&
                 tasks * sharing * 2 <= multiprocessors) {
                 launch.sharing = Divisor(sharing);
                 launch.pieces_together = pieces > 1 ? pieces : 0;
                 return true;
             }
-        for (int sharing : {VALUE_LINES, 1})
-            if (tasks * sharing <= multiprocessors) {
+        for (int sharing : {MOST_SHARING, LEAST_SHARING})
+            if (tasks * sharing * 10 <= multiprocessors * (sharing > 2 ? 9 : 10)) {
                 launch.sharing = Divisor(sharing);
                 return true;
             }
@@ -154,7 +153,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             Unit unit = way.key_unit(i);
 #pragma unroll
             for (int line = 0; line < LINES; ++line, unit.advance()) {
-                mbarrier::wait(way.have_keys(i, line), 0);
+                if (line % Tiles::KEY_LINES == 0) mbarrier::wait(way.have_keys(i, line), 0);
                 multiply(queries, unit.place(), line, s);
                 wave_sync();
                 if (lane() == 0) mbarrier::arrive(unit.empty(), OUTPUT_WAVES); /* for all that it waits for */
@@ -251,7 +250,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         if (wave() < OUTPUT_WAVES) {
             if (!begin()) return;
             await_others(launch);
-            if (VALUE_LINES == 2 && way.lines == 2) SharedPieceOutput<HEAD_DIM, VALUE_DIM, 2>::run(way, score, finish);
+            if (MOST_LINES == 2 && way.lines == 2) SharedPieceOutput<HEAD_DIM, VALUE_DIM, 2>::run(way, score, finish);
             else SharedPieceOutput<HEAD_DIM, VALUE_DIM, 1>::run(way, score, finish);
         } else if (wave() < COPY_WAVE) {
             const Queries queries(launch, task, score.query_bits); /* on their way meanwhile */
@@ -272,13 +271,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
     }
 };
 
-/* Where there is none. */
+/* Where nothing is cut. */
 struct NoSharedPiece {
     template <class Launch> static bool takes(const Launch &, int64_t, int) { return false; }
     template <class Kernel, class Launch> static int start(Kernel, Launch &, int64_t, void *) { return 0; }
 };
 template <int HEAD_DIM, int VALUE_DIM>
-using SharedPieceOf = std::conditional_t<AITER_SHARES_PIECES, SharedPiece<HEAD_DIM, VALUE_DIM>, NoSharedPiece>;
+using SharedPieceOf = std::conditional_t<CUT, SharedPiece<HEAD_DIM, VALUE_DIM>, NoSharedPiece>;
 
 } // namespace aiter
 

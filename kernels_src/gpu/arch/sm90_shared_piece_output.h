@@ -61,9 +61,11 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
         wave_sync();
     }
 
-    /* A tile is taken in two parts. The next one's operands set off when this one's first product has: by then its own are
-     * there, and the few counters that the assembler waits by count none but the next one's. */
-    static constexpr int STEPS = KEYS / 16, PARTS = 2, PART_STEPS = (STEPS + 1) / 2;
+    /* A tile is taken in parts of 64 keys or fewer. The next one's operands set off when this one's first product has: by
+     * then its own are there, and the few counters that the assembler waits by count none but the next one's. */
+    static constexpr int STEPS = KEYS / 16, PARTS = (STEPS + 3) / 4, PART_STEPS = (STEPS + PARTS - 1) / PARTS,
+                         ROUND = PARTS == 1 ? 2 : 1, PLACES = ROUND * PARTS; /* ROUND: tiles */
+    static_assert(PLACES == 2 && ROUND % Tiles::BUNDLE == 0, "tiles of a bundle are waited for together");
     static constexpr __device__ int steps(int part) { return lesser(PART_STEPS, STEPS - part * PART_STEPS); }
 
     struct Part {
@@ -80,8 +82,8 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
         const Way &way;
         Softmax &softmax;
         Output (&o)[LINES];
-        Part part[PARTS];
-        Beside beside;
+        Part part[PLACES];
+        Beside beside[ROUND];
         const SharedAddress shared = opaque(way.shared), own = at<64>(rows_first<64>(), 0, wave()); /* not found anew */
         /* Of the tile that is read: where this lane reads first, and whom to tell when all has been. */
         SharedAddress values[LINES], weights, empty[LINES];
@@ -92,13 +94,13 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
             next.shared = shared;
         }
 
-        /* A tile's values and weights are there; behind the last one, that one's. */
+        /* A tile's values and weights are there, and those of its bundle. */
         __device__ __forceinline__ void await(int tile) const {
             mbarrier::wait(Handed{shared, lesser(tile, way.tiles - 1)}.have_all(), 0);
         }
         /* Goes on to a tile that is there; behind the last one it stays where it is. Without a branch, or the assembler would
          * wait for what is on its way where the two ways meet. */
-        __device__ __forceinline__ void go_on(int tile) {
+        __device__ __forceinline__ void go_on(int tile, int of_round) {
             const bool exists = tile < way.tiles;
             const Handed handed = {shared, exists ? tile : tile - 1};
             const int rows = way.task.sequence.keys.count - way.first(tile);
@@ -109,14 +111,17 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
                 empty[line] = next.empty();
             }
             weights = handed.weights(0);
-            load_now(beside.sum, handed.sums());
+            Beside &moves = beside[of_round];
+            load_now(moves.sum, handed.sums());
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot)
-                load_now(beside.shrink[slot], handed.move(Output::row(slot)) + sizeof(float));
+                load_now(moves.shrink[slot], handed.move(Output::row(slot)) + sizeof(float));
         }
-        /* Of the tile that it is at. */
-        __device__ __forceinline__ void read(int p) {
-            Part &to = part[p];
+        /* Part number n of a round that begins with `tile`, or of the one behind it. */
+        __device__ __forceinline__ void read(int n, int tile) {
+            const int p = n % PARTS;
+            if (p == 0) go_on(tile + n / PARTS, n / PARTS % ROUND);
+            Part &to = part[n % PLACES];
 #pragma unroll
             for (int j = 0; j < PART_STEPS; ++j)
                 if (j < steps(p)) load_now(to.weight[j], weights + (p * PART_STEPS + j) * WAVE * sizeof(uint4));
@@ -127,14 +132,14 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
                     if (j < steps(p))
                         load_matrices_transposed(to.value[line][j], at<64>(values[line], (p * PART_STEPS + j) * 16, 0));
         }
-        __device__ __forceinline__ void rescale(bool first) {
+        __device__ __forceinline__ void rescale(const Beside &moves, bool first) {
             float shrink[SLOTS];
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) shrink[slot] = first ? 1.0f : beside.shrink[slot];
+            for (int slot = 0; slot < SLOTS; ++slot) shrink[slot] = first ? 1.0f : moves.shrink[slot];
 #pragma unroll
             for (int line = 0; line < LINES; ++line) softmax.rescale(o[line], shrink);
-            softmax.sum[0] = __fadd_rn(__fmul_rn(softmax.sum[0], shrink[0]), beside.sum.x);
-            softmax.sum[1] = __fadd_rn(__fmul_rn(softmax.sum[1], shrink[1]), beside.sum.y);
+            softmax.sum[0] = __fadd_rn(__fmul_rn(softmax.sum[0], shrink[0]), moves.sum.x);
+            softmax.sum[1] = __fadd_rn(__fmul_rn(softmax.sum[1], shrink[1]), moves.sum.y);
         }
         __device__ __forceinline__ void multiply(const Part &from, int j) {
             const uint4 w = from.weight[j];
@@ -154,23 +159,24 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
         __device__ __forceinline__ void run() {
             const bool releases = way.tiles * LINES > Tiles::STAGES; /* else nothing comes to where values were */
             await(0);
-            go_on(0);
-            read(0);
+            read(0, 0);
 #pragma unroll 1
-            for (int tile = 0; tile < way.tiles; ++tile) {
-                rescale(tile == 0);
-                multiply(part[0], 0);
-                await(tile + 1);
-                read(1);
+            for (int tile = 0; tile < way.tiles; tile += ROUND)
 #pragma unroll
-                for (int j = 1; j < steps(0); ++j) multiply(part[0], j);
-                if (releases) release(); /* here, as the assembler moves no reads from above beyond it */
-                multiply(part[1], 0);
-                go_on(tile + 1);
-                read(0);
+                for (int n = 0; n < PLACES; ++n) {
+                    const int p = n % PARTS, of_round = n / PARTS;
+                    if (of_round > 0 && tile + of_round >= way.tiles) break;
+                    if (p == 0) rescale(beside[of_round], tile + of_round == 0);
+                    /* Before the product, as the assembler moves no reads from above beyond it. */
+                    if (PARTS == 2 && p == 1 && releases) release();
+                    multiply(part[n], 0);
+                    if (PARTS == 1 && releases) release();
+                    if (p == 0 && (of_round + 1) % Tiles::BUNDLE == 0) await(tile + of_round + 1);
+                    read(n + 1, tile);
 #pragma unroll
-                for (int j = 1; j < steps(1); ++j) multiply(part[1], j);
-            }
+                    for (int j = 1; j < PART_STEPS; ++j)
+                        if (j < steps(p)) multiply(part[n], j);
+                }
             const Handed last = {shared, way.tiles - 1};
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot)
@@ -181,7 +187,7 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
     /* ---- the end ---- */
 
     template <class Way> static __device__ __forceinline__ int first_column(const Way &way, int line) {
-        return (way.rank + line) * 64 + wave() * Columns::OWN_COLUMNS;
+        return (way.first_line + line) * 64 + wave() * Columns::OWN_COLUMNS;
     }
     /* As a part, where the row tile has other pieces. */
     template <class Way>

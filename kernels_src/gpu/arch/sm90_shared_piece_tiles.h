@@ -24,8 +24,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static constexpr int OWN_COLUMNS = 16; /* of a wave of output, in each line */
     static_assert(OUTPUT_WAVES * OWN_COLUMNS == 64, "a line of values");
 
-    /* A piece is shared by as many blocks as values have lines; or one has it for itself. */
-    static_assert(VALUE_LINES <= 2, "registers of the output's waves");
+    /* A piece is shared by as many blocks as values have lines or, by two lines a block, by half as many. */
+    static constexpr int MOST_LINES = lesser(VALUE_LINES, 2), MOST_SHARING = VALUE_LINES,
+                         LEAST_SHARING = (VALUE_LINES + 1) / 2;
     /* Blocks that any GPU has room for in a cluster. */
     static constexpr int MOST_TOGETHER = 8;
 
@@ -35,12 +36,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     /* Parts of pieces that a block adds up: values of all waves, and the rows' reference points and sums. There is room for
      * those of a cluster's most pieces where rows are 8 or fewer, and of half as many else. */
     static constexpr int POINT_BYTES = ROWS * sizeof(float2), LINE_BYTES = OUTPUT_WAVES * WAVE * sizeof(float4);
-    static constexpr int PARTS_BYTES = (MOST_TOGETHER - 1) * (VALUE_LINES * LINE_BYTES + POINT_BYTES);
+    static constexpr int PARTS_BYTES = (MOST_TOGETHER / LEAST_SHARING - 1) * (MOST_LINES * LINE_BYTES + POINT_BYTES);
+    static_assert((MOST_TOGETHER / MOST_SHARING - 1) * (LINE_BYTES + POINT_BYTES) <= PARTS_BYTES, "");
+    /* Output waits for tiles of 64 keys by two: a wait costs it as much as a fourth of such a tile. */
+    static constexpr int BUNDLE = KEYS <= 64 ? 2 : 1, BUNDLES = (TILES + BUNDLE - 1) / BUNDLE;
+    static constexpr int KEY_TILES = (TILES + LEAST_SHARING - 1) / LEAST_SHARING; /* of a block */
+    /* Lines of keys, at most, that are waited for together. */
+    static constexpr int KEY_LINES = LINES > 2 ? 2 : 1, KEY_BARRIERS = (LINES + KEY_LINES - 1) / KEY_LINES;
     static constexpr int BOXES = PAGED ? TILES * KEYS / 8 : 0, BOX_BYTES = sizeof(int2); /* of a piece, of pages of 8 */
     static constexpr int REST_BYTES = TILES * (HANDED_BYTES + ROWS * sizeof(float)) + PARTS_BYTES + BOXES * BOX_BYTES;
     /* Barriers, by their numbers; the last ones are those of units. */
-    static constexpr int FIRST_TILE = TILES * LINES, FIRST_TOPS = FIRST_TILE + TILES, HAVE_PARTS = FIRST_TOPS + TILES,
-                         FIRST_UNIT = HAVE_PARTS + 1;
+    static constexpr int FIRST_BUNDLE = KEY_TILES * KEY_BARRIERS, FIRST_TOPS = FIRST_BUNDLE + BUNDLES,
+                         HAVE_PARTS = FIRST_TOPS + TILES, FIRST_UNIT = HAVE_PARTS + 1;
     static constexpr int STAGES = /* units there is room for */
         (SHARED_LIMIT - 1024 - REST_BYTES - FIRST_UNIT * mbarrier::BYTES) / (UNIT_BYTES + mbarrier::BYTES);
     static constexpr int WEIGHTS_AT = STAGES * UNIT_BYTES, SUMS_AT = WEIGHTS_AT + TILES * WEIGHT_BYTES,
@@ -49,8 +56,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
                          PARTS_AT = TOPS_AT + TILES * ROWS * sizeof(float), BOXES_AT = PARTS_AT + PARTS_BYTES,
                          BARRIERS_AT = BOXES_AT + BOXES * BOX_BYTES;
     static constexpr int BARRIERS = FIRST_UNIT + STAGES, SHARED_BYTES = BARRIERS_AT + BARRIERS * mbarrier::BYTES;
-    /* Output waits for a tile before it has released the places of the one that it is at. */
-    static_assert(STAGES >= 2 * VALUE_LINES && SHARED_BYTES <= SHARED_LIMIT - 1024, "");
+    /* Output waits for a tile or two ahead, before it has released the places of the one that it is at. */
+    static_assert(STAGES >= 2 * MOST_LINES && SHARED_BYTES <= SHARED_LIMIT - 1024, "");
 
     /* What a piece's part takes in the memory of the block that adds it up. */
     static __device__ __forceinline__ int bytes_of_part(const Launch &launch, int lines) {
@@ -98,8 +105,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             return shared + TOPS_AT + (tile * ROWS + row) * sizeof(float);
         }
         __device__ __forceinline__ SharedAddress have_tops() const { return barrier_at(shared, FIRST_TOPS + tile); }
-        /* P and the values. */
-        __device__ __forceinline__ SharedAddress have_all() const { return barrier_at(shared, FIRST_TILE + tile); }
+        /* P and the values of the bundle that the tile is in. */
+        __device__ __forceinline__ SharedAddress have_all() const {
+            return barrier_at(shared, FIRST_BUNDLE + tile / BUNDLE);
+        }
     };
 
     /* ---- what all waves know of a piece ---- */
@@ -120,14 +129,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         int rank, sharing; /* this block's number among those that share the piece; those */
         Range keys;
         int tiles;
-        int lines; /* of values, the block's, from the one on that is its rank */
+        int first_line, lines; /* of values, the block's */
 
         __device__ __forceinline__ Way(const Launch &launch, const Task &task, SharedAddress shared, int rank)
             : launch(launch), task(task), shared(shared), rank(rank), sharing(launch.sharing.by),
               keys(at_least_one(task.own(task.keys))) {
             const Range any = task.own(task.keys_of_any(task.first_row, ROWS));
             tiles = any.empty() ? 1 : (any.high - keys.low + KEYS - 1) / KEYS;
-            lines = sharing == VALUE_LINES ? 1 : VALUE_LINES;
+            const int most = sharing == MOST_SHARING ? 1 : MOST_LINES;
+            first_line = rank * most, lines = lesser(most, VALUE_LINES - first_line);
         }
         /* Of block `to` of those that share the piece. */
         __device__ __forceinline__ SharedAddress shared_of(int to) const {
@@ -140,9 +150,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
          * tiles. (Values that follow the keys of their tiles hold places of the ring until their weights are there.) */
         __device__ __forceinline__ Unit key_unit(int own_tile) const { return {shared, own_tile * LINES}; }
         __device__ __forceinline__ Unit value_unit() const { return {shared, own_tiles() * LINES}; }
-        /* A line of keys has arrived. */
+        /* Lines of keys that are waited for together have arrived. */
         __device__ __forceinline__ SharedAddress have_keys(int own_tile, int line) const {
-            return barrier_at(shared, own_tile * LINES + line);
+            return barrier_at(shared, own_tile * KEY_BARRIERS + line / KEY_LINES);
         }
 
         /* What copies and other threads' stores are to bring: by one thread, before or after them. */
@@ -150,12 +160,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
 #pragma unroll 1
             for (int i = 0; i < own_tiles(); ++i)
 #pragma unroll
-                for (int line = 0; line < LINES; ++line) mbarrier::arrive_and_expect(have_keys(i, line), UNIT_BYTES);
+                for (int line = 0; line < LINES; line += KEY_LINES)
+                    mbarrier::arrive_and_expect(have_keys(i, line), lesser(LINES - line, KEY_LINES) * UNIT_BYTES);
 #pragma unroll 1
             for (int tile = 0; tile < tiles; ++tile) {
                 const Handed handed = {shared, tile};
                 mbarrier::arrive_and_expect(handed.have_tops(), ROWS * sizeof(float));
-                mbarrier::arrive_and_expect(handed.have_all(), HANDED_BYTES + lines * UNIT_BYTES);
+                if (tile % BUNDLE > 0) continue;
+                const int together = lesser(BUNDLE, tiles - tile);
+                mbarrier::arrive_and_expect(handed.have_all(), together * (HANDED_BYTES + lines * UNIT_BYTES));
             }
         }
 
@@ -210,7 +223,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll 1
                 for (int line = 0; line < lines; ++line)
-                    copy(unit, launch.value, tile, rank + line, boxes, Handed{shared, tile}.have_all());
+                    copy(unit, launch.value, tile, first_line + line, boxes, Handed{shared, tile}.have_all());
         }
     };
 };
