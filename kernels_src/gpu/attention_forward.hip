@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(Loop::THREADS, Loop::BLOCKS)
 
 #if AITER_CUT
 #if defined(AITER_WGMMA)
-/* A piece of keys that few rows see. */
-__global__ void __launch_bounds__(Loop::Shared::THREADS, 1)
+/* A piece of keys that few rows see. Always in clusters, whose size the launch says. */
+__global__ void __cluster_dims__() __launch_bounds__(Loop::Shared::THREADS, 1)
     share_pieces(const AITER_GRID_CONSTANT Loop::Launch launch) {
     AITER_SHARED_OF_LAUNCH(shared);
     const Score score(launch.problem);

@@ -228,7 +228,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         if (makes_barriers) {
             if (lane() == 0) Tiles::make_barriers(shared);
             wave_sync();
-            pass(1, THREADS);
+            Tiles::tell_of_barriers();
         }
         const int number = launch.sharing.quotient(block()), rank = block() - number * launch.sharing.by;
         const bool together = launch.pieces_together > 0;
@@ -240,23 +240,23 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         const Task task(launch, launch.order.place(launch.work.row_tile(index)), index);
         const Way<Task> way(launch, task, shared, rank);
         /* Barriers are there. Is there anything to do? */
-        const auto begin = [&] {
-            if (!makes_barriers) meet(1, THREADS);
+        const auto begin = [&](bool output) {
+            if (!makes_barriers) Tiles::await_barriers(output);
             if (Tiles::meets_others(launch)) cluster::appear();
             const bool exists = number < launch.tasks && task.exists();
             if (!exists) await_others(launch);
             return exists;
         };
         if (wave() < OUTPUT_WAVES) {
-            if (!begin()) return;
+            if (!begin(true)) return;
             await_others(launch);
             if (MOST_LINES == 2 && way.lines == 2) SharedPieceOutput<HEAD_DIM, VALUE_DIM, 2>::run(way, score, finish);
             else SharedPieceOutput<HEAD_DIM, VALUE_DIM, 1>::run(way, score, finish);
         } else if (wave() < COPY_WAVE) {
             const Queries queries(launch, task, score.query_bits); /* on their way meanwhile */
-            if (begin()) weigh(way, queries, score);
+            if (begin(false)) weigh(way, queries, score);
         } else {
-            if (!begin()) return;
+            if (!begin(false)) return;
             if (wave() == COPY_WAVE) way.copy_all();
             if (makes_barriers && lane() == 0) {
                 way.expect();

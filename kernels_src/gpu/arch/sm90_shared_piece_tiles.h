@@ -73,6 +73,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         mbarrier::made();
     }
 
+    /* Until they are made: by all other waves, in two groups, as compute-sanitizer takes it for an error when a block's waves
+     * wait at several places for a barrier of all of them. */
+    static constexpr int OUTPUT_THREADS = (OUTPUT_WAVES + 1) * WAVE, OTHER_THREADS = (SCORE_WAVES + 2) * WAVE;
+    static __device__ __forceinline__ void await_barriers(bool output) {
+        if (output) meet(1, OUTPUT_THREADS);
+        else meet(2, OTHER_THREADS);
+    }
+    static __device__ __forceinline__ void tell_of_barriers() {
+        pass(1, OUTPUT_THREADS);
+        pass(2, OTHER_THREADS);
+    }
+
     /* What is copied at one time, and where: of all that the block copies, number `n`. */
     struct Unit {
         SharedAddress shared;
