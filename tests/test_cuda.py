@@ -405,6 +405,27 @@ def test_bits_of_many_pieces(heads):
         output, lse = aiter.flash_attn_func(query[:, begin:end], key[:, :seen], value[:, :seen], **options)
         assert torch.equal(output, whole[0][:, begin:end]), (begin, end)
         assert torch.equal(lse, whole[1][:, :, begin:end]), (begin, end)
+    # So many row tiles that each block of a cluster has several of one's pieces; beside shorter ones, and in pages.
+    for batch, shortest in ((8, 38000), (8, 100), (20, total), (40, 9000)):
+        ends = torch.linspace(shortest, total, batch).int().tolist()
+        last = [max(end - 1 - (total - rows), 0) for end in ends]
+        used = torch.tensor(ends, dtype=torch.int32, device="cuda")
+        ones = torch.ones_like(used)
+        padded = [t.expand(batch, -1, -1, -1) for t in (key, value)]
+        table = torch.arange(total // 16, device="cuda", dtype=torch.int32).expand(batch, -1).contiguous()
+        paged = [t.view(-1, 16, *t.shape[2:]).transpose(1, 2) for t in (key, value)]
+        for tensors, known in (
+            ((query[0, last, None], *padded), {}),
+            ((query[0, last], *paged), {"page_table": table, "block_size": 16}),
+        ):
+            output, lse = aiter.variable_length_attention(
+                *tensors, ones, 1, seqlens_k=used, batch_invariant=True, return_lse=True, **known
+            )
+            output, lse = output.view(batch, heads, 128), lse.view(batch, heads) if lse.dim() == 3 else lse.T
+            for i, end in enumerate(ends):
+                if end > total - rows:
+                    assert torch.equal(output[i], whole[0][0, last[i]]), (batch, end, known.keys())
+                    assert torch.equal(lse[i], whole[1][0, :, last[i]]), (batch, end, known.keys())
 
 
 PACKED = {

@@ -23,7 +23,8 @@
  * parts that are dealt only rows that exist are written and read. The sum so far has the same form, in shared memory where
  * that leaves the ring three stages. There, pieces are short: what an addition costs is little. Elsewhere it is in memory.
  *
- * Dealt pieces that few rows see are shared by blocks of a cluster, with the same bits: arch/sm90_shared_piece.h.
+ * Dealt pieces that few rows see are shared by blocks of a cluster, or added up by these, with the same bits:
+ * arch/sm90_shared_piece.h.
  *
  * The second kernel adds up many pieces with many threads, which the loop's registers leave no room for, and comes up while
  * the last blocks of the first are at work. A row tile has the same number of pieces in both, from the same lengths; no
@@ -79,6 +80,11 @@ struct Piece {
     int number = 0, count = 1;
     int row_tile = 0; /* of all */
     Range keys;
+
+    /* Of these keys, those that are in the piece. */
+    __device__ __forceinline__ Range own(const Range &all) const {
+        return {greater(all.low, keys.low), lesser(all.high, keys.high)};
+    }
 };
 
 /* What a row's earlier and later keys count for, when the two are added up. `point`: x the reference point of the softmax,
@@ -196,20 +202,20 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         __device__ __forceinline__ Task(const Launch &launch, const Place &place, int index)
             : RowTile(launch, place), piece(launch.work.piece(RowTile::keys, index)) {}
         __device__ __forceinline__ bool exists() const { return piece.number < piece.count && RowTile::exists(); }
-        /* Of these keys, those that are in the piece. */
-        __device__ __forceinline__ Range own(const Range &keys) const {
-            return {greater(keys.low, piece.keys.low), lesser(keys.high, piece.keys.high)};
-        }
+        __device__ __forceinline__ Range own(const Range &keys) const { return piece.own(keys); }
     };
     /* The piece of a row tile with these keys that is number `index` of all tasks. */
     __device__ __forceinline__ Piece piece(const Range &all, int index) const {
+        return piece(all, row_tile(index), by_row_tiles.quotient(index));
+    }
+    __device__ __forceinline__ Piece piece(const Range &all, int row_tile, int number) const {
         Piece result;
         result.keys = all;
         if (dealt == 0) return result;
         const int origin = at_multiples ? multiple_before(all.low) : all.low;
         result.count = all.empty() ? 1 : lesser(by_keys.quotient(all.high - origin - 1) + 1, dealt);
-        result.row_tile = row_tile(index);
-        result.number = by_row_tiles.quotient(index);
+        result.row_tile = row_tile;
+        result.number = number;
         result.keys.low = greater(all.low, origin + result.number * keys);
         if (result.number + 1 < result.count) result.keys.high = origin + (result.number + 1) * keys;
         return result;

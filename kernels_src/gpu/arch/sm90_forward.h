@@ -130,16 +130,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
         const bool equal = !MASKED && !given;
         const bool counted = !equal && t.workspace != nullptr && tasks > blocks;
         launch.next = counted ? static_cast<uint32_t *>(t.workspace) : nullptr;
-        const int64_t grid = equal || counted ? lesser<int64_t>(tasks, blocks) : tasks;
-        if (counted)
-            if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
         int failed;
-        if (share != nullptr && Shared::takes(launch, tiles, blocks))
-            failed = Shared::start(share, launch, tasks, stream);
-        else if (counted) failed = launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
-        else failed = aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        if (share != nullptr && Shared::takes(launch, tiles, blocks)) {
+            failed = Shared::start(share, launch, stream);
+        } else {
+            const int64_t grid = equal || counted ? lesser<int64_t>(tasks, blocks) : tasks;
+            if (counted)
+                if (const int failed = aiter::launch(clear_counter, 1, 1, 0, stream, launch.next)) return failed;
+            if (counted) failed = launch_next(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+            else failed = aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
+        }
         const int64_t additions = launch.work.additions(tiles);
-        if (failed || additions == 0 || launch.pieces_together > 0) return failed;
+        if (failed || additions == 0 || launch.together.by > 1) return failed;
         return launch_next(add_up, additions, launch.work.adding_threads(), 0, stream, launch);
     }
 

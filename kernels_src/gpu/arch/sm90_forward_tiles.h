@@ -87,16 +87,16 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardTiles : WarpgroupShape<HEAD
     struct Launch : Arguments {
         CUtensorMap query, key, value, output;
         bool output_is_mapped;
-        int few_tokens;          /* of a sequence, that fill so many */
-        int box;                 /* keys that a map's copy brings; 0: there are no maps */
-        int tasks;               /* in all: row tiles or what they are cut into */
-        int pieces_together = 0; /* of a SharedPiece's cluster, which adds them up; 0: the second kernel does */
+        int few_tokens; /* of a sequence, that fill so many */
+        int box;        /* keys that a map's copy brings; 0: there are no maps */
+        int tasks;      /* in all: row tiles or what they are cut into */
         Order order;
         Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
-        Divisor sharing; /* blocks that share a piece, in clusters */
+        /* Of a SharedPiece's cluster: blocks that share a piece; pieces, which it adds up, or 1: the second kernel does. */
+        Divisor sharing, together;
 
         /* Is a sequence of so many tokens and keys one that reads its keys nearly ONCE? */
         __host__ __device__ __forceinline__ bool few(int64_t tokens, int64_t keys) const {

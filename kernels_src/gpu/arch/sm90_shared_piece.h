@@ -16,12 +16,21 @@
  *                     order of their use: the keys of the block's tiles, then its lines of all values. Wave 9 makes
  *                     the barriers and tells them what to expect
  *   shared memory     sm90_shared_piece_tiles.h. Blocks write into each other's, where a barrier counts the bytes
- *   at the end        where the row tile has this piece alone, the rows. Else a part: to the blocks of the row tile's first piece,
- *                     where a cluster has room for those of all pieces, which add them up; or to memory, for the second
- *                     kernel
+ *   at the end        where the row tile has this piece alone, the rows. Else a part: to blocks of the cluster, which has all
+ *                     of the row tile's pieces and of which each adds up some columns; or to memory, for the second kernel
  *
- * How many blocks? As many as values have lines, or half, with two lines each: the most with which a cluster can add up,
- * or else the most that there are. Where even half is more than there are, the loop takes the pieces.
+ * A cluster that has more pieces than blocks takes them in turns. What is copied goes on from one to the next:
+ *
+ *                       turn 0                         |  turn 1                        | ...
+ *      block 0          piece 0                        |  piece 2                       |
+ *      block 1          piece 1                        |  piece 3                       |
+ *      each block       the same columns of all parts: |  0, then 1                     |  2, then 3
+ *
+ * Parts of two turns have room. A block sends those of a turn when it has added up the ones before, and of these has some
+ * from all blocks: so each of them has by then added up what was in the place before that.
+ *
+ * How many blocks? As many as values have lines, or half, with two lines each; the most with which a cluster can add up, in
+ * turns where that takes no longer than the second kernel; else the most that there are, or the loop takes the pieces.
  *
  * mma.sync adds up as wgmma does: on an H200, of 10^8 sums of 128 products, fp16 and bf16, of like and unlike magnitudes, none
  * had other bits, and tests/test_cuda.py compares the loops' on whatever GPU it runs. So few rows do with its 16. */
@@ -37,7 +46,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
     using Tiles = SharedPieceTiles<HEAD_DIM, VALUE_DIM>;
     using Columns = SharedPieceColumns<HEAD_DIM, VALUE_DIM>;
     using Tiles::KEYS, Tiles::LINES, Tiles::STEPS, Tiles::ROWS, Tiles::SLOTS, Tiles::SEVERAL_HEADS;
-    using Tiles::MOST_SHARING, Tiles::LEAST_SHARING, Tiles::MOST_LINES, Tiles::MOST_TOGETHER;
+    using Tiles::MOST_SHARING, Tiles::LEAST_SHARING, Tiles::MOST_TOGETHER;
     using Tiles::OUTPUT_WAVES, Tiles::SCORE_WAVES, Tiles::COPY_WAVE, Tiles::BARRIER_WAVE;
     using Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::await_others;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
@@ -46,34 +55,46 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
 
     /* ---- host ---- */
 
-    /* Decides how a launch's pieces are shared, if they are and its tensors have maps. A cluster finds room within a part
-     * of the GPU alone, so there may not be as many as there are blocks for: of up to 8 blocks there are on half of the
-     * multiprocessors, of 4 on nine tenths, of 2 on all. (An H200 has room for 15 of 8, 17 of 6, 30 of 4.) */
+    /* A cluster finds room within a part of the GPU alone, so there may not be as many as there are blocks for: an H200 of
+     * 132 multiprocessors has room for 15 of 8 blocks, 17 of 6, 30 of 4. (The others come later.) */
+    static bool have_room(int64_t clusters, int together, int multiprocessors) {
+        const int percent = together <= 2 ? 100 : together == 6 || together == 7 ? 75 : 90;
+        return clusters * together * 100 <= int64_t(multiprocessors) * percent;
+    }
+    /* Decides how a launch's pieces are shared, if they are and its tensors have maps. */
     static bool takes(Launch &launch, int64_t row_tiles, int multiprocessors) {
         const Work &work = launch.work;
         if (!work.at_multiples || launch.box == 0 || work.rows > ROWS || work.keys > 0 && work.dealt == 0) return false;
         const int64_t tasks = work.count(row_tiles);
         const int pieces = greater(work.dealt, 1);
+        const auto share = [&](int sharing, int at_once) {
+            launch.sharing = Divisor(sharing), launch.together = Divisor(at_once);
+            if (at_once > 1) launch.tasks = static_cast<int>(row_tiles * at_once);
+            return true;
+        };
         for (int sharing : {MOST_SHARING, LEAST_SHARING})
-            if (pieces * sharing * Work::slots_in_use(work.rows) <= MOST_TOGETHER &&
-                tasks * sharing * 2 <= multiprocessors) {
-                launch.sharing = Divisor(sharing);
-                launch.pieces_together = pieces > 1 ? pieces : 0;
-                return true;
-            }
+            if (pieces * sharing <= MOST_TOGETHER && have_room(row_tiles, pieces * sharing, multiprocessors))
+                return share(sharing, pieces);
+        /* In turns, unless more blocks at one time gain more than the second kernel takes, about half a piece: half of the
+         * multiprocessors read as fast as all. */
+        for (int most = MOST_TOGETHER; Tiles::IN_TURNS && most > 1; most /= 2) {
+            if (!have_room(row_tiles, most, multiprocessors)) continue;
+            const int turns = (pieces + most - 1) / most;
+            const int64_t of_dealt = greater<int64_t>(4 * tasks, 2 * multiprocessors); /* in halves of a turn of all */
+            if ((2 * turns - 1) * int64_t(multiprocessors) <= of_dealt + multiprocessors * Tiles::VALUE_LINES / 16)
+                return share(1, (pieces + turns - 1) / turns);
+            break;
+        }
         for (int sharing : {MOST_SHARING, LEAST_SHARING})
-            if (tasks * sharing * 10 <= multiprocessors * (sharing > 2 ? 9 : 10)) {
-                launch.sharing = Divisor(sharing);
-                return true;
-            }
+            if (have_room(tasks, sharing, multiprocessors)) return share(sharing, 1);
         return false;
     }
-    static int start(void (*kernel)(Launch), Launch &launch, int64_t tasks, void *stream) {
+    static int start(void (*kernel)(Launch), Launch &launch, void *stream) {
         launch.order.together.by = 0; /* as each task has blocks of its own, there need be no other order */
         const int sharing = launch.sharing.by;
         /* In twos even where each has a piece of its own: stores to a cluster of one are an error to compute-sanitizer. */
-        const int together = greater(greater(launch.pieces_together, 1) * sharing, 2);
-        const int64_t blocks = (tasks * sharing + together - 1) / together * together;
+        const int together = greater(launch.together.by * sharing, 2);
+        const int64_t blocks = (int64_t(launch.tasks) * sharing + together - 1) / together * together;
         return launch_next_in_clusters(together, kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
     }
 
@@ -116,11 +137,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
 
     /* Takes the reference point past tiles `from` to `to` - 1, four at a time; past the last one perhaps several times,
      * which changes nothing. */
-    static __device__ __forceinline__ void pass_tiles(SharedAddress shared, int from, int to, Softmax &softmax) {
+    template <class Way>
+    static __device__ __forceinline__ void pass_tiles(const Way &way, int from, int to, Softmax &softmax) {
         for (; from < to; from += 4) {
-            const auto handed = [&](int i) { return Handed{shared, lesser(from + i, to - 1)}; };
+            const auto number = [&](int i) { return lesser(from + i, to - 1); };
+            const auto handed = [&](int i) { return Handed{way.shared, number(i)}; };
 #pragma unroll
-            for (int i = 0; i < 4; ++i) mbarrier::wait(handed(i).have_tops(), 0);
+            for (int i = 0; i < 4; ++i) mbarrier::wait(handed(i).have_tops(), way.parity(number(i)));
             float tops[4][SLOTS];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -134,7 +157,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         }
     }
 
-    /* Of all tiles of the block, each fourth. */
+    /* Of all tiles of the block's piece, each fourth. */
     template <class Task>
     static __device__ __forceinline__ void weigh(const Way<Task> &way, const Queries &queries, const Score &score) {
         const Task &task = way.task;
@@ -142,7 +165,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         const Sequence &sequence = task.sequence;
         const Mask &mask = sequence.mask;
         const Range whole = task.keys_of_all(task.first_row, ROWS);
-        await_others(launch);
         Softmax softmax(score.unit);
         int passed = 0; /* tiles that its reference point has passed */
 #pragma unroll 1
@@ -153,11 +175,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             Unit unit = way.key_unit(i);
 #pragma unroll
             for (int line = 0; line < LINES; ++line, unit.advance()) {
-                if (line % Tiles::KEY_LINES == 0) mbarrier::wait(way.have_keys(i, line), 0);
+                if (line % Tiles::KEY_LINES == 0) mbarrier::wait(way.have_keys(i, line), way.parity(i));
                 multiply(queries, unit.place(), line, s);
                 wave_sync();
                 if (lane() == 0) mbarrier::arrive(unit.empty(), OUTPUT_WAVES); /* for all that it waits for */
             }
+            way.await_done(); /* what was there is no longer needed */
             float shrink[SLOTS] = {1.0f, 1.0f};
             const bool small = launch.small_cap.applies();
             if (small) {
@@ -186,7 +209,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                         if (lane_leads_row())
                             cluster::store(handed.top(Scores::row(slot)), top[slot], handed.have_tops());
                 }
-                pass_tiles(way.shared, passed, tile, softmax);
+                pass_tiles(way, passed, tile, softmax);
                 passed = tile + 1;
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; ++slot) {
@@ -231,42 +254,50 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             Tiles::tell_of_barriers();
         }
         const int number = launch.sharing.quotient(block()), rank = block() - number * launch.sharing.by;
-        const bool together = launch.pieces_together > 0;
         int index = lesser(number, launch.tasks - 1); /* in clusters of two there may be one block more */
-        if (together) {                               /* one piece after the other, and not one row tile */
-            const int pieces = launch.pieces_together;
-            index = index / pieces + index % pieces * launch.work.by_row_tiles.by;
+        if (launch.together.by > 1) {                 /* one piece after the other, and not one row tile */
+            const int row_tile = launch.together.quotient(index);
+            index = row_tile + (index - row_tile * launch.together.by) * launch.work.by_row_tiles.by;
         }
         const Task task(launch, launch.order.place(launch.work.row_tile(index)), index);
-        const Way<Task> way(launch, task, shared, rank);
+        Way<Task> way(launch, task, shared, rank);
         /* Barriers are there. Is there anything to do? */
-        const auto begin = [&](bool output) {
-            if (!makes_barriers) Tiles::await_barriers(output);
+        const auto begin = [&](int role, int waves) {
+            if (!makes_barriers) Tiles::await_barriers(role, waves);
             if (Tiles::meets_others(launch)) cluster::appear();
             const bool exists = number < launch.tasks && task.exists();
             if (!exists) await_others(launch);
             return exists;
         };
         if (wave() < OUTPUT_WAVES) {
-            if (!begin(true)) return;
+            if (!begin(Tiles::FOR_OUTPUT, OUTPUT_WAVES)) return;
             await_others(launch);
-            if (MOST_LINES == 2 && way.lines == 2) SharedPieceOutput<HEAD_DIM, VALUE_DIM, 2>::run(way, score, finish);
-            else SharedPieceOutput<HEAD_DIM, VALUE_DIM, 1>::run(way, score, finish);
+            SharedPieceOutput<HEAD_DIM, VALUE_DIM>::run(way, score, finish);
         } else if (wave() < COPY_WAVE) {
             const Queries queries(launch, task, score.query_bits); /* on their way meanwhile */
-            if (begin(false)) weigh(way, queries, score);
-        } else {
-            if (!begin(false)) return;
-            if (wave() == COPY_WAVE) way.copy_all();
-            if (makes_barriers && lane() == 0) {
-                way.expect();
-                if (together && task.piece.number == 0)
-                    mbarrier::arrive_and_expect(Tiles::barrier_at(shared, Tiles::HAVE_PARTS),
-                                                (task.piece.count - 1) * Tiles::bytes_of_part(launch, way.lines));
-            }
-            wave_sync();
+            if (!begin(Tiles::FOR_SCORES, SCORE_WAVES)) return;
             await_others(launch);
-            if (makes_barriers) way.await_tops();
+            for (; way.turn < way.turns && way.here; way.go_on()) {
+                weigh(way, queries, score);
+                way.await_done(); /* who had no tile has not yet */
+                way.done();
+            }
+        } else {
+            if (!begin(Tiles::FOR_COPIES, 1)) return;
+            for (; way.turn < way.turns; way.go_on()) {
+                if (wave() == COPY_WAVE && way.here) way.copy_all();
+                if (makes_barriers && lane() == 0) {
+                    if (way.here) way.expect();
+                    if (way.adds()) way.expect_parts();
+                }
+                wave_sync();
+                if (way.turn == 0) await_others(launch);
+                if (makes_barriers && way.here) {
+                    way.await_tops();
+                    way.await_done();
+                    way.done();
+                }
+            }
         }
     }
 };
@@ -274,7 +305,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
 /* Where nothing is cut. */
 struct NoSharedPiece {
     template <class Launch> static bool takes(const Launch &, int64_t, int) { return false; }
-    template <class Kernel, class Launch> static int start(Kernel, Launch &, int64_t, void *) { return 0; }
+    template <class Kernel, class Launch> static int start(Kernel, Launch &, void *) { return 0; }
 };
 template <int HEAD_DIM, int VALUE_DIM>
 using SharedPieceOf = std::conditional_t<CUT, SharedPiece<HEAD_DIM, VALUE_DIM>, NoSharedPiece>;

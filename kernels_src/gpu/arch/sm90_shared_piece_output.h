@@ -39,8 +39,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceColumns : StoresFromReg
     }
 };
 
-/* By a block that has so many LINES of the values. */
-template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
+template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
     using Tiles = SharedPieceTiles<HEAD_DIM, VALUE_DIM>;
     using Columns = SharedPieceColumns<HEAD_DIM, VALUE_DIM>;
     using Output = typename Columns::Output;
@@ -48,7 +47,8 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
     using Handed = typename Tiles::Handed;
     using Softmax = typename Tiles::Softmax;
     using Work = typename Tiles::Work;
-    static constexpr int SLOTS = Tiles::SLOTS, KEYS = Tiles::KEYS, WAVES = Tiles::OUTPUT_WAVES;
+    static constexpr int SLOTS = Tiles::SLOTS, KEYS = Tiles::KEYS, WAVES = Tiles::OUTPUT_WAVES,
+                         LINES_OF_BLOCK = Tiles::MOST_LINES;
 
     /* ---- tile after tile ---- */
 
@@ -68,7 +68,7 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
     static_assert(PLACES == 2 && ROUND % Tiles::BUNDLE == 0, "tiles of a bundle are waited for together");
     static constexpr __device__ int steps(int part) { return lesser(PART_STEPS, STEPS - part * PART_STEPS); }
 
-    struct Part {
+    template <int LINES> struct Part {
         uint32_t value[LINES][PART_STEPS][4];
         uint4 weight[PART_STEPS];
     };
@@ -78,10 +78,12 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
         float2 sum;
     };
 
-    template <class Way> struct Loop {
+    /* By a block that has so many LINES of the values. */
+    template <int LINES, class Way> struct Loop {
+        using Part = SharedPieceOutput::Part<LINES>;
         const Way &way;
         Softmax &softmax;
-        Output (&o)[LINES];
+        Output (&o)[LINES_OF_BLOCK];
         Part part[PLACES];
         Beside beside[ROUND];
         const SharedAddress shared = opaque(way.shared), own = at<64>(rows_first<64>(), 0, wave()); /* not found anew */
@@ -89,14 +91,15 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
         SharedAddress values[LINES], weights, empty[LINES];
         Unit next = way.value_unit(); /* of the next tile */
 
-        __device__ __forceinline__ Loop(const Way &way, Softmax &softmax, Output (&o)[LINES])
+        __device__ __forceinline__ Loop(const Way &way, Softmax &softmax, Output (&o)[LINES_OF_BLOCK])
             : way(way), softmax(softmax), o(o) {
             next.shared = shared;
         }
 
         /* A tile's values and weights are there, and those of its bundle. */
         __device__ __forceinline__ void await(int tile) const {
-            mbarrier::wait(Handed{shared, lesser(tile, way.tiles - 1)}.have_all(), 0);
+            tile = lesser(tile, way.tiles - 1);
+            mbarrier::wait(Handed{shared, tile}.have_all(), way.parity(tile));
         }
         /* Goes on to a tile that is there; behind the last one it stays where it is. Without a branch, or the assembler would
          * wait for what is on its way where the two ways meet. */
@@ -157,7 +160,8 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
             for (int line = 0; line < LINES; ++line) mbarrier::arrive_as_wave(empty[line]);
         }
         __device__ __forceinline__ void run() {
-            const bool releases = way.tiles * LINES > Tiles::STAGES; /* else nothing comes to where values were */
+            /* Else nothing comes to where values were. */
+            const bool releases = way.tiles * LINES > Tiles::STAGES || way.turns > 1;
             await(0);
             read(0, 0);
 #pragma unroll 1
@@ -192,12 +196,12 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
     /* As a part, where the row tile has other pieces. */
     template <class Way>
     static __device__ __forceinline__ void leave_part(const Way &way, const Softmax &softmax,
-                                                      const Output (&o)[LINES]) {
-        const typename Work::DealtPart part(way.launch.work, way.task.piece, 0);
+                                                      const Output (&o)[LINES_OF_BLOCK]) {
+        const typename Work::DealtPart part(way.launch.work, way.piece, 0);
 #pragma unroll
-        for (int line = 0; line < LINES; ++line) {
+        for (int line = 0; line < LINES_OF_BLOCK; ++line) {
             const int column = first_column(way, line) / Columns::OWN_COLUMNS;
-            if (column < Work::SLOT_CHUNKS)
+            if (line < way.lines && column < Work::SLOT_CHUNKS)
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; ++slot)
                     part.leave(slot * Work::SLOT_CHUNKS + column, Work::chunk_of(o[line], slot, 0));
@@ -205,100 +209,148 @@ template <int HEAD_DIM, int VALUE_DIM, int LINES> struct SharedPieceOutput {
         }
     }
 
-    /* Parts of a cluster's other pieces, in the memory of the block that has the same columns of the first. Who sends one
-     * may end: none of its memory is asked for any more. */
-    struct PartsOfOthers {
-        static constexpr int SLOT_BYTES = LINES * Tiles::LINE_BYTES;
+    /* Parts of a turn's pieces, in the memory of a block that adds them up. */
+    struct Parts {
         SharedAddress shared;
-        int bytes;           /* of a part */
-        int number = wave(); /* which all lanes must ask together */
-        __device__ __forceinline__ PartsOfOthers(SharedAddress shared, const Work &work)
-            : shared(shared), bytes(Tiles::POINT_BYTES + Work::slots_in_use(work.rows) * SLOT_BYTES) {}
-        __device__ __forceinline__ SharedAddress part(int piece) const {
-            return shared + Tiles::PARTS_AT + (piece - 1) * bytes;
-        }
-        __device__ __forceinline__ SharedAddress values(int piece, int line, int slot) const {
-            return part(piece) + Tiles::POINT_BYTES + slot * SLOT_BYTES +
-                   ((line * WAVES + number) * WAVE + lane()) * sizeof(float4);
+        int turn, pieces; /* pieces: at one time */
+        __device__ __forceinline__ SharedAddress points(int piece) const {
+            return shared + Tiles::PARTS_AT + turn % 2 * Tiles::TURN_BYTES + piece * Tiles::POINT_BYTES;
         }
         __device__ __forceinline__ SharedAddress point(int piece, int slot) const {
-            return part(piece) + Output::row(slot) * sizeof(float2);
+            return points(piece) + Output::row(slot) * sizeof(float2);
         }
-        __device__ __forceinline__ SharedAddress are_there() const {
-            return Tiles::barrier_at(shared, Tiles::HAVE_PARTS);
+        /* strip: of those that the block adds up. */
+        __device__ __forceinline__ SharedAddress values(int strip, int piece, int slot) const {
+            return points(0) + Tiles::POINTS_BYTES + (strip * pieces + piece) * Tiles::STRIP_BYTES +
+                   slot * Tiles::SLOT_BYTES + lane() * sizeof(float4);
         }
     };
+    /* To whom adds it up. Who sends a part may end: none of its memory is asked for any more. */
     template <class Way>
-    static __device__ __forceinline__ void send_part(const Way &way, const Softmax &softmax, const Output (&o)[LINES]) {
-        const PartsOfOthers to(cluster::of(way.shared, way.rank), way.launch.work);
-        const int piece = way.task.piece.number;
+    static __device__ __forceinline__ void send_part(const Way &way, const Softmax &softmax,
+                                                     const Output (&o)[LINES_OF_BLOCK]) {
+        const int number = wave(); /* which all lanes must ask together */
+        const int piece = way.piece.number - way.turn * way.at_once, rows = way.launch.work.rows;
+        const auto all = way.adders();
         float2 point[SLOTS];
         Work::give_points(softmax, point);
 #pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) {
-            if (Output::row(slot) >= way.launch.work.rows) continue;
+        for (int line = 0; line < LINES_OF_BLOCK; ++line) {
+            if (line >= way.lines) break;
+            const int strip = (way.first_line + line) * WAVES + number, block = all.of(strip);
+            const Parts to = {cluster::of(way.shared, block), way.turn, way.at_once};
+            const SharedAddress barrier = cluster::of(way.have_parts(way.turn), block);
 #pragma unroll
-            for (int line = 0; line < LINES; ++line) {
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                if (Output::row(slot) >= rows) continue;
                 uint32_t values[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) values[i] = __float_as_uint(o[line].get(slot, i));
-                cluster::store(to.values(piece, line, slot), values, to.are_there());
+                cluster::store(to.values(strip - all.first_strip(block), piece, slot), values, barrier);
             }
         }
-        if (to.number == 0 && lane_leads_row())
+        if (way.first_line > 0 || !lane_leads_row()) return;
+#pragma unroll 1
+        for (int block = number; block < all.blocks; block += WAVES) {
+            const Parts to = {cluster::of(way.shared, block), way.turn, way.at_once};
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot)
-                if (Output::row(slot) < way.launch.work.rows)
-                    cluster::store(to.point(piece, slot), point[slot], to.are_there());
+                if (Output::row(slot) < rows)
+                    cluster::store(to.point(piece, slot), point[slot], cluster::of(way.have_parts(way.turn), block));
+        }
     }
-    /* In the order of the pieces, as the second kernel. */
-    template <class Way>
-    static __device__ __forceinline__ void add_parts(const Way &way, Softmax &softmax, Output (&o)[LINES]) {
-        const PartsOfOthers from(way.shared, way.launch.work);
+    /* What this wave adds up: a strip, if any, in the order of the pieces, as the second kernel. */
+    template <class Way> struct Sum {
+        static constexpr int TOGETHER = 4; /* parts that are read at one time */
+        const Way &way;
+        Output o;
         float2 point[SLOTS];
-        Work::give_points(softmax, point);
         bool seen[SLOTS];
-#pragma unroll
-        for (int slot = 0; slot < SLOTS; ++slot) seen[slot] = point[slot].y != 0;
-        mbarrier::wait(from.are_there(), 0);
-#pragma unroll 1
-        for (int piece = 1; piece < way.task.piece.count; ++piece) {
+
+        __device__ __forceinline__ Sum(const Way &way) : way(way) {}
+        /* Of the block's strips; by all lanes. */
+        __device__ __forceinline__ int of_block() const {
+            return wave() - way.adders().first_strip(cluster::rank()) & WAVES - 1;
+        }
+        __device__ __forceinline__ int strip() const { return way.adders().first_strip(cluster::rank()) + of_block(); }
+        __device__ __forceinline__ bool exists() const { return of_block() < way.adders().strips(cluster::rank()); }
+        /* Parts of a turn. All waves of the output wait for them: before the next but one sets off they have been read. */
+        __device__ __forceinline__ void add(int turn) {
+            mbarrier::wait(way.have_parts(turn), turn / 2 % 2);
+            const int of_block = this->of_block();
+            if (!exists()) return;
+            const Parts parts = {way.shared, turn, way.at_once};
+            const int count = way.pieces_of(turn);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
                 if (Output::row(slot) >= way.launch.work.rows) continue;
-                const float2 other = shared_load<float2>(from.point(piece, slot));
-                const Weights w(point[slot], other, seen[slot]);
-                point[slot] = w.point, seen[slot] |= other.y != 0;
+#pragma unroll 1
+                for (int first = 0; first < count; first += TOGETHER) {
+                    float4 values[TOGETHER];
+                    float2 points[TOGETHER];
 #pragma unroll
-                for (int line = 0; line < LINES; ++line)
-                    Work::set_chunk(
-                        o[line], slot, 0,
-                        w.add(Work::chunk_of(o[line], slot, 0), shared_load<float4>(from.values(piece, line, slot))));
+                    for (int i = 0; i < TOGETHER; ++i) {
+                        if (first + i >= count) continue;
+                        values[i] = shared_load<float4>(parts.values(of_block, first + i, slot));
+                        points[i] = shared_load<float2>(parts.point(first + i, slot));
+                    }
+#pragma unroll
+                    for (int i = 0; i < TOGETHER; ++i) {
+                        if (first + i >= count) continue;
+                        if (turn + first + i == 0) {
+                            point[slot] = points[i], seen[slot] = points[i].y != 0;
+                            Work::set_chunk(o, slot, 0, values[i]);
+                            continue;
+                        }
+                        const Weights w(point[slot], points[i], seen[slot]);
+                        point[slot] = w.point, seen[slot] |= points[i].y != 0;
+                        Work::set_chunk(o, slot, 0, w.add(Work::chunk_of(o, slot, 0), values[i]));
+                    }
+                }
             }
         }
-        Work::take_points(softmax, point);
-    }
+    };
 
     /* ---- the waves' share of a piece ---- */
 
     /* finish(task, softmax, output, its place): the rows. */
     template <class Way, class Finish>
-    static __device__ __forceinline__ void run(const Way &way, const Score &score, Finish finish) {
+    static __device__ __forceinline__ void run(Way &way, const Score &score, Finish finish) {
         const auto &task = way.task;
-        const bool together = way.launch.pieces_together > 0, others = together && task.piece.count > 1,
-                   first = task.piece.number == 0;
+        const bool adds = way.adds();
         Softmax softmax(score.unit);
-        Output o[LINES];
+        Output o[LINES_OF_BLOCK];
+        Sum<Way> sum(way);
+#pragma unroll 1
+        for (; way.turn < way.turns; way.go_on()) {
+            if (way.here) {
 #pragma unroll
-        for (int line = 0; line < LINES; ++line) o[line].clear();
-        Loop<Way>(way, softmax, o).run();
-        if (others && !first) return send_part(way, softmax, o);
-        if (task.piece.count > 1 && !together) return leave_part(way, softmax, o);
-        if (others) add_parts(way, softmax, o);
-#pragma unroll
-        for (int line = 0; line < LINES; ++line) {
+                for (int line = 0; line < LINES_OF_BLOCK; ++line) o[line].clear();
+                if (LINES_OF_BLOCK == 1 || way.lines == 1) Loop<1, Way>(way, softmax, o).run();
+                else Loop<LINES_OF_BLOCK, Way>(way, softmax, o).run();
+                way.done();
+            }
+            if (!adds) break;
+            if (way.turn > 0) sum.add(way.turn - 1);
+            if (!way.here) continue;
+            if (way.turns > 1) Tiles::meet_output(); /* all of the block's waves have added up */
+            send_part(way, softmax, o);
+            softmax = Softmax(score.unit);
+        }
+        int lines = way.lines, column = first_column(way, 0);
+        if (adds) {
+            sum.add(way.turns - 1);
+            if (!sum.exists()) return;
+            Work::take_points(softmax, sum.point);
+            o[0] = sum.o, lines = 1, column = sum.strip() * Columns::OWN_COLUMNS;
+        } else if (way.piece.count > 1) {
+            return leave_part(way, softmax, o);
+        }
+#pragma unroll 1
+        for (int line = 0; line < lines; ++line, column += 64) {
             Softmax own = softmax; /* which the end of a row changes */
-            finish(task, own, o[line], {first_column(way, line)});
+            finish(task, own, o[0], {column});
+            o[0] = o[LINES_OF_BLOCK - 1];
         }
     }
 };

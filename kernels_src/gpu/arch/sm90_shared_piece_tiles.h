@@ -4,9 +4,10 @@
  *     shared memory   | units of keys and values ... | P of each tile | sums | moves | greatest scores | parts | barriers |
  *     Unit            64 columns of a tile of keys or of values, a place of a ring       filled by the wave that copies
  *     Handed          of a tile: what blocks hand to each other                          by the waves that make scores
+ *     parts           of strips of 16 columns that the block adds up                     by output's waves of all blocks
  *
- * What arrives is counted by barriers of its tile, each used once, and not by some of the place in the ring: who waited for
- * one of these would have had to wait for all that was in the place before. */
+ * What arrives is counted by barriers of its tile, each used once in a turn, and not by some of the place in the ring: who
+ * waited for one of these would have had to wait for all that was in the place before. */
 #ifndef AITER_GPU_ARCH_SM90_SHARED_PIECE_TILES_H
 #define AITER_GPU_ARCH_SM90_SHARED_PIECE_TILES_H
 
@@ -33,11 +34,27 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static constexpr int UNIT_BYTES = KEYS * 128, WEIGHT_BYTES = KEYS / 16 * WAVE * sizeof(uint4); /* of a tile */
     static constexpr int HANDED_BYTES =
         WEIGHT_BYTES + (ROWS + WAVE) * sizeof(float2); /* of a tile, behind its scores */
-    /* Parts of pieces that a block adds up: values of all waves, and the rows' reference points and sums. There is room for
-     * those of a cluster's most pieces where rows are 8 or fewer, and of half as many else. */
-    static constexpr int POINT_BYTES = ROWS * sizeof(float2), LINE_BYTES = OUTPUT_WAVES * WAVE * sizeof(float4);
-    static constexpr int PARTS_BYTES = (MOST_TOGETHER / LEAST_SHARING - 1) * (MOST_LINES * LINE_BYTES + POINT_BYTES);
-    static_assert((MOST_TOGETHER / MOST_SHARING - 1) * (LINE_BYTES + POINT_BYTES) <= PARTS_BYTES, "");
+    /* Parts of pieces that blocks of a cluster add up, each block some strips of 16 columns. Of a turn, in which each block
+     * has a piece: its points, and of each strip the values. */
+    static constexpr int STRIPS = VALUE_LINES * OUTPUT_WAVES, SLOT_BYTES = WAVE * sizeof(float4),
+                         STRIP_BYTES = SLOTS * SLOT_BYTES, POINT_BYTES = ROWS * sizeof(float2);
+    /* Each of so many blocks, or of as many as are a power of two, has 1 << strip_bits() of them. */
+    static constexpr int STRIP_BITS = 2 + (VALUE_LINES > 1) + (VALUE_LINES > 2); /* for one block */
+    static constexpr __host__ __device__ int strip_bits(int blocks) {
+        return greater(STRIP_BITS - (blocks >= 2) - (blocks >= 4) - (blocks >= 8), 0);
+    }
+    static constexpr int most_strips(int sharing) { /* of all pieces of a turn, in one block */
+        int most = 0;
+        for (int pieces = 2; pieces * sharing <= MOST_TOGETHER; ++pieces)
+            most = greater(most, pieces << strip_bits(pieces * sharing));
+        return most;
+    }
+    /* Blocks that take several pieces, one after the other, share none: then parts of two turns are under way. */
+    static constexpr bool IN_TURNS = LEAST_SHARING == 1;
+    static constexpr int POINTS_BYTES = MOST_TOGETHER / LEAST_SHARING * POINT_BYTES,
+                         TURN_BYTES = POINTS_BYTES +
+                                      greater(most_strips(MOST_SHARING), most_strips(LEAST_SHARING)) * STRIP_BYTES,
+                         PARTS_BYTES = (IN_TURNS ? 2 : 1) * TURN_BYTES;
     /* Output waits for tiles of 64 keys by two: a wait costs it as much as a fourth of such a tile. */
     static constexpr int BUNDLE = KEYS <= 64 ? 2 : 1, BUNDLES = (TILES + BUNDLE - 1) / BUNDLE;
     static constexpr int KEY_TILES = (TILES + LEAST_SHARING - 1) / LEAST_SHARING; /* of a block */
@@ -47,7 +64,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static constexpr int REST_BYTES = TILES * (HANDED_BYTES + ROWS * sizeof(float)) + PARTS_BYTES + BOXES * BOX_BYTES;
     /* Barriers, by their numbers; the last ones are those of units. */
     static constexpr int FIRST_BUNDLE = KEY_TILES * KEY_BARRIERS, FIRST_TOPS = FIRST_BUNDLE + BUNDLES,
-                         HAVE_PARTS = FIRST_TOPS + TILES, FIRST_UNIT = HAVE_PARTS + 1;
+                         HAVE_PARTS = FIRST_TOPS + TILES, PIECE_DONE = HAVE_PARTS + 2, FIRST_UNIT = PIECE_DONE + 1;
     static constexpr int STAGES = /* units there is room for */
         (SHARED_LIMIT - 1024 - REST_BYTES - FIRST_UNIT * mbarrier::BYTES) / (UNIT_BYTES + mbarrier::BYTES);
     static constexpr int WEIGHTS_AT = STAGES * UNIT_BYTES, SUMS_AT = WEIGHTS_AT + TILES * WEIGHT_BYTES,
@@ -59,31 +76,29 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     /* Output waits for a tile or two ahead, before it has released the places of the one that it is at. */
     static_assert(STAGES >= 2 * MOST_LINES && SHARED_BYTES <= SHARED_LIMIT - 1024, "");
 
-    /* What a piece's part takes in the memory of the block that adds it up. */
-    static __device__ __forceinline__ int bytes_of_part(const Launch &launch, int lines) {
-        return launch.work.rows * static_cast<int>(lines * 64 * sizeof(float) + sizeof(float2));
-    }
     static __device__ __forceinline__ SharedAddress barrier_at(SharedAddress shared, int number) {
         return shared + BARRIERS_AT + number * mbarrier::BYTES;
     }
     /* By one thread: with as many as there are barriers it takes 2000 cycles more. */
     static __device__ __forceinline__ void make_barriers(SharedAddress shared) {
 #pragma unroll
-        for (int i = 0; i < BARRIERS; ++i) mbarrier::make(barrier_at(shared, i), i < FIRST_UNIT ? 1 : OUTPUT_WAVES);
+        for (int i = 0; i < BARRIERS; ++i)
+            mbarrier::make(barrier_at(shared, i), i < PIECE_DONE    ? 1
+                                                  : i == PIECE_DONE ? OUTPUT_WAVES + SCORE_WAVES + 1
+                                                                    : OUTPUT_WAVES);
         mbarrier::made();
     }
 
-    /* Until they are made: by all other waves, in two groups, as compute-sanitizer takes it for an error when a block's waves
-     * wait at several places for a barrier of all of them. */
-    static constexpr int OUTPUT_THREADS = (OUTPUT_WAVES + 1) * WAVE, OTHER_THREADS = (SCORE_WAVES + 2) * WAVE;
-    static __device__ __forceinline__ void await_barriers(bool output) {
-        if (output) meet(1, OUTPUT_THREADS);
-        else meet(2, OTHER_THREADS);
-    }
+    /* Named barriers: those above are made, for waves of each role; and the waves of the output. (Of each role's own, as
+     * compute-sanitizer takes it for an error when waves wait at several places for one barrier.) */
+    enum { FOR_OUTPUT = 1, FOR_SCORES, FOR_COPIES, OUTPUT };
+    static __device__ __forceinline__ void await_barriers(int role, int waves) { meet(role, (waves + 1) * WAVE); }
     static __device__ __forceinline__ void tell_of_barriers() {
-        pass(1, OUTPUT_THREADS);
-        pass(2, OTHER_THREADS);
+        pass(FOR_OUTPUT, (OUTPUT_WAVES + 1) * WAVE);
+        pass(FOR_SCORES, (SCORE_WAVES + 1) * WAVE);
+        pass(FOR_COPIES, 2 * WAVE);
     }
+    static __device__ __forceinline__ void meet_output() { meet(OUTPUT, OUTPUT_WAVES * WAVE); }
 
     /* What is copied at one time, and where: of all that the block copies, number `n`. */
     struct Unit {
@@ -127,68 +142,140 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
 
     /* Whether other blocks write into this one's memory. */
     static __device__ __forceinline__ bool meets_others(const Launch &launch) {
-        return launch.sharing.by > 1 || launch.pieces_together > 0;
+        return launch.sharing.by > 1 || launch.together.by > 1;
     }
     /* Until their barriers are there. */
     static __device__ __forceinline__ void await_others(const Launch &launch) {
         if (meets_others(launch)) cluster::wait();
     }
 
+    /* Who adds up a row tile's parts: of a cluster's `blocks`, those that have pieces of it. */
+    struct Adders {
+        int blocks, bits;
+        __device__ __forceinline__ explicit Adders(int blocks) : blocks(blocks), bits(strip_bits(blocks)) {}
+        __device__ __forceinline__ int of(int strip) const { return strip >> bits; }
+        __device__ __forceinline__ int first_strip(int block) const { return block << bits; }
+        __device__ __forceinline__ int strips(int block) const { return first_strip(block) < STRIPS ? 1 << bits : 0; }
+    };
+
     template <class Task> struct Way {
         const Launch &launch;
         const Task &task;
         SharedAddress shared;
-        int rank, sharing; /* this block's number among those that share the piece; those */
+        int rank, sharing;     /* this block's number among those that share the piece; those */
+        int at_once;           /* pieces of the row tile that a cluster has at one time */
+        int turns;             /* one after the other */
+        int first_line, lines; /* of values, the block's */
+        int first_tiles;       /* of its first piece */
+        /* This turn. */
+        int turn = 0, first_unit = 0; /* of the copies' */
+        bool here = true;             /* has the block a piece? */
+        Piece piece;
         Range keys;
         int tiles;
-        int first_line, lines; /* of values, the block's */
 
         __device__ __forceinline__ Way(const Launch &launch, const Task &task, SharedAddress shared, int rank)
-            : launch(launch), task(task), shared(shared), rank(rank), sharing(launch.sharing.by),
-              keys(at_least_one(task.own(task.keys))) {
-            const Range any = task.own(task.keys_of_any(task.first_row, ROWS));
-            tiles = any.empty() ? 1 : (any.high - keys.low + KEYS - 1) / KEYS;
+            : launch(launch), task(task), shared(shared), rank(rank), sharing(launch.sharing.by), piece(task.piece) {
+            const int count = piece.count;
+            at_once = lesser(launch.together.by, count);
+            turns = IN_TURNS && launch.together.by > 1 ? launch.together.quotient(count + launch.together.by - 1) : 1;
             const int most = sharing == MOST_SHARING ? 1 : MOST_LINES;
             first_line = rank * most, lines = lesser(most, VALUE_LINES - first_line);
+            begin();
+            first_tiles = tiles;
+        }
+        __device__ __forceinline__ void begin() {
+            keys = at_least_one(piece.own(task.keys));
+            const Range any = piece.own(task.keys_of_any(task.first_row, ROWS));
+            tiles = any.empty() ? 1 : (any.high - keys.low + KEYS - 1) / KEYS;
+        }
+        /* To the next turn. */
+        __device__ __forceinline__ void go_on() {
+            if (++turn >= turns) return;
+            first_unit += own_tiles() * LINES + tiles * lines;
+            const int number = piece.number + at_once;
+            here = number < piece.count;
+            if (!here) return;
+            piece = launch.work.piece(task.keys, piece.row_tile, number);
+            begin();
+        }
+        /* Of a tile's barriers, which complete in each turn that has one. (Of the block's pieces but the last, the first
+         * alone may be short.) */
+        __device__ __forceinline__ uint32_t parity(int tile) const {
+            return turn - (turn > 0 && tile >= first_tiles) & 1;
+        }
+        /* Until one is used no more for an earlier turn: by who brings something to it, or it could be one further. */
+        __device__ __forceinline__ void await_before(int tile, SharedAddress barrier) const {
+            if (turn > 0) mbarrier::wait(barrier, parity(tile) ^ 1);
+        }
+        /* Before another turn's greatest scores and weights: a wave has seen those of this one, or they are all there. */
+        __device__ __forceinline__ SharedAddress piece_done() const { return barrier_at(shared, PIECE_DONE); }
+        __device__ __forceinline__ void done() const {
+            if (turns > 1) mbarrier::arrive_as_wave(piece_done());
+        }
+        __device__ __forceinline__ void await_done() const {
+            if (turn > 0) mbarrier::wait(piece_done(), turn & 1 ^ 1);
+        }
+        /* Do blocks of the cluster add up parts? */
+        __device__ __forceinline__ bool adds() const { return launch.together.by > 1 && piece.count > 1; }
+        __device__ __forceinline__ Adders adders() const { return Adders(at_once * sharing); }
+        __device__ __forceinline__ int pieces_of(int turn) const {
+            return lesser(at_once, piece.count - turn * at_once);
+        }
+        /* Parts of a turn are there. */
+        __device__ __forceinline__ SharedAddress have_parts(int turn) const {
+            return barrier_at(shared, HAVE_PARTS + turn % 2);
         }
         /* Of block `to` of those that share the piece. */
         __device__ __forceinline__ SharedAddress shared_of(int to) const {
             return cluster::of(shared, cluster::rank() - rank + to);
         }
         __device__ __forceinline__ int first(int tile) const { return keys.low + tile * KEYS; }
-        __device__ __forceinline__ int own_tiles() const { return (tiles - rank + sharing - 1) / sharing; }
+        __device__ __forceinline__ int own_tiles() const { return launch.sharing.quotient(tiles - rank + sharing - 1); }
 
         /* Units, in the order of their copies: lines of the block's own tiles of keys, then its lines of the values of all
          * tiles. (Values that follow the keys of their tiles hold places of the ring until their weights are there.) */
-        __device__ __forceinline__ Unit key_unit(int own_tile) const { return {shared, own_tile * LINES}; }
-        __device__ __forceinline__ Unit value_unit() const { return {shared, own_tiles() * LINES}; }
+        __device__ __forceinline__ Unit key_unit(int own_tile) const { return {shared, first_unit + own_tile * LINES}; }
+        __device__ __forceinline__ Unit value_unit() const { return {shared, first_unit + own_tiles() * LINES}; }
         /* Lines of keys that are waited for together have arrived. */
         __device__ __forceinline__ SharedAddress have_keys(int own_tile, int line) const {
             return barrier_at(shared, own_tile * KEY_BARRIERS + line / KEY_LINES);
         }
 
-        /* What copies and other threads' stores are to bring: by one thread, before or after them. */
+        /* What copies and other threads' stores are to bring in this turn: by one thread, before or after them, and after
+         * what they brought in the one before. */
+        __device__ __forceinline__ void expect(int tile, SharedAddress barrier, uint32_t bytes) const {
+            await_before(tile, barrier);
+            mbarrier::arrive_and_expect(barrier, bytes);
+        }
         __device__ __forceinline__ void expect() const {
 #pragma unroll 1
             for (int i = 0; i < own_tiles(); ++i)
 #pragma unroll
                 for (int line = 0; line < LINES; line += KEY_LINES)
-                    mbarrier::arrive_and_expect(have_keys(i, line), lesser(LINES - line, KEY_LINES) * UNIT_BYTES);
+                    expect(i, have_keys(i, line), lesser(LINES - line, KEY_LINES) * UNIT_BYTES);
 #pragma unroll 1
             for (int tile = 0; tile < tiles; ++tile) {
                 const Handed handed = {shared, tile};
-                mbarrier::arrive_and_expect(handed.have_tops(), ROWS * sizeof(float));
+                if (tops_are_sent()) expect(tile, handed.have_tops(), ROWS * sizeof(float));
                 if (tile % BUNDLE > 0) continue;
                 const int together = lesser(BUNDLE, tiles - tile);
-                mbarrier::arrive_and_expect(handed.have_all(), together * (HANDED_BYTES + lines * UNIT_BYTES));
+                expect(tile, handed.have_all(), together * (HANDED_BYTES + lines * UNIT_BYTES));
             }
         }
-
+        __device__ __forceinline__ void expect_parts() const {
+            const Adders all = adders();
+            const int strips = all.strips(cluster::rank());
+            const int row_bytes = sizeof(float2) + strips * OWN_COLUMNS * sizeof(float);
+            if (turn > 1) mbarrier::wait(have_parts(turn), turn / 2 % 2 ^ 1);
+            mbarrier::arrive_and_expect(have_parts(turn), pieces_of(turn) * launch.work.rows * row_bytes);
+        }
+        __device__ __forceinline__ bool tops_are_sent() const { return !launch.small_cap.applies(); }
         /* Nobody else waits for the greatest scores of the last tiles, and the block must not end before they are there. */
         __device__ __forceinline__ void await_tops() const {
-            if (launch.small_cap.applies()) return; /* nobody sends any */
+            if (!tops_are_sent()) return;
 #pragma unroll 1
-            for (int tile = 0; tile < tiles; ++tile) mbarrier::wait(Handed{shared, tile}.have_tops(), 0);
+            for (int tile = 0; tile < tiles; ++tile) mbarrier::wait(Handed{shared, tile}.have_tops(), parity(tile));
         }
 
         /* ---- copies, by one wave ---- */
@@ -203,11 +290,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             }
             wave_sync();
         }
-        /* boxes: of a tile. arrives: the barrier that counts the bytes. */
-        __device__ __forceinline__ void copy(Unit &unit, const CUtensorMap &map, int tile, int line, int boxes,
-                                             SharedAddress arrives) const {
+        /* boxes: of a tile. arrives: the barrier that counts the bytes, of the block's tile `number`. */
+        __device__ __forceinline__ void copy(Unit &unit, const CUtensorMap &map, int number, int tile, int line,
+                                             int boxes, SharedAddress arrives) const {
             const Sequence &sequence = task.sequence;
-            mbarrier::wait(unit.empty(), unit.turn ^ 1); /* at once in turn 0 */
+            mbarrier::wait(unit.empty(), unit.turn ^ 1); /* at once where nothing has been */
+            await_before(number, arrives);
             if (PAGED) {
                 if (lane() < boxes) {
                     const int2 box = shared_load<int2>(shared + BOXES_AT + (tile * boxes + lane()) * BOX_BYTES);
@@ -225,17 +313,17 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         __device__ __forceinline__ void copy_all() const {
             if constexpr (PAGED) find_boxes(task.sequence.keys);
             const int boxes = PAGED ? KEYS / launch.box : 1;
-            Unit unit(shared, 0);
+            Unit unit = key_unit(0);
 #pragma unroll 1
             for (int i = 0; i < own_tiles(); ++i)
 #pragma unroll
                 for (int line = 0; line < LINES; ++line)
-                    copy(unit, launch.key, i * sharing + rank, line, boxes, have_keys(i, line));
+                    copy(unit, launch.key, i, i * sharing + rank, line, boxes, have_keys(i, line));
 #pragma unroll 1
             for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll 1
                 for (int line = 0; line < lines; ++line)
-                    copy(unit, launch.value, tile, first_line + line, boxes, Handed{shared, tile}.have_all());
+                    copy(unit, launch.value, tile, tile, first_line + line, boxes, Handed{shared, tile}.have_all());
         }
     };
 };
