@@ -342,7 +342,7 @@ BITS = {
 }
 
 
-BITS_DIMS = *((dim, dim) for dim in (40, 64, 96, 128, 192, 256)), (192, 128), (72, 200)
+BITS_DIMS = *((dim, dim) for dim in (40, 64, 96, 128, 192, 256)), (192, 128), (256, 128), (72, 200)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), BITS_DIMS)
@@ -391,15 +391,25 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, value_dim, options):
             assert torch.equal(lse, whole[1][0][:, last]), (page_size, ends)
 
 
-@pytest.mark.parametrize("heads", (4, 16))
-def test_bits_of_many_pieces(heads):
+MANY_PIECES = {
+    "4 rows": (4, {"causal": True}),
+    "16 rows": (16, {"causal": True}),
+    "short first pieces": (4, {"window_size": (12300, 0)}),
+    "short first pieces and a cap": (4, {"window_size": (12300, 0), "softcap": 20.0}),
+}
+
+
+@pytest.mark.parametrize(("heads", "mask"), MANY_PIECES.values(), ids=MANY_PIECES)
+def test_bits_of_many_pieces(heads, mask):
     """More pieces than are added up at one time, of a token's 8 rows or fewer and of more."""
     rows, total = 5000, 40000
     query, key, value = qkv(1, rows, total, heads, 1, 128)
-    options = {"causal": True, "batch_invariant": True, "return_lse": True}
+    options = {"batch_invariant": True, "return_lse": True, **mask}
     whole = aiter.flash_attn_func(query, key, value, **options)
-    expected = aiter.flash_attn_func(query, key, value, causal=True)
-    torch.testing.assert_close(whole[0], expected, rtol=0.02, atol=0.005)
+    expected = aiter.flash_attn_func(query, key, value, **mask)
+    bound = 2**-7 * value.abs().max().item()  # as above
+    torch.testing.assert_close(whole[0], expected, rtol=2**-7, atol=bound)
+    seen_of_one = {name: option for name, option in mask.items() if name != "causal"}
     for begin, end in ((0, 1), (2000, 2003), (rows - 1, rows)):
         seen = total - rows + end
         output, lse = aiter.flash_attn_func(query[:, begin:end], key[:, :seen], value[:, :seen], **options)
@@ -419,7 +429,8 @@ def test_bits_of_many_pieces(heads):
             ((query[0, last], *paged), {"page_table": table, "block_size": 16}),
         ):
             output, lse = aiter.variable_length_attention(
-                *tensors, ones, 1, seqlens_k=used, batch_invariant=True, return_lse=True, **known
+                *(*tensors, ones, 1),
+                **{"seqlens_k": used, "batch_invariant": True, "return_lse": True, **known, **seen_of_one},
             )
             output, lse = output.view(batch, heads, 128), lse.view(batch, heads) if lse.dim() == 3 else lse.T
             for i, end in enumerate(ends):

@@ -293,7 +293,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 wave_sync();
                 if (way.turn == 0) await_others(launch);
                 if (makes_barriers && way.here) {
-                    way.await_tops();
+                    way.await_scores();
                     way.await_done();
                     way.done();
                 }

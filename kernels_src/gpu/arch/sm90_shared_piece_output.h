@@ -161,7 +161,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
         }
         __device__ __forceinline__ void run() {
             /* Else nothing comes to where values were. */
-            const bool releases = way.tiles * LINES > Tiles::STAGES || way.turns > 1;
+            const bool releases = way.tiles * way.lines > Tiles::STAGES || way.turns > 1;
             await(0);
             read(0, 0);
 #pragma unroll 1
@@ -267,7 +267,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
         float2 point[SLOTS];
         bool seen[SLOTS];
 
-        __device__ __forceinline__ Sum(const Way &way) : way(way) {}
+        __device__ __forceinline__ Sum(const Way &way) : way(way) {
+            o.clear(); /* rows that do not exist */
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) point[slot] = make_float2(0, 0);
+        }
         /* Of the block's strips; by all lanes. */
         __device__ __forceinline__ int of_block() const {
             return wave() - way.adders().first_strip(cluster::rank()) & WAVES - 1;

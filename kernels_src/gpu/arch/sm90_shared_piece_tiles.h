@@ -38,7 +38,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
      * has a piece: its points, and of each strip the values. */
     static constexpr int STRIPS = VALUE_LINES * OUTPUT_WAVES, SLOT_BYTES = WAVE * sizeof(float4),
                          STRIP_BYTES = SLOTS * SLOT_BYTES, POINT_BYTES = ROWS * sizeof(float2);
-    /* Each of so many blocks, or of as many as are a power of two, has 1 << strip_bits() of them. */
+    /* Of 5 to 7 blocks the first four add up, of 3 the first two; each has 1 << strip_bits() strips, as far as there are any. */
     static constexpr int STRIP_BITS = 2 + (VALUE_LINES > 1) + (VALUE_LINES > 2); /* for one block */
     static constexpr __host__ __device__ int strip_bits(int blocks) {
         return greater(STRIP_BITS - (blocks >= 2) - (blocks >= 4) - (blocks >= 8), 0);
@@ -49,14 +49,18 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             most = greater(most, pieces << strip_bits(pieces * sharing));
         return most;
     }
-    /* Blocks that take several pieces, one after the other, share none: then parts of two turns are under way. */
-    static constexpr bool IN_TURNS = LEAST_SHARING == 1;
+    static_assert(1 << strip_bits(2 * LEAST_SHARING) <= OUTPUT_WAVES &&
+                      STRIPS % (1 << strip_bits(2 * LEAST_SHARING)) == 0,
+                  "a wave has one strip at most");
+    /* Output waits for tiles of 64 keys by two: a wait costs it as much as a fourth of such a tile. */
+    static constexpr int BUNDLE = KEYS <= 64 ? 2 : 1, BUNDLES = (TILES + BUNDLE - 1) / BUNDLE;
+    /* Blocks that take several pieces, one after the other, share none: then parts of two turns are under way. (With bundles
+     * a short first piece could have half of one.) */
+    static constexpr bool IN_TURNS = LEAST_SHARING == 1 && BUNDLE == 1;
     static constexpr int POINTS_BYTES = MOST_TOGETHER / LEAST_SHARING * POINT_BYTES,
                          TURN_BYTES = POINTS_BYTES +
                                       greater(most_strips(MOST_SHARING), most_strips(LEAST_SHARING)) * STRIP_BYTES,
                          PARTS_BYTES = (IN_TURNS ? 2 : 1) * TURN_BYTES;
-    /* Output waits for tiles of 64 keys by two: a wait costs it as much as a fourth of such a tile. */
-    static constexpr int BUNDLE = KEYS <= 64 ? 2 : 1, BUNDLES = (TILES + BUNDLE - 1) / BUNDLE;
     static constexpr int KEY_TILES = (TILES + LEAST_SHARING - 1) / LEAST_SHARING; /* of a block */
     /* Lines of keys, at most, that are waited for together. */
     static constexpr int KEY_LINES = LINES > 2 ? 2 : 1, KEY_BARRIERS = (LINES + KEY_LINES - 1) / KEY_LINES;
@@ -98,7 +102,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         pass(FOR_SCORES, (SCORE_WAVES + 1) * WAVE);
         pass(FOR_COPIES, 2 * WAVE);
     }
-    static __device__ __forceinline__ void meet_output() { meet(OUTPUT, OUTPUT_WAVES * WAVE); }
+    static __device__ __forceinline__ void meet_output() {
+        wave_sync();
+        meet(OUTPUT, OUTPUT_WAVES * WAVE);
+    }
 
     /* What is copied at one time, and where: of all that the block copies, number `n`. */
     struct Unit {
@@ -199,8 +206,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             piece = launch.work.piece(task.keys, piece.row_tile, number);
             begin();
         }
-        /* Of a tile's barriers, which complete in each turn that has one. (Of the block's pieces but the last, the first
-         * alone may be short.) */
+        /* Of a tile's barriers, which complete in each turn that has the tile. Short pieces are the row tile's first and
+         * last, and so the block's. */
         __device__ __forceinline__ uint32_t parity(int tile) const {
             return turn - (turn > 0 && tile >= first_tiles) & 1;
         }
@@ -208,7 +215,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         __device__ __forceinline__ void await_before(int tile, SharedAddress barrier) const {
             if (turn > 0) mbarrier::wait(barrier, parity(tile) ^ 1);
         }
-        /* Before another turn's greatest scores and weights: a wave has seen those of this one, or they are all there. */
+        /* Before another turn's greatest scores and weights: a wave has seen those of this one, or they are all there. (In
+         * turns a piece is one block's, whose waves write to no other.) */
         __device__ __forceinline__ SharedAddress piece_done() const { return barrier_at(shared, PIECE_DONE); }
         __device__ __forceinline__ void done() const {
             if (turns > 1) mbarrier::arrive_as_wave(piece_done());
@@ -219,12 +227,12 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         /* Do blocks of the cluster add up parts? */
         __device__ __forceinline__ bool adds() const { return launch.together.by > 1 && piece.count > 1; }
         __device__ __forceinline__ Adders adders() const { return Adders(at_once * sharing); }
-        __device__ __forceinline__ int pieces_of(int turn) const {
-            return lesser(at_once, piece.count - turn * at_once);
+        __device__ __forceinline__ int pieces_of(int any_turn) const {
+            return lesser(at_once, piece.count - any_turn * at_once);
         }
         /* Parts of a turn are there. */
-        __device__ __forceinline__ SharedAddress have_parts(int turn) const {
-            return barrier_at(shared, HAVE_PARTS + turn % 2);
+        __device__ __forceinline__ SharedAddress have_parts(int any_turn) const {
+            return barrier_at(shared, HAVE_PARTS + any_turn % 2);
         }
         /* Of block `to` of those that share the piece. */
         __device__ __forceinline__ SharedAddress shared_of(int to) const {
@@ -271,11 +279,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             mbarrier::arrive_and_expect(have_parts(turn), pieces_of(turn) * launch.work.rows * row_bytes);
         }
         __device__ __forceinline__ bool tops_are_sent() const { return !launch.small_cap.applies(); }
-        /* Nobody else waits for the greatest scores of the last tiles, and the block must not end before they are there. */
-        __device__ __forceinline__ void await_tops() const {
-            if (!tops_are_sent()) return;
+        /* By the wave that expects: the block must not end before the greatest scores of its last tiles are there, which nobody
+         * else waits for; nor may the next turn's keys be expected before who makes scores has seen this one's. */
+        __device__ __forceinline__ void await_scores() const {
 #pragma unroll 1
-            for (int tile = 0; tile < tiles; ++tile) mbarrier::wait(Handed{shared, tile}.have_tops(), parity(tile));
+            for (int tile = 0; tile < tiles; ++tile) {
+                const Handed handed = {shared, tile};
+                mbarrier::wait(tops_are_sent() ? handed.have_tops() : handed.have_all(), parity(tile));
+            }
         }
 
         /* ---- copies, by one wave ---- */
