@@ -33,7 +33,7 @@ def test_every_shape_fits(arch, options, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("head_dim, value_dim", ((128, 128), (256, 256), (192, 128)))
+@pytest.mark.parametrize("head_dim, value_dim", ((64, 64), (128, 128), (192, 192), (256, 256), (192, 128), (256, 128)))
 def test_pieces_have_room_for_what_they_leave(head_dim, value_dim, tmp_path):
     """Of kernels that cut keys, with batch_invariant: by a program that runs without a GPU."""
     toolchain = toolchain_for("sm_90a")
