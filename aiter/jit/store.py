@@ -185,7 +185,7 @@ class Store:
         """Turns the sources in `folder` into a complete entry."""
         begin = time.monotonic()
         try:
-            commands = recipe.toolchain.commands(recipe.spec, recipe.main, compiler.path)
+            commands = recipe.toolchain.commands(recipe.spec, recipe.main, compiler)
             with self._writing():
                 compile_library(commands, folder, settings.compile_timeout())
             built_by = compiler.record(commands)

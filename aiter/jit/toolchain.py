@@ -45,7 +45,7 @@ class Toolchain:
         """(where this comes from, name or path) of each compiler that may be there, best first."""
         raise NotImplementedError
 
-    def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
+    def commands(self, spec: Spec, source: str, compiler: Compiler) -> list[list[str]]:
         """Command lines that turn `source` into LIBRARY. They start with `compiler`, or a tool that belongs to it."""
         raise NotImplementedError
 
@@ -141,10 +141,10 @@ class CppToolchain(Toolchain):
         features = [f"-DAITER_CPU_{feature.upper()}=1" for feature in arch.features] if arch else []
         return ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", *tuning, *features]
 
-    def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
+    def commands(self, spec: Spec, source: str, compiler: Compiler) -> list[list[str]]:
         # Only what a kernel uses is linked: some compilers bring libraries along, hipcc libamdhip64, mpicxx libmpi.
         link = ["-shared", "-Wl,--as-needed"]
-        return [[compiler, *self.flags(spec), *_common(spec), *link, source, "-o", LIBRARY]]
+        return [[compiler.path, *self.flags(spec), *_common(spec), *link, source, "-o", LIBRARY]]
 
 
 class HipToolchain(Toolchain):
@@ -171,12 +171,12 @@ class HipToolchain(Toolchain):
         # clang would pack float32 in pairs, and packed instructions do not run beside the matrix unit.
         return [*offload, *alone, "-std=c++17", "-O3", "-fno-slp-vectorize", "-fPIC", "-fvisibility=hidden"]
 
-    def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
+    def commands(self, spec: Spec, source: str, compiler: Compiler) -> list[list[str]]:
         # In two steps, because hipcc links its own libamdhip64 into every .so. A kernel must use the one that PyTorch
         # has loaded, which may be of another version: its hip* symbols stay undefined until it is loaded.
-        linker = _clang_behind(compiler, str(stamp(compiler)))
+        linker = _clang_behind(compiler.path, str(stamp(compiler.path)))
         return [
-            [compiler, *self.flags(spec), *_common(spec), "-c", source, "-o", "kernel.o"],
+            [compiler.path, *self.flags(spec), *_common(spec), "-c", source, "-o", "kernel.o"],
             [linker, "-shared", "kernel.o", "-o", LIBRARY],
         ]
 
@@ -206,18 +206,24 @@ class NvccToolchain(Toolchain):
         others = {"host": stamp(host)} if host else {}
         return Compiler(path, {**(stamp(path) or {}), **others}, (host,) if host else ())
 
+    def _threads(self, spec: Spec, compiler: Compiler) -> list[str]:
+        # Where keys are cut there are three kernels: by two threads they take a fifth less time (docs/gpu.md).
+        kind, release = family(compiler.version())
+        several = dict(spec.options).get("cut") and kind == "nvcc" and int(release.split(".")[0]) >= 13
+        return ["-split-compile=2"] if several else []
+
     def flags(self, spec: Spec) -> list[str]:
         code = f"-gencode=arch={spec.arch.replace('sm_', 'compute_')},code={spec.arch}"
         host = "-Xcompiler=-fPIC,-fvisibility=hidden"
         # -O is the host's code alone, which does nothing but launch; the device's is optimised fully by default.
         return [code, "-Xfatbin=-compress-all", "-std=c++17", "-O1", "-cudart=none", host]
 
-    def commands(self, spec: Spec, source: str, compiler: str) -> list[list[str]]:
+    def commands(self, spec: Spec, source: str, compiler: Compiler) -> list[list[str]]:
         # What the environment says goes where it can be seen, and is part of the compiler's stamp.
         host = self.host() if settings.text("NVCC_CCBIN") else None
-        line = [compiler, *self.flags(spec), *([f"-ccbin={host}"] if host else [])]
+        line = [compiler.path, *self.flags(spec), *([f"-ccbin={host}"] if host else [])]
         return [
-            [*line, *_common(spec), "-x", "cu", "-c", source, "-o", "kernel.o"],
+            [*line, *self._threads(spec, compiler), *_common(spec), "-x", "cu", "-c", source, "-o", "kernel.o"],
             [*line, "-shared", "kernel.o", *self.beside, "-ldl", "-o", LIBRARY],
         ]
 

@@ -184,12 +184,12 @@ def test_the_host_compiler_of_nvcc(bin, monkeypatch):
     gcc(bin / "g++", "12.1.0")
     first = NVCC.find()
     assert first.version().endswith("12.1.0\nCopyright (C) 2022 Free Software Foundation, Inc.")
-    assert not any("ccbin" in word for word in NVCC.commands(spec, "gpu/tiny.hip", first.path)[0])
+    assert not any("ccbin" in word for word in NVCC.commands(spec, "gpu/tiny.hip", first)[0])
     other = gcc(bin / "other" / "g++", "11.12.0")
     for wish in (other, str(bin / "other")):  # NVCC_CCBIN names a program or its folder
         monkeypatch.setenv("NVCC_CCBIN", wish)
         assert NVCC.find().stamp != first.stamp
-        assert f"-ccbin={other}" in NVCC.commands(spec, "gpu/tiny.hip", first.path)[0]
+        assert f"-ccbin={other}" in NVCC.commands(spec, "gpu/tiny.hip", first)[0]
 
 
 def test_programs_without_times_are_told_apart_by_their_paths(tmp_path):

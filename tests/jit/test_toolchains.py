@@ -11,6 +11,7 @@ from tiny import TINY
 from aiter.errors import CompilationError, SettingError, UnsupportedArchError
 from aiter.jit import arch
 from aiter.jit.cache import Cache
+from aiter.jit.compiler import Compiler
 from aiter.jit.recipe import recipe_for
 from aiter.jit.spec import Spec
 from aiter.jit.toolchain import CPP, HIP, NVCC, toolchain_for
@@ -101,10 +102,23 @@ def test_a_hipcc_without_a_clang(tree, tmp_path, monkeypatch):
         pass
 
 
+def nvcc(release):
+    return Compiler("nvcc", {}, _answer=(True, f"Cuda compilation tools, release {release}, V{release}.1"))
+
+
 def test_nvcc_is_told_the_exact_chip():
-    compile_line, link_line = NVCC.commands(Spec("tiny", "fp16", 64, False, "sm_90a"), "gpu/tiny.hip", "nvcc")
+    spec = Spec("tiny", "fp16", 64, False, "sm_90a")
+    compile_line, link_line = NVCC.commands(spec, "gpu/tiny.hip", nvcc("13.0"))
     assert "-gencode=arch=compute_90a,code=sm_90a" in compile_line
     assert "-cudart=none" in link_line and "gpu/cuda_runtime.cpp" in link_line
+
+
+@pytest.mark.parametrize("release, known", [("11.8", False), ("12.9", False), ("13.0", True), ("14.1", True)])
+def test_nvcc_has_two_threads_where_there_are_several_kernels(release, known):
+    for options, several in (((), False), ((("cut", 1),), True)):
+        spec = Spec("tiny", "fp16", 64, False, "sm_90a", options)
+        compile_line = NVCC.commands(spec, "gpu/tiny.hip", nvcc(release))[0]
+        assert ("-split-compile=2" in compile_line) == (known and several)
 
 
 @pytest.mark.parametrize(

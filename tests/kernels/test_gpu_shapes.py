@@ -42,7 +42,7 @@ def test_pieces_have_room_for_what_they_leave(head_dim, value_dim, tmp_path):
         pytest.skip(f"no {toolchain.language} compiler: set {toolchain.variable}")
     options = (("cut", 1), *((("value_dim", value_dim),) if value_dim != head_dim else ()))
     spec = Spec("attention_forward", "bf16", head_dim, False, "sm_90a", options)
-    first, link = toolchain.commands(spec, str(HERE / "check_pieces.hip"), compiler.path)
+    first, link = toolchain.commands(spec, str(HERE / "check_pieces.hip"), compiler)
     run = {"cwd": SOURCES, "capture_output": True, "text": True}
     objects = str(tmp_path / "check.o")
     done = subprocess.run([objects if word == "kernel.o" else word for word in first], **run)
