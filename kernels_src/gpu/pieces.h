@@ -206,16 +206,13 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     };
     /* The piece of a row tile with these keys that is number `index` of all tasks. */
     __device__ __forceinline__ Piece piece(const Range &all, int index) const {
-        return piece(all, row_tile(index), by_row_tiles.quotient(index));
-    }
-    __device__ __forceinline__ Piece piece(const Range &all, int row_tile, int number) const {
         Piece result;
         result.keys = all;
         if (dealt == 0) return result;
         const int origin = at_multiples ? multiple_before(all.low) : all.low;
         result.count = all.empty() ? 1 : lesser(by_keys.quotient(all.high - origin - 1) + 1, dealt);
-        result.row_tile = row_tile;
-        result.number = number;
+        result.row_tile = row_tile(index);
+        result.number = by_row_tiles.quotient(index);
         result.keys.low = greater(all.low, origin + result.number * keys);
         if (result.number + 1 < result.count) result.keys.high = origin + (result.number + 1) * keys;
         return result;

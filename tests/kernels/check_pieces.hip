@@ -47,7 +47,7 @@ static const char *fault_of_parts(int at_once, int sharing) {
     return nullptr;
 }
 static const char *fault_of_cluster(const Loop::Launch &launch, int64_t row_tiles) {
-    const int pieces = aiter::greater(launch.work.dealt, 1), sharing = launch.sharing.by, together = launch.together.by;
+    const int pieces = aiter::greater(launch.work.dealt, 1), sharing = launch.sharing.by, together = launch.together;
     if (sharing * together > Shared::MOST_TOGETHER) return "the cluster is too large";
     if (sharing * Shared::MOST_LINES < Shared::VALUE_LINES) return "a line of values has no block";
     if (together == 1) return launch.tasks == row_tiles * pieces ? nullptr : "not all pieces are taken";
@@ -67,8 +67,8 @@ static int check_clusters(int batch, int heads, int rows, int keys) {
     const char *fault =
         Shared::takes(launch, row_tiles, MULTIPROCESSORS) ? fault_of_cluster(launch, row_tiles) : nullptr;
     if (fault == nullptr) return 0;
-    printf("%d x %d rows, %d heads, %d keys, %d pieces at once by %d: %s\n", batch, rows, heads, keys,
-           launch.together.by, launch.sharing.by, fault);
+    printf("%d x %d rows, %d heads, %d keys, %d pieces at once by %d: %s\n", batch, rows, heads, keys, launch.together,
+           launch.sharing.by, fault);
     return 1;
 }
 

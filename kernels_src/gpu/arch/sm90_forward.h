@@ -141,7 +141,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct WarpgroupLoop : ForwardTiles<HEAD_
             else failed = aiter::launch(kernel, grid, THREADS, SHARED_BYTES, stream, launch);
         }
         const int64_t additions = launch.work.additions(tiles);
-        if (failed || additions == 0 || launch.together.by > 1) return failed;
+        if (failed || additions == 0 || launch.together > 1) return failed;
         return launch_next(add_up, additions, launch.work.adding_threads(), 0, stream, launch);
     }
 

@@ -90,13 +90,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardTiles : WarpgroupShape<HEAD
         int few_tokens; /* of a sequence, that fill so many */
         int box;        /* keys that a map's copy brings; 0: there are no maps */
         int tasks;      /* in all: row tiles or what they are cut into */
+        int together =
+            1; /* pieces that a SharedPiece's cluster has at one time, and adds up; 1: the second kernel does */
         Order order;
         Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */
         SmallCap small_cap;
         Work work;
-        /* Of a SharedPiece's cluster: blocks that share a piece; pieces, which it adds up, or 1: the second kernel does. */
-        Divisor sharing, together;
+        Divisor sharing, by_together; /* sharing: blocks that share a piece, in clusters */
 
         /* Is a sequence of so many tokens and keys one that reads its keys nearly ONCE? */
         __host__ __device__ __forceinline__ bool few(int64_t tokens, int64_t keys) const {

@@ -68,7 +68,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         const int64_t tasks = work.count(row_tiles);
         const int pieces = greater(work.dealt, 1);
         const auto share = [&](int sharing, int at_once) {
-            launch.sharing = Divisor(sharing), launch.together = Divisor(at_once);
+            launch.sharing = Divisor(sharing), launch.together = at_once, launch.by_together = Divisor(at_once);
             if (at_once > 1) launch.tasks = static_cast<int>(row_tiles * at_once);
             return true;
         };
@@ -93,7 +93,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         launch.order.together.by = 0; /* as each task has blocks of its own, there need be no other order */
         const int sharing = launch.sharing.by;
         /* In twos even where each has a piece of its own: stores to a cluster of one are an error to compute-sanitizer. */
-        const int together = greater(launch.together.by * sharing, 2);
+        const int together = greater(launch.together * sharing, 2);
         const int64_t blocks = (int64_t(launch.tasks) * sharing + together - 1) / together * together;
         return launch_next_in_clusters(together, kernel, blocks, THREADS, SHARED_BYTES, stream, launch);
     }
@@ -255,9 +255,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         }
         const int number = launch.sharing.quotient(block()), rank = block() - number * launch.sharing.by;
         int index = lesser(number, launch.tasks - 1); /* in clusters of two there may be one block more */
-        if (launch.together.by > 1) {                 /* one piece after the other, and not one row tile */
-            const int row_tile = launch.together.quotient(index);
-            index = row_tile + (index - row_tile * launch.together.by) * launch.work.by_row_tiles.by;
+        if (launch.together > 1) {                    /* one piece after the other, and not one row tile */
+            const int row_tile = launch.by_together.quotient(index);
+            index = row_tile + (index - row_tile * launch.together) * launch.work.by_row_tiles.by;
         }
         const Task task(launch, launch.order.place(launch.work.row_tile(index)), index);
         Way<Task> way(launch, task, shared, rank);

@@ -149,7 +149,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
 
     /* Whether other blocks write into this one's memory. */
     static __device__ __forceinline__ bool meets_others(const Launch &launch) {
-        return launch.sharing.by > 1 || launch.together.by > 1;
+        return launch.sharing.by > 1 || launch.together > 1;
     }
     /* Until their barriers are there. */
     static __device__ __forceinline__ void await_others(const Launch &launch) {
@@ -184,8 +184,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         __device__ __forceinline__ Way(const Launch &launch, const Task &task, SharedAddress shared, int rank)
             : launch(launch), task(task), shared(shared), rank(rank), sharing(launch.sharing.by), piece(task.piece) {
             const int count = piece.count;
-            at_once = lesser(launch.together.by, count);
-            turns = IN_TURNS && launch.together.by > 1 ? launch.together.quotient(count + launch.together.by - 1) : 1;
+            at_once = lesser(launch.together, count);
+            turns = IN_TURNS && launch.together > 1 ? launch.by_together.quotient(count + launch.together - 1) : 1;
             const int most = sharing == MOST_SHARING ? 1 : MOST_LINES;
             first_line = rank * most, lines = lesser(most, VALUE_LINES - first_line);
             begin();
@@ -203,7 +203,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             const int number = piece.number + at_once;
             here = number < piece.count;
             if (!here) return;
-            piece = launch.work.piece(task.keys, piece.row_tile, number);
+            piece = launch.work.piece(task.keys, piece.row_tile + number * launch.work.by_row_tiles.by);
             begin();
         }
         /* Of a tile's barriers, which complete in each turn that has the tile. Short pieces are the row tile's first and
@@ -225,7 +225,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             if (turn > 0) mbarrier::wait(piece_done(), turn & 1 ^ 1);
         }
         /* Do blocks of the cluster add up parts? */
-        __device__ __forceinline__ bool adds() const { return launch.together.by > 1 && piece.count > 1; }
+        __device__ __forceinline__ bool adds() const { return launch.together > 1 && piece.count > 1; }
         __device__ __forceinline__ Adders adders() const { return Adders(at_once * sharing); }
         __device__ __forceinline__ int pieces_of(int any_turn) const {
             return lesser(at_once, piece.count - any_turn * at_once);
