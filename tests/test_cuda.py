@@ -355,12 +355,15 @@ def test_bits_of_cut_keys_depend_on_nothing_else(head_dim, value_dim, options):
         options = {**options, "alibi_slopes": torch.tensor(options["alibi_slopes"], device="cuda")}
     heads, total = 16, 10000
     query, key, value = qkv(1, total, total, heads, 4, head_dim)
-    value = torch.randn(1, total, 4, value_dim, device="cuda", dtype=torch.bfloat16)
+    if value_dim != head_dim:
+        value = torch.randn(1, total, 4, value_dim, device="cuda", dtype=torch.bfloat16)
     whole = aiter.flash_attn_func(query, key, value, batch_invariant=True, return_lse=True, **options)
     expected = aiter.flash_attn_func(query, key, value, return_lse=True, **options)
-    # In each of the two weights are bfloat16, off by 2^-8 of themselves at most, and so is the output.
-    bound = 2**-7 * value.abs().max().item()
-    torch.testing.assert_close(whole[0], expected[0], rtol=2**-7, atol=bound)
+    atol = 0.005
+    if value_dim != head_dim and "alibi_slopes" in options:
+        # They leave rows few keys, in any piece: weights in bfloat16 are off by 2^-8 of themselves, in each of the two.
+        atol = 2**-7 * value.abs().max().item()
+    torch.testing.assert_close(whole[0], expected[0], rtol=0.02, atol=atol)
     few = (0, 1), (1500, 1501), (2046, 2048), (3000, 3003), (4092, 4096), (5000, 5001), (8190, 8192), (9999, 10000)
     for begin, end in (*few, (0, 100), (4030, 4060), (4090, 4100), (8100, 8500)):
         part = (query[:, begin:end], key[:, :end], value[:, :end])
@@ -407,8 +410,7 @@ def test_bits_of_many_pieces(heads, mask):
     options = {"batch_invariant": True, "return_lse": True, **mask}
     whole = aiter.flash_attn_func(query, key, value, **options)
     expected = aiter.flash_attn_func(query, key, value, **mask)
-    bound = 2**-7 * value.abs().max().item()  # as above
-    torch.testing.assert_close(whole[0], expected, rtol=2**-7, atol=bound)
+    torch.testing.assert_close(whole[0], expected, rtol=0.02, atol=0.005)
     seen_of_one = {name: option for name, option in mask.items() if name != "causal"}
     for begin, end in ((0, 1), (2000, 2003), (rows - 1, rows)):
         seen = total - rows + end
