@@ -174,7 +174,7 @@ class HipToolchain(Toolchain):
     def commands(self, spec: Spec, source: str, compiler: Compiler) -> list[list[str]]:
         # In two steps, because hipcc links its own libamdhip64 into every .so. A kernel must use the one that PyTorch
         # has loaded, which may be of another version: its hip* symbols stay undefined until it is loaded.
-        linker = _clang_behind(compiler.path, str(stamp(compiler.path)))
+        linker = _clang_behind(compiler.path, str(compiler.stamp))
         return [
             [compiler.path, *self.flags(spec), *_common(spec), "-c", source, "-o", "kernel.o"],
             [linker, "-shared", "kernel.o", "-o", LIBRARY],

@@ -403,10 +403,6 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         return true;
     }
     __device__ __forceinline__ bool has_rows(int wave) const { return wave * WAVE_ROWS < rows; }
-    /* Rows of a wave that exist are `left`: of half of them or fewer a second slot has none. */
-    static __host__ __device__ __forceinline__ constexpr int slots_in_use(int left) {
-        return left > WAVE_ROWS / SLOTS ? SLOTS : 1;
-    }
     /* Of a row tile: those that have rows. */
     __host__ __device__ __forceinline__ int waves() const { return (rows + WAVE_ROWS - 1) / WAVE_ROWS; }
 
@@ -445,6 +441,10 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
     __device__ __forceinline__ Part sum(SharedAddress shared, int of_tile) const {
         if (IN_SHARED) return {shared_pointer<char>(shared), of_tile};
         return part(block(), of_tile);
+    }
+    /* Rows of a wave that exist are `left`: of half of them or fewer a second slot has none. */
+    static __device__ __forceinline__ constexpr int slots_in_use(int left) {
+        return left > WAVE_ROWS / SLOTS ? SLOTS : 1;
     }
     /* Each of OWN_WAVES takes AT_ONCE chunks of a slot at a time, and of these TOGETHER parts are under way. */
     template <int OWN_WAVES, int AT_ONCE, int TOGETHER>

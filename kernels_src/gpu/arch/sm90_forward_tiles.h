@@ -90,8 +90,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct ForwardTiles : WarpgroupShape<HEAD
         int few_tokens; /* of a sequence, that fill so many */
         int box;        /* keys that a map's copy brings; 0: there are no maps */
         int tasks;      /* in all: row tiles or what they are cut into */
-        int together =
-            1; /* pieces that a SharedPiece's cluster has at one time, and adds up; 1: the second kernel does */
+        /* Pieces that a SharedPiece's cluster has at one time, and adds up; 1: the second kernel does. */
+        int together = 1;
         Order order;
         Packing packing;
         uint32_t *next; /* counts those that are taken after the first of each block; null: in a fixed order */

@@ -77,14 +77,13 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 return share(sharing, pieces);
         /* In turns, unless more blocks at one time gain more than the second kernel takes, about half a piece: half of the
          * multiprocessors read as fast as all. */
-        for (int most = MOST_TOGETHER; Tiles::IN_TURNS && most > 1; most /= 2) {
-            if (!have_room(row_tiles, most, multiprocessors)) continue;
-            const int turns = (pieces + most - 1) / most;
-            const int64_t of_dealt = greater<int64_t>(4 * tasks, 2 * multiprocessors); /* in halves of a turn of all */
-            if ((2 * turns - 1) * int64_t(multiprocessors) <= of_dealt + multiprocessors * Tiles::VALUE_LINES / 16)
-                return share(1, (pieces + turns - 1) / turns);
-            break;
-        }
+        int most = MOST_TOGETHER;
+        while (most > 1 && !have_room(row_tiles, most, multiprocessors)) most /= 2;
+        const int turns = (pieces + most - 1) / most;
+        const int64_t of_dealt = greater<int64_t>(4 * tasks, 2 * multiprocessors); /* in halves of a turn of all */
+        if (Tiles::IN_TURNS && most > 1 &&
+            (2 * turns - 1) * int64_t(multiprocessors) <= of_dealt + multiprocessors * Tiles::VALUE_LINES / 16)
+            return share(1, (pieces + turns - 1) / turns);
         for (int sharing : {MOST_SHARING, LEAST_SHARING})
             if (have_room(tasks, sharing, multiprocessors)) return share(sharing, 1);
         return false;

@@ -4,7 +4,7 @@
  *                      1 | wave 0 | wave 1 | wave 2 | wave 3 |       those of the second
  *
  *     registers        O; and what is taken of a tile, or of half of one: P, values
- *     at the end       the rows go to memory, or a part of them does, for the second kernel, or to the block that adds up */
+ *     at the end       the rows go to memory, or a part of them does, for the second kernel, or to blocks that add up */
 #ifndef AITER_GPU_ARCH_SM90_SHARED_PIECE_OUTPUT_H
 #define AITER_GPU_ARCH_SM90_SHARED_PIECE_OUTPUT_H
 
