@@ -172,9 +172,6 @@ __device__ __forceinline__ void load_now(uint4 &x, SharedAddress at) {
 __device__ __forceinline__ void load_now(float2 &x, SharedAddress at) {
     asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at));
 }
-__device__ __forceinline__ void load_now(float &x, SharedAddress at) {
-    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(x) : "r"(at));
-}
 
 /* Four 8 x 8 matrices to shared memory: the reverse of load_matrices. */
 __device__ __forceinline__ void store_matrices(SharedAddress row, const uint32_t (&r)[4]) {

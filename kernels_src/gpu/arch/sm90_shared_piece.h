@@ -46,7 +46,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
     using Tiles = SharedPieceTiles<HEAD_DIM, VALUE_DIM>;
     using Columns = SharedPieceColumns<HEAD_DIM, VALUE_DIM>;
     using Tiles::KEYS, Tiles::LINES, Tiles::STEPS, Tiles::ROWS, Tiles::SLOTS, Tiles::SEVERAL_HEADS;
-    using Tiles::MOST_SHARING, Tiles::LEAST_SHARING, Tiles::MOST_TOGETHER;
+    using Tiles::MOST_SHARING, Tiles::LEAST_SHARING, Tiles::MOST_TOGETHER, Tiles::IN_TURNS;
     using Tiles::OUTPUT_WAVES, Tiles::SCORE_WAVES, Tiles::COPY_WAVE, Tiles::BARRIER_WAVE;
     using Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::await_others;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
@@ -81,7 +81,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         while (most > 1 && !have_room(row_tiles, most, multiprocessors)) most /= 2;
         const int turns = (pieces + most - 1) / most;
         const int64_t of_dealt = greater<int64_t>(4 * tasks, 2 * multiprocessors); /* in halves of a turn of all */
-        if (Tiles::IN_TURNS && most > 1 &&
+        if (IN_TURNS && most > 1 &&
             (2 * turns - 1) * int64_t(multiprocessors) <= of_dealt + multiprocessors * Tiles::VALUE_LINES / 16)
             return share(1, (pieces + turns - 1) / turns);
         for (int sharing : {MOST_SHARING, LEAST_SHARING})
@@ -179,7 +179,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 wave_sync();
                 if (lane() == 0) mbarrier::arrive(unit.empty(), OUTPUT_WAVES); /* for all that it waits for */
             }
-            way.await_done(); /* what was there is no longer needed */
             float shrink[SLOTS] = {1.0f, 1.0f};
             const bool small = launch.small_cap.applies();
             if (small) {
@@ -197,6 +196,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 softmax.sum[0] = softmax.sum[1] = 0.0f;
                 softmax.add(s);
             } else {
+                way.await_tops_passed();
                 float top[SLOTS];
 #pragma unroll
                 for (int slot = 0; slot < SLOTS; ++slot) top[slot] = row_max(s.largest(slot) * score.unit);
@@ -221,6 +221,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             uint32_t p[KEYS / 16][4];
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) round_operand(s, 0, j, p[j]);
+            if (IN_TURNS) way.await_before(tile, Handed{way.shared, tile}.have_read());
 #pragma unroll 1
             for (int to = 0; to < way.sharing; ++to) {
                 const Handed handed = {way.shared_of(to), tile};
@@ -278,8 +279,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             await_others(launch);
             for (; way.turn < way.turns && way.here; way.go_on()) {
                 weigh(way, queries, score);
-                way.await_done(); /* who had no tile has not yet */
-                way.done();
+                way.await_tops_passed(); /* who had no tile has not yet */
+                way.tell_tops_passed();
             }
         } else {
             if (!begin(Tiles::FOR_COPIES, 1)) return;
@@ -293,8 +294,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 if (way.turn == 0) await_others(launch);
                 if (makes_barriers && way.here) {
                     way.await_scores();
-                    way.await_done();
-                    way.done();
+                    way.tell_tops_passed();
                 }
             }
         }

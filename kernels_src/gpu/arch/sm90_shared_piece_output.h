@@ -74,7 +74,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
     };
     /* Beside a tile's first part. */
     struct Beside {
-        float shrink[SLOTS];
+        float2 move[SLOTS];
         float2 sum;
     };
 
@@ -117,8 +117,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
             Beside &moves = beside[of_round];
             load_now(moves.sum, handed.sums());
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot)
-                load_now(moves.shrink[slot], handed.move(Output::row(slot)) + sizeof(float));
+            for (int slot = 0; slot < SLOTS; ++slot) load_now(moves.move[slot], handed.move(Output::row(slot)));
         }
         /* Part number n of a round that begins with `tile`, or of the one behind it. */
         __device__ __forceinline__ void read(int n, int tile) {
@@ -138,7 +137,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
         __device__ __forceinline__ void rescale(const Beside &moves, bool first) {
             float shrink[SLOTS];
 #pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot) shrink[slot] = first ? 1.0f : moves.shrink[slot];
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                softmax.maximum[slot] = moves.move[slot].x; /* after the last tile the piece's */
+                shrink[slot] = first ? 1.0f : moves.move[slot].y;
+            }
 #pragma unroll
             for (int line = 0; line < LINES; ++line) softmax.rescale(o[line], shrink);
             softmax.sum[0] = __fadd_rn(__fmul_rn(softmax.sum[0], shrink[0]), moves.sum.x);
@@ -154,10 +156,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
                 multiply_add(o[line].tile[0][1], four, v[2], v[3]);
             }
         }
-        /* The tile's values have been read. */
-        __device__ __forceinline__ void release() {
+        /* All that there was of the tile has been read. */
+        __device__ __forceinline__ void release(int tile) {
 #pragma unroll
             for (int line = 0; line < LINES; ++line) mbarrier::arrive_as_wave(empty[line]);
+            if (Tiles::IN_TURNS && way.turns > 1) mbarrier::arrive_as_wave(Handed{shared, tile}.have_read());
         }
         __device__ __forceinline__ void run() {
             /* Else nothing comes to where values were. */
@@ -172,19 +175,15 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
                     if (of_round > 0 && tile + of_round >= way.tiles) break;
                     if (p == 0) rescale(beside[of_round], tile + of_round == 0);
                     /* Before the product, as the assembler moves no reads from above beyond it. */
-                    if (PARTS == 2 && p == 1 && releases) release();
+                    if (PARTS == 2 && p == 1 && releases) release(tile + of_round);
                     multiply(part[n], 0);
-                    if (PARTS == 1 && releases) release();
+                    if (PARTS == 1 && releases) release(tile + of_round);
                     if (p == 0 && (of_round + 1) % Tiles::BUNDLE == 0) await(tile + of_round + 1);
                     read(n + 1, tile);
 #pragma unroll
                     for (int j = 1; j < PART_STEPS; ++j)
                         if (j < steps(p)) multiply(part[n], j);
                 }
-            const Handed last = {shared, way.tiles - 1};
-#pragma unroll
-            for (int slot = 0; slot < SLOTS; ++slot)
-                softmax.maximum[slot] = shared_load<float>(last.move(Output::row(slot)));
         }
     };
 
@@ -332,7 +331,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
                 for (int line = 0; line < LINES_OF_BLOCK; ++line) o[line].clear();
                 if (LINES_OF_BLOCK == 1 || way.lines == 1) Loop<1, Way>(way, softmax, o).run();
                 else Loop<LINES_OF_BLOCK, Way>(way, softmax, o).run();
-                way.done();
             }
             if (!adds) break;
             if (way.turn > 0) sum.add(way.turn - 1);

@@ -68,7 +68,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static constexpr int REST_BYTES = TILES * (HANDED_BYTES + ROWS * sizeof(float)) + PARTS_BYTES + BOXES * BOX_BYTES;
     /* Barriers, by their numbers; the last ones are those of units. */
     static constexpr int FIRST_BUNDLE = KEY_TILES * KEY_BARRIERS, FIRST_TOPS = FIRST_BUNDLE + BUNDLES,
-                         HAVE_PARTS = FIRST_TOPS + TILES, PIECE_DONE = HAVE_PARTS + 2, FIRST_UNIT = PIECE_DONE + 1;
+                         HAVE_PARTS = FIRST_TOPS + TILES, TOPS_PASSED = HAVE_PARTS + 2, FIRST_READ = TOPS_PASSED + 1,
+                         FIRST_UNIT = FIRST_READ + (IN_TURNS ? TILES : 0);
     static constexpr int STAGES = /* units there is room for */
         (SHARED_LIMIT - 1024 - REST_BYTES - FIRST_UNIT * mbarrier::BYTES) / (UNIT_BYTES + mbarrier::BYTES);
     static constexpr int WEIGHTS_AT = STAGES * UNIT_BYTES, SUMS_AT = WEIGHTS_AT + TILES * WEIGHT_BYTES,
@@ -87,9 +88,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static __device__ __forceinline__ void make_barriers(SharedAddress shared) {
 #pragma unroll
         for (int i = 0; i < BARRIERS; ++i)
-            mbarrier::make(barrier_at(shared, i), i < PIECE_DONE    ? 1
-                                                  : i == PIECE_DONE ? OUTPUT_WAVES + SCORE_WAVES + 1
-                                                                    : OUTPUT_WAVES);
+            mbarrier::make(barrier_at(shared, i), i < TOPS_PASSED    ? 1
+                                                  : i == TOPS_PASSED ? SCORE_WAVES + 1
+                                                                     : OUTPUT_WAVES);
         mbarrier::made();
     }
 
@@ -143,6 +144,8 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         __device__ __forceinline__ SharedAddress have_all() const {
             return barrier_at(shared, FIRST_BUNDLE + tile / BUNDLE);
         }
+        /* In turns: all waves of output have taken what they were handed, and the place is the next turn's. */
+        __device__ __forceinline__ SharedAddress have_read() const { return barrier_at(shared, FIRST_READ + tile); }
     };
 
     /* ---- what all waves know of a piece ---- */
@@ -215,14 +218,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         __device__ __forceinline__ void await_before(int tile, SharedAddress barrier) const {
             if (turn > 0) mbarrier::wait(barrier, parity(tile) ^ 1);
         }
-        /* Before another turn's greatest scores and weights: a wave has seen those of this one, or they are all there. (In
-         * turns a piece is one block's, whose waves write to no other.) */
-        __device__ __forceinline__ SharedAddress piece_done() const { return barrier_at(shared, PIECE_DONE); }
-        __device__ __forceinline__ void done() const {
-            if (turns > 1) mbarrier::arrive_as_wave(piece_done());
+        /* A turn's greatest scores are all there, and who makes scores has seen as many as it needs: the next turn's may
+         * come. (In turns a piece is one block's, whose waves write to no other.) */
+        __device__ __forceinline__ SharedAddress tops_passed() const { return barrier_at(shared, TOPS_PASSED); }
+        __device__ __forceinline__ void tell_tops_passed() const {
+            if (turns > 1) mbarrier::arrive_as_wave(tops_passed());
         }
-        __device__ __forceinline__ void await_done() const {
-            if (turn > 0) mbarrier::wait(piece_done(), turn & 1 ^ 1);
+        __device__ __forceinline__ void await_tops_passed() const {
+            if (turn > 0) mbarrier::wait(tops_passed(), turn & 1 ^ 1);
         }
         /* Do blocks of the cluster add up parts? */
         __device__ __forceinline__ bool adds() const { return launch.together > 1 && piece.count > 1; }
