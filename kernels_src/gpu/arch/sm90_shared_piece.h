@@ -246,7 +246,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
         using Task = typename Work::template Task<RowTile>;
         wait_for_previous();
         let_next_start(); /* the second kernel, for which lengths then are there */
-        clear_rest(launch, static_cast<int>(gridDim.x), THREADS);
         const bool makes_barriers = wave() == BARRIER_WAVE; /* while others find out what there is to do */
         if (makes_barriers) {
             if (lane() == 0) Tiles::make_barriers(shared);
@@ -270,12 +269,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             return exists;
         };
         if (wave() < OUTPUT_WAVES) {
-            if (!begin(Tiles::FOR_OUTPUT, OUTPUT_WAVES)) return;
+            const bool exists = begin(Tiles::FOR_OUTPUT, OUTPUT_WAVES);
+            clear_rest(launch, static_cast<int>(gridDim.x), OUTPUT_WAVES * WAVE); /* while scores are made */
+            if (!exists) return;
             await_others(launch);
             SharedPieceOutput<HEAD_DIM, VALUE_DIM>::run(way, score, finish);
         } else if (wave() < COPY_WAVE) {
-            const Queries queries(launch, task, score.query_bits); /* on their way meanwhile */
             if (!begin(Tiles::FOR_SCORES, SCORE_WAVES)) return;
+            const Queries queries(launch, task, score.query_bits); /* while keys are on their way, whose copies others begin */
             await_others(launch);
             for (; way.turn < way.turns && way.here; way.go_on()) {
                 weigh(way, queries, score);
