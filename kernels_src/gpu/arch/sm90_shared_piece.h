@@ -12,9 +12,9 @@
  *      output         tile after tile, a wave for each 16 columns:              O = O * shrink + P V
  *                     block 0 has the first line of 64 columns, block 1 the next one
  *
- *   a block           waves 0 to 3: output (sm90_shared_piece_output.h); 4 to 7: scores; 8: copies, by tensor maps, in the
- *                     order of their use: the keys of the block's tiles, then its lines of all values. Wave 9 makes
- *                     the barriers and tells them what to expect
+ *   a block           waves 0 to 3: output (sm90_shared_piece_output.h); 4 to 7: scores; 8, beyond 192 dimensions
+ *                     9 too: copies, by tensor maps, in the order of their use: the keys of the block's tiles, then its
+ *                     lines of all values. The last wave makes the barriers and tells them what to expect
  *   shared memory     sm90_shared_piece_tiles.h. Blocks write into each other's, where a barrier counts the bytes
  *   at the end        where the row tile has this piece alone, the rows. Else a part: to blocks of the cluster, which has all
  *                     of the row tile's pieces and of which each adds up some columns; or to memory, for the second kernel
@@ -47,7 +47,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
     using Columns = SharedPieceColumns<HEAD_DIM, VALUE_DIM>;
     using Tiles::KEYS, Tiles::LINES, Tiles::STEPS, Tiles::ROWS, Tiles::SLOTS, Tiles::SEVERAL_HEADS;
     using Tiles::MOST_SHARING, Tiles::LEAST_SHARING, Tiles::MOST_TOGETHER, Tiles::IN_TURNS;
-    using Tiles::OUTPUT_WAVES, Tiles::SCORE_WAVES, Tiles::COPY_WAVE, Tiles::BARRIER_WAVE;
+    using Tiles::OUTPUT_WAVES, Tiles::SCORE_WAVES, Tiles::FIRST_COPY_WAVE, Tiles::COPY_WAVES, Tiles::BARRIER_WAVE;
     using Tiles::THREADS, Tiles::SHARED_BYTES, Tiles::await_others;
     using typename Tiles::Launch, typename Tiles::Work, typename Tiles::Scores, typename Tiles::Softmax;
     using typename Tiles::Unit, typename Tiles::Handed;
@@ -245,7 +245,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                                                Finish finish) {
         using Task = typename Work::template Task<RowTile>;
         wait_for_previous();
-        let_next_start(); /* the second kernel, for which lengths then are there */
+        let_next_start();                                   /* the second kernel, for which lengths then are there */
         const bool makes_barriers = wave() == BARRIER_WAVE; /* while others find out what there is to do */
         if (makes_barriers) {
             if (lane() == 0) Tiles::make_barriers(shared);
@@ -274,9 +274,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             if (!exists) return;
             await_others(launch);
             SharedPieceOutput<HEAD_DIM, VALUE_DIM>::run(way, score, finish);
-        } else if (wave() < COPY_WAVE) {
+        } else if (wave() < FIRST_COPY_WAVE) {
             if (!begin(Tiles::FOR_SCORES, SCORE_WAVES)) return;
-            const Queries queries(launch, task, score.query_bits); /* while keys are on their way, whose copies others begin */
+            const Queries queries(launch, task,
+                                  score.query_bits); /* while keys are on their way, whose copies others begin */
             await_others(launch);
             for (; way.turn < way.turns && way.here; way.go_on()) {
                 weigh(way, queries, score);
@@ -284,9 +285,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 way.tell_tops_passed();
             }
         } else {
-            if (!begin(Tiles::FOR_COPIES, 1)) return;
+            const int copier = COPY_WAVES == 1 ? 0 : wave() - FIRST_COPY_WAVE;
+            if (!begin(Tiles::FOR_COPIES, COPY_WAVES)) return;
             for (; way.turn < way.turns; way.go_on()) {
-                if (wave() == COPY_WAVE && way.here) way.copy_all();
+                if (!makes_barriers && way.here) way.copy_all(copier);
                 if (makes_barriers && lane() == 0) {
                     if (way.here) way.expect();
                     if (way.adds()) way.expect_parts();

@@ -20,8 +20,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     using Tiles::KEYS, Tiles::LINES, Tiles::VALUE_LINES, Tiles::at_least_one;
     using typename Tiles::Launch, typename Tiles::Work;
     static constexpr int ROWS = 16, SLOTS = 2, TILES = Work::INVARIANT_KEYS / KEYS; /* of a piece, at most */
-    static constexpr int OUTPUT_WAVES = 4, SCORE_WAVES = 4, COPY_WAVE = OUTPUT_WAVES + SCORE_WAVES,
-                         BARRIER_WAVE = COPY_WAVE + 1, THREADS = (BARRIER_WAVE + 1) * WAVE;
+    /* A wave tells the engine of a copy in 300 to 400 cycles: of units of 8 KB, 26 bytes a cycle, that was the bound. */
+    static constexpr int OUTPUT_WAVES = 4, SCORE_WAVES = 4, COPY_WAVES = LINES == 4 ? 2 : 1;
+    static constexpr int FIRST_COPY_WAVE = OUTPUT_WAVES + SCORE_WAVES, BARRIER_WAVE = FIRST_COPY_WAVE + COPY_WAVES,
+                         THREADS = (BARRIER_WAVE + 1) * WAVE;
     static constexpr int OWN_COLUMNS = 16; /* of a wave of output, in each line */
     static_assert(OUTPUT_WAVES * OWN_COLUMNS == 64, "a line of values");
 
@@ -64,19 +66,23 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static constexpr int KEY_TILES = (TILES + LEAST_SHARING - 1) / LEAST_SHARING; /* of a block */
     /* Lines of keys, at most, that are waited for together. */
     static constexpr int KEY_LINES = LINES > 2 ? 2 : 1, KEY_BARRIERS = (LINES + KEY_LINES - 1) / KEY_LINES;
-    static constexpr int BOXES = PAGED ? TILES * KEYS / 8 : 0, BOX_BYTES = sizeof(int2); /* of a piece, of pages of 8 */
-    static constexpr int REST_BYTES = TILES * (HANDED_BYTES + ROWS * sizeof(float)) + PARTS_BYTES + BOXES * BOX_BYTES;
+    static constexpr int BOXES = PAGED ? TILES * KEYS / 8 : 0, BOX_BYTES = sizeof(int2), /* of a piece, of pages of 8 */
+        ALL_BOX_BYTES = COPY_WAVES * BOXES * BOX_BYTES;
+    static constexpr int REST_BYTES = TILES * (HANDED_BYTES + ROWS * sizeof(float)) + PARTS_BYTES + ALL_BOX_BYTES;
     /* Barriers, by their numbers; the last ones are those of units. */
     static constexpr int FIRST_BUNDLE = KEY_TILES * KEY_BARRIERS, FIRST_TOPS = FIRST_BUNDLE + BUNDLES,
                          HAVE_PARTS = FIRST_TOPS + TILES, TOPS_PASSED = HAVE_PARTS + 2, FIRST_READ = TOPS_PASSED + 1,
                          FIRST_UNIT = FIRST_READ + (IN_TURNS ? TILES : 0);
-    static constexpr int STAGES = /* units there is room for */
+    static constexpr int ROOM = /* for units */
         (SHARED_LIMIT - 1024 - REST_BYTES - FIRST_UNIT * mbarrier::BYTES) / (UNIT_BYTES + mbarrier::BYTES);
+    /* A place of the ring is always filled by the same wave: who waits for it then waits for what it has copied itself, and
+     * not, if others are behind, for the time before that. */
+    static constexpr int STAGES = ROOM - ROOM % COPY_WAVES;
     static constexpr int WEIGHTS_AT = STAGES * UNIT_BYTES, SUMS_AT = WEIGHTS_AT + TILES * WEIGHT_BYTES,
                          MOVES_AT = SUMS_AT + TILES * WAVE * sizeof(float2),
                          TOPS_AT = MOVES_AT + TILES * ROWS * sizeof(float2),
                          PARTS_AT = TOPS_AT + TILES * ROWS * sizeof(float), BOXES_AT = PARTS_AT + PARTS_BYTES,
-                         BARRIERS_AT = BOXES_AT + BOXES * BOX_BYTES;
+                         BARRIERS_AT = BOXES_AT + ALL_BOX_BYTES;
     static constexpr int BARRIERS = FIRST_UNIT + STAGES, SHARED_BYTES = BARRIERS_AT + BARRIERS * mbarrier::BYTES;
     /* Output waits for a tile or two ahead, before it has released the places of the one that it is at. */
     static_assert(STAGES >= 2 * MOST_LINES && SHARED_BYTES <= SHARED_LIMIT - 1024, "");
@@ -101,7 +107,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
     static __device__ __forceinline__ void tell_of_barriers() {
         pass(FOR_OUTPUT, (OUTPUT_WAVES + 1) * WAVE);
         pass(FOR_SCORES, (SCORE_WAVES + 1) * WAVE);
-        pass(FOR_COPIES, 2 * WAVE);
+        pass(FOR_COPIES, (COPY_WAVES + 1) * WAVE);
     }
     static __device__ __forceinline__ void meet_output() {
         wave_sync();
@@ -115,8 +121,9 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         uint32_t turn;
         __device__ __forceinline__ Unit(SharedAddress shared, int n)
             : shared(shared), stage(n % STAGES), turn(n / STAGES & 1) {}
-        __device__ __forceinline__ void advance() {
-            if (++stage == STAGES) stage = 0, turn ^= 1;
+        __device__ __forceinline__ void advance(int units = 1) {
+            stage += units;
+            if (stage >= STAGES) stage -= STAGES, turn ^= 1;
         }
         __device__ __forceinline__ SharedAddress place() const { return shared + stage * UNIT_BYTES; }
         /* What was there has been read: by all waves of output, or by one of scores. */
@@ -292,27 +299,31 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             }
         }
 
-        /* ---- copies, by one wave ---- */
+        /* ---- copies: each wave that copies, of number `copier` among them, every COPY_WAVES-th unit ---- */
 
         /* Where the piece's boxes are, if they are parts of pages: page and token, all looked up at one time. */
-        template <class Rows> __device__ __forceinline__ void find_boxes(const Rows &rows) const {
+        __device__ __forceinline__ SharedAddress box(int copier, int i) const {
+            return shared + BOXES_AT + (copier * BOXES + i) * BOX_BYTES;
+        }
+        template <class Rows> __device__ __forceinline__ void find_boxes(const Rows &rows, int copier) const {
             const int count = tiles * KEYS / launch.box;
 #pragma unroll 4
             for (int i = lane(); i < count; i += WAVE) {
-                const auto box = tensor_map::PageBox::look_up(rows, keys.low + i * launch.box, launch.box);
-                shared_store(shared + BOXES_AT + i * BOX_BYTES, make_int2(box.page(rows), box.token()));
+                const auto found = tensor_map::PageBox::look_up(rows, keys.low + i * launch.box, launch.box);
+                shared_store(box(copier, i), make_int2(found.page(rows), found.token()));
             }
             wave_sync();
         }
         /* boxes: of a tile. arrives: the barrier that counts the bytes, of the block's tile `number`. */
         __device__ __forceinline__ void copy(Unit &unit, const CUtensorMap &map, int number, int tile, int line,
-                                             int boxes, SharedAddress arrives) const {
+                                             SharedAddress boxes, SharedAddress arrives) const {
             const Sequence &sequence = task.sequence;
             mbarrier::wait(unit.empty(), unit.turn ^ 1); /* at once where nothing has been */
             await_before(number, arrives);
             if (PAGED) {
-                if (lane() < boxes) {
-                    const int2 box = shared_load<int2>(shared + BOXES_AT + (tile * boxes + lane()) * BOX_BYTES);
+                const int count = KEYS / launch.box;
+                if (lane() < count) {
+                    const int2 box = shared_load<int2>(boxes + (tile * count + lane()) * BOX_BYTES);
                     tensor_map::copy<tensor_map::Reuse::ONCE>(unit.place() + lane() * launch.box * 128, map, line * 64,
                                                               box.y, sequence.kv_head, box.x, arrives);
                 }
@@ -322,22 +333,24 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
                                                           sequence.kv_batch, arrives);
             }
             wave_sync();
-            unit.advance();
+            unit.advance(COPY_WAVES);
         }
-        __device__ __forceinline__ void copy_all() const {
-            if constexpr (PAGED) find_boxes(task.sequence.keys);
-            const int boxes = PAGED ? KEYS / launch.box : 1;
+        __device__ __forceinline__ void copy_all(int copier) const {
+            const SharedAddress boxes = box(copier, 0);
+            if constexpr (PAGED) find_boxes(task.sequence.keys, copier);
+            static_assert(LINES % COPY_WAVES == 0 && (COPY_WAVES == 1 || !IN_TURNS) && MOST_LINES <= 2, "");
             Unit unit = key_unit(0);
+            unit.advance(copier);
 #pragma unroll 1
             for (int i = 0; i < own_tiles(); ++i)
 #pragma unroll
-                for (int line = 0; line < LINES; ++line)
-                    copy(unit, launch.key, i, i * sharing + rank, line, boxes, have_keys(i, line));
+                for (int line = 0; line < LINES; line += COPY_WAVES)
+                    copy(unit, launch.key, i, i * sharing + rank, line + copier, boxes, have_keys(i, line + copier));
 #pragma unroll 1
-            for (int tile = 0; tile < tiles; ++tile)
-#pragma unroll 1
-                for (int line = 0; line < lines; ++line)
-                    copy(unit, launch.value, tile, tile, first_line + line, boxes, Handed{shared, tile}.have_all());
+            for (int i = copier; i < tiles * lines; i += COPY_WAVES) {
+                const int tile = i >> lines - 1, line = i & lines - 1;
+                copy(unit, launch.value, tile, tile, first_line + line, boxes, Handed{shared, tile}.have_all());
+            }
         }
     };
 };
