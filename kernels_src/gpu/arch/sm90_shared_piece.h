@@ -297,6 +297,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 if (way.turn == 0) await_others(launch);
                 if (makes_barriers && way.here) {
                     way.await_scores();
+                    way.await_tops_passed(); /* where no greatest scores are sent, this wave could be a turn ahead */
                     way.tell_tops_passed();
                 }
             }
