@@ -26,6 +26,7 @@
 #include "gpu/arch/sm90_forward.h"
 #elif defined(AITER_GFX9)
 #include "gpu/arch/gfx9_paired_forward.h"
+#include "gpu/arch/gfx9_scored_pieces.h"
 #endif
 
 namespace aiter {
@@ -242,6 +243,17 @@ __global__ void __cluster_dims__() __launch_bounds__(Loop::Shared::THREADS, 1)
             Finish<Columns>{launch, place, score}(tile, softmax, o);
         });
 }
+#else
+/* Pieces of keys that few rows see, in place of attention_forward. 2 waves on a SIMD at least: with registers for one alone
+ * the compiler keeps products' sums in those that only matrix instructions use, and moves them to and fro. */
+using Scored = ScoredPieces<Loop>;
+__global__ void __launch_bounds__(WAVE, 2) score_keys(const Loop::Launch launch) {
+    Scored::score_keys<RowTile>(launch, Score(launch.problem));
+}
+__global__ void __launch_bounds__(Scored::THREADS, 2) sum_values(const Loop::Launch launch) {
+    __shared__ Scored::Exchange exchange;
+    Scored::sum_values<RowTile>(launch, exchange, Score(launch.problem));
+}
 #endif
 /* Where keys are dealt to several blocks: a block for each wave's rows of a row tile, which adds up what those have
  * left. What the row tile is it finds out before these have ended: lengths are older than both kernels. */
@@ -252,7 +264,7 @@ __global__ void __launch_bounds__(Loop::Work::MOST_ADDING_THREADS)
     const Place place = Loop::place(launch, row_tile);
     Loop::Work::Task<RowTile> task(launch, place, row_tile);
     wait_for_previous();
-    if (task.piece.count == 1 || !task.exists()) return;
+    if (!work.adds_up(task.piece) || !task.exists()) return;
     const Score score(launch.problem);
     Loop::Softmax softmax(score.unit);
     Loop::Output o;
@@ -283,7 +295,10 @@ AITER_EXPORT int aiter_launch(const aiter_call *call, void *stream) {
     return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream, aiter::add_up_pieces,
                               aiter::share_pieces);
 #elif AITER_CUT
-    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream, aiter::add_up_pieces);
+    return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream, aiter::add_up_pieces,
+                              [=](const aiter::Loop::Launch &launch) {
+                                  return aiter::Scored::start(launch, aiter::score_keys, aiter::sum_values, stream);
+                              });
 #else
     return aiter::Loop::start(aiter::attention_forward, *call, row_tiles, stream);
 #endif

@@ -23,8 +23,8 @@
  * parts that are dealt only rows that exist are written and read. The sum so far has the same form, in shared memory where
  * that leaves the ring three stages. There, pieces are short: what an addition costs is little. Elsewhere it is in memory.
  *
- * Dealt pieces that few rows see are shared by blocks of a cluster, or added up by these, with the same bits:
- * arch/sm90_shared_piece.h.
+ * Dealt pieces that few rows see are shared by blocks, with the same bits: of a cluster, which may add up the parts too
+ * (arch/sm90_shared_piece.h), or of two kernels on AMD (arch/gfx9_scored_pieces.h).
  *
  * The second kernel adds up many pieces with many threads, which the loop's registers leave no room for, and comes up while
  * the last blocks of the first are at work. A row tile has the same number of pieces in both, from the same lengths; no
@@ -402,6 +402,8 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
         take_points(softmax, point);
         return true;
     }
+    /* Whether it has the row tile's parts to add up; if not, who had the one piece has written the rows. */
+    __device__ __forceinline__ bool adds_up(const Piece &piece) const { return piece.count != 1; }
     __device__ __forceinline__ bool has_rows(int wave) const { return wave * WAVE_ROWS < rows; }
     /* Of a row tile: those that have rows. */
     __host__ __device__ __forceinline__ int waves() const { return (rows + WAVE_ROWS - 1) / WAVE_ROWS; }

@@ -105,9 +105,10 @@ struct LoopOfWaves : Tile, StoresFromRegisters {
             return work_of(p, row_tiles, compute_units).workspace_bytes(row_tiles, places(compute_units));
         });
     }
-    /* add_up: the second kernel, where pieces are dealt. */
+    /* add_up: the second kernel, where pieces are dealt. start_scored(launch): where others than `kernel` make the parts. */
+    template <class StartScored>
     static int start(void (*kernel)(Launch), const aiter_attention_call &call, int64_t row_tiles, void *stream,
-                     void (*add_up)(Launch)) {
+                     void (*add_up)(Launch), StartScored start_scored) {
         int device = 0;
         if (const hipError_t error = hipGetDevice(&device)) return error;
         const int compute_units = aiter::compute_units(device);
@@ -118,7 +119,8 @@ struct LoopOfWaves : Tile, StoresFromRegisters {
         if (!work.place_in(call.tensors.workspace)) return LAUNCH_NO_COMPUTE_UNITS;
         if (const int failed = work.prepare(row_tiles, places(compute_units), stream)) return failed;
         const int64_t blocks = work.blocks(places(compute_units));
-        if (const int failed = Loop::start_blocks(kernel, launch, blocks, stream)) return failed;
+        const int failed = work.scored ? start_scored(launch) : Loop::start_blocks(kernel, launch, blocks, stream);
+        if (failed) return failed;
         return aiter::launch(add_up, work.additions(row_tiles), work.adding_threads(), 0, stream, launch);
     }
 #else

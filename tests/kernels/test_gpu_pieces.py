@@ -1,6 +1,6 @@
 """Keys that are cut (kernels_src/gpu/pieces.h): each piece dealt to a block of its own or, with batch_invariant, all of
-a row tile's taken in turn, on emulated AMD GPUs. What a GPU of few compute units takes in turn, one of many deals. (For
-sm_90a: tests/test_cuda.py.)
+a row tile's taken in turn, on emulated AMD GPUs. What a GPU of few compute units takes in turn, one of many deals; of
+few rows several blocks share a piece (kernels_src/gpu/arch/gfx9_scored_pieces.h). (For sm_90a: tests/test_cuda.py.)
 
 With batch_invariant pieces are 2048 or 4096 keys, so these sequences are long; lengths lie around their ends.
 """
@@ -14,6 +14,13 @@ from test_gpu_options import FORWARD, Kernel, check
 
 WINDOW = (2500, 0)  # begins within a piece and ends in the next
 FEW, MANY = 8, 304  # compute units; as few as there are chiplets
+SHARED = ["score_keys", "sum_values", "add_up_pieces"]
+
+
+def names(launched):
+    """Of kernels, from their statistics."""
+    known = "clear_counters", "attention_forward", *SHARED
+    return [word for word in known if any(word in name for name in launched)]
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ KERNELS = (
     ("gfx942", Cut(FORWARD, "bf16", 64, 64, "causal", cache=torch.float8_e4m3fnuz)),
     ("gfx950", Cut(FORWARD, "fp16", 128, 128, "window", chunk=True)),
     ("gfx950", Cut(FORWARD, "bf16", 256, 256, "", alibi=True, keys=4096)),
+    ("gfx950", Cut(FORWARD, "bf16", 72, 40, "window", paged=True, cache=torch.float8_e4m3fn)),
 )
 
 
@@ -45,23 +53,26 @@ def on_kernels(only=lambda kernel: True):
     return pytest.mark.parametrize("target, kernel", cases, ids=[f"{t}-{k}" for t, k in cases], scope="module")
 
 
-def around(keys):
+def around(keys, most_rows=40):
     """(rows, keys) of sequences that end at, before and after the end of a piece, some without rows or keys."""
-    return [(9, 2 * keys + 1), (1, keys), (3, keys + 1), (0, 70), (5, 0), (1, 2 * keys), (40, keys + 300)]
+    return [(9, 2 * keys + 1), (1, keys), (3, keys + 1), (0, 70), (5, 0), (1, 2 * keys), (most_rows, keys + 300)]
 
 
 @on_kernels(only=lambda kernel: kernel.cache is None)
-@pytest.mark.parametrize("how", ("dealt", "in turn", "no invariance"))
+@pytest.mark.parametrize("how", ("dealt", "in turn", "shared", "no invariance"))
 def test_accuracy(target, kernel, how):
+    lengths = around(kernel.keys, most_rows=16 if how == "shared" else 40)
     offsets = [-3, 0, 1, 2, 3, -kernel.keys, 4]
-    offsets = [n - rows + o for (rows, n), o in zip(around(kernel.keys), offsets, strict=True)]
+    offsets = [n - rows + o for (rows, n), o in zip(lengths, offsets, strict=True)]
     options = {
         "cut": True,
         "batch_invariant": how != "no invariance",
         "compute_units": FEW if how == "in turn" else MANY,
     }
     for layout, sinks, where in (("starts", True, None), ("padded", False, offsets)):
-        check(target, kernel, around(kernel.keys), (4, 2), layout, WINDOW, sinks, where, **options)
+        launched = {}
+        check(target, kernel, lengths, (4, 2), layout, WINDOW, sinks, where, stats=launched, **options)
+        assert (names(launched) == SHARED) == (how == "shared")
 
 
 class Rows:
@@ -118,22 +129,25 @@ class Rows:
         assert torch.equal(lse, self.whole[1][:, first:last]), (first, last, how)
 
     def kernels(self):
-        """Of the last call: those beside attention_forward."""
-        known = "add_up_pieces", "clear_counters"
-        return [word for word in known if any(word in name for name in self.launched[-1])]
+        """Of the last call."""
+        return names(self.launched[-1])
 
 
 @on_kernels()
 def test_bits(target, kernel):
     """A prompt, its chunks and its tokens, on a GPU of any size, alone and in a batch, in pages of any size."""
     rows = Rows(target, kernel, 150, 2 * kernel.keys + 130)
-    for first, last in ((0, 64), (64, 65), (65, 69), (149, 150)):
+    rows.assert_same(0, 64)
+    assert rows.kernels() == ["attention_forward", "add_up_pieces"]  # dealt
+    for first, last in ((64, 65), (65, 69), (149, 150)):
         rows.assert_same(first, last)
-        assert rows.kernels() == ["add_up_pieces"]  # dealt
+        assert rows.kernels() == SHARED
+    rows.assert_same(141, 150, others=[(3, 700), (16, 1), (0, kernel.keys + 9), (2, kernel.keys)])
+    assert rows.kernels() == SHARED  # though others have one piece, or none
     rows.assert_same(90, 150, others=[(3, 700), (60, 1)])
     rows.assert_same(0, 150, compute_units=FEW, others=[(1, 900)])
     assert "add_up_pieces" not in rows.kernels()  # in turn
     rows.assert_same(149, 150, compute_units=FEW, others=[(1, 9)] * 20)
-    assert rows.kernels() == ["clear_counters"]  # by blocks that have several row tiles each
+    assert rows.kernels() == ["clear_counters", "attention_forward"]  # by blocks that have several row tiles each
     for page_size in (1, 80, 7) if kernel.paged else ():
         rows.assert_same(140, 150, page_size=page_size)

@@ -2,6 +2,7 @@
  * are taken in turn need a place in memory, no more blocks than can be at work at one time take row tiles one after the
  * other.
  *
+ *     dealt, few, few rows      several blocks have a share of a task: arch/gfx9_scored_pieces.h
  *     dealt, or few row tiles   block = task
  *     in turn, many             block b:  b, then what the counter of its chiplet says next    | sum in place b of memory
  *
@@ -19,20 +20,38 @@ __global__ void clear_counters(uint32_t *counters) { counters[thread_in_block()]
 
 template <int KEYS, int WAVES, class Output> struct PiecesOfBlocks : Pieces<KEYS, WAVES, Output, 0> {
     using Base = Pieces<KEYS, WAVES, Output, 0>;
-    using Base::Base;
+    static constexpr int TILE_KEYS = KEYS, TILES = Base::INVARIANT_KEYS / KEYS; /* of a piece */
     int tasks = 0;
     uint32_t *next = nullptr; /* counters of tasks after each block's first; null: there are none */
+    /* Whether blocks share tasks: with batch_invariant, where a wave has room for all rows. With more tasks for the CUs it is
+     * slower, as predicted: memory bounds both, and there the scores are written and read beside keys and values. */
+    bool scored = false;
+    char *scores = nullptr;
 
+    PiecesOfBlocks() = default;
+    PiecesOfBlocks(const aiter_attention_problem &p, int64_t row_tiles, int64_t rows, int compute_units)
+        : Base(p, row_tiles, rows, compute_units) {
+        const int64_t pieces = row_tiles * this->dealt;
+        scored = this->at_multiples && pieces > 0 && this->waves() == 1 && 3 * pieces <= 2 * compute_units;
+    }
     /* places: for sums in turn. */
     int64_t workspace_bytes(int64_t row_tiles, int places) const {
-        return Base::workspace_bytes(row_tiles, places, false);
+        const int64_t parts = Base::workspace_bytes(row_tiles, places, false);
+        return parts + (scored ? row_tiles * this->dealt * TILES * scores_bytes() : 0);
+    }
+    /* Of a tile: scores of each row, and the greatest, in 16 bytes. */
+    __host__ __device__ __forceinline__ int64_t scores_bytes() const { return this->rows * (KEYS * 4 + 16); }
+    __device__ __forceinline__ char *scores_of(const Piece &piece, int tile) const {
+        return scores + (int64_t(piece.row_tile * this->dealt + piece.number) * TILES + tile) * scores_bytes();
     }
     int64_t blocks(int places) const { return next == nullptr ? tasks : places; }
+    __device__ __forceinline__ bool adds_up(const Piece &piece) const { return scored || Base::adds_up(piece); }
     /* What a launch needs beside place_in(). */
     int prepare(int64_t row_tiles, int places, void *stream) {
         const int64_t count = this->count(row_tiles);
         if (count > 0x7fffffff) return LAUNCH_GRID_TOO_LARGE;
         tasks = static_cast<int>(count);
+        scores = this->parts - Base::PARTS_AT + Base::workspace_bytes(row_tiles, places, false);
         if (!this->needs_parts() || this->dealt > 0 || tasks <= places) return 0;
         next = reinterpret_cast<uint32_t *>(this->parts - Base::PARTS_AT);
         return launch(clear_counters, 1, XCDS, 0, stream, next);
