@@ -23,16 +23,18 @@ template <int KEYS, int WAVES, class Output> struct PiecesOfBlocks : Pieces<KEYS
     static constexpr int TILE_KEYS = KEYS, TILES = Base::INVARIANT_KEYS / KEYS; /* of a piece */
     int tasks = 0;
     uint32_t *next = nullptr; /* counters of tasks after each block's first; null: there are none */
-    /* Whether blocks share tasks: with batch_invariant, where a wave has room for all rows. With more tasks for the CUs it is
-     * slower, as predicted: memory bounds both, and there the scores are written and read beside keys and values. */
+    /* Whether blocks share tasks: with batch_invariant, where one wave has room for all rows, and a block for each task would
+     * leave a third of the CUs idle, or of their last turn. With more tasks it gains nothing, as predicted: memory bounds
+     * both, and scores are written and read beside keys and values. */
     bool scored = false;
     char *scores = nullptr;
 
     PiecesOfBlocks() = default;
     PiecesOfBlocks(const aiter_attention_problem &p, int64_t row_tiles, int64_t rows, int compute_units)
         : Base(p, row_tiles, rows, compute_units) {
-        const int64_t pieces = row_tiles * this->dealt;
-        scored = this->at_multiples && pieces > 0 && this->waves() == 1 && 3 * pieces <= 2 * compute_units;
+        const int64_t pieces = row_tiles * this->dealt,
+                      turns = (pieces + compute_units - 1) / greater(compute_units, 1);
+        scored = this->at_multiples && pieces > 0 && this->waves() == 1 && 3 * pieces <= 2 * turns * compute_units;
     }
     /* places: for sums in turn. */
     int64_t workspace_bytes(int64_t row_tiles, int places) const {
