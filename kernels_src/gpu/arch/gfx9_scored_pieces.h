@@ -118,10 +118,7 @@ template <int KEYS, int TILES> struct ValueColumns {
 
     __device__ __forceinline__ ValueColumns(const Rows &rows, const Range &keys, int column)
         : rows(rows), last(keys.high - 1), row(lane() / 32 * 4 + lane() % 2), exists(column < VALUE_DIM),
-          selector(FP8          ? lane() % 2 ? 0x0c0c0105 : 0x0c0c0400
-                   : lane() % 2 ? 0x03020706
-                                : 0x05040100),
-          places(rows, keys.low, row, column / 2 * 2 * CACHED_BYTES) {
+          selector(selector_of(lane() % 2)), places(rows, keys.low, row, column / 2 * 2 * CACHED_BYTES) {
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
 #pragma unroll
@@ -161,6 +158,12 @@ template <int KEYS, int TILES> struct ValueColumns {
         return {word[0], word[1], word[2], word[3]};
 #endif
     }
+
+  private:
+    static __device__ __forceinline__ uint32_t selector_of(bool odd) {
+        if (FP8) return odd ? 0x0c0c0105 : 0x0c0c0400;
+        return odd ? 0x03020706 : 0x05040100;
+    }
     /* Lanes 2 n and 2 n + 1 exchange. */
     static __device__ __forceinline__ uint32_t of_neighbour(uint32_t x) {
         return __builtin_amdgcn_mov_dpp(static_cast<int>(x), 0xb1 /* quad_perm:[1,0,3,2] */, 0xf, 0xf, true);
@@ -189,12 +192,12 @@ template <class Loop> struct ScoredPieces {
               number(index % shares) {}
     };
 
+    /* Some row sees each tile of the piece: all rows are one wave's. */
     template <class RowTile>
     static __device__ __forceinline__ void score_keys(const Launch &launch, const Score &score) {
         const Share<RowTile> share(launch, Work::TILES);
         const int first = share.piece.keys.low + share.number * KEYS, row = share.first_row;
-        if (!share.exists() || first >= share.piece.keys.high)
-            return; /* as all rows are a wave's, some row sees all others */
+        if (!share.exists() || first >= share.piece.keys.high) return;
         const auto &scored = share.sequence.scaled(score);
         typename Loop::Queries queries;
         Loop::load_queries(queries, launch, share, 0, row, scored.query_bits);
