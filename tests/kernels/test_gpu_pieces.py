@@ -144,6 +144,8 @@ def test_bits(target, kernel):
         assert rows.kernels() == SHARED
     rows.assert_same(141, 150, others=[(3, 700), (16, 1), (0, kernel.keys + 9), (2, kernel.keys)])
     assert rows.kernels() == SHARED  # though others have one piece, or none
+    rows.assert_same(141, 150, others=[(16, 1)] * 4, compute_units=64)
+    assert rows.kernels() == ["attention_forward", "add_up_pieces"]  # as scores of many rows go through memory
     rows.assert_same(149, 150, compute_units=FEW)
     assert rows.kernels() == ["attention_forward", "add_up_pieces"]  # as many pieces as compute units, or nearly
     rows.assert_same(90, 150, others=[(3, 700), (60, 1)])

@@ -2,7 +2,7 @@
  * are taken in turn need a place in memory, no more blocks than can be at work at one time take row tiles one after the
  * other.
  *
- *     dealt, few, few rows      several blocks have a share of a task: arch/gfx9_scored_pieces.h
+ *     dealt, CUs left idle      several blocks have a share of a task: arch/gfx9_scored_pieces.h
  *     dealt, or few row tiles   block = task
  *     in turn, many             block b:  b, then what the counter of its chiplet says next    | sum in place b of memory
  *
@@ -23,9 +23,9 @@ template <int KEYS, int WAVES, class Output> struct PiecesOfBlocks : Pieces<KEYS
     static constexpr int TILE_KEYS = KEYS, TILES = Base::INVARIANT_KEYS / KEYS; /* of a piece */
     int tasks = 0;
     uint32_t *next = nullptr; /* counters of tasks after each block's first; null: there are none */
-    /* Whether blocks share tasks: with batch_invariant, where one wave has room for all rows, and a block for each task would
-     * leave a third of the CUs idle, or of their last turn. With more tasks it gains nothing, as predicted: memory bounds
-     * both, and scores are written and read beside keys and values. */
+    /* Whether blocks share tasks: with batch_invariant, where one wave has room for all rows, and CUs would idle, or in the last
+     * turn, while others have a task each. Shared, a task takes about (32 + rows) / 24 of a CU's time for a whole one, as
+     * predicted: scores are written and read beside keys and values. Scores so take no more than 90 MB with 304 CUs. */
     bool scored = false;
     char *scores = nullptr;
 
@@ -34,7 +34,8 @@ template <int KEYS, int WAVES, class Output> struct PiecesOfBlocks : Pieces<KEYS
         : Base(p, row_tiles, rows, compute_units) {
         const int64_t pieces = row_tiles * this->dealt,
                       turns = (pieces + compute_units - 1) / greater(compute_units, 1);
-        scored = this->at_multiples && pieces > 0 && this->waves() == 1 && 3 * pieces <= 2 * turns * compute_units;
+        scored = this->at_multiples && pieces > 0 && this->waves() == 1 &&
+                 pieces * (32 + rows) <= 24 * turns * compute_units;
     }
     /* places: for sums in turn. */
     int64_t workspace_bytes(int64_t row_tiles, int places) const {

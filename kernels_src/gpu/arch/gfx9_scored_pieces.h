@@ -23,6 +23,8 @@
 #ifndef AITER_GPU_ARCH_GFX9_SCORED_PIECES_H
 #define AITER_GPU_ARCH_GFX9_SCORED_PIECES_H
 
+#include <type_traits>
+
 #include "gpu/tile_loop.h"
 
 namespace aiter {
