@@ -5,12 +5,15 @@ few rows several blocks share a piece (kernels_src/gpu/arch/gfx9_scored_pieces.h
 With batch_invariant pieces are 2048 or 4096 keys, so these sequences are long; lengths lie around their ends.
 """
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from driver import DTYPES, attend, ints
 from test_gpu_options import FORWARD, Kernel, check
+
+from aiter import reference
 
 WINDOW = (2500, 0)  # begins within a piece and ends in the next
 FEW, MANY = 8, 304  # compute units; as few as there are chiplets
@@ -155,3 +158,17 @@ def test_bits(target, kernel):
     assert rows.kernels() == ["clear_counters", "attention_forward"]  # by blocks that have several row tiles each
     for page_size in (1, 80, 7) if kernel.paged else ():
         rows.assert_same(140, 150, page_size=page_size)
+
+
+@on_kernels(only=lambda kernel: kernel.cache is None)
+def test_beside_what_is_seen(target, kernel):
+    """Shared pieces are read in whole tiles: what stands before a window adds nothing, nor what is read past an end."""
+    rows = Rows(target, kernel, 40, 2 * kernel.keys + 70)
+    mask = {name: rows.options.get(name, 0) for name in ("causal", "chunk")}
+    seen = reference.visible_keys(40, rows.keys, window=rows.options.get("window"), **mask)[-1]
+    for tensor in rows.pair:
+        tensor[~seen] = math.nan
+    rows.assert_same(39, 40)
+    assert rows.kernels() == SHARED
+    rows.pair[1][-1] = math.inf
+    assert (rows.attend(39, 40)[0] == math.inf).all()
