@@ -135,7 +135,7 @@ template <int KEYS, int WAVES, class Output, int SHARED_ROOM> struct Pieces {
 #else
     static constexpr int PIECE_KEYS = IN_SHARED ? 1024 : 2048;
 #endif
-    static constexpr int INVARIANT_KEYS = (PIECE_KEYS + KEYS - 1) / KEYS * KEYS;
+    static constexpr int INVARIANT_KEYS = round_up(PIECE_KEYS, KEYS);
     static constexpr int LEAST_KEYS = 1024 / KEYS * KEYS; /* to be dealt: with fewer, beginning and end take longer */
     static constexpr int64_t MOST_BYTES = int64_t(512) << 20;
     static constexpr int PARTS_AT = 256; /* in the workspace, after the counter of tasks */

@@ -221,7 +221,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             uint32_t p[KEYS / 16][4];
 #pragma unroll
             for (int j = 0; j < KEYS / 16; ++j) round_operand(s, 0, j, p[j]);
-            if (IN_TURNS) way.await_before(tile, Handed{way.shared, tile}.have_read());
+            way.await_before(tile, Handed{way.shared, tile}.have_read());
 #pragma unroll 1
             for (int to = 0; to < way.sharing; ++to) {
                 const Handed handed = {way.shared_of(to), tile};
@@ -245,8 +245,10 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                                                Finish finish) {
         using Task = typename Work::template Task<RowTile>;
         wait_for_previous();
-        let_next_start();                                   /* the second kernel, for which lengths then are there */
-        const bool makes_barriers = wave() == BARRIER_WAVE; /* while others find out what there is to do */
+        let_next_start(); /* the second kernel, for which lengths then are there */
+
+        /* While others find out what there is to do. */
+        const bool makes_barriers = wave() == BARRIER_WAVE;
         if (makes_barriers) {
             if (lane() == 0) Tiles::make_barriers(shared);
             wave_sync();
@@ -276,12 +278,11 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
             SharedPieceOutput<HEAD_DIM, VALUE_DIM>::run(way, score, finish);
         } else if (wave() < FIRST_COPY_WAVE) {
             if (!begin(Tiles::FOR_SCORES, SCORE_WAVES)) return;
-            const Queries queries(launch, task,
-                                  score.query_bits); /* while keys are on their way, whose copies others begin */
+            /* While keys are on their way: others begin to copy when the cluster's blocks have appeared. */
+            const Queries queries(launch, task, score.query_bits);
             await_others(launch);
             for (; way.turn < way.turns && way.here; way.go_on()) {
                 weigh(way, queries, score);
-                way.await_tops_passed(); /* who had no tile has not yet */
                 way.tell_tops_passed();
             }
         } else {
@@ -297,7 +298,6 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPiece : SharedPieceTiles<HEA
                 if (way.turn == 0) await_others(launch);
                 if (makes_barriers && way.here) {
                     way.await_scores();
-                    way.await_tops_passed(); /* where no greatest scores are sent, this wave could be a turn ahead */
                     way.tell_tops_passed();
                 }
             }

@@ -160,7 +160,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceOutput {
         __device__ __forceinline__ void release(int tile) {
 #pragma unroll
             for (int line = 0; line < LINES; ++line) mbarrier::arrive_as_wave(empty[line]);
-            if (Tiles::IN_TURNS && way.turns > 1) mbarrier::arrive_as_wave(Handed{shared, tile}.have_read());
+            if (way.turns > 1) mbarrier::arrive_as_wave(Handed{shared, tile}.have_read());
         }
         __device__ __forceinline__ void run() {
             /* Else nothing comes to where values were. */

@@ -228,11 +228,14 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
         /* A turn's greatest scores are all there, and who makes scores has seen as many as it needs: the next turn's may
          * come. (In turns a piece is one block's, whose waves write to no other.) */
         __device__ __forceinline__ SharedAddress tops_passed() const { return barrier_at(shared, TOPS_PASSED); }
-        __device__ __forceinline__ void tell_tops_passed() const {
-            if (turns > 1) mbarrier::arrive_as_wave(tops_passed());
-        }
         __device__ __forceinline__ void await_tops_passed() const {
             if (turn > 0) mbarrier::wait(tops_passed(), turn & 1 ^ 1);
+        }
+        /* Of this turn; not before that of the turn before is complete, which who had no tile, or sent no greatest scores, has
+         * not waited for yet. */
+        __device__ __forceinline__ void tell_tops_passed() const {
+            await_tops_passed();
+            if (turns > 1) mbarrier::arrive_as_wave(tops_passed());
         }
         /* Do blocks of the cluster add up parts? */
         __device__ __forceinline__ bool adds() const { return launch.together > 1 && piece.count > 1; }
@@ -314,7 +317,7 @@ template <int HEAD_DIM, int VALUE_DIM> struct SharedPieceTiles : ForwardTiles<HE
             }
             wave_sync();
         }
-        /* boxes: of a tile. arrives: the barrier that counts the bytes, of the block's tile `number`. */
+        /* boxes: where they are. arrives: the barrier that counts the bytes, of the block's tile `number`. */
         __device__ __forceinline__ void copy(Unit &unit, const CUtensorMap &map, int number, int tile, int line,
                                              SharedAddress boxes, SharedAddress arrives) const {
             const Sequence &sequence = task.sequence;
